@@ -1,0 +1,149 @@
+"""What the commands share: options, loading a model, preparing an input, policies by name, tables."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+DEFAULT_PROMPT = "Describe the picture."
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of every command."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
+
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """Options that name the model and what it is shown."""
+    parser.add_argument("--image", required=True, metavar="FILE", help="a picture in any format that Pillow reads")
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help=f"default: {DEFAULT_PROMPT!r}")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="folder or hub id of a LLaVA-type model; default: the bundled one")
+    parser.add_argument("--max-new-tokens", type=_positive, default=160, metavar="N", help="default: 160")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on a CPU, else the model's own")
+    parser.add_argument("--retention", choices=("recoverable", "evict"), default="recoverable", help="default: recoverable")
+    parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
+    parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def parse_value(text: str) -> Any:
+    """An option's value: a number, a list, True, None, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def load_model(given: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, processor) as asked for, in eval mode."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*requires torchvision.*")
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, given.dtype) if given.dtype else (torch.float32 if device == "cpu" else "auto")
+    if given.model is None:
+        from dyrate_kernels import load_demo
+
+        model, processor = load_demo()
+    else:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(given.model, dtype=dtype)
+        processor = transformers.AutoProcessor.from_pretrained(given.model)
+    if dtype != "auto":
+        model = model.to(dtype)
+    return model.to(device).eval(), processor
+
+
+def load_image(path: str) -> Any:
+    """A picture as RGB.
+
+    Raises:
+        ValueError: the file is missing, empty, or no picture; says which.
+    """
+    from PIL import Image, ImageOps
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"--image {path}: no such file")
+    if file.stat().st_size == 0:
+        raise ValueError(f"--image {path}: the file is empty")
+    try:
+        with Image.open(file) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:  # Pillow raises many kinds for a broken file
+        raise ValueError(f"--image {path}: not a picture that can be read ({error})") from error
+
+
+def prepare(processor: Any, image: Any, prompt: str, device: Any) -> dict[str, Any]:
+    """Model inputs for one picture and one question."""
+    if not prompt.strip():
+        raise ValueError("--prompt is empty; say what to do with the picture")
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    else:  # LLaVA-1.5's own format
+        text = f"USER: <image>\n{prompt} ASSISTANT:"
+    return dict(processor(images=image, text=text, return_tensors="pt").to(device))
+
+
+def make_policy(name: str, options: dict[str, Any]) -> Any:
+    """A policy by name; options that were not given keep their defaults."""
+    from dyrate_kernels import policies
+
+    return policies.get(name, **{key: value for key, value in options.items() if value is not None})
+
+
+def generation_arguments(given: argparse.Namespace) -> dict[str, Any]:
+    """What ``generate`` receives besides the inputs."""
+    import torch
+
+    torch.manual_seed(given.seed)
+    return {"max_new_tokens": given.max_new_tokens, "do_sample": given.sample}
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def console() -> Any:
+    """Where tables go."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 120))
+    return Console(width=width, highlight=False)
+
+
+def bytes_text(count: float) -> str:
+    """1536 -> ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def flops_text(count: float) -> str:
+    """2.5e9 -> ``2.50 GFLOP``."""
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
+        if count < 1000 or unit == "TFLOP":
+            return f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")

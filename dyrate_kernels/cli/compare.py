@@ -1,0 +1,108 @@
+"""``dyrate compare``: several policies on the same input, one table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from dyrate_kernels.cli import common
+
+DEFAULT_POLICIES = "none,dyrate,fastv,fixed,random,uniform,vtw,depth"
+
+
+def add_parser(commands: Any) -> None:
+    """Registers the command."""
+    parser = commands.add_parser("compare", help="several policies on the same picture and prompt", description=__doc__)
+    common.add_common(parser)
+    common.add_input(parser)
+    parser.add_argument(
+        "--policies", default=DEFAULT_POLICIES, metavar="A,B,..",
+        help=f"names, each with options if wanted: fastv:k=2:rate=0.75; default: {DEFAULT_POLICIES}",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def parse_policy(text: str) -> Any:
+    """``fastv:k=2:rate=0.75`` -> the policy."""
+    name, *options = text.split(":")
+    pairs = {}
+    for option in options:
+        key, separator, value = option.partition("=")
+        if not separator:
+            raise ValueError(f"--policies: options are NAME=VALUE, got {option!r} in {text!r}")
+        pairs[key] = common.parse_value(value)
+    return common.make_policy(name.strip(), pairs)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Does it."""
+    image = common.load_image(given.image)
+    names = [name for name in given.policies.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--policies is empty; name at least one, e.g. none,dyrate,fastv")
+    chosen = [(name.strip(), parse_policy(name)) for name in names]
+    model, processor = common.load_model(given)
+    inputs = common.prepare(processor, image, given.prompt, model.device)
+    prompt = inputs["input_ids"].shape[1]
+    arguments = common.generation_arguments(given)
+    reference = model.generate(**inputs, **arguments)[0, prompt:].tolist()
+    rows = []
+    for number, (name, policy) in enumerate(chosen, 1):
+        if not given.json and sys.stderr.isatty():
+            print(f"\r{number} of {len(chosen)}: {name:<40}", end="", file=sys.stderr, flush=True)
+        rows.append(_row(name, policy, model, processor, inputs, reference, given))
+    if not given.json and sys.stderr.isatty():
+        print(f"\r{'':<60}\r", end="", file=sys.stderr)
+    if given.json:
+        common.print_json({"prompt": given.prompt, "retention": given.retention, "policies": rows})
+        return 0
+    _print_table(rows)
+    return 0
+
+
+def _row(name: str, policy: Any, model: Any, processor: Any, inputs: dict, reference: list[int], given: argparse.Namespace) -> dict[str, Any]:
+    import dyrate_kernels as dk
+
+    with dk.patch(model, policy, retention=given.retention, backend=given.backend) as handle:
+        arguments = common.generation_arguments(given)
+        started = time.perf_counter()
+        tokens = model.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :].tolist()
+        seconds = time.perf_counter() - started
+        stats = handle.stats()
+    same = sum(a == b for a, b in zip(tokens, reference, strict=False)) / max(len(tokens), len(reference), 1)
+    return {
+        "policy": name,
+        "predictor": stats.predictor,
+        "k": stats.k,
+        "kept_mean": stats.kept_mean,
+        "paper_cost": stats.paper_cost,
+        "flops_share": stats.flops / stats.flops_unpruned,
+        "bytes_read_share": stats.bytes_read / stats.bytes_read_unpruned if stats.bytes_read_unpruned else 1.0,
+        "kv_bytes_live": stats.kv_bytes_live,
+        "agreement": same,
+        "new_tokens": len(tokens),
+        "seconds": seconds,
+        "text": processor.decode(tokens, skip_special_tokens=True).strip(),
+    }
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table()
+    headings = ("policy", "k", "kept", "paper cost", "FLOPs", "read", "KV live", "same tokens", "tokens", "s")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 else "right")
+    for row in rows:
+        shares = [f"{100 * row[name]:.1f} %" for name in ("kept_mean", "paper_cost", "flops_share", "bytes_read_share")]
+        name = row["policy"] + (f" ({row['predictor']})" if row["predictor"] else "")
+        table.add_row(
+            name, str(row["k"]), *shares, common.bytes_text(row["kv_bytes_live"]), f"{100 * row['agreement']:.0f} %",
+            str(row["new_tokens"]), f"{row['seconds']:.2f}",
+        )  # fmt: skip
+    common.console().print(table)
+    print("same tokens: share of positions where the answer equals that of the unpatched model\n")
+    for row in rows:
+        print(f"{row['policy']}: {row['text']}")

@@ -1,0 +1,118 @@
+"""``dyrate generate``: one picture, streamed text, what was kept at each step, what it saved."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from dyrate_kernels.cli import common
+
+
+def add_parser(commands: Any) -> None:
+    """Registers the command."""
+    parser = commands.add_parser("generate", help="describe a picture or answer a question about it", description=__doc__)
+    common.add_common(parser)
+    common.add_input(parser)
+    add_policy(parser)
+    parser.add_argument("--plot", metavar="OUT.png", help="draw the dropped patches and the curves of kept tokens and mass over steps")
+    parser.add_argument("--steps", type=int, default=16, metavar="N", help="lines of the per-step table at most; 0 = all; default: 16")
+    parser.set_defaults(run=run)
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """Options that choose a policy."""
+    parser.add_argument("--policy", default="dyrate", metavar="NAME", help="default: dyrate; `dyrate info` lists them")
+    parser.add_argument("--k", type=int, help="first layer that sees the pruned set")
+    parser.add_argument("--rate", type=float, help="fraction of the visual tokens removed, 0 .. 1, for policies with a constant rate")
+    parser.add_argument("--predictor", metavar="DIR_OR_ID", help="a trained predictor for policy dyrate; default: closed form")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="any other option, e.g. ranking=mean; repeatable")
+
+
+def policy_from(given: argparse.Namespace) -> Any:
+    """The policy that the options ask for."""
+    options = {"k": given.k, "rate": given.rate, "predictor": given.predictor}
+    for item in given.option:
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"--option must be NAME=VALUE, got {item!r}")
+        options[name] = common.parse_value(value)
+    return common.make_policy(given.policy, options)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Does it."""
+    image = common.load_image(given.image)
+    policy = policy_from(given)
+    model, processor = common.load_model(given)
+
+    from transformers import TextStreamer
+
+    import dyrate_kernels as dk
+
+    inputs = common.prepare(processor, image, given.prompt, model.device)
+    with dk.patch(model, policy, retention=given.retention, backend=given.backend, record_importance=bool(given.plot)) as handle:
+        streamer = None if given.json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        started = time.perf_counter()
+        tokens = model.generate(**inputs, **common.generation_arguments(given), streamer=streamer)
+        seconds = time.perf_counter() - started
+        stats = handle.stats()
+    new_tokens = tokens[0, inputs["input_ids"].shape[1] :]
+    text = processor.decode(new_tokens, skip_special_tokens=True).strip()
+    if given.plot:
+        from dyrate_kernels import plots
+
+        plots.generation(image, stats, given.plot)
+    if given.json:
+        result = {"text": text, **stats.to_dict(), "new_tokens": len(new_tokens), "seconds": seconds}
+        for step in result["steps"]:  # per-token detail is for the plot
+            step.pop("importance", None)
+            step.pop("kept_tokens", None)
+        common.print_json(result | ({"plot": given.plot} if given.plot else {}))
+        return 0
+    sys.stdout.flush()
+    _print_steps(stats, given.steps)
+    _print_totals(stats, len(new_tokens), seconds)
+    if given.plot:
+        print(f"plot: {given.plot}")
+    return 0
+
+
+def chosen_steps(count: int, limit: int) -> list[int]:
+    """At most ``limit`` of ``count`` steps, evenly spread, first and last among them; 0 = all."""
+    if limit <= 0 or count <= limit:
+        return list(range(count))
+    if limit == 1:
+        return [count - 1]
+    return sorted({round(i * (count - 1) / (limit - 1)) for i in range(limit)})
+
+
+def _print_steps(stats: Any, limit: int) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"policy {stats.policy}" + (f", {stats.predictor} predictor" if stats.predictor else ""), title_justify="left")
+    for heading in ("step", "rate", "kept", "mass on image", "system", "instruction", "response"):
+        table.add_column(heading, justify="right")
+    total = stats.visual_tokens[0]
+    for index in chosen_steps(len(stats.steps), limit):
+        step = stats.steps[index]
+        system, visual, instruction, response = step.mass[0]
+        name = "0 (prefill)" if step.step == 0 else str(step.step)
+        shares = [f"{value:.3f}" for value in (visual, system, instruction, response)]
+        table.add_row(name, f"{step.rate[0]:.2f}", f"{step.kept[0]} of {total}", *shares)
+    common.console().print(table)
+
+
+def _print_totals(stats: Any, new_tokens: int, seconds: float) -> None:
+    saved = 100 * (1 - stats.flops / stats.flops_unpruned) if stats.flops_unpruned else 0.0
+    lines = [
+        ("kept", f"{100 * stats.kept_mean:.1f} % of the visual tokens in layers >= {stats.k}, mean over steps"),
+        ("KV cache", f"{common.bytes_text(stats.kv_bytes_live)} live, {common.bytes_text(stats.kv_bytes_reserved)} reserved"),
+        ("FLOPs", f"{common.flops_text(stats.flops)}; unpruned {common.flops_text(stats.flops_unpruned)} ({saved:.1f} % saved)"),
+        ("read", f"{common.bytes_text(stats.bytes_read)} by the decode steps; unpruned {common.bytes_text(stats.bytes_read_unpruned)}"),
+        ("paper cost", f"{100 * stats.paper_cost:.1f} % (FastV's formula on the whole sequence, mean over steps)"),
+        ("time", f"{new_tokens} tokens in {seconds:.2f} s ({new_tokens / max(seconds, 1e-9):.1f} tokens/s), backend {stats.backend}, {stats.retention}"),
+    ]  # fmt: skip
+    for name, text in lines:
+        print(f"{name + ':':<12}{text}")

@@ -1,0 +1,114 @@
+"""``dyrate info``: versions, devices, which backends run and why the others do not, and what pruning can gain at most."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from typing import Any
+
+from dyrate_kernels.cli import common
+
+PACKAGES = ("dyrate-kernels", "torch", "transformers", "triton", "accelerate", "safetensors", "numpy", "pillow")
+
+
+def add_parser(commands: Any) -> None:
+    """Registers the command."""
+    parser = commands.add_parser("info", help="versions, devices, backends, the byte-model bound", description=__doc__)
+    common.add_common(parser)
+    parser.add_argument("--config", default="llava-1.5-7b", metavar="NAME", help="named model for the bound; default: llava-1.5-7b")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], metavar="B", help="default: 1 8 32")
+    parser.add_argument("--visual", type=int, metavar="N", help="visual tokens; default: what the named model makes of one picture")
+    parser.add_argument("--text", type=int, default=128, metavar="N", help="text tokens; default: 128")
+    parser.set_defaults(run=run)
+
+
+def collect(given: argparse.Namespace) -> dict[str, Any]:
+    """Everything the command tells."""
+    import torch
+
+    import dyrate_kernels as dk
+    from dyrate_kernels import native
+
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    cuda = torch.cuda.is_available()
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else []
+    probe = native.probe()
+    build = native.build_info()
+    return {
+        "versions": versions,
+        "device": devices or [f"cpu ({torch.get_num_threads()} threads)"],
+        "backends": dk.backends(),
+        "native": {
+            "built": build.cuda,
+            "reason": native.missing_reason(),
+            "nvcc": build.nvcc,
+            "architectures": list(build.architectures),
+            "probe": None if probe is None else probe.to_dict(),
+        },
+        "policies": dk.policies.names(),
+        "bound": bound(given),
+    }
+
+
+def bound(given: argparse.Namespace) -> dict[str, Any]:
+    """The byte model for a named configuration (methods.md, section 4)."""
+    from dyrate_kernels import flops
+
+    model = flops.named_model(given.config)
+    visual = model.visual_tokens if given.visual is None else given.visual
+    rows = []
+    for batch in given.batch:
+        step = flops.decode_bytes(model.shape, batch=batch, visual=visual, text=given.text)
+        rows.append({"batch": batch, "bytes": step.total, "bytes_pruned": step.total_pruned, "bound": step.bound})
+    return {
+        "config": given.config,
+        "visual_tokens": visual,
+        "text_tokens": given.text,
+        "kv_bytes_per_token": flops.kv_bytes_per_token(model.shape),
+        "weight_bytes": flops.weight_bytes(model.shape),
+        "rows": rows,
+    }
+
+
+def run(given: argparse.Namespace) -> int:
+    """Does it."""
+    found = collect(given)
+    if given.json:
+        common.print_json(found)
+        return 0
+    print("versions:  " + ", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items()))
+    print("device:    " + ", ".join(found["device"]))
+    print("backends:")
+    for name, state in found["backends"].items():
+        print(f"  {name:<10} {state}")
+    native = found["native"]
+    print(f"native:    {_native_text(native)}")
+    print("policies:  " + ", ".join(found["policies"]))
+    limit = found["bound"]
+    print(
+        f"bound:     {limit['config']}, {limit['visual_tokens']} visual + {limit['text_tokens']} text tokens, "
+        f"{common.bytes_text(limit['kv_bytes_per_token'])} of KV a token, weights {common.bytes_text(limit['weight_bytes'])}"
+    )
+    for row in limit["rows"]:
+        print(
+            f"  batch {row['batch']:<4} a decode step reads {common.bytes_text(row['bytes'])}; "
+            f"with no visual KV at all {common.bytes_text(row['bytes_pruned'])}: at most {row['bound']:.2f}x faster"
+        )
+    return 0
+
+
+def _native_text(native: dict[str, Any]) -> str:
+    if native["reason"]:
+        return f"missing: {native['reason']}"
+    probe = native["probe"]
+    built = f"built with nvcc {native['nvcc']} for {', '.join(native['architectures'])}; "
+    if probe["error"]:
+        return built + f"no device: {probe['error']}"
+    devices = ", ".join(f"{d['name']} (sm_{d['compute_capability'][0]}{d['compute_capability'][1]})" for d in probe["devices"])
+    return built + f"driver {probe['driver_version']}, {devices}"

@@ -1,0 +1,135 @@
+"""The compiled extension ``dyrate_kernels._native``: is it there, why not, and what it sees of the machine.
+
+The extension is built by ``setup.py`` where nvcc is found. It links the CUDA runtime statically and loads the driver on
+the first call, so it imports on a machine with no driver. For now it is a probe; the CUDA kernels come with a later
+change. Nothing here imports torch, and nothing asks the driver before ``probe`` is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+__all__ = ["BuildInfo", "Device", "Probe", "build_info", "load", "missing_reason", "probe", "unavailable_reason"]
+
+_BUILD_INFO = Path(__file__).with_name("_build_info.json")  # written by setup.py
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What the install recorded about the native extension.
+
+    cuda: it was built. reason: why not, when it was not. nvcc: release of the compiler, e.g. "13.0".
+    architectures: in CMake's form, e.g. ("75-real", .., "120"): "-real" is machine code, no suffix machine code and PTX.
+    """
+
+    cuda: bool
+    reason: str | None = None
+    nvcc: str | None = None
+    architectures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Device:
+    """One CUDA device. compute_capability is (major, minor), memory is in bytes."""
+
+    index: int
+    name: str
+    compute_capability: tuple[int, int]
+    memory: int
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the extension sees of the machine.
+
+    driver_version, runtime_version: CUDA's own, e.g. "13.0"; driver_version is None when there is no driver.
+    architectures: what the extension was compiled for. error: why there are no devices, None when there are some.
+    """
+
+    driver_version: str | None
+    runtime_version: str
+    architectures: tuple[str, ...]
+    devices: tuple[Device, ...]
+    error: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dicts and lists, for JSON."""
+        return asdict(self)
+
+
+@functools.cache
+def build_info() -> BuildInfo:
+    """What setup.py recorded. Never raises: a source tree that was not installed says so in ``reason``."""
+    try:
+        recorded = json.loads(_BUILD_INFO.read_text(encoding="utf-8"))
+        return BuildInfo(
+            cuda=bool(recorded["cuda"]),
+            reason=recorded.get("reason"),
+            nvcc=recorded.get("nvcc"),
+            architectures=tuple(recorded.get("architectures", ())),
+        )
+    except FileNotFoundError:
+        return BuildInfo(False, "this source tree was not installed: run `pip install -e .`")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return BuildInfo(False, f"the build information is unreadable ({error}): install again")
+
+
+@functools.cache
+def _import() -> tuple[ModuleType | None, str | None]:
+    """(the extension, None) or (None, why it is missing)."""
+    info = build_info()
+    if not info.cuda:
+        return None, info.reason or "built without CUDA"
+    try:
+        return importlib.import_module("dyrate_kernels._native"), None
+    except ImportError as error:
+        return None, f"the native extension was built but does not import: {error}"
+
+
+def missing_reason() -> str | None:
+    """Why the compiled extension is missing, or None when it is there (a machine without a driver has it too)."""
+    return _import()[1]
+
+
+def load() -> ModuleType:
+    """The compiled extension. RuntimeError that says why when it is missing."""
+    module, reason = _import()
+    if module is None:
+        raise RuntimeError(f"the native extension is missing: {reason}")
+    return module
+
+
+def probe() -> Probe | None:
+    """Ask the driver what is there; None when the extension is missing (``missing_reason`` says why).
+
+    Never raises for a machine without driver or device: ``Probe.error`` names the cause. Starts no CUDA context, but
+    initialises the driver: a process forked afterwards cannot use CUDA.
+    """
+    module, _ = _import()
+    if module is None:
+        return None
+    seen = module.probe()
+    return Probe(
+        driver_version=_release(seen["driver_version"]),
+        runtime_version=_release(seen["runtime_version"]) or "unknown",
+        architectures=tuple(seen["architectures"]),
+        devices=tuple(Device(**device) for device in seen["devices"]),
+        error=seen["error"],
+    )
+
+
+def unavailable_reason() -> str | None:
+    """Why the ``cuda`` backend cannot run here, or None when it can. Asks no driver."""
+    return missing_reason() or "the native extension holds only a probe in this version, no kernels"
+
+
+def _release(version: int) -> str | None:
+    """13000 -> "13.0"; 0, CUDA's word for no driver, -> None."""
+    return f"{version // 1000}.{version % 1000 // 10}" if version else None

@@ -1,0 +1,282 @@
+"""``patch(model)``, ``unpatch(model)`` and the ``Handle`` between them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import warnings
+from typing import Any
+
+import torch
+from transformers.generation import GenerationMode
+
+from dyrate_kernels import policies
+from dyrate_kernels.cache import VisualCache
+from dyrate_kernels.ops import dispatch
+from dyrate_kernels.patching import attention
+from dyrate_kernels.patching.families import check_supported, decoder_layers, text_model, visual_columns
+from dyrate_kernels.patching.session import Session
+from dyrate_kernels.patching.shrink import ShrinkHooks
+from dyrate_kernels.policies.base import ModelShape, Policy
+from dyrate_kernels.stats import Snapshot, Stats, collect, snapshot
+
+logger = logging.getLogger(__name__)
+
+RETENTIONS = ("recoverable", "evict")
+_HANDLE = "_dyrate_handle"
+_NO_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+def patch(
+    model: Any,
+    policy: str | Policy = "dyrate",
+    *,
+    retention: str = "recoverable",
+    backend: str = "auto",
+    predictor: Any = None,
+    k: int | None = None,
+    record_importance: bool = False,
+) -> Handle:
+    """Makes ``model.generate`` drop visual tokens while it generates. Works on this instance only; ``unpatch`` undoes it.
+
+    Args:
+        model: a supported vision-language model (``patching.families.FAMILIES``).
+        policy: a name of ``dyrate_kernels.policies.names()`` or a policy object, e.g. ``policies.FastV(k=3, rate=0.5)``.
+        retention: ``"recoverable"`` (every row stays; layers >= k read only the chosen ones, which may come back) or ``"evict"`` (dropped
+            rows are gone, the prompt is shrunk in layers >= k).
+        backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``; see ``dyrate_kernels.backends()``.
+        predictor: for the policy name ``"dyrate"``: a ``DyRatePredictor``, a folder or a hub id; None is the closed form.
+        k: for a policy given by name: first layer that sees the pruned set, 1 .. L-1.
+        record_importance: keep importance and kept tokens of every step for ``stats()`` (costs ``5 * N`` bytes a step and sequence).
+
+    Returns:
+        A ``Handle``, also a context manager that unpatches at its end.
+
+    Raises:
+        TypeError: the model is not supported; the message names what is.
+        ValueError: a bad argument, or one that does not fit this model.
+        RuntimeError: the model is patched already, or the named backend cannot run.
+    """
+    family = check_supported(model)
+    if _HANDLE in vars(model):
+        raise RuntimeError("model is patched already; call dyrate_kernels.unpatch(model) first, then patch it with the new settings")
+    if retention not in RETENTIONS:
+        raise ValueError(f"retention must be one of {', '.join(RETENTIONS)}; got {retention!r}")
+    if isinstance(policy, str):
+        options = {name: value for name, value in (("k", k), ("predictor", predictor)) if value is not None}
+        policy = policies.get(policy, **options)
+    elif not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a name ({', '.join(policies.names())}) or a Policy object, got {type(policy).__name__}")
+    elif predictor is not None or k is not None:
+        raise ValueError("k and predictor go with a policy given by name; this policy object holds its own: set them there")
+    bound = policy.bind(ModelShape.from_config(model.config))
+    resolved = dispatch.name_for(backend, next(model.parameters()).device)
+    handle = Handle(model, family, bound, retention, resolved, record_importance)
+    logger.info("%s", handle)
+    return handle
+
+
+def unpatch(model: Any) -> None:
+    """Puts everything back as it was before ``patch``, bit for bit.
+
+    Raises:
+        RuntimeError: the model is not patched.
+    """
+    handle = vars(model).get(_HANDLE)
+    if handle is None:
+        raise RuntimeError("model is not patched; nothing to undo")
+    handle.unpatch()
+
+
+class Handle:
+    """A patched model's controls. Made by ``patch``; usable as a context manager.
+
+    Attributes:
+        model: the patched model.
+        policy: the policy, bound to the model.
+        retention, backend: as resolved.
+    """
+
+    def __init__(self, model: Any, family: Any, policy: Policy, retention: str, backend: str, record_importance: bool) -> None:
+        self.model, self.family, self.policy, self.retention, self.backend = model, family, policy, retention, backend
+        self.record_importance = record_importance
+        self.shape = ModelShape.from_config(model.config)
+        self.session: Session | None = None  # of the generation under way
+        self._last: Snapshot | None = None
+        self._told = False
+        self._active = True
+        self._hooks: list[Any] = []
+        self._shrink: ShrinkHooks | None = None
+        try:
+            self._install()
+        except BaseException:
+            self.unpatch()
+            raise
+
+    def _install(self) -> None:
+        model = self.model
+        vars(model)[_HANDLE] = self
+        self._decoder_signature = inspect.signature(text_model(model).forward)
+        self._base_signature = inspect.signature(model.base_model.forward)
+        for layer in decoder_layers(model):
+            attention.swap(layer.self_attn)
+        self._hooks += [
+            model.base_model.register_forward_pre_hook(self._before_base, with_kwargs=True),
+            text_model(model).register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            text_model(model).register_forward_hook(self._after_decoder, with_kwargs=True),
+        ]
+        if self.retention == "evict" and self.policy.at_prefill:
+            self._shrink = ShrinkHooks(decoder_layers(model), self.policy.layer_groups(self.shape.num_layers))
+        for name in ("generate", "_prepare_cache_for_generation"):
+            vars(model)[name] = getattr(self, f"_{name.strip('_')}")  # bound methods: a deep copy of the model gets its own handle's
+        for name in _NO_BATCHING:
+            if hasattr(type(model), name):
+                vars(model)[name] = functools.partial(_refuse_batching, name)
+
+    def unpatch(self) -> None:
+        """Undoes the patch; a second call does nothing."""
+        if not self._active:
+            return
+        self._active = False
+        model = self.model
+        for hook in self._hooks:
+            hook.remove()
+        if self._shrink is not None:
+            self._shrink.remove()
+        for layer in decoder_layers(model):
+            attention.restore(layer.self_attn)
+        for name in (_HANDLE, "generate", "_prepare_cache_for_generation", *_NO_BATCHING):
+            vars(model).pop(name, None)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.unpatch()
+
+    def __repr__(self) -> str:
+        layers = decoder_layers(self.model)
+        state = "patched" if self._active else "no longer patched"
+        return (
+            f"Handle({type(self.model).__name__} {state}: {len(layers)} text attention modules "
+            f"({type(layers[0].self_attn).__name__}), policy={self.policy}, retention={self.retention}, backend={self.backend})"
+        )
+
+    def stats(self) -> Stats:
+        """What the last generation really did. Reads the device once.
+
+        Raises:
+            RuntimeError: nothing was generated yet.
+        """
+        last = self._last if self.session is None else snapshot(self.session)
+        if last is None:
+            raise RuntimeError("nothing was generated yet: call model.generate(...) on the patched model, then stats()")
+        return collect(last)
+
+    # ---- generate ---------------------------------------------------------------------------------------------------------------
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``generate`` of the model's class, and then a word if nothing was dropped."""
+        self.session = self._last = None
+        try:
+            output = type(self.model).generate(self.model, *args, **kwargs)
+            if self.session is not None:
+                self._last = snapshot(self.session)
+                self._tell_if_nothing_dropped(self.session)
+            return output
+        finally:
+            self.session = None  # the handle does not keep keys and values alive
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int, *args: Any
+    ) -> Any:
+        cache = model_kwargs.get("past_key_values")
+        ours = isinstance(cache, VisualCache)
+        fresh = cache is None and generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if not (ours or fresh):
+            return self._original_prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args)
+        if generation_config.output_attentions:
+            raise ValueError(
+                "output_attentions=True is not available on a patched model (fused attention makes no attention matrix); "
+                "use patch(..., record_importance=True) and handle.stats(), or unpatch the model first"
+            )
+        if ours:
+            if cache.session is None or cache.session.policy != self.policy or cache.session.retention != self.retention:
+                raise ValueError(
+                    "past_key_values was made under another policy or retention than this model is patched with; "
+                    "start again without past_key_values"
+                )
+            self._original_prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args)
+        else:
+            session = Session(self.policy, self.shape, self.retention, self.backend, self.record_importance)
+            cache = model_kwargs["past_key_values"] = session.cache
+        assistant = bool(getattr(generation_config, "is_assistant", False))
+        mask = model_kwargs.get("attention_mask")
+        # transformers drops a mask of ones and notes its length
+        prompt = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        cache.session.begin_turn(prompt, max_cache_length + 1, frozen=assisted or assistant, assistant=assistant)
+        self.session = cache.session
+        return None
+
+    def _original_prepare(self, *args: Any) -> Any:
+        return type(self.model)._prepare_cache_for_generation(self.model, *args)
+
+    def _tell_if_nothing_dropped(self, session: Session) -> None:
+        if self._told or not self.policy.drops or session.record is None:
+            return
+        record = session.record
+        visual = session.cache.full.n_visual
+        if session.cache.full.bound == 0 or bool((record.kept[: record.steps] < visual).any()):
+            return
+        self._told = True
+        reason = "recoverable retention prunes from the second token on" if record.steps == 1 and not session.evict else (
+            f"the policy chose to keep every visual token at each of the {record.steps} steps"
+        )
+        warnings.warn(f"nothing was dropped in this generation with policy {self.policy.name!r}: {reason}", stacklevel=3)
+
+    # ---- forward ----------------------------------------------------------------------------------------------------------------
+
+    def _before_base(self, module: Any, args: tuple, kwargs: dict) -> None:
+        bound = _bind(self._base_signature, args, kwargs)
+        cache = bound.get("past_key_values")
+        if isinstance(cache, VisualCache) and cache.session is not None:
+            cache.session.stage(visual_columns(self.model, self.family, bound.get("input_ids"), bound.get("inputs_embeds")))
+
+    def _before_decoder(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        bound = _bind(self._decoder_signature, args, kwargs)
+        cache = bound.get("past_key_values")
+        if not isinstance(cache, VisualCache):
+            return None
+        if bound.get("output_attentions"):
+            raise ValueError("output_attentions=True is not available on a patched model; use handle.stats(), or unpatch the model first")
+        if cache.session is None:
+            raise RuntimeError("this VisualCache has no session; let generate() make it")
+        hidden = bound.get("inputs_embeds")
+        hidden = bound["input_ids"] if hidden is None else hidden
+        cache.session.begin_forward(hidden.shape[0], hidden.shape[1], bound.get("attention_mask"), hidden.device)
+        # a 4D mask passes transformers' mask creation untouched, which saves its time and its host sync
+        bound["attention_mask"] = torch.zeros(1, 1, 1, 1, device=hidden.device)
+        bound[attention.CARRIER] = cache
+        return (), bound
+
+    def _after_decoder(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        cache = kwargs.get(attention.CARRIER)
+        if cache is not None:
+            cache.session.finish_forward()
+
+
+def _bind(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """All arguments by name, whether they were given by position or not."""
+    if not args:
+        return dict(kwargs)
+    names = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _refuse_batching(name: str, *args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(
+        f"{name}() (continuous batching) keeps its own paged cache and cannot drop visual tokens; "
+        "use model.generate(...) with a batch, or dyrate_kernels.unpatch(model) first"
+    )

@@ -1,0 +1,107 @@
+"""Swapping the text attention modules: a subclass of each module's own class, whose ``config`` names our attention function.
+
+The module keeps its parameters, hooks and state_dict keys; the shared config object is not touched, so two models that share a config
+do not flip together, and ``print(model)`` shows the swap (design.md, section 5).
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dyrate_kernels.cache import VisualCache
+
+IMPLEMENTATION = "dyrate"  # name of the attention function in transformers' registry
+CARRIER = "dyrate"  # keyword by which the cache reaches the attention function
+
+
+class ConfigView:
+    """A config as the attention module sees it: all of the original, but for the attention implementation."""
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["original"] = config
+
+    _attn_implementation = IMPLEMENTATION
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy and pickle probe these before the view has its config
+            raise AttributeError(name)
+        return getattr(self.__dict__["original"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["original"], name, value)
+
+
+def _get_config(module: nn.Module) -> ConfigView:
+    return ConfigView(module.__dict__["config"])
+
+
+def _set_config(module: nn.Module, config: Any) -> None:
+    module.__dict__["config"] = config.__dict__["original"] if isinstance(config, ConfigView) else config
+
+
+@cache
+def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
+    members = {
+        "config": property(_get_config, _set_config),
+        "_dyrate_original": original,
+        "__module__": __name__,
+        "__doc__": f"{original.__name__}, patched by dyrate_kernels.",
+    }
+    return type(f"DyRate{original.__name__}", (original,), members)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """True for a module that ``swap`` has changed."""
+    return "_dyrate_original" in vars(type(module))
+
+
+def swap(module: nn.Module) -> None:
+    """Gives an attention module its patched class. The module is changed in place."""
+    register()
+    module.__class__ = _swapped_class(type(module))
+
+
+def restore(module: nn.Module) -> None:
+    """Undoes ``swap``."""
+    if is_swapped(module):
+        module.__class__ = type(module)._dyrate_original
+
+
+@cache
+def register() -> None:
+    """Makes our attention function known to transformers. Names nothing that another model uses."""
+    AttentionInterface.register(IMPLEMENTATION, attention_function)
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: query ``[B, Hq, q, D]`` -> (``[B, q, Hq, D]``, weights or None).
+
+    With a ``VisualCache`` in the call it reads that; otherwise it does what the unpatched module would have done.
+    """
+    cache: VisualCache | None = kwargs.pop(CARRIER, None)
+    if cache is None:
+        original = _original_function(module)
+        return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return cache.session.attend(module.layer_idx, query, key, value, scale, kwargs.get("sliding_window")), None
+
+
+def _original_function(module: nn.Module):
+    eager = sys.modules[type(module)._dyrate_original.__module__].eager_attention_forward
+    name = module.__dict__["config"]._attn_implementation
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)

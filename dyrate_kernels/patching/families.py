@@ -1,0 +1,90 @@
+"""Which models can be patched, and what is particular about each. A new family is a line in a table unless its attention differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        visual_ids: names of the config entries that hold the ids of visual placeholder tokens.
+    """
+
+    visual_ids: tuple[str, ...] = ("image_token_id",)
+
+
+_IMAGE_AND_VIDEO = Family(("image_token_id", "video_token_id"))
+
+FAMILIES = {
+    "llava": Family(),
+    "llava_next": Family(),
+    "llava_onevision": _IMAGE_AND_VIDEO,
+    "video_llava": _IMAGE_AND_VIDEO,
+    "vipllava": Family(),
+}
+
+TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def check_supported(model: Any) -> Family:
+    """The family of ``model``.
+
+    Raises:
+        TypeError: not a supported vision-language model; says which are.
+    """
+    config = getattr(model, "config", None)
+    name = getattr(config, "model_type", None)
+    supported = f"supported: {', '.join(sorted(FAMILIES))} with a text model of {', '.join(TEXT_MODELS)}"
+    if not isinstance(model, nn.Module) or name is None:
+        raise TypeError(f"model must be a transformers vision-language model, got {type(model).__name__}; {supported}")
+    if name not in FAMILIES:
+        raise TypeError(f"model of type {name!r} ({type(model).__name__}) is not supported; {supported}")
+    if not hasattr(model, "generate") or not hasattr(model, "lm_head"):
+        raise TypeError(
+            f"model must be the ...ForConditionalGeneration class, got {type(model).__name__}: "
+            "patch the model that has generate(), not its inner part"
+        )
+    text = config.get_text_config()
+    if text.model_type not in TEXT_MODELS:
+        raise TypeError(f"the text model {text.model_type!r} of this {name} is not supported; {supported}")
+    for entry, why in {"attn_logit_softcapping": "logit softcapping", "kv_lora_rank": "latent attention"}.items():
+        if getattr(text, entry, None):
+            raise TypeError(f"the text model uses {why} ({entry}), which is not supported; {supported}")
+    for layer in decoder_layers(model):
+        attention = layer.self_attn
+        if getattr(attention, "sinks", None) is not None:
+            raise TypeError(f"the text model uses attention sinks, which is not supported; {supported}")
+    return FAMILIES[name]
+
+
+def text_model(model: Any) -> nn.Module:
+    """The decoder: the module that owns ``layers``."""
+    decoder = model.get_decoder()
+    return decoder if hasattr(decoder, "layers") else decoder.model
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of the text model."""
+    return text_model(model).layers
+
+
+def visual_columns(model: Any, family: Family, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
+    """bool ``[B, q]``: which columns are placeholders of visual tokens; None where neither ids nor embeddings were given."""
+    ids = [getattr(model.config, name) for name in family.visual_ids if getattr(model.config, name, None) is not None]
+    if input_ids is None and inputs_embeds is None:
+        return None
+    mask = None
+    for token_id in ids:
+        if input_ids is not None:
+            hit = input_ids == token_id
+        else:  # as transformers itself finds them
+            weight = model.get_input_embeddings().weight
+            hit = (inputs_embeds == weight[token_id].to(inputs_embeds.device, inputs_embeds.dtype)).all(-1)
+        mask = hit if mask is None else mask | hit
+    return mask

@@ -1,0 +1,677 @@
+"""One generation of a patched model: which rows each forward pass adds, what the policy decides, which rows each layer reads.
+
+The flow of one forward pass (design.md, section 5):
+
+1. ``stage`` (hook on the base model) learns which columns are visual tokens, from the token ids.
+2. ``begin_forward`` (hook on the text model) gives every column its row in the cache and reserves room.
+3. each attention module calls ``store`` (through ``VisualCache.update``) and then ``attend``; at the score layer ``k-1``, ``attend`` also
+   lets the policy decide.
+4. ``finish_forward`` (hook on the text model) closes the pass.
+
+A pass of one token after the prompt is a *decode step* and reads no device value on the host. Every other pass is *wide*: prompts,
+chunks of prompts, the next turn of a chat, drafted tokens. In a wide pass each drafted token decides for itself, exactly as if it had
+come alone, so assisted decoding with retention ``recoverable`` gives the tokens of plain decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyrate_kernels import ops
+from dyrate_kernels.cache import INSTRUCTION, RESPONSE, SYSTEM, RowGroup, VisualCache
+from dyrate_kernels.patching.wide import KeyRows, attend_wide, row_statistics, sum_of_all_rows, visibility
+from dyrate_kernels.policies.base import ModelShape, Policy, View
+from dyrate_kernels.stats import Record
+
+
+@dataclass
+class Slot:
+    """What the layers of one group receive in a wide pass.
+
+    Attributes:
+        column: int64 ``[B, q]``, absolute column of each hidden-state row.
+        stored: bool ``[B, q]``, False for padding and for tokens that are dropped here.
+        token: int64 ``[B, q]``, visual token index, -1 for text.
+        text: int64 ``[B, q]``, text row index, -1 for visual tokens and padding.
+        type: uint8 ``[B, q]``, token type.
+        row: int64 ``[B, q]``, destination row in the buffers, -1 for rows that are not stored.
+        fresh: the group held nothing before, so the new rows are all there is to read.
+        plain: besides ``fresh``: no padding, every sequence equally long, columns ascending (causal attention needs no mask).
+    """
+
+    column: Tensor
+    stored: Tensor
+    token: Tensor
+    text: Tensor
+    type: Tensor
+    row: Tensor
+    fresh: bool
+    plain: bool
+
+
+@dataclass
+class Forward:
+    """The forward pass under way."""
+
+    start: int
+    length: int
+    decode: bool
+    row: Tensor | None = None  # decode: int64 [B, 1], text row index (not yet offset by the visual capacity)
+    slots: dict[int, Slot] = field(default_factory=dict)  # wide: by index of the group
+    allowed: dict[int, Tensor] = field(default_factory=dict)  # wide: by group, bool [B, d, N] visual tokens each decode row may read
+    drafted: int = 0  # rows at the end of this pass that come after the prompt
+    ends_prompt: bool = False
+    deferred: bool = False  # an early chunk of a prompt: pruned layers wait for the last chunk
+    shrunk: bool = False  # pruned layers receive fewer columns; then, by group:
+    source: dict[int, Tensor] = field(default_factory=dict)  # int64 [B, s], which columns (of this and the waiting chunks) stay
+    filled: dict[int, Tensor] = field(default_factory=dict)  # bool [B, s], False for the filler of shorter sequences
+    joined_length: int = 0  # columns of this and the waiting chunks
+    joined_positions: dict[str, Any] = field(default_factory=dict)
+    positions: tuple = ()
+
+
+class Session:
+    """Carries policy, state and cache through one conversation.
+
+    Args:
+        policy: a policy bound to the model (``Policy.bind``).
+        shape: the text model's shape.
+        retention: ``"recoverable"`` or ``"evict"``.
+        backend: name of the operator backend.
+        record_importance: keep importance and kept tokens of every step for ``stats()``.
+    """
+
+    def __init__(self, policy: Policy, shape: ModelShape, retention: str, backend: str, record_importance: bool = False) -> None:
+        self.policy, self.shape, self.retention, self.backend = policy, shape, retention, backend
+        self.evict = retention == "evict"
+        self.score_layer = policy.k - 1
+        self.cache = VisualCache(shape.num_layers, policy.layer_groups(shape.num_layers), shared_rows=not self.evict)
+        self.cache.session = self
+        self.record_importance = record_importance
+        self.record: Record | None = None
+        self.in_forward = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the conversation."""
+        self.state: dict[str, Tensor] = {}
+        self.turn = -1
+        self.turn_start = self.turn_end = 0
+        self.max_length = 0
+        self.cached: tuple[Tensor, Tensor] | None = None  # visual tokens and text rows held before this turn, int32 [B] each
+        self.frozen = False
+        self.evicted_while_decoding = False
+        self.decided = False  # the policy has decided at a prefill of this conversation
+        self.new_images = False  # this turn brought visual tokens
+        self.step: Tensor | None = None  # int64 [1]: step of the next token (0 = the prompt)
+        self.column: Tensor | None = None  # int32 [1]: column of the next token
+        self.last_rate: Tensor | None = None
+        self.column_sum: Tensor | None = None  # [B, N], attention received from all prompt rows so far
+        self.waiting: list[Any] = []  # early chunks of a prompt, patching.shrink.Waiting
+        self.staged: Tensor | None = None
+        self.forward: Forward | None = None
+
+    # ---- generation ---------------------------------------------------------------------------------------------------------------
+
+    def begin_turn(self, prompt_length: int | None, max_length: int, frozen: bool, assistant: bool = False) -> None:
+        """A ``generate()`` call begins.
+
+        Args:
+            prompt_length: the column at which its prompt ends; None: where its first forward pass ends.
+            max_length: columns it may reach.
+            frozen: rows are not compacted while decoding (assisted decoding rolls the cache back).
+            assistant: this model drafts for another one.
+        """
+        if self.in_forward:
+            raise RuntimeError(
+                "the last forward pass on this cache did not finish (it raised an error), so its rows are incomplete. "
+                "Start again without past_key_values."
+            )
+        self.max_length = max_length
+        self.frozen = frozen
+        if assistant and self.turn >= 0:
+            return  # the drafting model of assisted decoding: its later calls go on with the same turn
+        if prompt_length is not None and self.cache.length >= prompt_length and self.turn >= 0:
+            return  # nothing new to read: go on decoding
+        self.turn += 1
+        self.turn_start, self.turn_end = self.cache.length, -1 if prompt_length is None else prompt_length
+        self.new_images = False
+        self.column_sum = None
+        self.waiting = []
+        self.evicted_while_decoding = False
+        self.record = None
+
+    def stage(self, visual: Tensor | None) -> None:
+        """bool ``[B, q]``: which columns of the next pass are visual tokens by their ids."""
+        self.staged = visual
+
+    def begin_forward(self, batch: int, length: int, attention_mask: Tensor | None, device: torch.device) -> None:
+        """Gives the ``length`` new columns their rows. Checks everything before it changes anything."""
+        cache = self.cache
+        staged, self.staged = self.staged, None
+        if self.in_forward:
+            raise RuntimeError(
+                "the last forward pass on this cache did not finish (it raised an error), so its rows are incomplete. "
+                "Start again without past_key_values."
+            )
+        if cache.is_initialized and cache.batch_size != batch:
+            raise ValueError(f"past_key_values holds {cache.batch_size} sequences, input_ids has {batch}; pass a cache of the same batch")
+        if self.turn < 0:  # a plain forward on a fresh cache: its columns are the prompt
+            self.begin_turn(length, length, frozen=False)
+        if not cache.is_initialized:
+            cache.allocate_metadata(batch, device)
+            self.step = torch.zeros(1, dtype=torch.int64, device=device)
+            self.column = torch.zeros(1, dtype=torch.int32, device=device)
+        start = cache.length
+        if self.turn_end < 0:
+            self.turn_end = start + length
+        if length == 1 and start >= self.turn_end:
+            self._begin_decode(start)
+        else:
+            self._begin_wide(start, length, attention_mask, staged, device)
+        self.in_forward = True
+
+    def _begin_decode(self, start: int) -> None:
+        cache = self.cache
+        if cache.text_bound + 1 >= cache.text_capacity:
+            cache.reserve_text(2 * cache.text_capacity)
+        row = cache.n_text[:, None].long()
+        cache.text_type.scatter_(1, row, RESPONSE)
+        cache.text_column.scatter_(1, row, self.column.expand(cache.batch_size, 1))
+        cache.n_text.add_(1)
+        cache.text_bound += 1
+        self.forward = Forward(start, 1, decode=True, row=row)
+
+    def _begin_wide(self, start: int, length: int, attention_mask: Tensor | None, staged: Tensor | None, device: torch.device) -> None:
+        cache = self.cache
+        batch = cache.batch_size
+        columns = torch.arange(start, start + length, device=device)
+        prompt = columns < self.turn_end
+        valid = torch.ones(batch, length, dtype=torch.bool, device=device)
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+                raise ValueError(
+                    f"attention_mask must be [{batch}, {start + length}] (0 = padding), got {list(attention_mask.shape)}; "
+                    "a patched model makes its own causal mask"
+                )
+            valid = attention_mask[:, -length:].to(device=device, dtype=torch.bool)
+        visual = torch.zeros_like(valid) if staged is None else staged.to(device) & valid & prompt
+        text = valid & ~visual
+        if start == self.turn_start:
+            self.cached = (cache.full.n_visual.clone(), cache.n_text.clone())
+        new_visual, new_text = visual.sum(1, dtype=torch.int32), text.sum(1, dtype=torch.int32)
+        total_visual, total_text = cache.full.n_visual + new_visual, cache.n_text + new_text
+        # the one host read of a prompt: how much room its rows need, and whether it is padded
+        max_visual, max_text, added, last_real, real = torch.stack(
+            [total_visual.max(), total_text.max(), new_visual.sum(), valid[:, -1].all(), valid.sum()]
+        ).tolist()
+        if not last_real and start + length >= self.turn_end:
+            raise ValueError(
+                "attention_mask ends with padding (right padding); a patched model needs the last prompt token in the last column. "
+                "Set processor.tokenizer.padding_side = 'left'."
+            )
+        self.new_images |= bool(added)
+        cache.reserve_text(max_text + min(max(self.max_length - start - length, 0), 4096))
+        cache.reserve_tokens(max_visual)
+
+        token = torch.where(visual, cache.full.n_visual[:, None] + visual.cumsum(1) - 1, -1)
+        text_row = torch.where(text, cache.n_text[:, None] + text.cumsum(1) - 1, -1)
+        seen_image = (cache.full.n_visual[:, None] > 0) | (visual.cumsum(1) > 0)
+        kind = torch.where(seen_image, INSTRUCTION, SYSTEM) if self.turn_start == 0 else torch.full_like(token, INSTRUCTION)
+        kind = torch.where(prompt, kind, RESPONSE)
+        kind = torch.where(visual, 1, kind).to(torch.uint8)
+
+        width = columns.expand(batch, -1)
+        scratch = torch.where(text, text_row, cache.text_capacity - 1)
+        cache.text_type.scatter_(1, scratch, kind)
+        cache.text_column.scatter_(1, scratch, width.int())
+        if added:
+            spare = torch.zeros(batch, cache.token_column.shape[1] + 1, dtype=torch.int32, device=device)
+            spare[:, :-1] = cache.token_column
+            spare.scatter_(1, torch.where(visual, token, spare.shape[1] - 1), width.int())
+            cache.token_column.copy_(spare[:, :-1])
+            cache.full.token.copy_(torch.arange(cache.full.capacity, device=device))
+        cache.n_text.copy_(total_text)
+        if self.turn_start == 0 and start < self.turn_end <= start + length:  # a prompt without an image has no system part
+            no_image = (total_visual == 0)[:, None]
+            cache.text_type.masked_fill_(no_image & (cache.text_type == SYSTEM), INSTRUCTION)
+            kind = kind.masked_fill(no_image & (kind == SYSTEM), INSTRUCTION)
+
+        forward = Forward(start, length, decode=False)
+        forward.drafted = max(start + length - max(self.turn_end, start), 0)
+        forward.ends_prompt = start < self.turn_end <= start + length
+        forward.deferred = self.prunes_prompt and start + length < self.turn_end
+        row = torch.where(visual, token, torch.where(text, cache.full.capacity + text_row, -1))
+        fresh = start == 0
+        forward.slots[0] = Slot(width, valid, token, text_row, kind, row, fresh, fresh and real == batch * length)
+        if not self.evict:
+            cache.full.n_visual.copy_(total_visual)
+            for index, group in enumerate(cache.groups):
+                group.bound = max_visual
+                forward.slots[index] = forward.slots[0]
+        else:
+            cache.full.n_visual.copy_(total_visual)
+            cache.full.bound = max_visual
+            if not self.prunes_prompt:
+                for index, group in enumerate(cache.groups[1:], 1):
+                    self._append_all(forward, index, group)
+        cache.text_bound = max_text
+        self.forward = forward
+
+    def _append_all(self, forward: Forward, index: int, group: RowGroup) -> None:
+        """Evict, a pass in which nothing is decided: the pruned group takes every new row (drafts, a second turn of text)."""
+        slot = forward.slots[0]
+        visual = slot.stored & (slot.token >= 0)
+        self._place(forward, index, group, slot.column, slot.stored, slot.token, slot.text, slot.type, visual, slot.fresh, slot.plain)
+
+    def _place(
+        self, forward: Forward, index: int, group: RowGroup, column: Tensor, stored: Tensor, token: Tensor, text: Tensor, kind: Tensor, visual: Tensor,
+        fresh: bool, plain: bool,
+    ) -> None:  # fmt: skip
+        """Appends ``visual`` (bool ``[B, q]``) and all text of these columns to a pruned group and makes its slot."""
+        cache = self.cache
+        added = visual.sum(1, dtype=torch.int32)
+        group.bound = int((group.n_visual + added).max())
+        cache.reserve_visual(group, group.bound)
+        place = torch.where(visual, group.n_visual[:, None] + visual.cumsum(1) - 1, -1)
+        tokens = cache.token_column.shape[1]
+        spare = torch.zeros(group.token.shape[0], group.capacity + 1, dtype=torch.int64, device=token.device)
+        spare[:, :-1] = group.token
+        spare.scatter_(1, torch.where(visual, place, group.capacity), token)
+        group.token.copy_(spare[:, :-1])
+        alive = torch.zeros(token.shape[0], tokens + 1, dtype=torch.bool, device=token.device)
+        alive.scatter_(1, torch.where(visual, token, tokens), True)
+        group.alive |= alive[:, :-1]
+        group.n_visual += added
+        row = torch.where(visual, place, torch.where(stored & (text >= 0), group.capacity + text, -1))
+        forward.slots[index] = Slot(column, stored, token, text, kind, row, fresh, plain)
+
+    def forward_in_progress(self) -> Forward:
+        """The pass under way."""
+        if self.forward is None:
+            raise RuntimeError("no forward pass is under way on this cache")
+        return self.forward
+
+    @property
+    def prunes_prompt(self) -> bool:
+        """The prompt of this turn is shrunk in the pruned layers."""
+        return self.evict and self._decides_at_prefill and self.cache.length < self.turn_end
+
+    @property
+    def _decides_at_prefill(self) -> bool:
+        if not self.policy.at_prefill or (self.frozen and self.decided):
+            return False
+        # a method that decides once does so again only when new visual tokens came
+        return self.policy.at_decode or not self.decided or self.new_images
+
+    def finish_forward(self) -> None:
+        """The pass came to its end: the new columns count from now on."""
+        forward = self.forward_in_progress()
+        self.cache.length += forward.length
+        if forward.decode:
+            self.step.add_(1)
+            self.column.add_(1)
+        else:
+            self.step.fill_(max(self.cache.length - self.turn_end + 1, 0))
+            self.column.fill_(self.cache.length)
+        self.in_forward = False
+        self.forward = None
+
+    def rewind(self, columns: int) -> None:
+        """The newest ``columns`` were cropped away."""
+        self.step.sub_(columns).clamp_(min=0)
+        self.column.sub_(columns)
+
+    def select_sequences(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Sequences were reordered: everything per sequence follows."""
+        self.state = {name: pick(tensor) for name, tensor in self.state.items()}
+        if self.last_rate is not None:
+            self.last_rate = pick(self.last_rate)
+        if self.record is not None:
+            self.record.select_sequences(pick)
+
+    # ---- one layer --------------------------------------------------------------------------------------------------------------
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Writes the new rows of ``layer`` (called by ``VisualCache.update``)."""
+        forward, cache = self.forward_in_progress(), self.cache
+        if forward.decode:
+            cache.write(layer, key, value, cache.group_of[layer].capacity + forward.row)
+            return
+        slot = forward.slots.get(self._group_index(layer))
+        if slot is not None:  # None: a deferred chunk, whose rows come with the last one
+            cache.write(layer, key, value, slot.row)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """Attention of one layer: query ``[B, Hq, q, D]`` -> output ``[B, q, Hq, D]``. At the score layer the policy decides."""
+        self.cache.mark_read(layer)
+        if self.forward_in_progress().decode:
+            return self._attend_decode(layer, query[:, :, 0], scale, window)[:, None]
+        return self._attend_wide(layer, query, key, value, scale, window)
+
+    def _group_index(self, layer: int) -> int:
+        return self.cache.groups.index(self.cache.group_of[layer])
+
+    # ---- decode step ------------------------------------------------------------------------------------------------------------
+
+    def _attend_decode(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+        cache, forward = self.cache, self.forward
+        group = cache.group_of[layer]
+        device = query.device
+        rows = {
+            "query": query,
+            "key": cache.keys[layer],
+            "value": cache.values[layer],
+            "n_visual": group.n_visual.to(device),
+            "n_text": cache.n_text.to(device),
+            "visual_capacity": group.capacity,
+            "scale": scale,
+            "visual_bound": group.bound,
+            "text_bound": cache.text_bound,
+            "backend": self.backend,
+        }
+        if window is not None and window <= forward.start:
+            rows["position"] = cache.columns(group, group.capacity, cache.text_capacity).to(device)
+            rows["query_position"] = self.column.to(device).expand_as(rows["n_text"])
+            rows["window"] = window
+        if layer == self.score_layer:
+            return self._score_decode(rows)
+        if group.kept is not None:
+            rows["kept"], rows["n_kept"] = group.kept.to(device), group.n_kept.to(device)
+        return ops.decode_attention(**rows).output
+
+    def _score_decode(self, rows: dict) -> Tensor:
+        cache, policy = self.cache, self.policy
+        rows["text_type"] = cache.text_type.to(rows["query"].device)
+        decides = policy.at_decode and cache.full.bound > 0 and not (self.evict and (self.frozen or policy.constant))
+        if not decides:
+            result = ops.decode_attention(**rows, mass=True, importance=self.record_importance)
+            self._write_record(result.mass, result.importance)
+            return result.output
+        pruned = cache.groups[1]
+        tensors = policy.predictor_tensors(self.state) if len(cache.groups) == 2 else None
+        if tensors is not None:
+            weight, bias, rates = tensors
+            step = ops.decode_step(
+                **rows, weight=weight, bias=bias, rates=rates,
+                alive=self._alive(pruned), max_kept=pruned.n_visual if self.evict else None,
+            )  # fmt: skip
+            output, mass, importance, self.last_rate = step.output, step.mass, step.importance, step.rate
+            self._apply(pruned, step.kept, step.n_kept)
+        else:
+            result = ops.decode_attention(**rows, mass=True, importance=True)
+            output, mass, importance = result.output, result.mass, result.importance
+            batch = mass.shape[0]
+            view = View(
+                self.step.expand(batch), mass, importance, cache.full.n_visual, self._alive(pruned), self.state
+            )
+            self._select_and_apply(policy.decide(view), importance)
+        self._write_record(mass, importance)
+        return output
+
+    def _alive(self, group: RowGroup) -> Tensor | None:
+        return None if group.alive is None else group.alive[:, : self.cache.full.capacity]
+
+    def _select_and_apply(self, decision, importance: Tensor) -> None:
+        cache = self.cache
+        score = importance if decision.score is None else decision.score
+        counts = decision.count if decision.count.dim() == 2 else decision.count[None].expand(len(cache.groups) - 1, -1)
+        self.last_rate = decision.rate
+        for group, count in zip(cache.groups[1:], counts, strict=True):
+            if self.evict:
+                count = torch.minimum(count, group.n_visual)
+            kept, n_kept = ops.select_tokens(score, count, cache.full.n_visual, alive=self._alive(group), backend=self.backend)
+            self._apply(group, kept, n_kept)
+
+    def _apply(self, group: RowGroup, kept: Tensor, n_kept: Tensor) -> None:
+        """The choice of a step takes effect: a list to read through, or rows that move."""
+        cache = self.cache
+        if self.evict:
+            cache.evict(group, kept, n_kept, self.backend)
+            self.evicted_while_decoding = True
+        else:
+            width = self.policy.kept_bound(cache.full.bound)
+            group.kept, group.n_kept = kept[:, :width], n_kept
+
+    # ---- wide pass --------------------------------------------------------------------------------------------------------------
+
+    def _key_rows(self, layer: int, slot: Slot, key: Tensor, value: Tensor) -> KeyRows:
+        """Everything the rows of this pass may read in ``layer``."""
+        cache = self.cache
+        group = cache.group_of[layer]
+        if slot.fresh:
+            return KeyRows(key, value, slot.column, slot.stored, slot.token, slot.type)
+        keys, values = cache.live_slices(layer)
+        visual, text = group.bound, cache.text_bound
+        device = cache.n_text.device
+        live = torch.cat(
+            [
+                torch.arange(visual, device=device) < group.n_visual[:, None],
+                torch.arange(text, device=device) < cache.n_text[:, None],
+            ],
+            dim=1,
+        )
+        token = torch.cat([group.token[:, :visual], torch.full_like(cache.text_column[:, :text], -1, dtype=torch.int64)], dim=1)
+        kind = torch.cat([torch.ones_like(token[:, :visual], dtype=torch.uint8), cache.text_type[:, :text]], dim=1)
+        return KeyRows(keys, values, cache.columns(group, visual, text).long(), live, token, kind)
+
+    def _attend_wide(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        forward = self.forward
+        index = self._group_index(layer)
+        slot = forward.slots.get(index)
+        if slot is None:  # a deferred chunk: nobody reads this
+            return torch.zeros_like(query).transpose(1, 2)
+        rows = self._key_rows(layer, slot, key, value).to(query.device)
+        column = slot.column.to(query.device)
+        plain = slot.plain and index not in forward.allowed and (window is None or forward.start + forward.length <= window)
+        mask = None
+        if not plain or layer == self.score_layer:
+            mask = visibility(rows, column, window)
+            if index in forward.allowed:
+                mask = self._restrict(mask, rows, forward.allowed[index].to(query.device))
+        output = attend_wide(query, rows, None if plain else mask, scale)
+        if layer == self.score_layer:
+            self._score_wide(layer, query, rows, mask, column, scale, window)
+        return output
+
+    @staticmethod
+    def _restrict(mask: Tensor, rows: KeyRows, allowed: Tensor) -> Tensor:
+        """The last ``d`` rows of this pass may read only the visual tokens ``allowed`` ``[B, d, N]``."""
+        drafted = allowed.shape[1]
+        token = rows.token[:, None].expand(-1, drafted, -1)
+        may = allowed.gather(2, token.clamp(min=0)) | (token < 0)
+        mask = mask.clone()
+        mask[:, -drafted:] &= may
+        return mask
+
+    def _score_wide(
+        self, layer: int, query: Tensor, rows: KeyRows, mask: Tensor, column: Tensor, scale: float, window: int | None
+    ) -> None:
+        """The score layer of a wide pass: the last prompt row decides, then each drafted row for itself."""
+        forward, cache, policy = self.forward, self.cache, self.policy
+        tokens = cache.full.capacity
+        last = forward.length - forward.drafted - 1  # the last prompt row, where this pass holds it
+        home = cache.n_text.device
+        if policy.query_rows == "mean" and self._decides_at_prefill and forward.drafted < forward.length:
+            prompt = slice(0, forward.length - forward.drafted)
+            real = forward.slots[0].stored[:, prompt].to(query.device)
+            added = sum_of_all_rows(query[:, :, prompt], rows, mask[:, prompt], real, scale, tokens).to(home)
+            self.column_sum = added if self.column_sum is None else _resize_like(self.column_sum, added) + added
+        if forward.ends_prompt:
+            if forward.drafted or window is not None:
+                mass, importance = row_statistics(query[:, :, last : last + 1], rows, mask[:, last : last + 1], scale, tokens)
+                mass, importance = mass[:, 0].to(home), importance[:, 0].to(home)
+            else:
+                mass, importance = self._score_last_query(layer, query[:, :, last], scale)
+            self._decide_prompt(mass, importance)
+        if forward.drafted:
+            first = forward.length - forward.drafted
+            mass, importance = row_statistics(query[:, :, first:], rows, mask[:, first:], scale, tokens)
+            self._decide_drafts(mass.to(home), importance.to(home))
+
+    def _score_last_query(self, layer: int, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        cache = self.cache
+        group, device, home = cache.group_of[layer], query.device, cache.n_text.device
+        mass, importance = ops.score_last_query(
+            query, cache.keys[layer], cache.values[layer], group.n_visual.to(device), cache.n_text.to(device),
+            visual_capacity=group.capacity, scale=scale, text_type=cache.text_type.to(device),
+            visual_bound=group.bound, text_bound=cache.text_bound, backend=self.backend,
+        )  # fmt: skip
+        return mass.to(home), importance.to(home)
+
+    def _decide_prompt(self, mass: Tensor, importance: Tensor) -> None:
+        """Step 0: the last prompt row's statistics, the policy's first decision, and what follows from it for the pruned layers."""
+        cache, policy = self.cache, self.policy
+        batch = mass.shape[0]
+        n_visual = cache.full.n_visual
+        self.record = Record(self, batch)
+        keep_all = torch.zeros(batch, dtype=torch.float64, device=n_visual.device)
+        self.last_rate = keep_all
+        if self._decides_at_prefill and cache.full.bound > 0:
+            if self.column_sum is not None:
+                importance = self.column_sum
+            alive = None
+            if self.evict:
+                alive = self._candidates(cache.groups[1])
+            if not self.state or self.new_images:
+                self.state = policy.start(n_visual)
+            step = torch.zeros(batch, dtype=torch.int64, device=n_visual.device)
+            decision = policy.decide(View(step, mass, importance, n_visual, alive, self.state))
+            score = importance if decision.score is None else decision.score
+            groups = cache.groups[1:]
+            counts = decision.count if decision.count.dim() == 2 else decision.count[None].expand(len(groups), -1)
+            if self.evict:
+                self.last_rate = decision.rate
+                self._shrink_prompt(score, counts)
+            elif not policy.at_decode:
+                self.last_rate = decision.rate
+                for group, count in zip(groups, counts, strict=True):
+                    kept, n_kept = ops.select_tokens(score, count, n_visual, backend=self.backend)
+                    width = policy.kept_bound(cache.full.bound)
+                    kept = kept[:, :width]
+                    if group.kept is not None and self.decided:  # sequences without new images keep their old choice
+                        kept, n_kept = self._keep_old_choice(group, kept, n_kept)
+                    group.kept, group.n_kept = kept, n_kept
+            self.decided = True
+        elif self.prunes_prompt:
+            self._shrink_prompt(importance, n_visual[None].expand(len(cache.groups) - 1, -1))
+        self._write_record(mass, importance, step=0)
+
+    def _keep_old_choice(self, group: RowGroup, kept: Tensor, n_kept: Tensor) -> tuple[Tensor, Tensor]:
+        fresh = (self.forward.slots[0].token >= 0).any(1)
+        width = max(kept.shape[1], group.kept.shape[1])
+        old = torch.full((kept.shape[0], width), -1, dtype=torch.int32, device=kept.device)
+        new = old.clone()
+        old[:, : group.kept.shape[1]], new[:, : kept.shape[1]] = group.kept, kept
+        return torch.where(fresh[:, None], new, old), torch.where(fresh, n_kept, group.n_kept)
+
+    def _candidates(self, group: RowGroup) -> Tensor:
+        """bool ``[B, N]``: tokens a pruned group holds already or would receive in this turn."""
+        cache = self.cache
+        columns = cache.token_column[:, : cache.full.capacity]
+        live = torch.arange(columns.shape[1], device=columns.device) < cache.full.n_visual[:, None]
+        return (self._alive(group) | (columns >= self.turn_start)) & live
+
+    def _shrink_prompt(self, score: Tensor, counts: Tensor) -> None:
+        """Evict at prefill: each pruned group keeps ``counts`` of its candidates; old rows are compacted, new columns get their slots."""
+        cache, forward = self.cache, self.forward
+        slots = [waiting.slot for waiting in self.waiting] + [forward.slots[0]]
+        column, stored, token, text, kind = (
+            torch.cat([getattr(slot, name) for slot in slots], dim=1) for name in ("column", "stored", "token", "text", "type")
+        )
+        visual = stored & (token >= 0)
+        tokens = cache.token_column.shape[1]
+        batch, width = column.shape
+        chosen, keeps = [], []
+        for group, count in zip(cache.groups[1:], counts, strict=True):
+            kept, n_kept = ops.select_tokens(score, count, cache.full.n_visual, alive=self._candidates(group), backend=self.backend)
+            chosen.append((kept, n_kept))
+            mark = torch.zeros(batch, tokens + 1, dtype=torch.bool, device=column.device)
+            mark.scatter_(1, torch.where(kept < 0, tokens, kept).long(), True)
+            keeps.append(torch.where(visual, mark.gather(1, token.clamp(min=0)), stored))
+        # the last column's hidden state gives the next token, so it stays even where its own key is dropped
+        stays = []
+        for keep in keeps:
+            stay = keep.clone()
+            stay[:, -1] = True
+            stays.append(stay)
+        sizes = torch.stack([torch.stack([s.sum(1).max(), s.sum(1).min(), k.sum(1).min()]) for s, k in zip(stays, keeps, strict=True)]).tolist()
+        for index, (group, (kept, n_kept), keep, stay, (size, least, real)) in enumerate(
+            zip(cache.groups[1:], chosen, keeps, stays, sizes, strict=True), 1
+        ):
+            if self.turn_start > 0:
+                cache.evict(group, kept, n_kept, self.backend)
+            place = stay.cumsum(1) - 1 + (size - stay.sum(1, keepdim=True))
+            source = torch.zeros(batch, size + 1, dtype=torch.int64, device=column.device)
+            source.scatter_(1, torch.where(stay, place, size), torch.arange(width, device=column.device).expand(batch, -1))
+            source = source[:, :-1]
+            filled = torch.arange(size, device=column.device) >= size - stay.sum(1, keepdim=True)
+            here = keep.gather(1, source) & filled
+            got = token.gather(1, source)
+            fresh = self.turn_start == 0
+            self._place(
+                forward, index, group, column.gather(1, source), here, got, text.gather(1, source), kind.gather(1, source),
+                here & (got >= 0), fresh, fresh and least == size == real,
+            )  # fmt: skip
+            forward.source[index], forward.filled[index] = source, filled
+        forward.shrunk, forward.joined_length = True, width
+
+    def _decide_drafts(self, mass: Tensor, importance: Tensor) -> None:
+        """Drafted rows: each decides for itself (recoverable); under evict the kept set stays as it is (compaction is frozen)."""
+        cache, policy, forward = self.cache, self.policy, self.forward
+        batch, drafted = mass.shape[:2]
+        first = forward.start + forward.length - drafted - self.turn_end + 1
+        n_visual = cache.full.n_visual
+        steps = torch.arange(first, first + drafted, device=n_visual.device)
+        groups = cache.groups[1:]
+        shares = None
+        if not self.evict and cache.full.bound > 0:
+            if policy.at_decode:
+                each = n_visual.repeat_interleave(drafted)
+                state = {name: tensor.repeat_interleave(drafted, 0) for name, tensor in self.state.items()}
+                view = View(steps.repeat(batch), mass.flatten(0, 1), importance.flatten(0, 1), each, None, state)
+                decision = policy.decide(view)
+                score = view.importance if decision.score is None else decision.score
+                counts = decision.count if decision.count.dim() == 2 else decision.count[None].expand(len(groups), -1)
+                lists = [ops.select_tokens(score, count, each, backend=self.backend) for count in counts]
+                rate = decision.rate.view(batch, drafted)
+                self.last_rate = rate[:, -1].contiguous()
+                shares = torch.stack([n for _, n in lists]).view(len(groups), batch, drafted)
+                for index, (group, (kept, n_kept)) in enumerate(zip(groups, lists, strict=True), 1):
+                    forward.allowed[index] = self._mark(kept).view(batch, drafted, -1)
+                    width = policy.kept_bound(cache.full.bound)
+                    group.kept = kept.view(batch, drafted, -1)[:, -1, :width].contiguous()
+                    group.n_kept = n_kept.view(batch, drafted)[:, -1].contiguous()
+            else:
+                for index, group in enumerate(groups, 1):
+                    if group.kept is not None:
+                        forward.allowed[index] = self._mark(group.kept)[:, None].expand(-1, drafted, -1)
+        if self.record is None:
+            self.record = Record(self, batch)
+        for row in range(drafted):
+            kept = None if shares is None else shares[:, :, row]
+            self.record.write(self, first + row, mass[:, row], importance[:, row], kept)
+
+    def _mark(self, kept: Tensor) -> Tensor:
+        """A list of tokens (-1 past its end) as bool ``[.., N]``."""
+        tokens = self.cache.full.capacity
+        mark = torch.zeros(kept.shape[0], tokens + 1, dtype=torch.bool, device=kept.device)
+        return mark.scatter_(1, torch.where(kept < 0, tokens, kept).long(), True)[:, :-1]
+
+    # ---- what stats() reads -----------------------------------------------------------------------------------------------------
+
+    def _write_record(self, mass: Tensor, importance: Tensor | None, step: int | None = None) -> None:
+        if self.record is None:
+            self.record = Record(self, mass.shape[0])
+        self.record.write(self, step, mass, importance)
+
+
+def _resize_like(tensor: Tensor, like: Tensor) -> Tensor:
+    out = torch.zeros_like(like)
+    out[:, : tensor.shape[1]] = tensor
+    return out

@@ -1,0 +1,122 @@
+"""Attention of a pass of several rows (prompts, chunks, drafts), over rows in any order.
+
+Decode steps go through ``dyrate_kernels.ops``. Here a row is visible by its *column*, not by its place in the buffer, because the cache
+stores rows in an order of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+_QUERY_BLOCK = 128  # rows at a time where attention weights are materialised
+
+
+@dataclass
+class KeyRows:
+    """Rows that may be read.
+
+    Attributes:
+        key, value: ``[B, Hkv, R, D]``.
+        column: int64 ``[B, R]``, absolute column of each row.
+        live: bool ``[B, R]``, False for padding, dropped tokens and rows past a sequence's end.
+        token: int64 ``[B, R]``, visual token index, -1 for text.
+        type: uint8 ``[B, R]``, token type.
+    """
+
+    key: Tensor
+    value: Tensor
+    column: Tensor
+    live: Tensor
+    token: Tensor
+    type: Tensor
+
+    def to(self, device: torch.device) -> KeyRows:
+        """The same rows with all metadata on ``device``."""
+        moved = (t.to(device) for t in (self.column, self.live, self.token, self.type))
+        return KeyRows(self.key, self.value, *moved)
+
+
+def visibility(rows: KeyRows, column: Tensor, window: int | None) -> Tensor:
+    """bool ``[B, q, R]``: row r is live, not later than query q (column int64 ``[B, q]``), and inside the sliding window.
+
+    A query that sees nothing (padding) sees everything instead: its output is never used, and it must not become NaN.
+    """
+    query, key = column[:, :, None], rows.column[:, None]
+    mask = rows.live[:, None] & (key <= query)
+    if window is not None:
+        mask &= query - key < window
+    return mask | ~mask.any(-1, keepdim=True)
+
+
+def attend_wide(query: Tensor, rows: KeyRows, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention: query ``[B, Hq, q, D]``, mask bool ``[B, q, R]`` (None: plainly causal) -> ``[B, q, Hq, D]``."""
+    key, value = _per_query_head(query, rows.key), _per_query_head(query, rows.value)
+    if mask is None:
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    else:
+        output = scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scale)
+    return output.transpose(1, 2)
+
+
+def row_statistics(query: Tensor, rows: KeyRows, mask: Tensor, scale: float, tokens: int) -> tuple[Tensor, Tensor]:
+    """What ``ops.score_last_query`` gives, for several query rows at once.
+
+    Args:
+        query: ``[B, Hq, r, D]``.
+        mask: bool ``[B, r, R]``.
+        tokens: N, width of the result.
+
+    Returns:
+        mass ``[B, r, Hq, 4]`` and importance ``[B, r, N]`` (mean over heads), float32 (float64 for float64 input).
+    """
+    weights = _weights(query, rows, mask, scale)
+    types = torch.nn.functional.one_hot(rows.type.long(), 4).to(weights.dtype)
+    mass = torch.einsum("bhqr,brt->bqht", weights, types)
+    return mass, _by_token(weights.mean(1), rows.token, tokens)
+
+
+def sum_of_all_rows(query: Tensor, rows: KeyRows, mask: Tensor, real: Tensor, scale: float, tokens: int) -> Tensor:
+    """Attention each visual token receives from all the query rows (FastV's ranking in its paper, section 3).
+
+    Args:
+        query: ``[B, Hq, q, D]``.
+        real: bool ``[B, q]``, False for padding, which must not vote.
+
+    Returns:
+        ``[B, N]``, mean over heads, sum over rows.
+    """
+    total = query.new_zeros(query.shape[0], tokens, dtype=_accumulator(query))
+    for start in range(0, query.shape[2], _QUERY_BLOCK):
+        block = slice(start, start + _QUERY_BLOCK)
+        weights = _weights(query[:, :, block], rows, mask[:, block], scale).mean(1)
+        weights = weights * real[:, block, None]
+        total += _by_token(weights.sum(1, keepdim=True), rows.token, tokens)[:, 0]
+    return total
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _per_query_head(query: Tensor, tensor: Tensor) -> Tensor:
+    """Key or value heads repeated for the query heads that share them."""
+    groups = query.shape[1] // tensor.shape[1]
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
+
+
+def _weights(query: Tensor, rows: KeyRows, mask: Tensor, scale: float) -> Tensor:
+    """Softmax weights ``[B, Hq, q, R]``."""
+    dtype = _accumulator(query)
+    logits = query.to(dtype) @ _per_query_head(query, rows.key).to(dtype).transpose(-1, -2) * scale
+    return logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+
+
+def _by_token(weights: Tensor, token: Tensor, tokens: int) -> Tensor:
+    """Sorts weights ``[B, q, R]`` by visual token: ``[B, q, N]``; text rows fall away."""
+    index = torch.where(token < 0, tokens, token)[:, None].expand_as(weights)
+    out = weights.new_zeros(*weights.shape[:2], tokens + 1)
+    return out.scatter_(2, index, weights)[..., :-1]

@@ -1,0 +1,119 @@
+"""Pictures of a generation: which patches were kept when, and the curves behind it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from dyrate_kernels.stats import Stats
+
+# Okabe-Ito colours: told apart by readers who see colours differently
+COLOURS = {"system": "#999999", "image": "#D55E00", "instruction": "#0072B2", "response": "#009E73"}
+_INK = "#222222"
+
+
+def generation(image: Any, stats: Stats, path: str | Path, panels: int = 5, sequence: int = 0) -> None:
+    """Draws one sequence's generation: the picture with each dropped patch greyed at several steps, kept tokens, and mass by type.
+
+    Args:
+        image: PIL picture that was shown.
+        stats: from a generation under ``patch(..., record_importance=True)``.
+        path: file to write; its ending chooses the format (png, pdf, svg).
+        panels: how many steps to show.
+        sequence: which sequence of the batch.
+
+    Raises:
+        ValueError: the sequence has no visual tokens, or the stats hold no kept tokens.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    total = stats.visual_tokens[sequence]
+    if total == 0:
+        raise ValueError("there is nothing to plot: this sequence has no visual tokens")
+    if stats.steps[0].kept_tokens is None:
+        raise ValueError("stats hold no kept tokens; generate under patch(..., record_importance=True)")
+    figure = Figure(figsize=(2.3 * panels, 6.4), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 2 * panels, height_ratios=[1.0, 1.05])
+    shown = _spread(len(stats.steps), panels)
+    for place, index in enumerate(shown):
+        axes = figure.add_subplot(grid[0, 2 * place : 2 * place + 2])
+        step = stats.steps[index]
+        _draw_kept(axes, image, step.kept_tokens[sequence], total)
+        when = "prefill" if step.step == 0 else f"step {step.step}"
+        axes.set_title(f"{when}\n{step.kept[sequence]} of {total} kept", fontsize=9, color=_INK)
+    _draw_counts(figure.add_subplot(grid[1, :panels]), stats, sequence, [stats.steps[i].step for i in shown])
+    _draw_mass(figure.add_subplot(grid[1, panels:]), stats, sequence)
+    predictor = f", {stats.predictor} predictor" if stats.predictor else ""
+    figure.suptitle(
+        f"{stats.policy}{predictor}, {stats.retention}, layers >= {stats.k}: "
+        f"{100 * stats.kept_mean:.1f} % of the visual tokens kept on average",
+        fontsize=10.5, color=_INK,
+    )  # fmt: skip
+    figure.savefig(path)
+
+
+def _spread(count: int, panels: int) -> list[int]:
+    if count <= panels:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (panels - 1)) for i in range(panels)})
+
+
+def _draw_kept(axes: Any, image: Any, kept: list[int], total: int) -> None:
+    """The picture as the model divides it; dropped patches are greyed. Tokens that make no square are drawn as a strip below it."""
+    import numpy as np
+
+    axes.set_xticks([])
+    axes.set_yticks([])
+    keep = np.zeros(total, dtype=bool)
+    keep[kept] = True
+    side = math.isqrt(total)
+    if side * side != total:
+        columns = math.ceil(math.sqrt(total))
+        cells = np.full(math.ceil(total / columns) * columns, np.nan)
+        cells[:total] = keep
+        axes.imshow(cells.reshape(-1, columns), cmap="viridis", vmin=0, vmax=1)
+        return
+    cell = max(1, 336 // side)
+    pixels = np.asarray(image.convert("RGB").resize((cell * side, cell * side)), dtype=np.float32) / 255
+    mask = np.kron(keep.reshape(side, side), np.ones((cell, cell)))[..., None]
+    grey = 0.45 * pixels.mean(-1, keepdims=True) + 0.5
+    axes.imshow(np.where(mask > 0, pixels, 0.25 * grey + 0.68))
+    for line in range(1, side):
+        axes.axhline(line * cell - 0.5, color="white", linewidth=0.25, alpha=0.6)
+        axes.axvline(line * cell - 0.5, color="white", linewidth=0.25, alpha=0.6)
+    for spine in axes.spines.values():
+        spine.set_color("#bbbbbb")
+
+
+def _style(axes: Any, label: str) -> None:
+    axes.set_xlabel("generation step (0 = prefill)", fontsize=9, color=_INK)
+    axes.set_ylabel(label, fontsize=9, color=_INK)
+    axes.tick_params(labelsize=8, colors=_INK)
+    axes.grid(True, color="#e5e5e5", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _draw_counts(axes: Any, stats: Stats, sequence: int, shown: list[int]) -> None:
+    steps = [step.step for step in stats.steps]
+    kept = [step.kept[sequence] for step in stats.steps]
+    axes.fill_between(steps, kept, step="post", color=COLOURS["image"], alpha=0.15, linewidth=0)
+    axes.step(steps, kept, where="post", color=COLOURS["image"], linewidth=1.4)
+    axes.plot(shown, [stats.steps[i].kept[sequence] for i in shown], "o", markersize=3.5, color=COLOURS["image"])
+    axes.set_ylim(0, 1.06 * stats.visual_tokens[sequence])
+    axes.axhline(stats.visual_tokens[sequence], color="#888888", linewidth=0.8, linestyle="--")
+    _style(axes, "visual tokens kept (dots: shown above)")
+
+
+def _draw_mass(axes: Any, stats: Stats, sequence: int) -> None:
+    steps = [step.step for step in stats.steps]
+    for index, (name, colour) in enumerate(COLOURS.items()):
+        values = [step.mass[sequence][index] for step in stats.steps]
+        axes.plot(steps, values, color=colour, linewidth=1.4, label=name)
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
+    _style(axes, f"attention mass at layer {stats.k - 1}, mean over heads")

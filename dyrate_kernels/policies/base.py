@@ -1,0 +1,289 @@
+"""The interface of every method: how many visual tokens stay, and how they are ranked.
+
+A policy knows no kernel, no cache and no model module. It receives what the score layer ``k-1`` measured (:class:`View`, device tensors) and
+answers with counts and, if it does not rank by importance, with scores (:class:`Decision`, device tensors). The selection itself is
+``ops.select_tokens``, the same for all. ``decide`` runs inside a decode step: tensor operations only, nothing read on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+IMAGE = 1  # column of ``mass`` that belongs to visual tokens (design.md, section 3)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a decoder-only text model that policies and the cost models need.
+
+    Attributes:
+        num_layers: L.
+        num_heads: Hq, query heads.
+        num_kv_heads: Hkv, key/value heads.
+        head_dim: D.
+        hidden_size: d.
+        intermediate_size: m, width of the gated (SwiGLU) MLP.
+        vocab_size: V.
+        dtype: of weights, activations and KV cache.
+        model_type: the text config's ``model_type``.
+        tied_embeddings: the output head shares the embedding's weights.
+        qkv_bias, output_bias, mlp_bias: which projections have a bias.
+        qk_norm: queries and keys are normalised per head (qwen3).
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    dtype: torch.dtype = torch.float16
+    model_type: str = "llama"
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any, dtype: torch.dtype | None = None) -> ModelShape:
+        """Reads a transformers config, of a text model or of any VLM around one.
+
+        Args:
+            config: ``PretrainedConfig``.
+            dtype: overrides the config's own (float32 where the config has none).
+
+        Raises:
+            ValueError: the config describes no decoder with attention heads and an MLP.
+        """
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+        def read(name: str) -> int:
+            value = getattr(text, name, None)
+            if not isinstance(value, int):
+                raise ValueError(
+                    f"config must describe a text model with an integer {name}, got {type(text).__name__} with {name}={value!r}; "
+                    "pass the config of a decoder-only model or of a VLM around one"
+                )
+            return value
+
+        heads, hidden = read("num_attention_heads"), read("hidden_size")
+        kind = getattr(text, "model_type", "") or ""
+        bias = bool(getattr(text, "attention_bias", False))
+        found = dtype or getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.float32
+        if isinstance(found, str):
+            found = getattr(torch, found.removeprefix("torch."), torch.float32)
+        tied = getattr(config, "tie_word_embeddings", None)
+        return cls(
+            num_layers=read("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            hidden_size=hidden,
+            intermediate_size=read("intermediate_size"),
+            vocab_size=read("vocab_size"),
+            dtype=found,
+            model_type=kind,
+            tied_embeddings=bool(getattr(text, "tie_word_embeddings", False) if tied is None else tied),
+            qkv_bias=bias or _is_qwen2(kind),  # qwen2 has them whatever its config says
+            output_bias=bias and not _is_qwen2(kind),
+            mlp_bias=bool(getattr(text, "mlp_bias", False)),
+            qk_norm=kind.startswith("qwen3"),
+        )
+
+    def replace(self, **changes: Any) -> ModelShape:
+        """The same shape with some fields changed, e.g. ``dtype``."""
+        return dataclasses.replace(self, **changes)
+
+
+def _is_qwen2(kind: str) -> bool:
+    return kind.startswith(("qwen2", "qwen2_5"))
+
+
+@dataclass
+class View:
+    """What a policy sees of one step. All tensors are on one device; B sequences, N the widest sequence's visual tokens.
+
+    Attributes:
+        step: int64 ``[B]``, 0 = prefill (statistics of the last prompt row), 1 = first decode step. Rows may differ (drafted tokens).
+        mass: float32 ``[B, Hq, 4]``, attention mass by token type at layer ``k-1``; rows sum to 1.
+        importance: float32 ``[B, N]``, attention to each visual token, mean over heads; 0 past a sequence's end.
+        n_visual: int32 ``[B]``, all visual tokens of the sequence, dropped ones included.
+        alive: bool ``[B, N]`` or None: the tokens that can still be chosen (retention ``evict``); None: all.
+        state: the dict that :meth:`Policy.start` made. Tensors with first dimension B, updated in place.
+    """
+
+    step: Tensor
+    mass: Tensor
+    importance: Tensor
+    n_visual: Tensor
+    alive: Tensor | None
+    state: dict[str, Tensor]
+
+
+@dataclass
+class Decision:
+    """What a policy answers.
+
+    Attributes:
+        rate: float64 ``[B]``, the fraction removed that it asked for (the mean over pruned layers where they differ).
+        count: int32 ``[B]``, or ``[G, B]`` with one row a group of layers: how many stay, in [0, n_visual].
+        score: float ``[B, N]``, the highest stay; None: rank by importance.
+    """
+
+    rate: Tensor
+    count: Tensor
+    score: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of every method. Subclasses are frozen dataclasses: options are fields, checked when made.
+
+    Attributes:
+        k: first layer that sees the pruned set; scores come from layer ``k-1``. 1 <= k <= L-1.
+        name: registry name.
+        at_prefill: decides from the last prompt row: ``evict`` shrinks layers >= k of the prompt by it; under ``recoverable`` it binds the
+            decode steps if the policy does not decide again there.
+        at_decode: decides again at every decode step.
+        constant: the count never changes after prefill, so under ``evict`` a decode step has nothing to decide.
+    """
+
+    k: int = 3
+
+    name: ClassVar[str]
+    at_prefill: ClassVar[bool] = True
+    at_decode: ClassVar[bool] = True
+    constant: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_k(self.k)
+
+    def bind(self, shape: ModelShape) -> Self:
+        """The policy for one model: defaults resolved, everything checked that depends on the model.
+
+        Raises:
+            ValueError: k outside [1, L-1].
+        """
+        check_k_range(self.k, shape.num_layers)
+        return self
+
+    def layer_groups(self, num_layers: int) -> list[int]:
+        """First layer of each group of layers that shares one kept set; layers before the first see every token."""
+        return [self.k]
+
+    @property
+    def query_rows(self) -> Literal["last", "mean"]:
+        """Which prompt rows rank at prefill: the last one, or the mean over all."""
+        return "last"
+
+    @property
+    def drops(self) -> bool:
+        """Whether these options ask for any token to be dropped at all."""
+        return True
+
+    @property
+    def predictor_name(self) -> str | None:
+        """What predicts the rate, for ``stats()``; None for methods without a predictor."""
+        return None
+
+    def kept_bound(self, n_visual: int) -> int:
+        """The most tokens this policy ever keeps of ``n_visual`` (host integers): how wide a kept list must be. At least 1 where n_visual is."""
+        return n_visual
+
+    def start(self, n_visual: Tensor) -> dict[str, Tensor]:
+        """State of a generation.
+
+        Args:
+            n_visual: int32 ``[B]``; its device is where the state lives.
+
+        Returns:
+            Tensors with first dimension B (beam search reorders them by it).
+        """
+        return {}
+
+    def decide(self, view: View) -> Decision:
+        """One step's decision. Tensor operations only; state changes only in rows whose step is 0."""
+        raise NotImplementedError(f"{type(self).__name__} must define decide(view)")
+
+    def predictor_tensors(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(weight, bias, rates) for the fused decode step if the policy is a linear rate predictor ranked by importance; else None."""
+        return None
+
+
+def constant_rate(rate: float, like: Tensor) -> Tensor:
+    """float64 ``[B]`` filled with ``rate``, on the device of ``like`` (``[B]``)."""
+    return torch.full(like.shape, rate, dtype=torch.float64, device=like.device)
+
+
+def bound_for_rate(n_visual: int, rate: float) -> int:
+    """``ops.keep_count`` of host numbers, but at least 1 where n_visual is (a list of width 0 is no list)."""
+    return max(min(math.floor(n_visual * (1.0 - rate) + 1e-6), n_visual), min(n_visual, 1))
+
+
+def check_k(k: Any) -> None:
+    """k must be a positive integer.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if isinstance(k, bool) or not isinstance(k, Integral):
+        raise TypeError(f"k must be an integer (the first layer that sees the pruned set), got {k!r}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1 (layer k-1 scores the tokens), got {k}")
+
+
+def check_k_range(k: int, num_layers: int) -> None:
+    """k must leave a layer before it to score and a layer after it to prune.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if num_layers < 2:
+        raise ValueError(f"a model of {num_layers} layer cannot be pruned: one layer must score and one must follow it")
+    if not 1 <= k <= num_layers - 1:
+        raise ValueError(
+            f"k must be in [1, {num_layers - 1}] for a model of {num_layers} layers, got {k}; "
+            "k is the first layer that sees the pruned set, layer k-1 scores the tokens"
+        )
+
+
+def check_fraction(name: str, value: Any, meaning: str) -> None:
+    """``value`` must be a number in [0, 1].
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in [0, 1] ({meaning}), got {value!r}")
+    if not 0.0 <= float(value) <= 1.0:  # also refuses NaN
+        raise ValueError(f"{name} must be in [0, 1] ({meaning}), got {value!r}")
+
+
+def check_rate(rate: Any) -> None:
+    """A rate is the fraction removed, in [0, 1].
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    check_fraction("rate", rate, "the fraction of visual tokens removed")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """``value`` must be one of ``choices``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

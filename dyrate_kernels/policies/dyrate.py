@@ -1,0 +1,148 @@
+"""DyRate (arXiv 2501.14204): a linear classifier reads the attention mass of every step and picks that step's rate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from dyrate_kernels import ops
+from dyrate_kernels.policies.base import IMAGE, Decision, ModelShape, Policy, View, bound_for_rate
+from dyrate_kernels.predictor import ClosedForm, DyRatePredictor, check_rates, named_rates
+
+
+@dataclass(frozen=True)
+class DyRate(Policy):
+    """Rate = ``rates[argmax(weight @ mass + bias)]`` at prefill and at every decode step; the ranking is the step's own importance.
+
+    Attributes:
+        k: first pruned layer; mass and importance come from layer k-1.
+        predictor: a :class:`~dyrate_kernels.DyRatePredictor`, a folder or hub id to load one from, or None for the closed form
+            (:class:`~dyrate_kernels.predictor.ClosedForm`), which needs no training.
+        rates: fractions removed to choose from: ``"half_open"``: i/K (0, .2, .4, .6, .8: never blinds the model); ``"closed"``:
+            linspace(0, 1, K); or an ascending list. A trained predictor has its own rates, and these must not contradict them.
+        num_rates: K for the two named sets.
+    """
+
+    predictor: DyRatePredictor | str | os.PathLike[str] | None = None
+    rates: str | Sequence[float] = "half_open"
+    num_rates: int = 5
+    _on_device: _DeviceTensors | None = field(default=None, repr=False, compare=False, metadata={"bound": True})
+
+    name: ClassVar[str] = "dyrate"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.num_rates, bool) or not isinstance(self.num_rates, Integral):
+            raise TypeError(f"num_rates must be an integer, got {self.num_rates!r}")
+        if self.num_rates < 1:
+            raise ValueError(f"num_rates must be at least 1, got {self.num_rates}")
+        if isinstance(self.rates, str):
+            named_rates(self.rates, self.num_rates)
+        else:
+            object.__setattr__(self, "rates", check_rates("rates", self.rates, ascending=True))
+        if self.predictor is not None and not isinstance(self.predictor, DyRatePredictor | str | os.PathLike):
+            raise TypeError(
+                f"predictor must be a DyRatePredictor, a folder, a hub id or None, got {type(self.predictor).__name__}"
+            )
+
+    @property
+    def rate_values(self) -> tuple[float, ...]:
+        """The K rates this policy chooses from (a trained predictor's own once it is loaded)."""
+        if isinstance(self.predictor, DyRatePredictor):
+            return self.predictor.rates
+        return named_rates(self.rates, self.num_rates) if isinstance(self.rates, str) else tuple(self.rates)
+
+    def bind(self, shape: ModelShape) -> Self:
+        """Loads the predictor if it is a name, and checks it against the model.
+
+        Raises:
+            ValueError: k outside [1, L-1]; a predictor of another shape, for another model, another k or with other rates.
+            OSError: nothing can be loaded from ``predictor``.
+        """
+        super().bind(shape)
+        predictor = self.predictor
+        if predictor is not None:
+            if not isinstance(predictor, DyRatePredictor):
+                predictor = DyRatePredictor.from_pretrained(predictor)
+            predictor.check(shape, self.k)
+            asked = self.rates
+            if asked != "half_open":  # the default says nothing about what was wanted
+                wanted = named_rates(asked, len(predictor.rates)) if isinstance(asked, str) else tuple(asked)
+                if wanted != predictor.rates:
+                    raise ValueError(
+                        f"rates must be those of the predictor, {list(predictor.rates)}, got {asked!r}; leave rates out"
+                    )
+        bound = replace(self, predictor=predictor)
+        linear = ClosedForm(shape.num_heads, bound.rate_values) if predictor is None else predictor
+        object.__setattr__(bound, "_on_device", _DeviceTensors(linear))
+        return bound
+
+    @property
+    def drops(self) -> bool:
+        return max(self.rate_values) > 0
+
+    @property
+    def predictor_name(self) -> str:
+        if self.predictor is None:
+            return "closed-form"
+        return self.predictor.source if isinstance(self.predictor, DyRatePredictor) else str(self.predictor)
+
+    def kept_bound(self, n_visual: int) -> int:
+        return bound_for_rate(n_visual, min(self.rate_values))
+
+    def start(self, n_visual: Tensor) -> dict[str, Tensor]:
+        self._tensors().prepare(n_visual.device)
+        with torch.inference_mode(False):  # a chat may go on outside of the inference mode it began in
+            return {"first_mass": torch.zeros(n_visual.shape[0], dtype=torch.float32, device=n_visual.device)}
+
+    def decide(self, view: View) -> Decision:
+        first = view.state["first_mass"]
+        now = view.mass.detach()[:, :, IMAGE].mean(1).to(first.dtype)
+        first.copy_(torch.where(view.step == 0, now, first))
+        weight, bias, rates = self.predictor_tensors(view.state)
+        rate, _ = ops.predict_rate(view.mass, weight, bias, rates)
+        return Decision(rate, ops.keep_count(view.n_visual, rate))
+
+    def predictor_tensors(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the fused decode step takes.
+
+        Returns:
+            weight float32 ``[K, Hq*4]``, bias float32 ``[B, K]`` (stride 0 over sequences for a trained predictor), rates float64 ``[K]``.
+        """
+        first = state["first_mass"]
+        weight, offset, rates = self._tensors().on[first.device]
+        if self.predictor is None:
+            return weight, first[:, None] * offset, rates
+        return weight, offset.expand(first.shape[0], -1), rates
+
+    def _tensors(self) -> _DeviceTensors:
+        if self._on_device is None:
+            raise RuntimeError("DyRate must be bound to a model first: policy.bind(shape)")
+        return self._on_device
+
+
+class _DeviceTensors:
+    """A linear predictor's tensors on each device that asked. Addresses stay, so a captured graph sees new weights."""
+
+    def __init__(self, linear: ClosedForm | DyRatePredictor) -> None:
+        self.linear = linear
+        self.on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def prepare(self, device: torch.device) -> None:
+        """Copies the predictor's present values to ``device``."""
+        with torch.inference_mode(False), torch.no_grad():
+            rates = torch.tensor(self.linear.rates, dtype=torch.float64)
+            fresh = (self.linear.weight.detach().float(), self.linear.bias.detach().float(), rates)
+            if device in self.on:
+                for old, new in zip(self.on[device], fresh, strict=True):
+                    old.copy_(new)
+            else:
+                weight, bias, rates = (tensor.to(device, copy=True).contiguous() for tensor in fresh)
+                self.on[device] = weight, bias, rates

@@ -1,0 +1,47 @@
+"""VTW (arXiv 2405.05803): all visual tokens leave before layer k."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from typing_extensions import Self
+
+from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View, check_k, check_k_range, constant_rate
+
+
+@dataclass(frozen=True)
+class VTW(Policy):
+    """Withdraws every visual token from layers >= k, at prefill.
+
+    Attributes:
+        k: first layer without visual tokens; None: half of the layers (the published 16 of 32).
+    """
+
+    k: int | None = None  # type: ignore[assignment]
+
+    name: ClassVar[str] = "vtw"
+    at_decode: ClassVar[bool] = False
+    constant: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.k is not None:
+            check_k(self.k)
+
+    def bind(self, shape: ModelShape) -> Self:
+        bound = replace(self, k=self._first(shape.num_layers))
+        check_k_range(bound.k, shape.num_layers)
+        return bound
+
+    def layer_groups(self, num_layers: int) -> list[int]:
+        return [self._first(num_layers)]
+
+    def kept_bound(self, n_visual: int) -> int:
+        return min(n_visual, 1)
+
+    def decide(self, view: View) -> Decision:
+        return Decision(constant_rate(1.0, view.n_visual), torch.zeros_like(view.n_visual))
+
+    def _first(self, num_layers: int) -> int:
+        return max(num_layers // 2, 1) if self.k is None else self.k

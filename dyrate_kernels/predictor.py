@@ -1,0 +1,316 @@
+"""Linear predictors of the pruning rate from attention mass: the trained one, and a closed form for models without one.
+
+Both are ``argmax(weight @ mass + bias)`` over K rates, so the kernels run either. Weights load from safetensors and JSON only: nothing in a
+predictor's files is ever executed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dyrate_kernels.policies.base import ModelShape
+
+WEIGHTS_FILE = "dyrate_predictor.safetensors"
+CONFIG_FILE = "dyrate_predictor.json"
+FORMAT = "dyrate-predictor"
+VERSION = 1
+
+_TYPES = 4  # token types of mass
+_IMAGE = 1
+_FINGERPRINT = ("model_type", "hidden_size", "num_layers", "num_heads")
+
+
+def named_rates(name: str, count: int) -> tuple[float, ...]:
+    """The two published sets of K = ``count`` rates: ``"half_open"`` i/K, ``"closed"`` linspace(0, 1, K) (methods.md, section 1).
+
+    Raises:
+        ValueError: another name.
+    """
+    if name == "half_open":
+        return tuple(i / count for i in range(count))
+    if name == "closed":
+        return tuple(i / (count - 1) for i in range(count)) if count > 1 else (0.0,)
+    raise ValueError(f"rates must be 'half_open', 'closed' or a list of numbers in [0, 1], got {name!r}")
+
+
+def check_rates(name: str, rates: Any, ascending: bool = False) -> tuple[float, ...]:
+    """Rates as a tuple of floats.
+
+    Raises:
+        TypeError, ValueError: not a non-empty list of numbers in [0, 1] (ascending, where asked for).
+    """
+    try:
+        values = list(rates.tolist() if isinstance(rates, Tensor) else rates)
+    except TypeError:
+        raise TypeError(f"{name} must be a list of numbers in [0, 1], got {rates!r}") from None
+    if not values:
+        raise ValueError(f"{name} must hold at least one number in [0, 1], got none")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be numbers in [0, 1], got {value!r}")
+        if not 0.0 <= float(value) <= 1.0:  # also refuses NaN
+            raise ValueError(f"{name} must be in [0, 1] (fractions of visual tokens removed), got {value!r}")
+    if ascending and any(later <= earlier for earlier, later in itertools.pairwise(values)):
+        raise ValueError(f"{name} must be ascending, got {values}")
+    return tuple(float(value) for value in values)
+
+
+class ClosedForm:
+    """A predictor that needs no training: the rate is the bucket that the visual mass falls into, relative to the first step's mass.
+
+    With v the visual mass (mean over heads) of a step and v0 that of step 0, the thresholds are ``t_j v0``, ``t_j = 2 (K-1-j) / K`` for
+    j = 0..K-2 [choice]: 1.6, 1.2, .8, .4 for K = 5. So v = v0 gives the middle rate, and falling mass prunes more. The buckets are the upper
+    envelope of K lines in v with slopes K-1 .. 0, hence an argmax of a linear layer whose bias is ``v0 * bias``. v0 = 0, and NaN, keep the
+    first rate.
+
+    Args:
+        num_heads: Hq.
+        rates: K fractions removed, ascending.
+
+    Attributes:
+        weight: float32 ``[K, Hq*4]``.
+        bias: float32 ``[K]``, to be multiplied by v0 ``[B, 1]``.
+        rates: tuple of K floats.
+    """
+
+    source = "closed-form"
+
+    def __init__(self, num_heads: int, rates: Iterable[float]) -> None:
+        self.rates = check_rates("rates", rates, ascending=True)
+        count = len(self.rates)
+        thresholds = [2.0 * (count - 1 - j) / count for j in range(count - 1)]
+        self.bias = torch.tensor([0.0, *itertools.accumulate(thresholds)], dtype=torch.float32)
+        weight = torch.zeros(count, num_heads, _TYPES)
+        weight[:, :, _IMAGE] = torch.arange(count - 1, -1, -1)[:, None] / num_heads
+        self.weight = weight.flatten(1)
+
+
+class DyRatePredictor(nn.Module):
+    """A trained predictor: ``logits = mass.flatten(1) @ weight.T + bias`` over K rates.
+
+    Args:
+        num_heads: Hq of the model it reads.
+        rates: K fractions removed, each in [0, 1].
+        k: first pruned layer; mass comes from layer k-1, so a predictor is of use for its own k only.
+        model: fingerprint of the text model it was trained for: any of ``model_type``, ``hidden_size``, ``num_layers``, ``num_heads``.
+        notes: anything JSON, e.g. how it was trained; saved and loaded, never used.
+
+    Attributes:
+        weight: float32 parameter ``[K, Hq*4]``, zero at first.
+        bias: float32 parameter ``[K]``, zero at first.
+        source: where it was loaded from.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        rates: Iterable[float],
+        k: int = 3,
+        model: dict[str, Any] | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_heads", num_heads), ("k", k)):
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self.num_heads, self.k = int(num_heads), int(k)
+        self.rates = check_rates("rates", rates)
+        self.model = {} if model is None else dict(model)
+        self.notes = {} if notes is None else dict(notes)
+        self.source = "in memory"
+        self.weight = nn.Parameter(torch.zeros(len(self.rates), self.num_heads * _TYPES))
+        self.bias = nn.Parameter(torch.zeros(len(self.rates)))
+
+    @classmethod
+    def for_model(cls, shape: ModelShape, rates: Iterable[float], k: int = 3) -> DyRatePredictor:
+        """An untrained predictor for a model, with its fingerprint."""
+        return cls(shape.num_heads, rates, k, model={name: getattr(shape, name) for name in _FINGERPRINT})
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, rates={list(self.rates)}, k={self.k}, source={self.source!r}"
+
+    def forward(self, mass: Tensor) -> Tensor:
+        """mass ``[B, Hq, 4]`` -> logits ``[B, K]`` in the parameters' dtype."""
+        return nn.functional.linear(mass.flatten(1).to(self.weight.dtype), self.weight, self.bias)
+
+    def check(self, shape: ModelShape, k: int) -> None:
+        """The predictor must have been made for this model and this k.
+
+        Raises:
+            ValueError: it was not; names what it expects and what came.
+        """
+        where = f"predictor {self.source!r}"
+        if self.num_heads != shape.num_heads:
+            raise ValueError(
+                f"{where} expects mass of {self.num_heads} heads (weight {list(self.weight.shape)}), the model has {shape.num_heads} "
+                f"(weight would be [{len(self.rates)}, {shape.num_heads * _TYPES}]); use a predictor trained for this model, or predictor=None"
+            )
+        for name in _FINGERPRINT:
+            if name in self.model and self.model[name] != getattr(shape, name):
+                raise ValueError(
+                    f"{where} was trained for a model with {name} {self.model[name]!r}, this model has {getattr(shape, name)!r}; "
+                    "use a predictor trained for this model, or predictor=None"
+                )
+        if self.k != k:
+            raise ValueError(
+                f"{where} was trained for k={self.k} (it reads layer {self.k - 1}), got k={k}; pass k={self.k}"
+            )
+        _check_finite(self.weight, self.bias, where)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``dyrate_predictor.safetensors`` and ``dyrate_predictor.json`` into ``folder``, which is made if missing.
+
+        Raises:
+            OSError: the folder cannot be written.
+            ValueError: a weight is not finite.
+        """
+        from safetensors.torch import save_file
+
+        _check_finite(self.weight, self.bias, "the predictor")
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        config = {
+            "format": FORMAT,
+            "version": VERSION,
+            "num_heads": self.num_heads,
+            "k": self.k,
+            "rates": list(self.rates),
+            "model": self.model,
+            "notes": self.notes,
+        }
+        tensors = {
+            name: getattr(self, name).detach().to("cpu", torch.float32).contiguous() for name in ("weight", "bias")
+        }
+        text = json.dumps(config, indent=2) + "\n"  # before anything is written: notes may not be JSON
+        save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
+        (path / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **hub_options: Any) -> DyRatePredictor:
+        """Loads what ``save_pretrained`` wrote.
+
+        Args:
+            source: a folder, or the id of a repository on the Hugging Face hub.
+            hub_options: given to ``huggingface_hub.hf_hub_download`` (``revision``, ``cache_dir``, ``token``, ..).
+
+        Raises:
+            OSError: there is no such folder, file or repository, or it cannot be reached.
+            ValueError: a file is damaged or does not hold a predictor; says what was expected and what came.
+        """
+        config_path, weights_path = _locate(source, hub_options)
+        config = _read_config(config_path)
+        try:
+            predictor = cls(config["num_heads"], config["rates"], config["k"], config["model"], config["notes"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{config_path}: {error}") from None
+        predictor._load(weights_path)
+        predictor.source = str(source)
+        return predictor
+
+    def _load(self, path: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} cannot be read as safetensors ({error}); save it again with save_pretrained"
+            ) from None
+        expected = {"weight": list(self.weight.shape), "bias": list(self.bias.shape)}
+        if set(tensors) != set(expected):
+            raise ValueError(f"{path} must hold the tensors {sorted(expected)}, got {sorted(tensors)}")
+        for name, shape in expected.items():
+            tensor = tensors[name]
+            if list(tensor.shape) != shape:
+                raise ValueError(
+                    f"{path}: {name} must be {shape} ({len(self.rates)} rates, {self.num_heads} heads x {_TYPES} types), got {list(tensor.shape)}"
+                )
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {name} must be a floating point tensor, got {tensor.dtype}")
+        _check_finite(tensors["weight"], tensors["bias"], str(path))
+        with torch.no_grad():
+            self.weight.copy_(tensors["weight"])
+            self.bias.copy_(tensors["bias"])
+
+
+def _check_finite(weight: Tensor, bias: Tensor, where: str) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        wrong = int((~torch.isfinite(tensor.detach())).sum())
+        if wrong:
+            raise ValueError(f"{where}: {name} must be finite, got {wrong} NaN or infinite values of {tensor.numel()}")
+
+
+def _locate(source: str | os.PathLike[str], hub_options: dict[str, Any]) -> tuple[Path, Path]:
+    """Paths of the config and the weights, downloaded if ``source`` is a hub id."""
+    path = Path(source)
+    if path.is_dir():
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (path / name).is_file():
+                raise FileNotFoundError(
+                    f"predictor folder {str(source)!r} has no {name}; expected what DyRatePredictor.save_pretrained writes"
+                )
+        return path / CONFIG_FILE, path / WEIGHTS_FILE
+    name = os.fspath(source)
+    if path.exists():
+        raise NotADirectoryError(
+            f"predictor must be a folder or a hub id, got the file {name!r}; pass the folder that holds {CONFIG_FILE}"
+        )
+    if isinstance(source, os.PathLike) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"predictor folder {name!r} does not exist")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        config, weights = (hf_hub_download(name, file, **hub_options) for file in (CONFIG_FILE, WEIGHTS_FILE))
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise OSError(
+            f"predictor {name!r} is no folder here, and {CONFIG_FILE} with {WEIGHTS_FILE} could not be had from the hub: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        ) from error
+    return Path(config), Path(weights)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{path} must be a JSON object with format {FORMAT!r}, got {_shorten(config)}")
+    if config.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: version must be {VERSION}, got {config.get('version')!r}; another release of dyrate_kernels wrote it"
+        )
+    for key in ("num_heads", "k", "rates"):
+        if key not in config:
+            raise ValueError(f"{path} must have the key {key!r}, got {sorted(config)}")
+    for key in ("model", "notes"):
+        if not isinstance(config.setdefault(key, {}), dict):
+            raise ValueError(f"{path}: {key} must be an object, got {_shorten(config[key])}")
+    if any(isinstance(rate, float) and not math.isfinite(rate) for rate in _as_list(config["rates"])):
+        raise ValueError(f"{path}: rates must be in [0, 1], got {config['rates']}")
+    unknown = set(config["model"]) - set(_FINGERPRINT)
+    if unknown:
+        raise ValueError(f"{path}: model must hold only {list(_FINGERPRINT)}, got also {sorted(unknown)}")
+    return config
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,273 @@
+"""What a generation really did: recorded on the device while it runs, read once when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dyrate_kernels import flops
+
+if TYPE_CHECKING:
+    from dyrate_kernels.patching.session import Session
+    from dyrate_kernels.policies.base import ModelShape, Policy
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generation step; lists have one entry a sequence.
+
+    Attributes:
+        step: 0 is the prefill, 1 the first decode step.
+        kept: visual tokens that the pruned layers read (their mean where layers differ, rounded).
+        rate: the rate that the policy chose (0 where nothing was pruned).
+        mass: attention mass by type (system, image, instruction, response) at layer k-1, mean over heads.
+        importance: ``[B][N]``, only with ``patch(record_importance=True)``.
+        kept_tokens: ``[B][kept]``, indices of the visual tokens kept in the first pruned layer, likewise.
+    """
+
+    step: int
+    kept: list[int]
+    rate: list[float]
+    mass: list[list[float]]
+    importance: list[list[float]] | None = None
+    kept_tokens: list[list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What ``Handle.stats()`` returns; the last turn of the last generation.
+
+    Attributes:
+        policy, predictor, backend, retention, k: what ran. ``predictor`` is None for policies that have none.
+        visual_tokens: N of each sequence.
+        steps: one entry a step, the prefill first.
+        kept_mean: mean over steps and sequences with an image of kept / N; 1.0 without any image.
+        kv_bytes_live, kv_bytes_reserved: bytes of the rows held, and of the buffers they lie in.
+        flops, flops_unpruned: executed by the text model, and what it would have been with every token (exact SwiGLU count).
+        paper_cost: FastV's formula over the whole sequence, mean over steps, as a fraction of unpruned (methods.md, section 4, axis 1).
+        bytes_read, bytes_read_unpruned: weights and key/value rows that the decode steps read.
+    """
+
+    policy: str
+    predictor: str | None
+    backend: str
+    retention: str
+    k: int
+    visual_tokens: list[int]
+    steps: list[Step]
+    kept_mean: float
+    kv_bytes_live: int
+    kv_bytes_reserved: int
+    flops: float
+    flops_unpruned: float
+    paper_cost: float
+    bytes_read: float
+    bytes_read_unpruned: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python numbers and lists, ready for JSON."""
+        return _without_none_extras(asdict(self))
+
+
+def _without_none_extras(stats: dict[str, Any]) -> dict[str, Any]:
+    for step in stats["steps"]:
+        for name in ("importance", "kept_tokens"):
+            if step[name] is None:
+                del step[name]
+    return stats
+
+
+class Record:
+    """Per-step tensors of one generation. Writing is a few small copies on the device, at an index that lives on the device."""
+
+    def __init__(self, session: Session, batch: int) -> None:
+        cache = session.cache
+        self.device = cache.n_text.device
+        self.groups = max(len(cache.groups) - 1, 1)
+        self.batch = batch
+        self.capacity = 0
+        self.steps = 0  # one more than the newest step written
+        self.rate = self.mass = self.kept = self.text = self.importance = self.chosen = None
+        self.keep_importance = session.record_importance
+        self.tokens = cache.full.capacity
+        self.cached = session.cached
+        self._grow(max(session.max_length - session.turn_end, 0) + 2 if session.max_length else 64)
+
+    def _grow(self, capacity: int) -> None:
+        capacity = min(capacity, max(4096, 2 * self.capacity))
+
+        def wider(tensor: Tensor | None, *shape: int, dtype: torch.dtype) -> Tensor:
+            out = torch.zeros(capacity, *shape, dtype=dtype, device=self.device)
+            if tensor is not None:
+                out[: tensor.shape[0]] = tensor
+            return out
+
+        self.rate = wider(self.rate, self.batch, dtype=torch.float64)
+        self.mass = wider(self.mass, self.batch, 4, dtype=torch.float32)
+        self.kept = wider(self.kept, self.groups, self.batch, dtype=torch.int32)
+        if self.keep_importance:
+            self.importance = wider(self.importance, self.batch, self.tokens, dtype=torch.float32)
+            self.chosen = wider(self.chosen, self.batch, self.tokens, dtype=torch.bool)
+        self.capacity = capacity
+
+    def write(self, session: Session, step: int | None, mass: Tensor, importance: Tensor | None, kept: Tensor | None = None) -> None:
+        """Notes one step.
+
+        Args:
+            step: None for a decode step (the session's own device counter is the index).
+            mass: ``[B, Hq, 4]``.
+            importance: ``[B, N]`` or None.
+            kept: int32 ``[G, B]`` where the session's groups do not say it.
+        """
+        cache = session.cache
+        forward = session.forward
+        number = forward.start - session.turn_end + 1 if step is None else step
+        index = session.step if step is None else torch.full((1,), step, dtype=torch.int64, device=self.device)
+        if number >= self.capacity:
+            self._grow(2 * self.capacity)
+        self.steps = max(self.steps, number + 1)
+        prefill_reads_all = step == 0 and not session.evict
+        groups = cache.groups[1:] or cache.groups
+        if kept is None:
+            kept = torch.stack(
+                [g.n_visual if g.n_kept is None or prefill_reads_all else g.n_kept for g in groups]
+            )
+        rate = torch.zeros_like(session.last_rate) if prefill_reads_all else session.last_rate
+        if rate is not None:
+            self.rate.index_copy_(0, index, rate.to(self.rate.dtype)[None])
+        self.mass.index_copy_(0, index, mass.to(self.device, torch.float32).mean(1)[None])
+        self.kept.index_copy_(0, index, kept[None])
+        if self.keep_importance and importance is not None:
+            self.importance.index_copy_(0, index, importance.to(self.device, torch.float32)[None, :, : self.tokens])
+            self.chosen.index_copy_(0, index, self._chosen(session, prefill_reads_all)[None, :, : self.tokens])
+
+    def _chosen(self, session: Session, all_tokens: bool) -> Tensor:
+        group = (session.cache.groups[1:] or session.cache.groups)[0]
+        if group.alive is not None:
+            return group.alive
+        if group.kept is None or all_tokens:
+            return torch.arange(self.tokens, device=self.device) < session.cache.full.n_visual[:, None]
+        mark = torch.zeros(self.batch, self.tokens + 1, dtype=torch.bool, device=self.device)
+        return mark.scatter_(1, torch.where(group.kept < 0, self.tokens, group.kept).long(), True)[:, :-1]
+
+    def select_sequences(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Sequences were reordered: their records follow."""
+        self.cached = tuple(pick(tensor) for tensor in self.cached)
+        for name in ("rate", "mass", "kept", "importance", "chosen"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                batch_dim = 2 if name == "kept" else 1
+                setattr(self, name, pick(tensor.movedim(batch_dim, 0).contiguous()).movedim(0, batch_dim).contiguous())
+        self.batch = self.rate.shape[1]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What ``stats()`` needs of a session, without its keys and values, so that asking later does not keep them in memory.
+
+    Attributes:
+        policy, shape, backend, retention: of the session.
+        record: its per-step tensors.
+        n_text: int32 ``[B]``, live text rows.
+        n_visual: by group, int32 ``[B]``, live visual rows; the full group first.
+        group_layers: layers of each group.
+        bytes_per_row, bytes_reserved: as the cache tells.
+    """
+
+    policy: Policy
+    shape: ModelShape
+    backend: str
+    retention: str
+    record: Record | None
+    n_text: Tensor | None
+    n_visual: list[Tensor]
+    group_layers: list[range]
+    bytes_per_row: list[int]
+    bytes_reserved: int
+
+
+def snapshot(session: Session) -> Snapshot:
+    """Copies a session's small tensors; reads nothing on the host."""
+    cache = session.cache
+    started = cache.is_initialized
+    return Snapshot(
+        policy=session.policy,
+        shape=session.shape,
+        backend=session.backend,
+        retention=session.retention,
+        record=session.record,
+        n_text=cache.n_text.clone() if started else None,
+        n_visual=[group.n_visual.clone() for group in cache.groups] if started else [],
+        group_layers=[group.layers for group in cache.groups],
+        bytes_per_row=cache.bytes_per_row(),
+        bytes_reserved=cache.bytes_reserved(),
+    )
+
+
+def collect(source: Snapshot) -> Stats:
+    """Reads a record from the device.
+
+    Raises:
+        RuntimeError: nothing was generated yet.
+    """
+    record, policy = source.record, source.policy
+    if record is None or record.steps == 0:
+        raise RuntimeError("nothing was generated yet: call model.generate(...) on the patched model, then stats()")
+    steps = record.steps
+    rate, mass = record.rate[:steps].tolist(), record.mass[:steps].tolist()
+    kept = record.kept[:steps].cpu()
+    visual = source.n_visual[0].cpu()
+    text = source.n_text.cpu()
+    sizes = torch.tensor([len(layers) for layers in (source.group_layers[1:] or source.group_layers)], dtype=torch.float64)
+    mean_kept = (kept.double() * sizes[None, :, None]).sum(1) / sizes.sum()
+    entries = []
+    for index in range(steps):
+        importance = kept_tokens = None
+        if record.keep_importance:
+            importance = [row[:n].tolist() for row, n in zip(record.importance[index].cpu(), visual.tolist(), strict=True)]
+            kept_tokens = [row.nonzero().flatten().tolist() for row in record.chosen[index].cpu()]
+        entries.append(Step(index, mean_kept[index].round().int().tolist(), rate[index], mass[index], importance, kept_tokens))
+    with_image = visual > 0
+    share = (mean_kept[:, with_image] / visual[with_image]).mean().item() if bool(with_image.any()) else 1.0
+    per_row = source.bytes_per_row
+    rows = [int((n.cpu() + text).sum()) for n in source.n_visual]
+    live = sum(per_row[layer] * held for held, layers in zip(rows, source.group_layers, strict=True) for layer in layers)
+    decoded = steps - 1
+    cost = flops.generation_cost(
+        source.shape,
+        text_rows=(text - decoded).tolist(),
+        visual_tokens=visual.tolist(),
+        group_layers=[len(layers) for layers in source.group_layers],
+        kept=_kept_by_group(kept, visual, len(source.group_layers)),
+        prefill_shrunk=source.retention == "evict",
+        bytes_per_row=[per_row[layers[0]] for layers in source.group_layers],
+        cached_visual=record.cached[0].tolist(),
+        cached_text=record.cached[1].tolist(),
+    )
+    return Stats(
+        policy=policy.name,
+        predictor=policy.predictor_name,
+        backend=source.backend,
+        retention=source.retention,
+        k=policy.k,
+        visual_tokens=visual.tolist(),
+        steps=entries,
+        kept_mean=share,
+        kv_bytes_live=live,
+        kv_bytes_reserved=source.bytes_reserved,
+        flops=cost.flops,
+        flops_unpruned=cost.flops_unpruned,
+        paper_cost=cost.paper_cost,
+        bytes_read=cost.bytes_read,
+        bytes_read_unpruned=cost.bytes_read_unpruned,
+    )
+
+
+def _kept_by_group(kept: Tensor, visual: Tensor, groups: int) -> Any:
+    """``[steps, groups, B]``, the full group first."""
+    full = visual[None, None].expand(kept.shape[0], 1, -1)
+    return (kept if groups == 1 else torch.cat([full, kept], dim=1)).numpy()

@@ -1,0 +1,1 @@
+"""Training: the bundled model (``python -m dyrate_kernels.training.demo``)."""

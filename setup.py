@@ -1,0 +1,305 @@
+"""Build of dyrate_kernels: the Python packages always, the native extension where nvcc is found.
+
+Environment variables:
+    DYRATE_CUDA        "auto" (default): build the extension if nvcc is found; "1": no nvcc is an error; "0": skip it.
+    DYRATE_CUDA_ARCHS  GPU architectures, for example "90" or "8.0;9.0+PTX" ("+PTX": also code that later GPUs compile).
+    CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, before PATH and the usual folders.
+
+An nvcc that is found but does not work is an error: an install that silently lacks its kernels is worse than one that
+stops. torch is not needed, and no GPU or driver.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "dyrate_kernels"
+EXTENSION = f"{PACKAGE}._native"
+BUILD_INFO = "_build_info.json"
+
+USUAL_FOLDERS = (Path("/usr/local/cuda/bin"), Path("/opt/cuda/bin"))
+# One per generation that has its own machine code; code for x.y also runs on x.z with z >= y. The last one is PTX too.
+DEFAULT_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+
+class CudaBuildError(Exception):
+    """The native extension was asked for, or can be expected, and cannot be built."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Whether the native extension is built, with what, and why not. architectures: CMake's form ("90-real", "90")."""
+
+    reason: str | None = None
+    nvcc: Path | None = None
+    release: str | None = None
+    architectures: tuple[str, ...] = ()
+
+    @property
+    def build(self) -> bool:
+        return self.nvcc is not None
+
+    def info(self) -> dict[str, object]:
+        """What dyrate_kernels.native.build_info reads back."""
+        return {
+            "cuda": self.build,
+            "reason": self.reason,
+            "nvcc": self.release,
+            "architectures": list(self.architectures),
+        }
+
+
+def plan_build(environ: Mapping[str, str], usual_folders: Sequence[Path] = USUAL_FOLDERS) -> Plan:
+    """Decide from the environment. CudaBuildError where the decision is that the install must stop."""
+    wanted = _switch(environ.get("DYRATE_CUDA", ""))
+    if wanted is False:
+        return Plan(reason="built with DYRATE_CUDA=0")
+    nvcc, looked = find_nvcc(environ, usual_folders)
+    if nvcc is None:
+        if wanted:
+            raise CudaBuildError(f"DYRATE_CUDA=1 needs nvcc, and none was found. Looked at: {', '.join(looked)}")
+        return Plan(reason=f"built without nvcc (none was found at: {', '.join(looked)})")
+    release, supported = ask_nvcc(nvcc)
+    architectures = parse_architectures(environ.get("DYRATE_CUDA_ARCHS", ""), supported)
+    return Plan(nvcc=nvcc, release=release, architectures=architectures)
+
+
+def _switch(text: str) -> bool | None:
+    value = text.strip().lower()
+    if value in ("", "auto"):
+        return None
+    if value in ("1", "on", "true", "yes"):
+        return True
+    if value in ("0", "off", "false", "no"):
+        return False
+    raise CudaBuildError(f"DYRATE_CUDA must be 1, 0 or auto, got {text!r}")
+
+
+def find_nvcc(
+    environ: Mapping[str, str], usual_folders: Sequence[Path] = USUAL_FOLDERS
+) -> tuple[Path | None, tuple[str, ...]]:
+    """(nvcc or None, the places looked at).
+
+    CUDACXX names a compiler, so a wrong one is an error; the other variables name folders that may lack one.
+    """
+    path = environ.get("PATH", "")
+    if named := environ.get("CUDACXX", "").strip():
+        found = shutil.which(named, path=path)
+        if found is None:
+            raise CudaBuildError(f"CUDACXX names {named!r}, which is not an executable file")
+        return Path(found), ("CUDACXX",)
+    looked = []
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := environ.get(variable, "").strip():
+            looked.append(variable)
+            if found := shutil.which("nvcc", path=str(Path(home) / "bin")):
+                return Path(found), tuple(looked)
+    looked.append("PATH")
+    # An empty PATH would make shutil.which look in its own default.
+    if path and (found := shutil.which("nvcc", path=path)):
+        return Path(found), tuple(looked)
+    for folder in usual_folders:
+        looked.append(str(folder))
+        if found := shutil.which("nvcc", path=str(folder)):
+            return Path(found), tuple(looked)
+    return None, tuple(looked)
+
+
+def ask_nvcc(nvcc: Path) -> tuple[str, frozenset[int]]:
+    """(release such as "13.0", architectures it knows such as {75, 80}); CudaBuildError when it does not answer."""
+    version = _run_nvcc(nvcc, "--version")
+    release = re.search(r"release (\d+\.\d+)", version)
+    if release is None:
+        raise CudaBuildError(f"nvcc at {nvcc} does not tell its release: {version.strip()[-300:]!r}{_WAY_OUT}")
+    supported = frozenset(int(number) for number in re.findall(r"compute_(\d+)\b", _run_nvcc(nvcc, "--list-gpu-arch")))
+    if not supported:
+        raise CudaBuildError(f"nvcc at {nvcc} lists no architectures{_WAY_OUT}")
+    return release.group(1), supported
+
+
+_WAY_OUT = ". Repair it, name another with CUDACXX, or set DYRATE_CUDA=0 to install without the native extension"
+
+
+def _run_nvcc(nvcc: Path, argument: str) -> str:
+    try:
+        done = subprocess.run(
+            [str(nvcc), argument],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            stdin=subprocess.DEVNULL,
+            errors="replace",
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CudaBuildError(f"nvcc was found at {nvcc} but does not run: {error}{_WAY_OUT}") from error
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip()[-300:] or "nothing"
+        raise CudaBuildError(
+            f"nvcc was found at {nvcc} but `nvcc {argument}` exits with {done.returncode} (it says: {said}){_WAY_OUT}"
+        )
+    return done.stdout
+
+
+def parse_architectures(text: str, supported: frozenset[int]) -> tuple[str, ...]:
+    """DYRATE_CUDA_ARCHS -> CMake's form, ascending. Empty: the defaults that this nvcc knows, the last one with PTX.
+
+    "90", "9.0", "sm_90" and "90a" are accepted, separated by spaces, commas or semicolons; "+PTX" may follow each.
+    """
+    items = [item for item in re.split(r"[\s,;]+", text.strip()) if item]
+    if not items:
+        known = [number for number in DEFAULT_ARCHITECTURES if number in supported]
+        if not known:
+            raise CudaBuildError(f"nvcc knows none of the architectures {DEFAULT_ARCHITECTURES}: set DYRATE_CUDA_ARCHS")
+        return (*(f"{number}-real" for number in known[:-1]), str(known[-1]))
+    chosen: dict[tuple[int, str], bool] = {}
+    for item in items:
+        match = re.fullmatch(r"(?:sm_|compute_)?(?:(\d{1,2})\.(\d)|(\d{2,3}))([af]?)(\+ptx)?", item.lower())
+        if match is None:
+            raise CudaBuildError(f"DYRATE_CUDA_ARCHS: expected for example '90' or '8.0;9.0+PTX', got {item!r}")
+        number = int(match[3] or match[1] + match[2])
+        if number not in supported:
+            known_list = ", ".join(str(other) for other in sorted(supported))
+            raise CudaBuildError(f"DYRATE_CUDA_ARCHS: this nvcc does not know {item!r}; it knows {known_list}")
+        key = (number, match[4])
+        chosen[key] = chosen.get(key, False) or match[5] is not None
+    return tuple(f"{number}{letter}{'' if ptx else '-real'}" for (number, letter), ptx in sorted(chosen.items()))
+
+
+def _tool(name: str, module_name: str, attribute: str) -> str | None:
+    """A build tool from the Python environment that builds (it may not be on PATH), else from PATH."""
+    try:
+        module = __import__(module_name)
+        found = shutil.which(name, path=str(getattr(module, attribute)))
+    except (ImportError, AttributeError):
+        found = None
+    return found or shutil.which(name)
+
+
+class BuildPy(build_py):
+    """Python files; starts from an empty folder, and records that there is no extension when none is built."""
+
+    plan = Plan(reason="no plan was made")
+
+    def run(self) -> None:
+        if self.editable_mode:
+            folder = ROOT / PACKAGE
+            (folder / BUILD_INFO).unlink(missing_ok=True)
+            if not self.plan.build:
+                for stale in folder.glob("_native.*"):
+                    if stale.suffix in (".so", ".pyd"):
+                        stale.unlink()
+        else:
+            # setuptools packs whatever lies in its build folder, files of earlier builds included.
+            folder = Path(self.build_lib) / PACKAGE
+            shutil.rmtree(folder, ignore_errors=True)
+        super().run()
+        if not self.plan.build:
+            _write_info(folder, self.plan)
+
+
+class BuildExt(build_ext):
+    """The native extension, by CMake."""
+
+    plan = Plan(reason="no plan was made")
+
+    def run(self) -> None:
+        super().run()
+        if self.extensions:
+            _write_info(ROOT / PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE, self.plan)
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            self._cmake(target)
+        except CudaBuildError as error:
+            raise SystemExit(f"error: {error}") from None
+
+    def _cmake(self, target: Path) -> None:
+        cmake = _tool("cmake", "cmake", "CMAKE_BIN_DIR")
+        if cmake is None:
+            raise CudaBuildError("building the native extension needs cmake: pip install cmake, or set DYRATE_CUDA=0")
+        try:
+            import pybind11
+        except ImportError:
+            raise CudaBuildError(
+                "building the native extension needs pybind11: pip install pybind11, or set DYRATE_CUDA=0"
+            ) from None
+        folder = Path(self.build_temp).resolve() / "cmake"
+        configure = [
+            cmake,
+            f"-S{ROOT}",
+            f"-B{folder}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_CUDA_COMPILER={self.plan.nvcc}",
+            f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(self.plan.architectures)}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        if ninja := _tool("ninja", "ninja", "BIN_DIR"):
+            configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        # CMake's cache remembers paths into the isolated build environment of the build that made it. It is of use only
+        # to a build that is configured in the same way.
+        stamp, arguments = folder / "configured.txt", "\n".join(configure)
+        if not stamp.exists() or stamp.read_text(encoding="utf-8") != arguments:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(arguments, encoding="utf-8")
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(cores)
+        for command in (configure, [cmake, "--build", str(folder), "--parallel", jobs]):
+            if (status := subprocess.run(command, stdin=subprocess.DEVNULL).returncode) != 0:
+                raise CudaBuildError(
+                    f"the native extension did not build with nvcc {self.plan.release} at {self.plan.nvcc} "
+                    f"(cmake exits with {status}; its messages stand above){_WAY_OUT}"
+                )
+        if not target.exists():
+            raise CudaBuildError(f"CMake made no {target.name}")
+
+
+def _write_info(folder: Path, plan: Plan) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / BUILD_INFO).write_text(json.dumps(plan.info(), indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    try:
+        plan = plan_build(os.environ)
+    except CudaBuildError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"native extension: {f'nvcc {plan.release}' if plan.build else plan.reason}", file=sys.stderr)
+    BuildPy.plan = BuildExt.plan = plan
+    packages = find_packages(str(ROOT), include=[PACKAGE, f"{PACKAGE}.*"])
+    triton = [f"{PACKAGE}.{name}" for name in ("triton_kernels", *_below("triton_kernels"))]
+    setup(
+        packages=[*packages, *triton],
+        # The top-level name triton_kernels belongs to another package, which transformers and vLLM import.
+        package_dir={f"{PACKAGE}.triton_kernels": "triton_kernels"},
+        ext_modules=[Extension(EXTENSION, sources=[])] if plan.build else [],
+        cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+    )
+
+
+def _below(folder: str) -> list[str]:
+    """Names of the packages below a top-level folder: "triton_kernels.decode" and so on."""
+    return [f"{folder}.{name}" for name in find_packages(str(ROOT / folder))]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Tiny random vision-language models and inputs for them: no download, no tokenizer, no processor.
+
+The weights are drawn so that a random model behaves like a trained one where it matters to a test: attention is far from uniform (logits of
+standard deviation about 2) and the highest output logit stands clear of the second, so rounding changes neither a ranking nor a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCAB = 99
+IMAGE_TOKEN = 97
+VIDEO_TOKEN = 98
+PAD_TOKEN = 0
+EOS_TOKEN = 1
+FIRST_WORD = 3  # ids below are special
+FRAMES = 2
+LAYERS = 5
+HEADS = 4
+KV_HEADS = 2
+HEAD_DIM = 12
+HIDDEN = 48
+
+FAMILIES = ("llava", "llava_next", "llava_onevision", "video_llava", "vipllava")
+TEXTS = ("llama", "mistral", "qwen2", "qwen3")
+# every architecture named in the README's table: (family, text model)
+VARIANTS = (
+    ("llava", "llama"),
+    ("llava", "mistral"),
+    ("llava", "qwen2"),
+    ("llava", "qwen3"),
+    ("llava_next", "llama"),
+    ("llava_onevision", "qwen2"),
+    ("video_llava", "llama"),
+    ("vipllava", "llama"),
+)
+
+Row = Sequence[str]
+
+
+def text_config(text: str, **overrides: Any) -> Any:
+    """A tiny text config of the given kind."""
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 4096,
+        "pad_token_id": PAD_TOKEN,
+        "bos_token_id": 2,
+        "eos_token_id": EOS_TOKEN,
+    }
+    if text == "mistral":
+        common["sliding_window"] = 24  # shorter than every prompt with a picture
+    if text == "qwen3":
+        common["head_dim"] = HEAD_DIM
+    kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    return kinds[text](**{**common, **overrides})
+
+
+def vision_config(family: str) -> Any:
+    """A tiny CLIP tower (SigLIP for OneVision): 5 x 5 patches, 2 x 2 for the families that cut a picture into crops."""
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+    common: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "patch_size": 4,
+        "image_size": 8 if family in ("llava_next", "llava_onevision") else 20,
+    }
+    if family == "llava_onevision":
+        return SiglipVisionConfig(**common, vision_use_head=False)
+    return CLIPVisionConfig(**common, projection_dim=32)
+
+
+def config(family: str, text: str = "llama", **overrides: Any) -> Any:
+    """The tiny config of a family. ``overrides`` go to the text config."""
+    import transformers
+
+    kinds = {
+        "llava": "LlavaConfig",
+        "llava_next": "LlavaNextConfig",
+        "llava_onevision": "LlavaOnevisionConfig",
+        "video_llava": "VideoLlavaConfig",
+        "vipllava": "VipLlavaConfig",
+    }
+    fields: dict[str, Any] = {
+        "text_config": text_config(text, **overrides),
+        "vision_config": vision_config(family),
+        "image_token_index": IMAGE_TOKEN,
+    }
+    if family in ("video_llava", "llava_onevision"):
+        fields["video_token_index"] = VIDEO_TOKEN
+    if family in ("llava_next", "llava_onevision"):
+        fields["image_grid_pinpoints"] = [[8, 16], [16, 8], [16, 16]]
+    if family == "vipllava":
+        fields["vision_feature_layer"] = [-2, -1, 1]
+    return getattr(transformers, kinds[family])(**fields)
+
+
+def build(family: str, text: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A tiny random model in eval mode on the CPU, the same for the same arguments.
+
+    Args:
+        family: one of ``FAMILIES``.
+        text: one of ``TEXTS``.
+        seed: of the weights.
+        dtype: of the weights; they are drawn in float32 and then rounded.
+        overrides: fields of the text config.
+    """
+    import transformers
+
+    kinds = {
+        "llava": "LlavaForConditionalGeneration",
+        "llava_next": "LlavaNextForConditionalGeneration",
+        "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+        "video_llava": "VideoLlavaForConditionalGeneration",
+        "vipllava": "VipLlavaForConditionalGeneration",
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1000 + seed)
+        model = getattr(transformers, kinds[family])(config(family, text, **overrides))
+        _draw(model, torch.Generator().manual_seed(zlib.crc32(f"{family}/{text}/{seed}".encode())))
+    model = model.eval().to(dtype)
+    _settle(model)
+    return model
+
+
+def build_text(seed: int = 0, **overrides: Any) -> Any:
+    """A text-only model with the same vocabulary."""
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1000 + seed)
+        model = LlamaForCausalLM(text_config("llama", **overrides))
+        _draw(model, torch.Generator().manual_seed(77 + seed))
+    model = model.eval()
+    _settle(model)
+    return model
+
+
+def _settle(model: Any) -> None:
+    settings = model.generation_config
+    settings.pad_token_id = PAD_TOKEN
+    settings.eos_token_id = None  # lengths are the test's choice
+    settings.suppress_tokens = [IMAGE_TOKEN, VIDEO_TOKEN]
+
+
+@torch.no_grad()
+def _draw(model: nn.Module, generator: torch.Generator) -> None:
+    def normal(tensor: Tensor, std: float) -> None:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+
+    for name, parameter in model.named_parameters():
+        text = "vision_tower" not in name and "image_tower" not in name and "video_tower" not in name
+        fan_in = parameter.shape[-1]
+        if name.endswith("image_newline"):
+            normal(parameter, 1.0)
+        elif "embed_tokens" in name:
+            normal(parameter, 1.0)
+        elif "norm" in name and name.endswith("weight"):
+            parameter.fill_(1.0)
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.fill_(1.4)
+        elif parameter.ndim == 1:
+            normal(parameter, 0.1)
+        elif name.endswith("lm_head.weight"):
+            normal(parameter, 4.0 / fan_in**0.5)
+        elif "q_proj" in name or "k_proj" in name:
+            normal(parameter, (1.4 if text else 1.0) / fan_in**0.5)
+        elif "multi_modal_projector" in name:
+            normal(parameter, 1.6 / fan_in**0.5)
+        elif parameter.ndim == 2 and "embedding" not in name:
+            normal(parameter, 1.0 / fan_in**0.5)
+        elif "patch_embedding" in name:
+            normal(parameter, 1.0 / parameter[0].numel() ** 0.5)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The text model's decoder layers."""
+    return model.get_decoder().layers
+
+
+def _pixels(family: str, kind: str, generator: torch.Generator, alone: bool) -> dict[str, Tensor]:
+    """One picture or video as the model takes it."""
+
+    def noise(*shape: int) -> Tensor:
+        # smooth blobs rather than white noise: neighbouring patches differ, but not all in the same way
+        return torch.randn(shape, generator=generator) * 0.8 + torch.randn((*shape[:-2], 1, 1), generator=generator)
+
+    side = 8 if family in ("llava_next", "llava_onevision") else 20
+    if kind == "video":
+        return {"pixel_values_videos": noise(1, FRAMES, 3, side, side)}
+    if family in ("llava_next", "llava_onevision"):
+        sizes = [(16, 16), (8, 16), (10, 16), (16, 8), (12, 16)]
+        size = sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
+        crops = {(16, 16): 5, (8, 16): 3, (16, 8): 3, (10, 16): 5, (12, 16): 5}[size]
+        if not alone and family == "llava_onevision":  # several pictures in a row are not cut into crops there
+            crops = 1
+        pixels = torch.zeros(1, 5, 3, side, side)
+        pixels[:, :crops] = noise(1, crops, 3, side, side)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
+    return {"pixel_values": noise(1, 3, side, side)}
+
+
+@torch.no_grad()
+def _count(model: Any, kind: str, pixels: dict[str, Tensor], alone: bool) -> int:
+    dtype = next(model.parameters()).dtype
+    if kind == "video":
+        features = model.model.get_video_features(pixels["pixel_values_videos"].to(dtype), return_dict=True)
+    else:
+        fields = {name: value.to(dtype) if value.is_floating_point() else value for name, value in pixels.items()}
+        if not alone and model.config.model_type == "llava_onevision":
+            fields["batch_num_images"] = torch.tensor([2])
+            fields = {name: value.repeat(2, *[1] * (value.ndim - 1)) if name != "batch_num_images" else value for name, value in fields.items()}
+            return int(model.model.get_image_features(**fields, return_dict=True).pooler_output[0].shape[0])
+        features = model.model.get_image_features(**fields, return_dict=True)
+    pooled = features.pooler_output
+    return sum(item.shape[0] for item in pooled)
+
+
+def inputs(model: Any, rows: Sequence[Row], *, seed: int = 0, pad_to: int | None = None) -> dict[str, Tensor]:
+    """Inputs of ``model.generate``, left padded.
+
+    What a row holds depends only on the row itself and the seed: ``inputs(model, [row])`` has the same tokens and pictures as that row in a batch.
+
+    Args:
+        model: made by :func:`build`.
+        rows: each a list such as ``["text 3", "image", "text 5"]``; items are ``text N``, ``image``, ``video``.
+        seed: of the content.
+        pad_to: the padded length; the longest row's if None.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` int64 ``[B, S]``, and ``pixel_values``, ``image_sizes``, ``batch_num_images``, ``pixel_values_videos`` as the
+        family and the rows need them.
+    """
+    family = model.config.model_type
+    ids: list[list[int]] = []
+    pictures: dict[str, list[Tensor]] = {}
+    images_per_row: list[int] = []
+    for row in rows:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}|{'|'.join(row)}".encode()))
+        alone = sum(item == "image" for item in row) < 2
+        tokens: list[int] = []
+        for item in row:
+            if item.startswith("text"):
+                count = int(item.split()[1])
+                tokens += torch.randint(FIRST_WORD, IMAGE_TOKEN, (count,), generator=generator).tolist()
+                continue
+            pixels = _pixels(family, item, generator, alone)
+            tokens += [VIDEO_TOKEN if item == "video" else IMAGE_TOKEN] * _count(model, item, pixels, alone)
+            for name, value in pixels.items():
+                pictures.setdefault(name, []).append(value)
+        ids.append(tokens)
+        images_per_row.append(sum(item == "image" for item in row))
+    length = max(pad_to or 0, *(len(tokens) for tokens in ids))
+    dtype = next(model.parameters()).dtype
+    fields = {
+        "input_ids": torch.tensor([[PAD_TOKEN] * (length - len(tokens)) + tokens for tokens in ids]),
+        "attention_mask": torch.tensor([[0] * (length - len(tokens)) + [1] * len(tokens) for tokens in ids]),
+    }
+    for name, values in pictures.items():
+        joined = torch.cat(values)
+        fields[name] = joined.to(dtype) if joined.is_floating_point() else joined
+    if family == "llava_onevision" and "pixel_values" in fields:
+        fields["batch_num_images"] = torch.tensor(images_per_row)
+    return fields
+
+
+@contextlib.contextmanager
+def poisoned(parameter: Tensor, value: float = float("nan")) -> Iterator[None]:
+    """Fills a parameter with ``value`` for a while."""
+    saved = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.fill_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(saved)

@@ -1,0 +1,334 @@
+"""An independent reference for patched generation: masks of minus infinity, nothing cached, everything recomputed.
+
+The oracle copies an unpatched model, gives its text attention an explicit float32 softmax and lets transformers generate with ``use_cache=False``.
+So every forward pass sees the whole sequence, and which visual columns a row may read in layers >= k is a function of that sequence alone:
+it is worked out anew, row by row, from the probabilities of layer k-1. Beams, sampling and several answers per prompt need no further code.
+
+Nothing of ``dyrate_kernels`` is imported here; the rules are written down again from shared/methods.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+NAME = "tests_oracle"
+SYSTEM, IMAGE, INSTRUCTION, RESPONSE = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One method's options, as methods.md words them.
+
+    Attributes:
+        name: none, fixed, fastv, vtw, depth, schedule, uniform or dyrate.
+        k: first layer that sees the pruned set; None: the method's own default.
+        rate: fraction removed (fixed, fastv, uniform).
+        ranking: which prompt rows FastV ranks by, ``last`` or ``mean``.
+        kept: (step, count) pairs of a schedule.
+        prune, growth: of depth.
+        rates: ``half_open`` or ``closed`` (dyrate).
+        buckets: K (dyrate).
+        weight, bias: a linear predictor ``[K, Hq*4]``, ``[K]``; None: the closed form.
+    """
+
+    name: str
+    k: int | None = None
+    rate: float = 0.5
+    ranking: str = "last"
+    kept: Sequence[tuple[int, int]] = ()
+    prune: float = 0.5
+    growth: float = 0.25
+    rates: str = "half_open"
+    buckets: int = 5
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def first_layer(self, num_layers: int) -> int:
+        if self.k is not None:
+            return self.k
+        return {"vtw": max(num_layers // 2, 1), "depth": 4}.get(self.name, 3)
+
+    @property
+    def decides_while_decoding(self) -> bool:
+        return self.name in ("fixed", "schedule", "uniform", "dyrate")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One call of ``generate``: its new prompt rows are ``[start, end)``; ``chunk`` of them were prefilled at a time (None: all at once)."""
+
+    start: int
+    end: int
+    chunk: int | None = None
+
+    @property
+    def decided_from(self) -> int:
+        """First prompt row computed when the last one decides (rows of earlier chunks were computed before any decision)."""
+        if self.chunk is None:
+            return self.start
+        return self.start + (self.end - self.start - 1) // self.chunk * self.chunk
+
+
+@dataclass
+class Step:
+    """What one step of one sequence decided: the columns that stay, by layer, and why."""
+
+    step: int
+    rate: float
+    kept: dict[int, list[int]]
+    mass: Tensor  # float64 [4], mean over heads
+    importance: Tensor  # float64 [N]
+
+    @property
+    def count(self) -> int:
+        """How many stay in the first pruned layer."""
+        return len(self.kept[min(self.kept)])
+
+
+@dataclass
+class _Sequence:
+    """The state of one sequence within one generation."""
+
+    survivors: list[int] = field(default_factory=list)
+    first_mass: float = 0.0
+
+
+def keep_count(n: int, rate: float) -> int:
+    return min(max(math.floor(n * (1.0 - rate) + 1e-6), 0), n)
+
+
+def rate_values(kind: str, buckets: int) -> list[float]:
+    if kind == "closed":
+        return [i / (buckets - 1) for i in range(buckets)]
+    return [i / buckets for i in range(buckets)]
+
+
+def closed_form_index(mass: float, first_mass: float, buckets: int) -> int:
+    """The bucket whose affine function of the visual mass is highest; ties to the smaller one."""
+    bias, best, at = 0.0, -math.inf, 0
+    for j in range(buckets):
+        value = (buckets - 1 - j) * mass + bias
+        if value > best:
+            best, at = value, j
+        bias += 2.0 * (buckets - 1 - j) / buckets * first_mass
+    return at
+
+
+def top(columns: Sequence[int], scores: Sequence[float], count: int) -> list[int]:
+    """The ``count`` columns of highest score, ascending; ties to the earlier one."""
+    order = sorted(range(len(columns)), key=lambda i: (-scores[i], i))
+    return sorted(columns[i] for i in order[:count])
+
+
+def evenly(columns: Sequence[int], count: int) -> list[int]:
+    total = len(columns)
+    return [c for i, c in enumerate(columns) if (i + 1) * count // total > i * count // total]
+
+
+class Oracle:
+    """A pruned model by masks.
+
+    Args:
+        model: an unpatched model; it is copied.
+        rule: the method.
+        retention: ``recoverable`` or ``evict``.
+        frozen: evict only at the prompt (what assisted decoding does).
+    """
+
+    def __init__(self, model: Any, rule: Rule, retention: str = "recoverable", *, frozen: bool = False) -> None:
+        assert retention in ("recoverable", "evict")
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, eager_mask)
+        self.rule, self.retention, self.frozen = rule, retention, frozen
+        self.model = copy.deepcopy(model)
+        text = self.model.get_decoder()
+        text.config._attn_implementation = NAME
+        for layer in text.layers:
+            layer.self_attn.config._attn_implementation = NAME
+            layer.self_attn.oracle = self
+        self.num_layers = len(text.layers)
+        self.k = rule.first_layer(self.num_layers)
+        config = self.model.config
+        self.visual_ids = [i for i in (getattr(config, "image_token_id", None), getattr(config, "video_token_id", None)) if i is not None]
+        self.turns: list[Turn] | None = None
+        self.trace: list[list[Step]] = []
+        self.model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    # -- what a test calls -----------------------------------------------------------------------------------------------------------------
+
+    def generate(self, *, before: Sequence[Turn] = (), start: int = 0, chunk: int | None = None, **inputs: Any) -> Any:
+        """``model.generate`` under the rule.
+
+        Args:
+            before: the turns of the chat so far, if any; ``inputs`` hold the whole chat.
+            start: first row that this turn's prefill computes (earlier ones were in the cache).
+            chunk: ``prefill_chunk_size``.
+            inputs: of ``generate``.
+        """
+        self.turns = [*before, Turn(start, inputs["input_ids"].shape[1], chunk)]
+        try:
+            return self.model.generate(**inputs, use_cache=False)
+        finally:
+            self.turns = None
+
+    @torch.no_grad()
+    def forward(self, turns: Sequence[Turn], **inputs: Any) -> Any:
+        """One pass over a complete sequence."""
+        self.turns = list(turns)
+        try:
+            return self.model(**inputs, use_cache=False)
+        finally:
+            self.turns = None
+
+    # -- inside a forward pass -------------------------------------------------------------------------------------------------------------
+
+    def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        mask = kwargs.get("attention_mask")
+        self.ids = ids
+        self.real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        self.visual = torch.isin(ids, torch.tensor(self.visual_ids)) & self.real
+        self.hidden: dict[int, Tensor] = {}
+
+    def decide(self, probabilities: Tensor) -> None:
+        """Works out which columns each row of layers >= k may not read. ``probabilities`` float ``[B, Hq, S, S]`` are of layer k-1."""
+        assert self.turns is not None
+        batch, _, length, _ = probabilities.shape
+        pruned = range(self.k, self.num_layers)
+        self.hidden = {layer: torch.zeros(batch, length, length, dtype=torch.bool) for layer in pruned}
+        self.trace = []
+        for b in range(batch):
+            steps: list[Step] = []
+            state = _Sequence()
+            for i, turn in enumerate(self.turns):
+                until = self.turns[i + 1].start if i + 1 < len(self.turns) else length
+                steps = self._turn(b, turn, until, probabilities[b].double(), state)
+            self.trace.append(steps)
+
+    def _turn(self, b: int, turn: Turn, until: int, probabilities: Tensor, state: _Sequence) -> list[Step]:
+        visual = [c for c in self.visual[b].nonzero()[:, 0].tolist() if c < turn.end]
+        if not visual:
+            return []
+        new = [c for c in visual if c >= turn.start]
+        candidates = visual if self.retention == "recoverable" else sorted({*state.survivors, *new})
+        rows = [r for r in range(turn.start, turn.end) if self.real[b, r]] if self.rule.ranking == "mean" else [turn.end - 1]
+        at_prompt = self._choose(b, 0, turn, probabilities, rows, visual, candidates, state)
+        if self.retention == "evict":
+            self._hide(b, range(turn.decided_from, turn.end), visual, at_prompt)
+            state.survivors = at_prompt.kept[self.k]
+        steps = [at_prompt]
+        for row in range(turn.end, until):
+            step = row - turn.end + 1
+            if not self.rule.decides_while_decoding or (self.retention == "evict" and self.frozen):
+                chosen = at_prompt
+            else:
+                able = visual if self.retention == "recoverable" else state.survivors
+                chosen = self._choose(b, step, turn, probabilities, [row], visual, able, state)
+                if self.retention == "evict":
+                    state.survivors = chosen.kept[self.k]
+            self._hide(b, [row], visual, chosen)
+            steps.append(chosen)
+        return steps
+
+    def _hide(self, b: int, rows: Sequence[int], visual: Sequence[int], step: Step) -> None:
+        for layer, mask in self.hidden.items():
+            gone = [c for c in visual if c not in set(step.kept[layer])]
+            for row in rows:
+                mask[b, row, gone] = True
+
+    def _choose(
+        self,
+        b: int,
+        step: int,
+        turn: Turn,
+        probabilities: Tensor,
+        rows: Sequence[int],
+        visual: Sequence[int],
+        candidates: Sequence[int],
+        state: _Sequence,
+    ) -> Step:
+        rule, last = self.rule, rows[-1]
+        n = len(visual)
+        mass = self._mass(b, turn, probabilities[:, last], visual)
+        importance = probabilities[:, rows][..., list(visual)].mean((0, 1))
+        total = float(mass[:, IMAGE].mean())
+        if step == 0:
+            state.first_mass = total
+        rates = self._rates(step, n, mass, total, state)
+        score = dict(zip(visual, importance.tolist(), strict=True))
+        kept = {}
+        for layer, rate in rates.items():
+            count = min(keep_count(n, rate), len(candidates))
+            if rule.name == "uniform":
+                kept[layer] = evenly(candidates, count) if candidates else []
+            else:
+                kept[layer] = top(candidates, [score[c] for c in candidates], count)
+        return Step(step, sum(rates.values()) / len(rates), kept, mass.mean(0), importance)
+
+    def _rates(self, step: int, n: int, mass: Tensor, total: float, state: _Sequence) -> dict[int, float]:
+        rule = self.rule
+        layers = range(self.k, self.num_layers)
+        if rule.name == "depth":
+            span = max(self.num_layers - 1 - self.k, 1)
+            return {layer: min(rule.prune + rule.growth * (layer - self.k) / span, 1.0) for layer in layers}
+        if rule.name == "none":
+            rate = 0.0
+        elif rule.name == "vtw":
+            rate = 1.0
+        elif rule.name == "schedule":
+            counts = [count for first, count in rule.kept if first <= step]
+            rate = 1.0 - min(counts[-1], n) / n if counts else 0.0
+        elif rule.name == "dyrate":
+            if rule.weight is None:
+                index = closed_form_index(total, state.first_mass, rule.buckets)
+            else:
+                assert rule.bias is not None
+                index = int((rule.weight.double() @ mass.flatten() + rule.bias.double()).argmax())
+            rate = rate_values(rule.rates, rule.buckets)[index]
+        else:
+            rate = rule.rate
+        return dict.fromkeys(layers, rate)
+
+    def _mass(self, b: int, turn: Turn, row: Tensor, visual: Sequence[int]) -> Tensor:
+        types = torch.full((row.shape[-1],), INSTRUCTION)
+        types[: visual[0]] = SYSTEM
+        types[turn.end :] = RESPONSE
+        types[list(visual)] = IMAGE
+        return torch.stack([row[:, types == kind].sum(-1) for kind in range(4)], dim=-1)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    oracle: Oracle = module.oracle
+    batch, heads, length, dim = query.shape
+    groups = heads // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1).float(), value.repeat_interleave(groups, 1).float()
+    scores = query.float() @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
+    allowed = torch.ones(length, length, dtype=torch.bool).tril().expand(batch, 1, length, length)
+    allowed = allowed & oracle.real[:, None, None, :]
+    if attention_mask is not None:  # sliding windows come in here
+        allowed = allowed & (attention_mask > torch.finfo(attention_mask.dtype).min / 2)
+    if module.layer_idx in oracle.hidden:
+        allowed = allowed & ~oracle.hidden[module.layer_idx][:, None]
+    scores = scores.masked_fill(~allowed, -math.inf)
+    probabilities = torch.softmax(scores, -1).masked_fill(~allowed.any(-1, keepdim=True), 0.0)  # rows of padding read nothing
+    if module.layer_idx == oracle.k - 1:
+        oracle.decide(probabilities)
+    return (probabilities @ value).to(query.dtype).transpose(1, 2).contiguous(), None
