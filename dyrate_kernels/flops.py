@@ -1,13 +1,16 @@
-"""What pruning costs and saves: FLOPs by FastV's formula and exactly, and the bytes that a decode step reads (methods.md, sections 2 and 4).
+"""What pruning costs and saves: FLOPs by FastV's formula and exactly, and the bytes that a decode step reads
+(methods.md, sections 2 and 4).
 
 Three cost axes, never mixed:
 
-1. *Paper cost* (:func:`fastv_cost`, ``GenerationCost.paper_cost``): FastV's formula on the whole sequence. Its unit is the multiply-add, which
-   the paper calls a FLOP, and it counts two of the three MLP matrices.
-2. *Executed FLOPs* (:func:`layer_flops`, :func:`prefill_flops`, :func:`decode_flops`, ``GenerationCost.flops``): every matrix product of the
-   text model with its real shape (SwiGLU, grouped key/value heads, output head), two FLOPs a multiply-add, as ``torch.utils.flop_counter``
-   counts. Attention counts all pairs of a pass's rows and the rows it may read; norms, softmax, rotations and padding are not counted.
-3. *Bytes read* (:func:`decode_bytes`, ``GenerationCost.bytes_read``): a decode step reads the weights once and every live KV row once.
+1. *Paper cost* (:func:`fastv_cost`, ``GenerationCost.paper_cost``): FastV's formula on the whole sequence. Its unit
+   is the multiply-add, which the paper calls a FLOP, and it counts two of the three MLP matrices.
+2. *Executed FLOPs* (:func:`layer_flops`, :func:`prefill_flops`, :func:`decode_flops`, ``GenerationCost.flops``):
+   every matrix product of the text model with its real shape (SwiGLU, grouped key/value heads, output head), two
+   FLOPs a multiply-add, as ``torch.utils.flop_counter`` counts. Attention counts all pairs of a pass's rows and the
+   rows it may read; norms, softmax, rotations and padding are not counted.
+3. *Bytes read* (:func:`decode_bytes`, ``GenerationCost.bytes_read``): a decode step reads the weights once and every
+   live KV row once.
 
 Numbers are floats or NumPy arrays; nothing here touches a device.
 """
@@ -44,7 +47,9 @@ class FastVCost:
 
 
 def fastv_layer(n: Any, hidden_size: int, intermediate_size: int) -> Any:
-    """Multiply-adds of one layer over n tokens: ``4 n d^2 + 2 n^2 d + 2 n d m`` (FastV, section 4.2). n may be an array."""
+    """Multiply-adds of one layer over n tokens: ``4 n d^2 + 2 n^2 d + 2 n d m`` (FastV, section 4.2). n may be an
+    array.
+    """
     d, m = float(hidden_size), float(intermediate_size)
     return 4.0 * n * d * d + 2.0 * n * n * d + 2.0 * n * d * m
 
@@ -52,8 +57,9 @@ def fastv_layer(n: Any, hidden_size: int, intermediate_size: int) -> Any:
 def fastv_cost(shape: ModelShape, *, n: float, visual: float, k: int, rate: float) -> FastVCost:
     """``[k f(n) + (L-k) f(n - N R)] / (L f(n))`` and its parts.
 
-    At n = 611 this is FastV's Table 1 for LLaVA-1.5 within about 1 % (7B and 13B, K = 2, 3, 5; the paper does not state its n). K = 0, R = 90 %
-    of 7B is printed there as 18.9 G (19 %), the formula gives 14.6 G; the QwenVL rows fit no n with its 256 visual tokens.
+    At n = 611 this is FastV's Table 1 for LLaVA-1.5 within about 1 % (7B and 13B, K = 2, 3, 5; the paper does not
+    state its n). K = 0, R = 90 % of 7B is printed there as 18.9 G (19 %), the formula gives 14.6 G; the QwenVL rows
+    fit no n with its 256 visual tokens.
 
     Args:
         n: all tokens of the sequence.
@@ -140,8 +146,8 @@ def item_bytes(dtype: torch.dtype) -> int:
 def weight_bytes(shape: ModelShape) -> int:
     """Bytes of all the text model's weights in ``shape.dtype``: what methods.md, section 4 calls "the weights".
 
-    The input embedding is among them although a step reads only a row a sequence of it (2 % of a 7B Llama, 7 % of Qwen2.5-7B), so a bound
-    computed from this errs on the side of promising less.
+    The input embedding is among them although a step reads only a row a sequence of it (2 % of a 7B Llama, 7 % of
+    Qwen2.5-7B), so a bound computed from this errs on the side of promising less.
     """
     return parameters(shape) * item_bytes(shape.dtype)
 
@@ -197,7 +203,8 @@ def decode_bytes(
         batch: B sequences.
         visual: N visual tokens of each.
         text: text tokens of each.
-        kept: visual tokens that layers >= k read; 0 with k = 0 is "all visual KV gone", the most that any method can reach.
+        kept: visual tokens that layers >= k read; 0 with k = 0 is "all visual KV gone", the most that any method can
+            reach.
         k: layers that read all N.
 
     Raises:
@@ -224,7 +231,8 @@ class GenerationCost:
     """A generation on the three axes, summed over its steps and sequences.
 
     Attributes:
-        n: tokens of each sequence when its prompt ended, visual and text: what ``paper_cost`` starts from (it grows by one a step).
+        n: tokens of each sequence when its prompt ended, visual and text: what ``paper_cost`` starts from (it grows
+            by one a step).
         paper_cost: mean over steps and sequences of FastV's ratio.
         flops, flops_unpruned: executed FLOPs, prefill and decode steps.
         prefill_flops, prefill_flops_unpruned: the prefill's part of them.
@@ -263,8 +271,8 @@ def generation_cost(
         kept: ``[T, G, B]`` visual tokens that the layers of a group read in a step.
         prefill_shrunk: the prompt itself was shrunk to ``kept[0]`` in each group (else it ran unpruned).
         bytes_per_row: ``[G]`` bytes of one token's key and value in one layer; by default from ``shape``.
-        cached_text, cached_visual: ``[B]`` how many of the tokens were in the cache before this prompt (earlier turns of a chat); the kept
-            tokens are taken to be old and new in proportion.
+        cached_text, cached_visual: ``[B]`` how many of the tokens were in the cache before this prompt (earlier
+            turns of a chat); the kept tokens are taken to be old and new in proportion.
         weights: bytes of weights a step reads; by default :func:`weight_bytes`.
 
     Raises:

@@ -25,7 +25,7 @@ class BuildInfo:
     """What the install recorded about the native extension.
 
     cuda: it was built. reason: why not, when it was not. nvcc: release of the compiler, e.g. "13.0".
-    architectures: in CMake's form, e.g. ("75-real", .., "120"): "-real" is machine code, no suffix machine code and PTX.
+    architectures: in CMake's form, e.g. ("75-real", .., "120"): "-real" is machine code, no suffix is that and PTX.
     """
 
     cuda: bool

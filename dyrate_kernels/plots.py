@@ -79,11 +79,11 @@ def _draw_kept(axes: Any, image: Any, kept: list[int], total: int) -> None:
     cell = max(1, 336 // side)
     pixels = np.asarray(image.convert("RGB").resize((cell * side, cell * side)), dtype=np.float32) / 255
     mask = np.kron(keep.reshape(side, side), np.ones((cell, cell)))[..., None]
-    grey = 0.45 * pixels.mean(-1, keepdims=True) + 0.5
-    axes.imshow(np.where(mask > 0, pixels, 0.25 * grey + 0.68))
+    grey = 0.30 * pixels.mean(-1, keepdims=True) + 0.30  # darker than most pictures' background, so that a dropped patch shows on it
+    axes.imshow(np.where(mask > 0, pixels, grey))
     for line in range(1, side):
-        axes.axhline(line * cell - 0.5, color="white", linewidth=0.25, alpha=0.6)
-        axes.axvline(line * cell - 0.5, color="white", linewidth=0.25, alpha=0.6)
+        axes.axhline(line * cell - 0.5, color="white", linewidth=0.25, alpha=0.45)
+        axes.axvline(line * cell - 0.5, color="white", linewidth=0.25, alpha=0.45)
     for spine in axes.spines.values():
         spine.set_color("#bbbbbb")
 

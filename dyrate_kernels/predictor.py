@@ -1,7 +1,7 @@
 """Linear predictors of the pruning rate from attention mass: the trained one, and a closed form for models without one.
 
-Both are ``argmax(weight @ mass + bias)`` over K rates, so the kernels run either. Weights load from safetensors and JSON only: nothing in a
-predictor's files is ever executed.
+Both are ``argmax(weight @ mass + bias)`` over K rates, so the kernels run either. Weights load from safetensors and
+JSON only: nothing in a predictor's files is ever executed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ VERSION = 1
 
 _TYPES = 4  # token types of mass
 _IMAGE = 1
+_OTHER = "use a predictor trained for this model, or predictor=None"
 _FINGERPRINT = ("model_type", "hidden_size", "num_layers", "num_heads")
 
 
 def named_rates(name: str, count: int) -> tuple[float, ...]:
-    """The two published sets of K = ``count`` rates: ``"half_open"`` i/K, ``"closed"`` linspace(0, 1, K) (methods.md, section 1).
+    """The two published sets of K = ``count`` rates: ``"half_open"`` i/K, ``"closed"`` linspace(0, 1, K)
+    (methods.md, section 1).
 
     Raises:
         ValueError: another name.
@@ -67,12 +69,13 @@ def check_rates(name: str, rates: Any, ascending: bool = False) -> tuple[float, 
 
 
 class ClosedForm:
-    """A predictor that needs no training: the rate is the bucket that the visual mass falls into, relative to the first step's mass.
+    """A predictor that needs no training: the rate is the bucket that the visual mass falls into, relative to the
+    first step's mass.
 
-    With v the visual mass (mean over heads) of a step and v0 that of step 0, the thresholds are ``t_j v0``, ``t_j = 2 (K-1-j) / K`` for
-    j = 0..K-2 [choice]: 1.6, 1.2, .8, .4 for K = 5. So v = v0 gives the middle rate, and falling mass prunes more. The buckets are the upper
-    envelope of K lines in v with slopes K-1 .. 0, hence an argmax of a linear layer whose bias is ``v0 * bias``. v0 = 0, and NaN, keep the
-    first rate.
+    With v the visual mass (mean over heads) of a step and v0 that of step 0, the thresholds are ``t_j v0``, ``t_j =
+    2 (K-1-j) / K`` for j = 0..K-2 [choice]: 1.6, 1.2, .8, .4 for K = 5. So v = v0 gives the middle rate, and falling
+    mass prunes more. The buckets are the upper envelope of K lines in v with slopes K-1 .. 0, hence an argmax of a
+    linear layer whose bias is ``v0 * bias``. v0 = 0, and NaN, keep the first rate.
 
     Args:
         num_heads: Hq.
@@ -103,7 +106,8 @@ class DyRatePredictor(nn.Module):
         num_heads: Hq of the model it reads.
         rates: K fractions removed, each in [0, 1].
         k: first pruned layer; mass comes from layer k-1, so a predictor is of use for its own k only.
-        model: fingerprint of the text model it was trained for: any of ``model_type``, ``hidden_size``, ``num_layers``, ``num_heads``.
+        model: fingerprint of the text model it was trained for: any of ``model_type``, ``hidden_size``,
+            ``num_layers``, ``num_heads``.
         notes: anything JSON, e.g. how it was trained; saved and loaded, never used.
 
     Attributes:
@@ -153,14 +157,14 @@ class DyRatePredictor(nn.Module):
         where = f"predictor {self.source!r}"
         if self.num_heads != shape.num_heads:
             raise ValueError(
-                f"{where} expects mass of {self.num_heads} heads (weight {list(self.weight.shape)}), the model has {shape.num_heads} "
-                f"(weight would be [{len(self.rates)}, {shape.num_heads * _TYPES}]); use a predictor trained for this model, or predictor=None"
+                f"{where} expects mass of {self.num_heads} heads (weight {list(self.weight.shape)}), the model has "
+                f"{shape.num_heads} (weight would be [{len(self.rates)}, {shape.num_heads * _TYPES}]); {_OTHER}"
             )
         for name in _FINGERPRINT:
             if name in self.model and self.model[name] != getattr(shape, name):
                 raise ValueError(
-                    f"{where} was trained for a model with {name} {self.model[name]!r}, this model has {getattr(shape, name)!r}; "
-                    "use a predictor trained for this model, or predictor=None"
+                    f"{where} was trained for a model with {name} {self.model[name]!r}, this model has "
+                    f"{getattr(shape, name)!r}; {_OTHER}"
                 )
         if self.k != k:
             raise ValueError(
@@ -169,7 +173,8 @@ class DyRatePredictor(nn.Module):
         _check_finite(self.weight, self.bias, where)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``dyrate_predictor.safetensors`` and ``dyrate_predictor.json`` into ``folder``, which is made if missing.
+        """Writes ``dyrate_predictor.safetensors`` and ``dyrate_predictor.json`` into ``folder``, which is made if
+        missing.
 
         Raises:
             OSError: the folder cannot be written.
@@ -235,7 +240,8 @@ class DyRatePredictor(nn.Module):
             tensor = tensors[name]
             if list(tensor.shape) != shape:
                 raise ValueError(
-                    f"{path}: {name} must be {shape} ({len(self.rates)} rates, {self.num_heads} heads x {_TYPES} types), got {list(tensor.shape)}"
+                    f"{path}: {name} must be {shape} ({len(self.rates)} rates, {self.num_heads} heads x {_TYPES} types), "
+                    f"got {list(tensor.shape)}"
                 )
             if not tensor.is_floating_point():
                 raise ValueError(f"{path}: {name} must be a floating point tensor, got {tensor.dtype}")
@@ -259,7 +265,8 @@ def _locate(source: str | os.PathLike[str], hub_options: dict[str, Any]) -> tupl
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (path / name).is_file():
                 raise FileNotFoundError(
-                    f"predictor folder {str(source)!r} has no {name}; expected what DyRatePredictor.save_pretrained writes"
+                    f"predictor folder {str(source)!r} has no {name}; "
+                    "expected what DyRatePredictor.save_pretrained writes"
                 )
         return path / CONFIG_FILE, path / WEIGHTS_FILE
     name = os.fspath(source)
@@ -276,7 +283,8 @@ def _locate(source: str | os.PathLike[str], hub_options: dict[str, Any]) -> tupl
         config, weights = (hf_hub_download(name, file, **hub_options) for file in (CONFIG_FILE, WEIGHTS_FILE))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise OSError(
-            f"predictor {name!r} is no folder here, and {CONFIG_FILE} with {WEIGHTS_FILE} could not be had from the hub: "
+            f"predictor {name!r} is no folder here, and {CONFIG_FILE} with {WEIGHTS_FILE} could not be had from the "
+            "hub: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         ) from error
     return Path(config), Path(weights)
@@ -291,7 +299,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be a JSON object with format {FORMAT!r}, got {_shorten(config)}")
     if config.get("version") != VERSION:
         raise ValueError(
-            f"{path}: version must be {VERSION}, got {config.get('version')!r}; another release of dyrate_kernels wrote it"
+            f"{path}: version must be {VERSION}, got {config.get('version')!r}; "
+            "another release of dyrate_kernels wrote it"
         )
     for key in ("num_heads", "k", "rates"):
         if key not in config:

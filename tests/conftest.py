@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import contextlib
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_HERE = Path(__file__).parent
 _made: dict[Any, Any] = {}
 
 
@@ -48,57 +48,84 @@ def make_model() -> Callable[..., Any]:
 
 
 class HostSync(TorchDispatchMode):
-    """Counts the operators that would wait for a device: reading a value, data-dependent shapes, boolean indexing.
+    """Counts what would wait for a device: reading a value, data-dependent shapes, boolean indexing, leaving torch.
 
     Attributes:
-        found: the operator names, in order.
+        found: names, in order.
+        where: for each, ``file:line`` if a file of this package asked for it, else an empty string.
     """
 
-    _NAMES = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::item", "aten::is_nonzero", "aten::equal", "aten::unique")
+    _OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "repeat_interleave.Tensor")
+    _METHODS = ("tolist", "numpy", "cpu")  # on a CPU they dispatch no operator
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
         self.where: list[str] = []
+        self._saved: dict[str, Any] = {}
+
+    def __enter__(self) -> HostSync:
+        for name in self._METHODS:
+            self._saved[name] = getattr(torch.Tensor, name)
+            setattr(torch.Tensor, name, self._counting(name, self._saved[name]))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for name in self._METHODS:
+            setattr(torch.Tensor, name, self._saved.pop(name))
+
+    def _counting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._note(f"Tensor.{name}")
+            return method(tensor, *args, **kwargs)
+
+        return counted
+
+    def _note(self, name: str) -> None:
+        self.found.append(name)
+        self.where.append(_caller())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split(".")[0]
-        boolean_index = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
+        name = func.name().removeprefix("aten::")
+        plain = name.split(".")[0]
+        boolean_index = plain in ("index", "index_put", "index_put_") and any(
             isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        # a fill from one Python number is no read
-        if boolean_index or name in self._NAMES or name.startswith("aten::_unique"):
-            self.found.append(name + (" (boolean index)" if boolean_index else ""))
-            self.where.append(_caller())
+        if boolean_index or name in self._OPERATORS or plain in self._OPERATORS or plain.startswith(("_unique", "unique")):
+            self._note(name + (" with a boolean" if boolean_index else ""))
         return func(*args, **(kwargs or {}))
 
     def ours(self) -> list[str]:
-        """Those called from a file of this package."""
+        """Those that a file of this package asked for."""
         return [f"{name} at {place}" for name, place in zip(self.found, self.where, strict=True) if place]
 
 
 def _caller() -> str:
-    """The nearest frame above that lies in the package: ``file:line``, or nothing if the innermost non-torch frame is elsewhere's."""
-    import sys
-
-    frame = sys._getframe(2)
+    frame: Any = sys._getframe(2)
     while frame is not None:
-        path = frame.f_code.co_filename
-        if f"{os.sep}torch{os.sep}" not in path and not path.endswith("conftest.py"):
-            return f"{Path(path).name}:{frame.f_lineno}" if "dyrate_kernels" in Path(path).parts else ""
-        frame = frame.f_back  # type: ignore[assignment]
+        path = Path(frame.f_code.co_filename)
+        if "torch" not in path.parts and path.name != "conftest.py":
+            return f"{path.name}:{frame.f_lineno}" if "dyrate_kernels" in path.parts else ""
+        frame = frame.f_back
     return ""
 
 
 @pytest.fixture
+def host_sync() -> type[HostSync]:
+    """The class :class:`HostSync`: ``with host_sync() as mode: ...; assert not mode.found``."""
+    return HostSync
+
+
+@pytest.fixture
 def no_host_sync() -> Callable[[], contextlib.AbstractContextManager[HostSync]]:
-    """``with no_host_sync() as mode:`` fails at the end if this package read a value from a device inside."""
+    """``with no_host_sync():`` fails at the end if anything inside would have waited for a device."""
 
     @contextlib.contextmanager
     def guard() -> Iterator[HostSync]:
-        mode = HostSync()
-        with mode:
+        with HostSync() as mode:
             yield mode
-        assert not mode.ours(), f"host synchronisation in a decode step: {mode.ours()}"
+        assert not mode.found, f"host synchronisation: {list(zip(mode.found, mode.where, strict=True))}"
 
     return guard

@@ -240,10 +240,12 @@ class Oracle:
         return steps
 
     def _hide(self, b: int, rows: Sequence[int], visual: Sequence[int], step: Step) -> None:
+        if not rows:
+            return
         for layer, mask in self.hidden.items():
-            gone = [c for c in visual if c not in set(step.kept[layer])]
-            for row in rows:
-                mask[b, row, gone] = True
+            gone = sorted({*visual} - {*step.kept[layer]})
+            if gone:
+                mask[b][torch.tensor(list(rows))[:, None], torch.tensor(gone)] = True
 
     def _choose(
         self,

@@ -1,8 +1,9 @@
 """The interface of every method: how many visual tokens stay, and how they are ranked.
 
-A policy knows no kernel, no cache and no model module. It receives what the score layer ``k-1`` measured (:class:`View`, device tensors) and
-answers with counts and, if it does not rank by importance, with scores (:class:`Decision`, device tensors). The selection itself is
-``ops.select_tokens``, the same for all. ``decide`` runs inside a decode step: tensor operations only, nothing read on the host.
+A policy knows no kernel, no cache and no model module. It receives what the score layer ``k-1`` measured
+(:class:`View`, device tensors) and answers with counts and, if it does not rank by importance, with scores
+(:class:`Decision`, device tensors). The selection itself is ``ops.select_tokens``, the same for all. ``decide`` runs
+inside a decode step: tensor operations only, nothing read on the host.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class ModelShape:
             value = getattr(text, name, None)
             if not isinstance(value, int):
                 raise ValueError(
-                    f"config must describe a text model with an integer {name}, got {type(text).__name__} with {name}={value!r}; "
-                    "pass the config of a decoder-only model or of a VLM around one"
+                    f"config must describe a text model with an integer {name}, got {type(text).__name__} with "
+                    f"{name}={value!r}; pass the config of a decoder-only model or of a VLM around one"
                 )
             return value
 
@@ -112,10 +113,12 @@ def _is_qwen2(kind: str) -> bool:
 
 @dataclass
 class View:
-    """What a policy sees of one step. All tensors are on one device; B sequences, N the widest sequence's visual tokens.
+    """What a policy sees of one step. All tensors are on one device; B sequences, N the widest sequence's visual
+    tokens.
 
     Attributes:
-        step: int64 ``[B]``, 0 = prefill (statistics of the last prompt row), 1 = first decode step. Rows may differ (drafted tokens).
+        step: int64 ``[B]``, 0 = prefill (statistics of the last prompt row), 1 = first decode step. Rows may differ
+            (drafted tokens).
         mass: float32 ``[B, Hq, 4]``, attention mass by token type at layer ``k-1``; rows sum to 1.
         importance: float32 ``[B, N]``, attention to each visual token, mean over heads; 0 past a sequence's end.
         n_visual: int32 ``[B]``, all visual tokens of the sequence, dropped ones included.
@@ -153,8 +156,8 @@ class Policy:
     Attributes:
         k: first layer that sees the pruned set; scores come from layer ``k-1``. 1 <= k <= L-1.
         name: registry name.
-        at_prefill: decides from the last prompt row: ``evict`` shrinks layers >= k of the prompt by it; under ``recoverable`` it binds the
-            decode steps if the policy does not decide again there.
+        at_prefill: decides from the last prompt row: ``evict`` shrinks layers >= k of the prompt by it; under
+            ``recoverable`` it binds the decode steps if the policy does not decide again there.
         at_decode: decides again at every decode step.
         constant: the count never changes after prefill, so under ``evict`` a decode step has nothing to decide.
     """
@@ -198,7 +201,9 @@ class Policy:
         return None
 
     def kept_bound(self, n_visual: int) -> int:
-        """The most tokens this policy ever keeps of ``n_visual`` (host integers): how wide a kept list must be. At least 1 where n_visual is."""
+        """The most tokens this policy ever keeps of ``n_visual`` (host integers): how wide a kept list must be. At
+        least 1 where n_visual is.
+        """
         return n_visual
 
     def start(self, n_visual: Tensor) -> dict[str, Tensor]:
@@ -217,7 +222,9 @@ class Policy:
         raise NotImplementedError(f"{type(self).__name__} must define decide(view)")
 
     def predictor_tensors(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(weight, bias, rates) for the fused decode step if the policy is a linear rate predictor ranked by importance; else None."""
+        """(weight, bias, rates) for the fused decode step if the policy is a linear rate predictor ranked by
+        importance; else None.
+        """
         return None
 
 

@@ -15,10 +15,11 @@ from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View, bou
 
 @dataclass(frozen=True)
 class Depth(Policy):
-    """Layer l keeps the fraction ``1 - H(l-k) P4 - H(l-k) R'(l)``, H the Heaviside step with H(0) = 1, clamped to [0, 1].
+    """Layer l keeps the fraction ``1 - H(l-k) P4 - H(l-k) R'(l)``, H the Heaviside step with H(0) = 1, clamped to
+    [0, 1].
 
-    methods.md section 3 leaves P4 and R' open. Here [choice] P4 is ``prune`` and R' grows linearly with depth, from 0 at layer k to ``growth``
-    at the last layer, so a deeper layer never keeps a token that a shallower one dropped.
+    methods.md section 3 leaves P4 and R' open. Here [choice] P4 is ``prune`` and R' grows linearly with depth, from
+    0 at layer k to ``growth`` at the last layer, so a deeper layer never keeps a token that a shallower one dropped.
 
     Attributes:
         k: first pruned layer (4 in the source).
@@ -52,13 +53,13 @@ class Depth(Policy):
     def rates(self, num_layers: int) -> list[float]:
         """Fraction removed in each of the ``num_layers`` layers."""
         deeper = max(num_layers - 1 - self.k, 1)
-        return [
-            0.0 if l < self.k else min(self.prune + self.growth * (l - self.k) / deeper, 1.0) for l in range(num_layers)
-        ]  # noqa: E741
+        pruned = [min(self.prune + self.growth * step / deeper, 1.0) for step in range(num_layers - self.k)]
+        return [0.0] * min(self.k, num_layers) + pruned
 
     def layer_groups(self, num_layers: int) -> list[int]:
         rates = self.rates(num_layers)
-        return [l for l in range(self.k, num_layers) if l == self.k or rates[l] != rates[l - 1]]  # noqa: E741
+        rest = range(self.k + 1, num_layers)
+        return [self.k, *(layer for layer in rest if rates[layer] != rates[layer - 1])]
 
     def kept_bound(self, n_visual: int) -> int:
         return bound_for_rate(n_visual, self.prune)

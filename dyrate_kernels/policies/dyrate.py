@@ -19,14 +19,16 @@ from dyrate_kernels.predictor import ClosedForm, DyRatePredictor, check_rates, n
 
 @dataclass(frozen=True)
 class DyRate(Policy):
-    """Rate = ``rates[argmax(weight @ mass + bias)]`` at prefill and at every decode step; the ranking is the step's own importance.
+    """Rate = ``rates[argmax(weight @ mass + bias)]`` at prefill and at every decode step; the ranking is the step's
+    own importance.
 
     Attributes:
         k: first pruned layer; mass and importance come from layer k-1.
-        predictor: a :class:`~dyrate_kernels.DyRatePredictor`, a folder or hub id to load one from, or None for the closed form
-            (:class:`~dyrate_kernels.predictor.ClosedForm`), which needs no training.
-        rates: fractions removed to choose from: ``"half_open"``: i/K (0, .2, .4, .6, .8: never blinds the model); ``"closed"``:
-            linspace(0, 1, K); or an ascending list. A trained predictor has its own rates, and these must not contradict them.
+        predictor: a :class:`~dyrate_kernels.DyRatePredictor`, a folder or hub id to load one from, or None for the
+            closed form (:class:`~dyrate_kernels.predictor.ClosedForm`), which needs no training.
+        rates: fractions removed to choose from: ``"half_open"``: i/K (0, .2, .4, .6, .8: never blinds the model);
+            ``"closed"``: linspace(0, 1, K); or an ascending list. A trained predictor has its own rates, and these
+            must not contradict them.
         num_rates: K for the two named sets.
     """
 
@@ -63,7 +65,8 @@ class DyRate(Policy):
         """Loads the predictor if it is a name, and checks it against the model.
 
         Raises:
-            ValueError: k outside [1, L-1]; a predictor of another shape, for another model, another k or with other rates.
+            ValueError: k outside [1, L-1]; a predictor of another shape, for another model, another k or with other
+                rates.
             OSError: nothing can be loaded from ``predictor``.
         """
         super().bind(shape)
@@ -114,7 +117,8 @@ class DyRate(Policy):
         """What the fused decode step takes.
 
         Returns:
-            weight float32 ``[K, Hq*4]``, bias float32 ``[B, K]`` (stride 0 over sequences for a trained predictor), rates float64 ``[K]``.
+            weight float32 ``[K, Hq*4]``, bias float32 ``[B, K]`` (stride 0 over sequences for a trained predictor),
+            rates float64 ``[K]``.
         """
         first = state["first_mass"]
         weight, offset, rates = self._tensors().on[first.device]

@@ -18,8 +18,8 @@ class FastV(Fixed):
     Attributes:
         k: first pruned layer (the paper's K).
         rate: fraction removed, in [0, 1] (the paper's R).
-        ranking: ``"last"``: attention of the last prompt row, as FastV's code does; ``"mean"``: attention received from all prompt rows,
-            as its paper says (section 3).
+        ranking: ``"last"``: attention of the last prompt row, as FastV's code does; ``"mean"``: attention received
+            from all prompt rows, as its paper says (section 3).
     """
 
     ranking: str = "last"

@@ -15,7 +15,8 @@ from dyrate_kernels.policies.fixed import Fixed
 
 @dataclass(frozen=True)
 class Random(Fixed):
-    """Scores are a hash of (seed, step, token index): no generator, the same in every run and for every row of a batch, new at each step.
+    """Scores are a hash of (seed, step, token index): no generator, the same in every run and for every row of a
+    batch, new at each step.
 
     Attributes:
         k: first pruned layer.
@@ -44,7 +45,9 @@ class Random(Fixed):
 
 
 def mix(value: Tensor) -> Tensor:
-    """A bijective hash of 32-bit words held in int64 (no product here leaves 63 bits, so no backend's overflow matters)."""
+    """A bijective hash of 32-bit words held in int64 (no product here leaves 63 bits, so no backend's overflow
+    matters).
+    """
     value = value & 0xFFFFFFFF
     for _ in range(2):
         value = ((value ^ (value >> 16)) * 0x45D9F3B) & 0xFFFFFFFF

@@ -21,7 +21,8 @@ class Schedule(Policy):
 
     Attributes:
         k: first pruned layer.
-        kept: pairs (step, how many stay), steps ascending, step 0 = prefill. Sequences with fewer visual tokens keep all they have.
+        kept: pairs (step, how many stay), steps ascending, step 0 = prefill. Sequences with fewer visual tokens keep
+            all they have.
     """
 
     kept: Sequence[tuple[int, int]] = ((0, 288), (5, 144), (10, 72))

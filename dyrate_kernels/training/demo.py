@@ -136,7 +136,12 @@ def picture_tensor(scene: shapes.Scene, settings: Settings) -> Tensor:
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
 
 
-LABELS = {"colour": list(shapes.COLOURS), "shape": list(shapes.SHAPES), "size": list(shapes.SIZES), "place": list(shapes.PLACES)}
+LABELS = {
+    "colour": list(shapes.COLOURS),
+    "shape": list(shapes.SHAPES),
+    "size": list(shapes.SIZES),
+    "place": list(shapes.PLACES),
+}
 
 
 def patch_labels(scene: shapes.Scene, settings: Settings) -> Tensor:
@@ -184,10 +189,14 @@ class Dialogues:
         rng.shuffle(questions)
         ids, labels = list(self.opening), [-100] * len(self.opening)
         for number, sample in enumerate(questions):
-            prompt = self.newline + self._encode(sample.prompt) if number == 0 else self._encode(f" USER: {sample.prompt}")
+            prompt = (
+                self.newline + self._encode(sample.prompt) if number == 0 else self._encode(f" USER: {sample.prompt}")
+            )
             prompt = prompt + self._encode(" ASSISTANT:")
             answer = " " + sample.answer
-            answer_ids = (self._sentences(answer) if sample.task == "describe" else self._encode(answer)) + [self.tokenizer.eos_token_id]
+            answer_ids = (self._sentences(answer) if sample.task == "describe" else self._encode(answer)) + [
+                self.tokenizer.eos_token_id
+            ]
             ids += prompt + answer_ids
             labels += [-100] * len(prompt) + answer_ids
         return ids, labels
@@ -218,7 +227,9 @@ class Trainer:
         self.processor = build_processor(settings)
         self.model = build_model(settings, self.processor).to(self.device)
         self.data = Dialogues(settings, self.processor)
-        self.heads = nn.ModuleList(nn.Linear(settings.width, 1 + len(values)) for values in LABELS.values()).to(self.device)
+        self.heads = nn.ModuleList(nn.Linear(settings.width, 1 + len(values)) for values in LABELS.values()).to(
+            self.device
+        )
         parameters = [*self.model.parameters(), *self.heads.parameters()]
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.05},
@@ -233,7 +244,8 @@ class Trainer:
 
     def _label_loss(self, features: Tensor, patches: Tensor) -> Tensor:
         losses = [
-            nn.functional.cross_entropy(head(features).flatten(0, 1), patches[:, row].flatten()) for row, head in enumerate(self.heads)
+            nn.functional.cross_entropy(head(features).flatten(0, 1), patches[:, row].flatten())
+            for row, head in enumerate(self.heads)
         ]
         return torch.stack(losses).mean()
 
@@ -279,7 +291,9 @@ class Trainer:
                 loss, parts = self._loss(batch)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None], 1.0)
+            nn.utils.clip_grad_norm_(
+                [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None], 1.0
+            )
             self.optimizer.step()
             self.step += 1
             recent = {name: 0.9 * recent.get(name, value) + 0.1 * value for name, value in parts.items()}
@@ -329,7 +343,9 @@ class Trainer:
 
 
 @torch.no_grad()
-def evaluate(model: Any, processor: Any, scenes: int, first_seed: int = -1, batch: int = 25) -> dict[str, dict[str, float]]:
+def evaluate(
+    model: Any, processor: Any, scenes: int, first_seed: int = -1, batch: int = 25
+) -> dict[str, dict[str, float]]:
     """Greedy answers on held-out scenes (seeds ``first_seed``, ``first_seed - 1``, ..): accuracy by task with a 95 % interval."""
     size = processor.image_processor.size["height"]
     table = {}
@@ -340,11 +356,14 @@ def evaluate(model: Any, processor: Any, scenes: int, first_seed: int = -1, batc
             part = samples[start : start + batch]
             texts = [
                 processor.apply_chat_template(
-                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]}], add_generation_prompt=True
+                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]}],
+                    add_generation_prompt=True,
                 )
                 for sample in part
             ]
-            inputs = processor(images=[sample.image(size) for sample in part], text=texts, padding=True, return_tensors="pt").to(model.device)
+            inputs = processor(
+                images=[sample.image(size) for sample in part], text=texts, padding=True, return_tensors="pt"
+            ).to(model.device)
             tokens = model.generate(**inputs, do_sample=False, max_new_tokens=160 if task == "describe" else 12)
             answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for sample, answer in zip(part, answers, strict=True):
@@ -358,7 +377,9 @@ def evaluate(model: Any, processor: Any, scenes: int, first_seed: int = -1, batc
 def print_table(table: dict[str, dict[str, float]]) -> None:
     """The held-out accuracy, a line a task."""
     for task, row in table.items():
-        print(f"{task:<10} {100 * row['accuracy']:6.2f} %   95 % interval {100 * row['low']:.2f} .. {100 * row['high']:.2f}   n = {row['n']}")
+        print(
+            f"{task:<10} {100 * row['accuracy']:6.2f} %   95 % interval {100 * row['low']:.2f} .. {100 * row['high']:.2f}   n = {row['n']}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,7 +15,16 @@ from dyrate_kernels.demo import DEMO_FOLDER, load_demo
 from dyrate_kernels.training import demo as training
 
 TINY = training.Settings(
-    image_size=24, patch_size=8, width=16, vision_layers=1, text_layers=1, heads=2, batch=2, tower_steps=2, steps=6, short_questions=1
+    image_size=24,
+    patch_size=8,
+    width=16,
+    vision_layers=1,
+    text_layers=1,
+    heads=2,
+    batch=2,
+    tower_steps=2,
+    steps=6,
+    short_questions=1,
 )
 
 
@@ -93,7 +102,10 @@ def test_a_prompt_has_system_text_before_the_image(demo: tuple[Any, Any]) -> Non
     assert torch.equal(where, torch.arange(int(where[0]), int(where[-1]) + 1))
 
 
-@pytest.mark.parametrize(("mode", "size"), [("L", (200, 50)), ("RGBA", (33, 97)), ("CMYK", (96, 96)), ("P", (9, 9)), ("1", (64, 64)), ("RGB", (1, 1))])
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [("L", (200, 50)), ("RGBA", (33, 97)), ("CMYK", (96, 96)), ("P", (9, 9)), ("1", (64, 64)), ("RGB", (1, 1))],
+)
 def test_pictures_of_other_modes_and_sizes(demo: tuple[Any, Any], mode: str, size: tuple[int, int]) -> None:
     model, processor = demo
     inputs = processor(images=Image.new(mode, size), text=_question(processor, "What is this?"), return_tensors="pt")
@@ -115,10 +127,15 @@ def test_several_turns_and_several_pictures(demo: tuple[Any, Any]) -> None:
     turns = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]},
         {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]},
-        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "How many objects are there?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "How many objects are there?"}],
+        },
     ]
     text = processor.apply_chat_template(turns, add_generation_prompt=True)
-    assert text.count("<image>") == 3 and text.endswith(" ASSISTANT:") and f" ASSISTANT: {sample.answer}</s> USER:" in text
+    assert (
+        text.count("<image>") == 3 and text.endswith(" ASSISTANT:") and f" ASSISTANT: {sample.answer}</s> USER:" in text
+    )
     inputs = processor(images=[sample.image()] * 3, text=text, return_tensors="pt")
     patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 3 * patches
@@ -138,7 +155,13 @@ def test_the_question_as_trained_is_the_question_as_asked(demo: tuple[Any, Any])
         body = text.replace("<image>" * training.Settings().visual_tokens, "")
         for turn in body.split(" USER: ")[1:]:
             question, answer = turn.split(" ASSISTANT: ")
-            turns.append({"role": "user", "content": ([] if turns else [{"type": "image"}]) + [{"type": "text", "text": question.lstrip("\n")}]})
+            turns.append(
+                {
+                    "role": "user",
+                    "content": ([] if turns else [{"type": "image"}])
+                    + [{"type": "text", "text": question.lstrip("\n")}],
+                }
+            )
             turns.append({"role": "assistant", "content": answer.removesuffix("</s>")})
         said = processor.apply_chat_template(turns).replace("<image>", "<image>" * training.Settings().visual_tokens)
         assert said == text
@@ -180,7 +203,18 @@ def test_a_kill_while_saving_leaves_the_former_checkpoint(tmp_path: Path, monkey
 
 def test_the_command_trains_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--out", str(tmp_path), "--device", "cpu", "--scenes", "2"]
-    for name in ("image_size", "patch_size", "width", "vision_layers", "text_layers", "heads", "batch", "tower_steps", "steps", "short_questions"):
+    for name in (
+        "image_size",
+        "patch_size",
+        "width",
+        "vision_layers",
+        "text_layers",
+        "heads",
+        "batch",
+        "tower_steps",
+        "steps",
+        "short_questions",
+    ):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(TINY, name))]
     training.main(arguments)
     shown = capsys.readouterr().out

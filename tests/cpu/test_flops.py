@@ -14,7 +14,8 @@ from dyrate_kernels.policies.base import ModelShape
 SEVEN = flops.named_model("llava-1.5-7b").shape
 THIRTEEN = flops.named_model("llava-1.5-13b").shape
 
-# FastV (arXiv 2403.06764v1), Table 1: (K, R) -> Flops(B), Flops Ratio in %. The paper does not state n; 611 = 576 + 35 text tokens.
+# FastV (arXiv 2403.06764v1), Table 1: (K, R) -> Flops(B), Flops Ratio in %.
+# The paper does not state n; 611 = 576 + 35 text tokens.
 TABLE_7B = {
     (2, 0.90): (19.9, 20), (2, 0.75): (32.8, 33), (2, 0.50): (54.6, 55),
     (3, 0.90): (22.8, 23), (3, 0.75): (34.8, 35), (3, 0.50): (56.6, 57),
@@ -47,9 +48,19 @@ def test_fastv_table_1_to_the_digit_at_k_2():
 
 
 def test_the_published_dyrate_baseline():
-    """57.90 % is FastV's formula at K=3, R=.5, n = 576 + 55 (methods.md, section 1); a constant K=2, R=.75 costs 33 % too."""
+    """57.90 % is FastV's formula at K=3, R=.5, n = 576 + 55 (methods.md, section 1); a constant K=2, R=.75 costs 33
+    % too.
+    """
     assert 100 * flops.fastv_cost(SEVEN, n=631, visual=576, k=3, rate=0.5).ratio == pytest.approx(57.90, abs=0.6)
     assert 100 * flops.fastv_cost(SEVEN, n=611, visual=576, k=2, rate=0.75).ratio == pytest.approx(33, abs=0.2)
+
+
+def test_the_published_video_llava_ratios():
+    """FastV, Table 6: 52.3 % and 57.1 % for K = 2 and 5 at R = 50 % of 2048 tokens; 68 text tokens give both."""
+    for k, percent in ((2, 52.3), (5, 57.1)):
+        assert 100 * flops.fastv_cost(SEVEN, n=2116, visual=2048, k=k, rate=0.5).ratio == pytest.approx(
+            percent, abs=0.1
+        )
 
 
 def test_fastv_formula_by_hand():
@@ -84,7 +95,8 @@ def test_fastv_arguments_are_checked():
 
 def tiny_config(kind: str, **more):
     common = {
-        "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 80, "vocab_size": 101,
+        "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 80,
+        "vocab_size": 101,
         "attn_implementation": "eager", "tie_word_embeddings": False,
     }  # fmt: skip
     if kind.startswith("qwen3"):
@@ -150,7 +162,8 @@ def test_parameters_are_what_the_model_has(kind, tied, bias):
 
 def qwen25_vl(**more):
     text = {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4,
         "vocab_size": 152064, "tie_word_embeddings": False,
     }  # fmt: skip
     return transformers.Qwen2_5_VLConfig(text_config=text | more, tie_word_embeddings=False)

@@ -1,4 +1,6 @@
-"""Policies: every one in the registry through the same checks, then each one's own rule against an independent computation."""
+"""Policies: every one in the registry through the same checks, then each one's own rule against an independent
+computation.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,8 @@ def test_registry_lists_the_methods_of_the_issue():
 @every
 def test_when_it_decides(name):
     stages = {
-        "none": (False, False), "dyrate": (True, True), "fixed": (True, True), "fastv": (True, False), "random": (True, True),
+        "none": (False, False), "dyrate": (True, True), "fixed": (True, True), "fastv": (True, False),
+        "random": (True, True),
         "uniform": (True, True), "vtw": (True, False), "depth": (True, False), "schedule": (True, True),
     }  # fmt: skip
     policy = make(name)
@@ -167,7 +170,8 @@ def test_a_row_does_not_depend_on_its_batch(name):
     alone = []
     for row, n in enumerate(n_visual):
         view = View(
-            torch.zeros(1, dtype=torch.int64), together.mass[row : row + 1].clone(), together.importance[row : row + 1, :n].clone(),
+            torch.zeros(1, dtype=torch.int64), together.mass[row : row + 1].clone(),
+            together.importance[row : row + 1, :n].clone(),
             torch.tensor([n], dtype=torch.int32), None, {},
         )  # fmt: skip
         alone.append(started(policy, view))
@@ -181,7 +185,9 @@ def test_a_row_does_not_depend_on_its_batch(name):
 
 @every
 def test_rows_at_different_steps(name):
-    """Drafted rows: (sequence x position) pairs, each with its own step, decide as the plain steps would, and leave no trace."""
+    """Drafted rows: (sequence x position) pairs, each with its own step, decide as the plain steps would, and leave
+    no trace.
+    """
     policy = make(name)
     view = started(policy, random_view([30, 17]))
     policy.decide(view)  # step 0
@@ -316,7 +322,7 @@ def test_bad_rates(name):
 
 @pytest.mark.parametrize("name", ["fixed", "fastv", "random", "uniform"])
 def test_the_bound_of_a_kept_list_is_what_keep_count_gives(name):
-    for n in range(0, 130):
+    for n in range(130):
         for rate in (0.0, 0.1, 0.2, 0.3, 0.7, 1 / 3, 0.875, 1.0):
             count = ops.keep_count(
                 torch.tensor([n], dtype=torch.int32), torch.tensor([rate], dtype=torch.float64)
@@ -350,7 +356,7 @@ def test_fixed_ranks_by_each_steps_importance():
     policy = make("fixed", rate=0.75)
     for seed in range(3):
         view = random_view([16], seed=seed, step=seed)
-        best = sorted(sorted(range(16), key=lambda i: (-view.importance[0, i].item(), i))[:4])  # noqa: B023
+        best = sorted(sorted(range(16), key=lambda i: (-view.importance[0, i].item(), i))[:4])
         assert select(view, policy.decide(view)) == [[best]]
 
 

@@ -1,4 +1,6 @@
-"""Rate predictors: the closed form against buckets computed by hand, the trained one through save, load, checks and damaged files."""
+"""Rate predictors: the closed form against buckets computed by hand, the trained one through save, load, checks and
+damaged files.
+"""
 
 from __future__ import annotations
 

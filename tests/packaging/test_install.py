@@ -1,0 +1,177 @@
+"""The package as it is installed here: names, data, mapping of triton_kernels, the native extension."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dyrate_kernels
+from dyrate_kernels import native
+
+NO_CUDA = {"cuda": False, "reason": "because", "nvcc": None, "architectures": []}
+
+
+def run(code: str, tmp_path: Path) -> str:
+    """Run code in a fresh interpreter, in a folder that is not the checkout (whose folders would be importable)."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def fresh_native() -> None:
+    native.build_info.cache_clear()
+    native._import.cache_clear()
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_native: None) -> Path:
+    """A build record that a test may write; nothing of it is remembered afterwards."""
+    path = tmp_path / "_build_info.json"
+    monkeypatch.setattr(native, "_BUILD_INFO", path)
+    yield path
+    native.build_info.cache_clear()
+    native._import.cache_clear()
+
+
+def test_metadata() -> None:
+    found = importlib.metadata.metadata("dyrate-kernels")
+    assert found["Version"] == dyrate_kernels.__version__
+    requires = importlib.metadata.requires("dyrate-kernels") or []
+    hard = [line for line in requires if "extra ==" not in line]
+    assert not [line for line in hard if line.startswith(("triton", "torchvision"))]
+    assert set(found.get_all("Provides-Extra")) == {"test", "bench", "train", "eval"}
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="dyrate")
+    assert [script.value for script in scripts] == ["dyrate_kernels.cli.main:main"]
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    """Neither torch nor transformers, Triton, NumPy or the extension are imported before they are needed."""
+    heavy = "{'torch', 'transformers', 'triton', 'numpy', 'dyrate_kernels._native'}"
+    assert run(f"import sys, dyrate_kernels; print({heavy} & set(sys.modules))", tmp_path) == "set()"
+    assert run(f"import sys, dyrate_kernels.native; print({heavy} & set(sys.modules))", tmp_path) == "set()"
+
+
+@pytest.mark.parametrize("name", dyrate_kernels.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(dyrate_kernels, name) is not None
+    assert name in dir(dyrate_kernels)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dyrate_kernels.nothing  # noqa: B018
+
+
+def test_triton_kernels_is_ours_and_only_below_our_name(tmp_path: Path) -> None:
+    code = (
+        "import importlib.util as u, dyrate_kernels.triton_kernels as t, json;"
+        "top = u.find_spec('triton_kernels');"
+        "print(json.dumps([t.__name__, t.unavailable_reason(), top and top.origin, t.__file__]))"
+    )
+    name, reason, top, ours = json.loads(run(code, tmp_path))
+    assert name == "dyrate_kernels.triton_kernels"
+    assert reason is None or "not in this version" in reason
+    assert top is None or top != ours
+    files = importlib.metadata.files("dyrate-kernels") or []
+    assert not [file for file in files if file.parts[0] == "triton_kernels"]
+
+
+def test_the_folder_is_not_taken_for_the_package_of_that_name() -> None:
+    """With the checkout's root on sys.path, as here, the folder must not pass for the well-known package."""
+    root = Path(__file__).parents[2]
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); import triton_kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "ImportError" in done.stderr and "dyrate_kernels.triton_kernels" in done.stderr
+
+
+def test_data_files_are_installed() -> None:
+    folder = Path(dyrate_kernels.__file__).parent
+    assert (folder / "py.typed").exists()
+    assert (folder / "demo_model" / "config.json").exists()
+    assert list((folder / "demo_model").glob("*.safetensors"))
+
+
+# The native extension.
+
+
+def test_extension_is_there_or_says_why_not() -> None:
+    info, reason = native.build_info(), native.missing_reason()
+    if reason is None:
+        assert info.cuda and info.nvcc and info.architectures and info.reason is None
+        assert native.load().__name__ == "dyrate_kernels._native"
+    else:
+        assert reason == info.reason or "does not import" in reason
+        with pytest.raises(RuntimeError, match="native extension is missing"):
+            native.load()
+    assert native.unavailable_reason()
+
+
+def test_probe_reports_the_machine() -> None:
+    seen = native.probe()
+    if seen is None:
+        pytest.skip(f"no extension: {native.missing_reason()}")
+    assert seen.architectures == native.build_info().architectures
+    assert seen.runtime_version == native.build_info().nvcc
+    assert (seen.error is None) == bool(seen.devices)
+    if seen.driver_version is None:
+        assert seen.error == "no CUDA driver is installed"
+    for device in seen.devices:
+        assert device.memory > 0 and device.multiprocessors > 0 and device.name
+    json.dumps(seen.to_dict())
+
+
+def test_launch_without_a_driver_is_a_clear_error() -> None:
+    seen = native.probe()
+    if seen is None:
+        pytest.skip(f"no extension: {native.missing_reason()}")
+    with pytest.raises(ValueError, match="out must be the address"):
+        native.load().write_architecture(0, 0)
+    if seen.driver_version is not None:
+        pytest.skip("there is a driver")
+    with pytest.raises(RuntimeError, match="no CUDA driver is installed"):
+        native.load().write_architecture(8, 0)
+
+
+@pytest.mark.gpu
+def test_the_build_has_code_for_this_device() -> None:
+    import torch
+
+    if native.missing_reason() is not None or not torch.cuda.is_available():
+        pytest.skip("needs the extension and a CUDA device")
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    native.load().write_architecture(out.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    major, minor = torch.cuda.get_device_capability()
+    assert 0 < out.item() <= 100 * major + 10 * minor
+
+
+def test_a_build_without_cuda_says_why(recorded: Path) -> None:
+    recorded.write_text(json.dumps(NO_CUDA))
+    assert native.missing_reason() == "because"
+    assert native.probe() is None
+    assert native.unavailable_reason() == "because"
+    with pytest.raises(RuntimeError, match="because"):
+        native.load()
+
+
+def test_a_tree_that_was_not_installed_says_so(recorded: Path) -> None:
+    assert "not installed" in (native.missing_reason() or "")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"cuda": true, "architectures": 3}'])
+def test_an_unreadable_record_says_so(recorded: Path, text: str) -> None:
+    recorded.write_text(text)
+    assert "unreadable" in (native.missing_reason() or "")
+
+
+def test_an_extension_that_does_not_import_says_why(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded.write_text(json.dumps({**NO_CUDA, "cuda": True, "reason": None}))
+    monkeypatch.setitem(sys.modules, "dyrate_kernels._native", None)
+    assert "does not import" in (native.missing_reason() or "")
+    assert native.probe() is None

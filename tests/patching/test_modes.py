@@ -1,0 +1,346 @@
+"""Decoding modes: sampling, beams, several answers, chunks, drafts, chat; and what a decode step may not do."""
+
+from __future__ import annotations
+
+import copy
+
+import models
+import pytest
+import torch
+from checks import METHODS, RETENTIONS, ROWS, assert_same, assert_same_decisions, greedy, patched, rows_for, single
+from oracle import Oracle, Turn
+
+VARIANTS = pytest.mark.parametrize(("family", "text"), models.VARIANTS, ids=["-".join(v) for v in models.VARIANTS])
+RETENTION = pytest.mark.parametrize("retention", RETENTIONS)
+# every family with the method that decides most; every method with two families
+CASES = [(family, text, "dyrate") for family, text in models.VARIANTS] + [
+    ("llava", text, method) for text in ("llama", "mistral") for method in ("fixed", "fastv-mean", "depth", "schedule")
+]
+CASE = pytest.mark.parametrize(("family", "text", "method"), CASES, ids=["-".join(case) for case in CASES])
+
+MODES = {
+    "sampling": {"do_sample": True, "temperature": 0.9, "top_k": 30},
+    "beams": {"num_beams": 3},
+    "sampled-beams": {"num_beams": 2, "do_sample": True},
+    "several-answers": {"do_sample": True, "num_return_sequences": 2},
+    "several-beams": {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5},
+}
+
+
+@CASE
+@RETENTION
+@pytest.mark.parametrize("mode", ["sampling", "beams", "several-answers"])
+def test_mode(make_model, family, text, method, retention, mode):
+    _mode(make_model(family, text), rows_for(family)[:3], METHODS[method], retention, MODES[mode])
+
+
+@RETENTION
+@pytest.mark.parametrize("method", ["dyrate", "vtw", "uniform"])
+@pytest.mark.parametrize("mode", ["sampled-beams", "several-beams"])
+def test_more_modes(make_model, method, retention, mode):
+    _mode(make_model(), ROWS, METHODS[method], retention, MODES[mode])
+
+
+def _mode(model, rows, rule, retention, options):
+    fields = models.inputs(model, rows)
+    options = greedy(6, **options)
+    oracle = Oracle(model, rule, retention)
+    torch.manual_seed(5)
+    want = oracle.generate(**fields, **options)
+    with patched(model, rule, retention):
+        torch.manual_seed(5)
+        got = model.generate(**fields, **options)
+    assert_same(got, want)
+    if getattr(want, "sequences_scores", None) is not None:
+        assert torch.allclose(got.sequences_scores, want.sequences_scores, atol=1e-4)
+
+
+@RETENTION
+def test_beams_that_end_at_different_steps(make_model, retention):
+    model = make_model()
+    fields = models.inputs(model, ROWS)
+    options = greedy(12, num_beams=3, eos_token_id=list(range(5, 25)))
+    rule = METHODS["dyrate"]
+    want = Oracle(model, rule, retention).generate(**fields, **options)
+    with patched(model, rule, retention):
+        assert_same(model.generate(**fields, **options), want)
+
+
+@RETENTION
+def test_rows_that_end_at_different_steps(make_model, retention):
+    model = make_model()
+    fields = models.inputs(model, ROWS)
+    options = greedy(12, eos_token_id=list(range(5, 30)))
+    rule = METHODS["dyrate"]
+    want = Oracle(model, rule, retention).generate(**fields, **options)
+    with patched(model, rule, retention):
+        assert_same(model.generate(**fields, **options), want)
+
+
+@VARIANTS
+@RETENTION
+@pytest.mark.parametrize("chunk", [7, 16])
+def test_chunked_prefill(make_model, family, text, retention, chunk):
+    _chunked(make_model(family, text), rows_for(family), METHODS["dyrate"], retention, chunk)
+
+
+@RETENTION
+@pytest.mark.parametrize("method", ["fixed", "fastv", "vtw", "depth", "schedule", "uniform"])
+def test_chunked_prefill_of_every_method(make_model, method, retention):
+    _chunked(make_model(), ROWS, METHODS[method], retention, 10)
+
+
+@RETENTION
+@pytest.mark.parametrize("chunk", [1, 63, 64, 1000])
+def test_chunk_lengths(make_model, retention, chunk):
+    _chunked(make_model(), ROWS, METHODS["fixed"], retention, chunk)
+
+
+def _chunked(model, rows, rule, retention, chunk):
+    fields = models.inputs(model, rows)
+    try:
+        model.generate(**fields, **greedy(2, prefill_chunk_size=chunk))
+    except ValueError as error:
+        pytest.skip(f"this transformers cannot: {error}")
+    want = Oracle(model, rule, retention).generate(**fields, **greedy(6), chunk=chunk)
+    with patched(model, rule, retention):
+        assert_same(model.generate(**fields, **greedy(6, prefill_chunk_size=chunk)), want)
+
+
+# -- drafts --------------------------------------------------------------------------------------------------------------------------------
+
+
+def _echo(model, row, seed=0):
+    """A prompt whose end repeats its beginning and its own text, so that prompt lookup has something to propose from the first pass on."""
+    fields = single(model, row, seed=seed)
+    ids = fields["input_ids"]
+    ids[0, -6:] = torch.tensor([11, 12, 13, 11, 12, 13])
+    return fields
+
+
+@VARIANTS
+@RETENTION
+def test_prompt_lookup(make_model, family, text, retention):
+    _drafted(make_model(family, text), METHODS["dyrate"], retention, prompt_lookup_num_tokens=3)
+
+
+@RETENTION
+@pytest.mark.parametrize("method", ["none", "fixed", "fastv", "vtw", "depth", "schedule", "uniform", "dyrate-closed-k1"])
+def test_prompt_lookup_with_every_method(make_model, method, retention):
+    _drafted(make_model(), METHODS[method], retention, prompt_lookup_num_tokens=4)
+
+
+@pytest.mark.parametrize(("family", "text"), [("llava", "llama"), ("llava", "mistral"), ("llava_next", "llama"), ("vipllava", "llama")])
+@RETENTION
+@pytest.mark.parametrize("method", ["dyrate", "schedule"])
+def test_assistant_model(make_model, family, text, method, retention):
+    """The unpruned model drafts for the pruned one: some drafts are accepted, some are not."""
+    model = make_model(family, text)
+    assistant = copy.deepcopy(model)
+    assistant.generation_config.num_assistant_tokens = 4
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    _drafted(model, METHODS[method], retention, assistant_model=assistant)
+
+
+def _drafted(model, rule, retention, **options):
+    fields = _echo(model, ["text 5", "image", "text 8"])
+    want = Oracle(model, rule, retention, frozen=True).generate(**fields, **greedy(14))
+    plain = model.generate(**fields, **greedy(14))
+    assert_same(model.generate(**fields, **greedy(14, **options)), plain, scores=False)  # the mode itself works
+    with patched(model, rule, retention):
+        got = model.generate(**fields, **greedy(14, **options))
+    assert_same(got, want)
+
+
+@RETENTION
+def test_patched_model_as_the_assistant(make_model, retention):
+    model = make_model()
+    drafter = copy.deepcopy(model)
+    fields = _echo(model, ["text 5", "image", "text 8"])
+    want = model.generate(**fields, **greedy(10))
+    with patched(drafter, METHODS["dyrate"], retention):
+        got = model.generate(**fields, **greedy(10, assistant_model=drafter))
+    assert_same(got, want)
+
+
+# -- chat ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def _extend(previous, fields, extra, generator):
+    """The next turn's ids and mask: what was said so far and ``extra`` new tokens."""
+    ids = previous.sequences
+    new = torch.randint(models.FIRST_WORD, models.IMAGE_TOKEN, (ids.shape[0], extra), generator=generator)
+    ids = torch.cat([ids, new], 1)
+    ones = torch.ones(ids.shape[0], ids.shape[1] - fields["attention_mask"].shape[1], dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.cat([fields["attention_mask"], ones], 1)}
+
+
+@pytest.mark.parametrize(("family", "text"), [("llava", "llama"), ("llava", "mistral"), ("llava_next", "llama"), ("video_llava", "llama")])
+@RETENTION
+@pytest.mark.parametrize("method", ["none", "fixed", "dyrate", "vtw"])
+def test_three_turns_of_chat(make_model, family, text, method, retention):
+    model = make_model(family, text)
+    generator = torch.Generator().manual_seed(1)
+    rule = METHODS[method]
+    fields = models.inputs(model, rows_for(family))
+    pictures = {name: value for name, value in fields.items() if name not in ("input_ids", "attention_mask")}
+    oracle = Oracle(model, rule, retention)
+    turns: list[Turn] = []
+    start, cache = 0, None
+    with patched(model, rule, retention) as handle:
+        for _ in range(3):
+            now = {k: v for k, v in fields.items() if k in ("input_ids", "attention_mask")}
+            want = oracle.generate(before=turns, start=start, **now, **pictures, **greedy(5))
+            if cache is None:
+                got = model.generate(**now, **pictures, **greedy(5))
+            else:
+                got = model.generate(**now, past_key_values=cache, **greedy(5))
+            assert_same(got, want)
+            turns.append(Turn(start, now["input_ids"].shape[1]))
+            start, cache = got.sequences.shape[1] - 1, got.past_key_values
+            fields = _extend(got, now, 4, generator)
+        assert handle.stats().steps[0].step == 0
+
+
+@pytest.mark.parametrize(("family", "text"), [("llava", "llama"), ("llava", "qwen2"), ("vipllava", "llama")])
+@RETENTION
+@pytest.mark.parametrize("method", ["none", "fixed", "fastv", "dyrate"])
+def test_second_image_in_the_second_turn(make_model, family, text, method, retention):
+    model = make_model(family, text)
+    rule = METHODS[method]
+    first = single(model, ["text 4", "image", "text 5"])
+    second = single(model, ["text 3", "image", "text 4"], seed=9)
+    oracle = Oracle(model, rule, retention)
+    want = oracle.generate(**first, **greedy(5))
+    with patched(model, rule, retention):
+        got = model.generate(**first, **greedy(5))
+        assert_same(got, want)
+        ids = torch.cat([got.sequences, second["input_ids"]], 1)
+        mask = torch.ones_like(ids)
+        turn = Turn(0, first["input_ids"].shape[1])
+        pixels = torch.cat([first["pixel_values"], second["pixel_values"]])
+        start = got.sequences.shape[1] - 1
+        want = oracle.generate(before=[turn], start=start, input_ids=ids, attention_mask=mask, pixel_values=pixels, **greedy(5))
+        got = model.generate(
+            input_ids=ids, attention_mask=mask, pixel_values=second["pixel_values"], past_key_values=got.past_key_values, **greedy(5)
+        )
+    assert_same(got, want)
+
+
+@RETENTION
+def test_first_image_in_the_second_turn(make_model, retention):
+    model = make_model()
+    rule = METHODS["fixed"]
+    first, second = single(model, ["text 6"]), single(model, ["text 3", "image", "text 4"], seed=9)
+    oracle = Oracle(model, rule, retention)
+    with patched(model, rule, retention):
+        got = model.generate(**first, **greedy(4))
+        ids = torch.cat([got.sequences, second["input_ids"]], 1)
+        mask = torch.ones_like(ids)
+        start = got.sequences.shape[1] - 1
+        turn = Turn(0, first["input_ids"].shape[1])
+        pixels = second["pixel_values"]
+        want = oracle.generate(before=[turn], start=start, input_ids=ids, attention_mask=mask, pixel_values=pixels, **greedy(5))
+        got = model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, past_key_values=got.past_key_values, **greedy(5))
+    assert_same(got, want)
+
+
+# -- what a step may not do ----------------------------------------------------------------------------------------------------------------
+
+
+class _DecodeSteps:
+    """Runs a mode inside every one-token forward pass of a model."""
+
+    def __init__(self, model, mode):
+        self.model, self.mode, self.steps = model, mode, 0
+        self.inside = False
+
+    def __enter__(self):
+        self.hooks = [
+            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+    def _before(self, module, args, kwargs):
+        if kwargs["input_ids"].shape[1] == 1:
+            self.inside = True
+            self.steps += 1
+            self.mode.__enter__()
+
+    def _after(self, module, args, kwargs, output):
+        if self.inside:
+            self.inside = False
+            self.mode.__exit__(None, None, None)
+
+
+@RETENTION
+@pytest.mark.parametrize("method", ["none", "dyrate", "dyrate-trained", "fixed", "fastv", "vtw", "depth", "schedule", "uniform"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_no_host_sync_in_a_decode_step(make_model, host_sync, method, retention, options):
+    model = make_model("llava", "mistral")
+    fields = models.inputs(model, ROWS)
+    plain = host_sync()
+    with _DecodeSteps(model, plain) as steps:
+        model.generate(**fields, **greedy(6, **options))
+    assert steps.steps == 5
+    ours = host_sync()
+    with patched(model, METHODS[method], retention):
+        with _DecodeSteps(model, ours) as steps:
+            output = model.generate(**fields, **greedy(6, **options))
+        assert steps.steps == 5
+        assert not ours.ours(), ours.ours()
+        assert len(ours.found) <= len(plain.found), (ours.found, plain.found)
+        reorder = host_sync()
+        with reorder:
+            output.past_key_values.reorder_cache(torch.arange(output.sequences.shape[0] * options.get("num_beams", 1)))
+        assert not reorder.found
+
+
+def test_the_mode_that_counts_host_syncs_counts_them(host_sync):
+    mode = host_sync()
+    tensor = torch.arange(4)
+    with mode:
+        tensor[0].item()
+        bool(tensor[1] > 0)
+        tensor[tensor > 1]
+        tensor.nonzero()
+        tensor.tolist()
+        tensor.numpy()
+        tensor[0] + 1
+    assert len(mode.found) >= 6
+
+
+@RETENTION
+def test_sequence_of_decisions_is_recorded_for_beams(make_model, retention):
+    model = make_model()
+    with patched(model, METHODS["fixed"], retention) as handle:
+        model.generate(**models.inputs(model, ROWS), **greedy(5, num_beams=3))
+        stats = handle.stats()
+    assert len(stats.steps) == 5
+    assert stats.visual_tokens == [n for n in (25, 50, 0, 25) for _ in range(3)]
+    assert all(step.kept == [n // 2 for n in stats.visual_tokens] for step in stats.steps[1:])
+
+
+@RETENTION
+def test_stats_of_a_second_turn(make_model, retention):
+    model = make_model()
+    rule = METHODS["fixed"]
+    fields = single(model, ROWS[0])
+    oracle = Oracle(model, rule, retention)
+    with patched(model, rule, retention) as handle:
+        got = model.generate(**fields, **greedy(4))
+        following = _extend(got, fields, 3, torch.Generator().manual_seed(2))
+        turn = Turn(0, fields["input_ids"].shape[1])
+        start = got.sequences.shape[1] - 1
+        model.generate(**following, past_key_values=got.past_key_values, **greedy(4))
+        stats = handle.stats()
+    oracle.generate(before=[turn], start=start, **following, pixel_values=fields["pixel_values"], **greedy(4))
+    oracle.trace = [trace[4:] for trace in oracle.trace]
+    assert len(stats.steps) == 4
+    assert_same_decisions(stats, oracle)
