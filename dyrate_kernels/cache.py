@@ -333,7 +333,7 @@ class VisualCache(Cache):
                 "crop() after compaction: rows were evicted while decoding and cannot come back. Use retention='recoverable' where the "
                 "cache is rolled back (assisted decoding through generate() freezes compaction by itself)."
             )
-        if not self.shared_rows and length < self.session.turn_end:
+        if not self.shared_rows and length < self.session.turn_end and self._holds_visual_from(length):
             raise RuntimeError(
                 f"crop() to {length} columns reaches into a prompt (which ends at {self.session.turn_end}) whose visual tokens were evicted. "
                 "Use retention='recoverable', or start again without past_key_values."
@@ -346,6 +346,11 @@ class VisualCache(Cache):
         if self.session is not None:
             self.session.rewind(self.length - length)
         self.length = length
+
+    def _holds_visual_from(self, column: int) -> bool:
+        """Some sequence has a visual token at ``column`` or later. Reads the device."""
+        held = torch.arange(self.full.capacity, device=self.n_text.device) < self.full.n_visual[:, None]
+        return bool((held & (self.token_column[:, : self.full.capacity] >= column)).any())
 
     def reset(self) -> None:
         """Forgets everything; the buffers stay for the next use."""

@@ -73,8 +73,9 @@ class ClosedForm:
     first step's mass.
 
     With v the visual mass (mean over heads) of a step and v0 that of step 0, the thresholds are ``t_j v0``, ``t_j =
-    2 (K-1-j) / K`` for j = 0..K-2 [choice]: 1.6, 1.2, .8, .4 for K = 5. So v = v0 gives the middle rate, and falling
-    mass prunes more. The buckets are the upper envelope of K lines in v with slopes K-1 .. 0, hence an argmax of a
+    (2 (K-1-j) + 1/2) / K`` for j = 0..K-2 [choice]: 1.7, 1.3, .9, .5 for K = 5. So v = v0 gives the middle rate, and
+    falling mass prunes more. The half keeps every threshold away from 1, where step 0 stands: without it, rounding
+    would choose the rate of step 0 for even K. The buckets are the upper envelope of K lines in v with slopes K-1 .. 0, hence an argmax of a
     linear layer whose bias is ``v0 * bias``. v0 = 0, and NaN, keep the first rate.
 
     Args:
@@ -92,7 +93,7 @@ class ClosedForm:
     def __init__(self, num_heads: int, rates: Iterable[float]) -> None:
         self.rates = check_rates("rates", rates, ascending=True)
         count = len(self.rates)
-        thresholds = [2.0 * (count - 1 - j) / count for j in range(count - 1)]
+        thresholds = [(2.0 * (count - 1 - j) + 0.5) / count for j in range(count - 1)]
         self.bias = torch.tensor([0.0, *itertools.accumulate(thresholds)], dtype=torch.float32)
         weight = torch.zeros(count, num_heads, _TYPES)
         weight[:, :, _IMAGE] = torch.arange(count - 1, -1, -1)[:, None] / num_heads

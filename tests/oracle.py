@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ def closed_form_index(mass: float, first_mass: float, buckets: int) -> int:
         value = (buckets - 1 - j) * mass + bias
         if value > best:
             best, at = value, j
-        bias += 2.0 * (buckets - 1 - j) / buckets * first_mass
+        bias += (2.0 * (buckets - 1 - j) + 0.5) / buckets * first_mass
     return at
 
 
@@ -229,7 +229,9 @@ class Oracle:
         for row in range(turn.end, until):
             step = row - turn.end + 1
             if not self.rule.decides_while_decoding or (self.retention == "evict" and self.frozen):
-                chosen = at_prompt
+                mass = self._mass(b, turn, probabilities[:, row], visual).mean(0)
+                importance = probabilities[:, row][..., list(visual)].mean(0)
+                chosen = replace(at_prompt, step=step, mass=mass, importance=importance)
             else:
                 able = visual if self.retention == "recoverable" else state.survivors
                 chosen = self._choose(b, step, turn, probabilities, [row], visual, able, state)

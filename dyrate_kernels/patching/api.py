@@ -178,7 +178,7 @@ class Handle:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """``generate`` of the model's class, and then a word if nothing was dropped."""
-        self.session = self._last = None
+        outer, self.session, self._last = self.session, None, None  # a model that drafts for itself generates inside its own generate()
         try:
             output = type(self.model).generate(self.model, *args, **kwargs)
             if self.session is not None:
@@ -186,7 +186,7 @@ class Handle:
                 self._tell_if_nothing_dropped(self.session)
             return output
         finally:
-            self.session = None  # the handle does not keep keys and values alive
+            self.session = outer  # None but for drafts: the handle does not keep keys and values alive
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int, *args: Any

@@ -55,7 +55,7 @@ def view_of(visual: list[float], step: int, state: dict, tokens: int = 100) -> V
 def test_closed_form_is_the_bucket_of_the_mass(count):
     policy = policies.DyRate(num_rates=count).bind(SHAPE)
     rates = named_rates("half_open", count)
-    thresholds = [2 * (count - 1 - j) / count for j in range(count - 1)]  # descending, times the first mass
+    thresholds = [(2 * (count - 1 - j) + 0.5) / count for j in range(count - 1)]  # descending, times the first mass
     draw = random.Random(count)
     for _ in range(200):
         first, now = draw.uniform(0.01, 0.9), draw.uniform(0.0, 0.9)
@@ -122,7 +122,7 @@ def test_closed_form_tensors():
     visual = torch.zeros(3, 2, 4)
     visual[:, :, 1] = torch.tensor([2.0, 1.0, 0.0])[:, None] / 2
     assert torch.equal(form.weight, visual.flatten(1))
-    assert form.bias.tolist() == pytest.approx([0.0, 4 / 3, 4 / 3 + 2 / 3])
+    assert form.bias.tolist() == pytest.approx([0.0, 4.5 / 3, 4.5 / 3 + 2.5 / 3])
 
 
 # ---- options -------------------------------------------------------------------------------------------------------

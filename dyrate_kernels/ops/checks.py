@@ -1,0 +1,96 @@
+"""Checks of operator arguments on the host: shapes, dtypes, devices. Nothing here reads device data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def tensor(name: str, value: object, shape: tuple[int | str | None, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> Tensor:
+    """Checks one tensor argument. ``shape`` holds sizes, or a word where any size will do."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    fits = value.dim() == len(shape) and all(
+        want is None or isinstance(want, str) or got == want for got, want in zip(value.shape, shape, strict=False)
+    )
+    if not fits:
+        expected = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {value.dtype}; convert it first")
+    if value.device != device:
+        raise ValueError(f"{name}: expected it on {device}, where the first argument is, got {value.device}; move it there")
+    return value
+
+
+def floating(name: str, value: object, shape: tuple[int | str | None, ...], device: torch.device | None = None) -> Tensor:
+    """A float tensor of any of the four supported dtypes."""
+    home = device if device is not None else getattr(value, "device", None)
+    return tensor(name, value, shape, _FLOATS, home)
+
+
+def int32(name: str, value: object, shape: tuple[int | str | None, ...], device: torch.device) -> Tensor:
+    return tensor(name, value, shape, (torch.int32,), device)
+
+
+def rows(query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, visual_capacity: int) -> None:
+    """The row layout that all attention operators share."""
+    floating("query", query, ("B", "Hq", "D"))
+    batch, heads, dim = query.shape
+    device, same = query.device, (query.dtype,)
+    tensor("key", key, (batch, "Hkv", "C", dim), same, device)
+    tensor("value", value, (batch, key.shape[1], key.shape[2], "D"), same, device)
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(f"key: expected a number of heads that divides the {heads} heads of query, got {key.shape[1]}")
+    int32("n_visual", n_visual, (batch,), device)
+    int32("n_text", n_text, (batch,), device)
+    if not 0 <= visual_capacity <= key.shape[2]:
+        raise ValueError(f"visual_capacity: expected 0 .. {key.shape[2]}, the rows of key, got {visual_capacity}")
+
+
+def window(position: Tensor | None, query_position: Tensor | None, size: int | None, key: Tensor) -> None:
+    """A sliding window needs all three of its arguments."""
+    if size is None:
+        return
+    if position is None or query_position is None:
+        raise ValueError("window: expected position and query_position beside it, got none; pass both, or window=None")
+    if size < 1:
+        raise ValueError(f"window: expected at least 1, got {size}")
+    int32("position", position, (key.shape[0], key.shape[2]), key.device)
+    int32("query_position", query_position, (key.shape[0],), key.device)
+
+
+def bound(name: str, value: int | None) -> None:
+    if value is not None and value < 0:
+        raise ValueError(f"{name}: expected a number of rows >= 0 or None, got {value}")
+
+
+def text_types(text_type: Tensor | None, key: Tensor, visual_capacity: int) -> None:
+    if text_type is None:
+        raise ValueError("text_type: expected uint8 [B, Ct], which the mass by type needs, got None")
+    tensor("text_type", text_type, (key.shape[0], key.shape[2] - visual_capacity), (torch.uint8,), key.device)
+
+
+def predictor(weight: object, bias: object, rates: object, batch: int, heads: int, device: torch.device) -> None:
+    """weight ``[R, Hq * 4]``, bias ``[R]`` or ``[B, R]``, rates float64 ``[R]``."""
+    floating("weight", weight, ("R", heads * 4), device)
+    classes = weight.shape[0]
+    if classes == 0:
+        raise ValueError("weight: expected at least one rate class, got 0 rows")
+    if isinstance(bias, Tensor) and bias.dim() == 2:
+        floating("bias", bias, (batch, classes), device)
+    else:
+        floating("bias", bias, (classes,), device)
+    tensor("rates", rates, (classes,), (torch.float64,), device)
+
+
+def selection(score: Tensor, count: Tensor | None, n_visual: Tensor, alive: Tensor | None) -> None:
+    """Arguments of ``select_tokens``; count may come later (``decode_step`` computes it)."""
+    batch = score.shape[0]
+    if count is not None:
+        int32("count", count, (batch,), score.device)
+    int32("n_visual", n_visual, (batch,), score.device)
+    if alive is not None:
+        tensor("alive", alive, tuple(score.shape), (torch.bool,), score.device)

@@ -1,0 +1,95 @@
+"""Which backend runs an operator: ``auto | triton | cuda | reference``.
+
+A backend is a module with the functions of ``dyrate_kernels.ops.reference``. ``triton`` and ``cuda`` say by ``unavailable_reason()`` whether they can
+run on this machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+
+import torch
+
+__all__ = ["BACKENDS", "backends", "name_for", "resolve"]
+
+BACKENDS = ("auto", "triton", "cuda", "reference")
+
+# in the order in which auto tries them on a CUDA device
+_MODULES = {
+    "triton": "dyrate_kernels.triton_kernels",
+    "cuda": "dyrate_kernels.native",
+    "reference": "dyrate_kernels.ops.reference",
+}
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    """(the backend's module, None) or (None, why it cannot run here)."""
+    try:
+        module = importlib.import_module(_MODULES[name])
+        reason = None if name == "reference" else module.unavailable_reason()
+    except Exception as error:  # a broken install of one backend must not take the others along
+        return None, f"its import fails: {type(error).__name__}: {error}"
+    return (module, None) if reason is None else (None, reason)
+
+
+def backends() -> dict[str, str]:
+    """What can run here: backend name -> ``"available"`` or ``"unavailable: <why>"``.
+
+    >>> backends()["reference"]
+    'available'
+    """
+    reasons = {name: _load(name)[1] for name in _MODULES}
+    return {name: "available" if reason is None else f"unavailable: {reason}" for name, reason in reasons.items()}
+
+
+def check_name(backend: str) -> str:
+    """Returns ``backend``; ValueError for a name that is none of ``BACKENDS``."""
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    return backend
+
+
+@functools.lru_cache(maxsize=64)
+def name_for(backend: str, device: torch.device | str) -> str:
+    """The backend that runs for this choice on this device: ``"triton"``, ``"cuda"`` or ``"reference"``.
+
+    Errors: ValueError for an unknown name; RuntimeError, with the reason, for a backend that cannot run here. ``auto`` never
+    fails: on a CUDA device it takes the first that can run, and warns once when that is only the reference.
+    """
+    check_name(backend)
+    kind = torch.device(device).type
+    if backend == "auto":
+        if kind != "cuda":
+            return "reference"
+        for name in _MODULES:
+            if _load(name)[1] is None:
+                if name == "reference":
+                    _warn_slow()
+                return name
+    reason = _load(backend)[1]
+    if reason is not None:
+        raise RuntimeError(
+            f"backend={backend!r} cannot run here: {reason}. Use backend=\"auto\", or one that dyrate_kernels.backends() calls available."
+        )
+    return backend
+
+
+@functools.cache
+def _warn_slow() -> None:
+    reasons = "; ".join(f"{name}: {_load(name)[1]}" for name in _MODULES if name != "reference")
+    warnings.warn(
+        f"dyrate_kernels runs its plain PyTorch reference on a CUDA device, which is slow, because no fast backend can run ({reasons}).",
+        stacklevel=2,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def resolve(backend: str, device: torch.device | str) -> ModuleType:
+    """The module whose functions run for this choice on this device; errors as ``name_for``."""
+    module = _load(name_for(backend, device))[0]
+    assert module is not None
+    return module

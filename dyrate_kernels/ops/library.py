@@ -1,0 +1,165 @@
+"""The operators as ``torch.ops.dyrate.*``: declared mutation, fake implementations, dispatch to a backend.
+
+``torch.library.Library`` and not ``custom_op``: about 4 us a call against 24 to 32 us (design.md, section 8). Operators have no
+autograd formula: they serve generation. A statistic that was not asked for is an empty tensor here and None in ``dyrate_kernels.ops``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import resolve
+
+_library = torch.library.Library("dyrate", "DEF")
+
+_ROWS = "Tensor query, Tensor key, Tensor value, Tensor n_visual, Tensor n_text, SymInt visual_capacity, float scale"
+_WINDOW = "Tensor? position, Tensor? query_position, SymInt? window"
+_BOUNDS = "SymInt? visual_bound, SymInt? text_bound, str backend"
+
+for _schema in (
+    f"decode_attention({_ROWS}, Tensor? kept, Tensor? n_kept, Tensor? text_type, {_WINDOW}, bool mass, bool importance, {_BOUNDS})"
+    " -> (Tensor, Tensor, Tensor)",
+    f"score_last_query({_ROWS}, Tensor text_type, {_WINDOW}, {_BOUNDS}) -> (Tensor, Tensor)",
+    "predict_rate(Tensor mass, Tensor weight, Tensor bias, Tensor rates, str backend) -> (Tensor, Tensor)",
+    "select_tokens(Tensor score, Tensor count, Tensor n_visual, Tensor? alive, str backend) -> (Tensor, Tensor)",
+    "compact_(Tensor(a!)[] rows, Tensor kept, Tensor n_kept, Tensor n_visual, str backend) -> ()",
+    f"decode_step({_ROWS}, Tensor text_type, {_WINDOW}, Tensor? weight, Tensor? bias, Tensor? rates, Tensor? count, Tensor? score,"
+    f" Tensor? alive, Tensor? max_kept, {_BOUNDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+):
+    _library.define(_schema)
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _implementation(name: str):
+    """Registers the decorated function for every device."""
+    return torch.library.impl(_library, name, "CompositeExplicitAutograd")
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"dyrate::{name}", lib=_library)
+
+
+# ---- decode_attention ---------------------------------------------------------------------------------------------------------
+
+
+@_implementation("decode_attention")
+def _(
+    query, key, value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position, window,
+    mass, importance, visual_bound, text_bound, backend,
+):  # fmt: skip
+    output, by_type, per_row = resolve(backend, query.device).decode_attention(
+        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=kept, n_kept=n_kept,
+        text_type=text_type, position=position, query_position=query_position, window=window, mass=mass, importance=importance,
+        visual_bound=visual_bound, text_bound=text_bound,
+    )  # fmt: skip
+    kind = _statistics_dtype(query.dtype)
+    by_type = query.new_empty(0, dtype=kind) if by_type is None else by_type
+    per_row = query.new_empty(0, dtype=kind) if per_row is None else per_row
+    return output, by_type, per_row
+
+
+def _fake_statistics(query: Tensor, visual_capacity: int, mass: bool, importance: bool) -> tuple[Tensor, Tensor]:
+    kind = _statistics_dtype(query.dtype)
+    batch, heads, _ = query.shape
+    return (
+        query.new_empty((batch, heads, 4) if mass else (0,), dtype=kind),
+        query.new_empty((batch, visual_capacity) if importance else (0,), dtype=kind),
+    )
+
+
+@_fake("decode_attention")
+def _(
+    query, key, value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position, window,
+    mass, importance, visual_bound, text_bound, backend,
+):  # fmt: skip
+    output = query.new_empty((*query.shape[:2], value.shape[-1]))
+    return output, *_fake_statistics(query, visual_capacity, mass, importance)
+
+
+# ---- score_last_query ---------------------------------------------------------------------------------------------------------
+
+
+@_implementation("score_last_query")
+def _(
+    query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window, visual_bound, text_bound, backend,
+):  # fmt: skip
+    return resolve(backend, query.device).score_last_query(
+        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
+        query_position=query_position, window=window, visual_bound=visual_bound, text_bound=text_bound,
+    )  # fmt: skip
+
+
+@_fake("score_last_query")
+def _(
+    query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window, visual_bound, text_bound, backend,
+):  # fmt: skip
+    return _fake_statistics(query, visual_capacity, True, True)
+
+
+# ---- predict_rate, select_tokens, compact_ ------------------------------------------------------------------------------------
+
+
+@_implementation("predict_rate")
+def _(mass, weight, bias, rates, backend):
+    return resolve(backend, mass.device).predict_rate(mass, weight, bias, rates)
+
+
+@_fake("predict_rate")
+def _(mass, weight, bias, rates, backend):
+    return mass.new_empty(mass.shape[0], dtype=torch.float64), mass.new_empty(mass.shape[0], dtype=torch.int64)
+
+
+@_implementation("select_tokens")
+def _(score, count, n_visual, alive, backend):
+    return resolve(backend, score.device).select_tokens(score, count, n_visual, alive=alive)
+
+
+@_fake("select_tokens")
+def _(score, count, n_visual, alive, backend):
+    return score.new_empty(score.shape, dtype=torch.int32), score.new_empty(score.shape[0], dtype=torch.int32)
+
+
+@_implementation("compact_")
+def _(rows, kept, n_kept, n_visual, backend):
+    resolve(backend, kept.device).compact_(rows, kept, n_kept, n_visual)
+
+
+@_fake("compact_")
+def _(rows, kept, n_kept, n_visual, backend):
+    return None
+
+
+# ---- decode_step --------------------------------------------------------------------------------------------------------------
+
+
+@_implementation("decode_step")
+def _(
+    query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window,
+    weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, backend,
+):  # fmt: skip
+    return resolve(backend, query.device).decode_step(
+        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
+        query_position=query_position, window=window, weight=weight, bias=bias, rates=rates, count=count, score=score, alive=alive,
+        max_kept=max_kept, visual_bound=visual_bound, text_bound=text_bound,
+    )  # fmt: skip
+
+
+@_fake("decode_step")
+def _(
+    query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window,
+    weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, backend,
+):  # fmt: skip
+    batch = query.shape[0]
+    mass, importance = _fake_statistics(query, visual_capacity, True, True)
+    return (
+        query.new_empty((*query.shape[:2], value.shape[-1])),
+        mass,
+        importance,
+        query.new_empty((batch, visual_capacity), dtype=torch.int32),
+        query.new_empty(batch, dtype=torch.int32),
+        query.new_empty(batch, dtype=torch.float64),
+    )
