@@ -88,9 +88,7 @@ def _switch(text: str) -> bool | None:
     raise CudaBuildError(f"DYRATE_CUDA must be 1, 0 or auto, got {text!r}")
 
 
-def find_nvcc(
-    environ: Mapping[str, str], usual_folders: Sequence[Path] = USUAL_FOLDERS
-) -> tuple[Path | None, tuple[str, ...]]:
+def find_nvcc(environ: Mapping[str, str], usual_folders: Sequence[Path] = USUAL_FOLDERS) -> tuple[Path | None, tuple[str, ...]]:
     """(nvcc or None, the places looked at).
 
     CUDACXX names a compiler, so a wrong one is an error; the other variables name folders that may lack one.
@@ -147,9 +145,7 @@ def _run_nvcc(nvcc: Path, argument: str) -> str:
         raise CudaBuildError(f"nvcc was found at {nvcc} but does not run: {error}{_WAY_OUT}") from error
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip()[-300:] or "nothing"
-        raise CudaBuildError(
-            f"nvcc was found at {nvcc} but `nvcc {argument}` exits with {done.returncode} (it says: {said}){_WAY_OUT}"
-        )
+        raise CudaBuildError(f"nvcc was found at {nvcc} but `nvcc {argument}` exits with {done.returncode} (it says: {said}){_WAY_OUT}")
     return done.stdout
 
 
@@ -236,9 +232,7 @@ class BuildExt(build_ext):
         try:
             import pybind11
         except ImportError:
-            raise CudaBuildError(
-                "building the native extension needs pybind11: pip install pybind11, or set DYRATE_CUDA=0"
-            ) from None
+            raise CudaBuildError("building the native extension needs pybind11: pip install pybind11, or set DYRATE_CUDA=0") from None
         folder = Path(self.build_temp).resolve() / "cmake"
         configure = [
             cmake,

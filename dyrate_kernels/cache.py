@@ -51,7 +51,8 @@ class RowGroup:
         n_visual: int32 ``[B]``, live visual rows.
         token: int64 ``[B, capacity]``, which visual token (0..N-1, in prompt order) a row holds.
         alive: bool ``[B, N]``, tokens this group still holds (retention ``evict``), else None.
-        kept, n_kept: the list of rows to read, int32 ``[B, M]`` ascending, and its length int32 ``[B]`` (retention ``recoverable``), else None.
+        kept, n_kept: the list of rows to read, int32 ``[B, M]`` ascending, and its length int32 ``[B]`` (retention ``recoverable``),
+        else None.
     """
 
     def __init__(self, first: int, last: int) -> None:
@@ -335,8 +336,8 @@ class VisualCache(Cache):
             )
         if not self.shared_rows and length < self.session.turn_end and self._holds_visual_from(length):
             raise RuntimeError(
-                f"crop() to {length} columns reaches into a prompt (which ends at {self.session.turn_end}) whose visual tokens were evicted. "
-                "Use retention='recoverable', or start again without past_key_values."
+                f"crop() to {length} columns reaches into a prompt (which ends at {self.session.turn_end}) whose visual tokens were "
+                "evicted. Use retention='recoverable', or start again without past_key_values."
             )
         live = torch.arange(self.text_capacity, device=self.n_text.device) < self.n_text[:, None]
         self.n_text.copy_((live & (self.text_column < length)).sum(1))

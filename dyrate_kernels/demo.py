@@ -30,8 +30,6 @@ def load_demo(device: str | Any = "cpu", dtype: Any = None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(
-        DEMO_FOLDER, dtype=dtype or torch.float32, local_files_only=True
-    )
+    model = LlavaForConditionalGeneration.from_pretrained(DEMO_FOLDER, dtype=dtype or torch.float32, local_files_only=True)
     processor = AutoProcessor.from_pretrained(DEMO_FOLDER, local_files_only=True)
     return model.to(device).eval(), processor

@@ -132,9 +132,7 @@ def parameters(shape: ModelShape) -> int:
     d, m, dim = shape.hidden_size, shape.intermediate_size, shape.head_dim
     q, kv = shape.num_heads * dim, shape.num_kv_heads * dim
     layer = d * (2 * q + 2 * kv) + 3 * d * m + 2 * d
-    layer += (
-        (q + 2 * kv) * shape.qkv_bias + d * shape.output_bias + (2 * m + d) * shape.mlp_bias + 2 * dim * shape.qk_norm
-    )
+    layer += (q + 2 * kv) * shape.qkv_bias + d * shape.output_bias + (2 * m + d) * shape.mlp_bias + 2 * dim * shape.qk_norm
     return shape.num_layers * layer + d + shape.vocab_size * d * (1 if shape.tied_embeddings else 2)
 
 
@@ -193,9 +191,7 @@ class DecodeBytes:
         return self.total / self.total_pruned
 
 
-def decode_bytes(
-    shape: ModelShape, *, batch: int, visual: float, text: float = 128, kept: float = 0, k: int = 0
-) -> DecodeBytes:
+def decode_bytes(shape: ModelShape, *, batch: int, visual: float, text: float = 128, kept: float = 0, k: int = 0) -> DecodeBytes:
     """The byte model of a decode step.
 
     Args:
@@ -218,9 +214,7 @@ def decode_bytes(
         raise ValueError(f"k must be in [0, {shape.num_layers}] for a model of {shape.num_layers} layers, got {k}")
     token = batch * kv_bytes_per_token(shape)
     read = (k * visual + (shape.num_layers - k) * kept) / shape.num_layers
-    return DecodeBytes(
-        batch, visual, text, kept, k, float(weight_bytes(shape)), token * text, token * visual, token * read
-    )
+    return DecodeBytes(batch, visual, text, kept, k, float(weight_bytes(shape)), token * text, token * visual, token * read)
 
 
 # ---- a whole generation --------------------------------------------------------------------------------------------
@@ -289,14 +283,8 @@ def generation_cost(
             f"kept must be [steps, {layers.shape[1]} groups, {batch} sequences] and visual_tokens [{batch}], "
             f"got {list(kept.shape)} and {list(visual.shape)}"
         )
-    before_text, before_visual = (
-        np.zeros(batch) if v is None else np.asarray(v, dtype=np.float64) for v in (cached_text, cached_visual)
-    )
-    rows_of = (
-        np.full(layers.shape[1], kv_bytes_per_token(shape) / shape.num_layers)
-        if bytes_per_row is None
-        else np.asarray(bytes_per_row)
-    )
+    before_text, before_visual = (np.zeros(batch) if v is None else np.asarray(v, dtype=np.float64) for v in (cached_text, cached_visual))
+    rows_of = np.full(layers.shape[1], kv_bytes_per_token(shape) / shape.num_layers) if bytes_per_row is None else np.asarray(bytes_per_row)
     row_bytes = layers * rows_of.astype(np.float64)[None, :, None]
     weights = float(weight_bytes(shape) if weights is None else weights)
     steps = kept.shape[0] - 1
@@ -308,9 +296,7 @@ def generation_cost(
         fresh = np.divide(visual - before_visual, visual, out=np.ones(batch), where=visual > 0)
         rows = (text - before_text) + prompt_visual * fresh
         prompt = (layers[0] * layer_flops(shape, rows, prompt_visual + text)).sum() + batch * head_flops(shape)
-        decode = (layers * layer_flops(shape, 1.0, count[1:] + text_at[1:, None])).sum() + steps * batch * head_flops(
-            shape
-        )
+        decode = (layers * layer_flops(shape, 1.0, count[1:] + text_at[1:, None])).sum() + steps * batch * head_flops(shape)
         return float(prompt), float(prompt + decode)
 
     def read(count: np.ndarray) -> float:
@@ -374,9 +360,7 @@ MODELS: dict[str, NamedModel] = {
     "llava-1.5-13b": NamedModel(_VICUNA_13B, 576, "one picture of 336 x 336"),
     "llava-next-7b": NamedModel(_VICUNA_7B, 2880, "five crops of 336 x 336"),
     "llava-next-13b": NamedModel(_VICUNA_13B, 2880, "five crops of 336 x 336"),
-    "llava-next-mistral-7b": NamedModel(
-        _llama(32, 32, 4096, 14336, kv_heads=8, model_type="mistral"), 2880, "five crops of 336 x 336"
-    ),
+    "llava-next-mistral-7b": NamedModel(_llama(32, 32, 4096, 14336, kv_heads=8, model_type="mistral"), 2880, "five crops of 336 x 336"),
     "video-llava-7b": NamedModel(_VICUNA_7B, 2056, "eight frames of 257 tokens"),
     "llava-onevision-7b": NamedModel(_llama(28, 28, 3584, 18944, 152000, **_QWEN2_7B), 3645, "five crops of 384 x 384"),
     "qwen2.5-vl-7b": NamedModel(_llama(28, 28, 3584, 18944, 152064, **_QWEN2_7B), 1280, "one picture of a megapixel"),

@@ -75,7 +75,8 @@ class ClosedForm:
     With v the visual mass (mean over heads) of a step and v0 that of step 0, the thresholds are ``t_j v0``, ``t_j =
     (2 (K-1-j) + 1/2) / K`` for j = 0..K-2 [choice]: 1.7, 1.3, .9, .5 for K = 5. So v = v0 gives the middle rate, and
     falling mass prunes more. The half keeps every threshold away from 1, where step 0 stands: without it, rounding
-    would choose the rate of step 0 for even K. The buckets are the upper envelope of K lines in v with slopes K-1 .. 0, hence an argmax of a
+    would choose the rate of step 0 for even K. The buckets are the upper envelope of K lines in v with slopes K-1 .. 0, hence an
+    argmax of a
     linear layer whose bias is ``v0 * bias``. v0 = 0, and NaN, keep the first rate.
 
     Args:
@@ -164,13 +165,10 @@ class DyRatePredictor(nn.Module):
         for name in _FINGERPRINT:
             if name in self.model and self.model[name] != getattr(shape, name):
                 raise ValueError(
-                    f"{where} was trained for a model with {name} {self.model[name]!r}, this model has "
-                    f"{getattr(shape, name)!r}; {_OTHER}"
+                    f"{where} was trained for a model with {name} {self.model[name]!r}, this model has {getattr(shape, name)!r}; {_OTHER}"
                 )
         if self.k != k:
-            raise ValueError(
-                f"{where} was trained for k={self.k} (it reads layer {self.k - 1}), got k={k}; pass k={self.k}"
-            )
+            raise ValueError(f"{where} was trained for k={self.k} (it reads layer {self.k - 1}), got k={k}; pass k={self.k}")
         _check_finite(self.weight, self.bias, where)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -195,9 +193,7 @@ class DyRatePredictor(nn.Module):
             "model": self.model,
             "notes": self.notes,
         }
-        tensors = {
-            name: getattr(self, name).detach().to("cpu", torch.float32).contiguous() for name in ("weight", "bias")
-        }
+        tensors = {name: getattr(self, name).detach().to("cpu", torch.float32).contiguous() for name in ("weight", "bias")}
         text = json.dumps(config, indent=2) + "\n"  # before anything is written: notes may not be JSON
         save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
         (path / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -231,9 +227,7 @@ class DyRatePredictor(nn.Module):
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} cannot be read as safetensors ({error}); save it again with save_pretrained"
-            ) from None
+            raise ValueError(f"{path} cannot be read as safetensors ({error}); save it again with save_pretrained") from None
         expected = {"weight": list(self.weight.shape), "bias": list(self.bias.shape)}
         if set(tensors) != set(expected):
             raise ValueError(f"{path} must hold the tensors {sorted(expected)}, got {sorted(tensors)}")
@@ -266,15 +260,12 @@ def _locate(source: str | os.PathLike[str], hub_options: dict[str, Any]) -> tupl
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (path / name).is_file():
                 raise FileNotFoundError(
-                    f"predictor folder {str(source)!r} has no {name}; "
-                    "expected what DyRatePredictor.save_pretrained writes"
+                    f"predictor folder {str(source)!r} has no {name}; expected what DyRatePredictor.save_pretrained writes"
                 )
         return path / CONFIG_FILE, path / WEIGHTS_FILE
     name = os.fspath(source)
     if path.exists():
-        raise NotADirectoryError(
-            f"predictor must be a folder or a hub id, got the file {name!r}; pass the folder that holds {CONFIG_FILE}"
-        )
+        raise NotADirectoryError(f"predictor must be a folder or a hub id, got the file {name!r}; pass the folder that holds {CONFIG_FILE}")
     if isinstance(source, os.PathLike) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"predictor folder {name!r} does not exist")
     from huggingface_hub import hf_hub_download
@@ -299,10 +290,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{path} must be a JSON object with format {FORMAT!r}, got {_shorten(config)}")
     if config.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: version must be {VERSION}, got {config.get('version')!r}; "
-            "another release of dyrate_kernels wrote it"
-        )
+        raise ValueError(f"{path}: version must be {VERSION}, got {config.get('version')!r}; another release of dyrate_kernels wrote it")
     for key in ("num_heads", "k", "rates"):
         if key not in config:
             raise ValueError(f"{path} must have the key {key!r}, got {sorted(config)}")

@@ -133,9 +133,7 @@ class Record:
         prefill_reads_all = step == 0 and not session.evict
         groups = cache.groups[1:] or cache.groups
         if kept is None:
-            kept = torch.stack(
-                [g.n_visual if g.n_kept is None or prefill_reads_all else g.n_kept for g in groups]
-            )
+            kept = torch.stack([g.n_visual if g.n_kept is None or prefill_reads_all else g.n_kept for g in groups])
         rate = torch.zeros_like(session.last_rate) if prefill_reads_all else session.last_rate
         if rate is not None:
             self.rate.index_copy_(0, index, rate.to(self.rate.dtype)[None])

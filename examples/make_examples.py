@@ -51,20 +51,14 @@ def _colour(point: np.ndarray, what: np.ndarray) -> np.ndarray:
     x, z = point[..., 0], point[..., 2]
     grain = 0.5 + 0.5 * np.sin(14 * z + 2.2 * np.sin(1.7 * x + 0.6 * z) + 0.8 * np.sin(9 * x))
     plank = 0.86 + 0.14 * np.cos(2.3 * np.floor(z * 1.4) + 0.7)
-    wood = (
-        np.array([0.55, 0.35, 0.19])
-        * (0.75 + 0.25 * grain * plank)[..., None]
-        * np.where((z * 1.4) % 1 < 0.025, 0.45, 1.0)[..., None]
-    )
+    wood = np.array([0.55, 0.35, 0.19]) * (0.75 + 0.25 * grain * plank)[..., None] * np.where((z * 1.4) % 1 < 0.025, 0.45, 1.0)[..., None]
     colour = np.where((what == 0)[..., None], wood, np.array([0.62, 0.66, 0.66]))
     for number, (_, _, paint, _) in enumerate(BALLS):
         colour = np.where((what == number + 2)[..., None], np.array(paint), colour)
     return colour
 
 
-def _shade(
-    origin: np.ndarray, ray: np.ndarray, rng: np.random.Generator, bounces: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
+def _shade(origin: np.ndarray, ray: np.ndarray, rng: np.random.Generator, bounces: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Light that comes along each ray, and the distance it comes from."""
     far, what = _hit(origin, ray)
     point = origin + ray * np.where(np.isfinite(far), far, 0.0)[..., None]

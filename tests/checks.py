@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import models
@@ -73,8 +72,9 @@ def policy(rule: Rule) -> Any:
 
 def trained_predictor(rule: Rule) -> Any:
     """A predictor with the rule's weights."""
-    import dyrate_kernels as dk
     from oracle import rate_values
+
+    import dyrate_kernels as dk
 
     assert rule.weight is not None and rule.bias is not None
     shape = dk.policies.ModelShape.from_config(models.config("llava"))
@@ -120,7 +120,7 @@ def assert_close_logits(got: Tensor, want: Tensor, tolerance: float = TOLERANCE)
     assert torch.isfinite(got).all()
     scale = want.abs().max().clamp(min=1.0)
     worst = ((got - want).abs().flatten(1).max(1).values / scale).tolist()
-    assert max(worst) <= tolerance, f"relative error of the logits by step: {['%.1e' % w for w in worst]}"
+    assert max(worst) <= tolerance, f"relative error of the logits by step: {[f'{w:.1e}' for w in worst]}"
 
 
 def first_difference(got: Any, want: Any) -> str:
@@ -131,7 +131,7 @@ def first_difference(got: Any, want: Any) -> str:
     note = f"row {row} differs first at column {column} of {a.shape[1]}"
     if got.logits is not None and len(got.logits) == len(want.logits):
         error = (logits(got) - logits(want)).abs().flatten(2).max(2).values
-        note += f"; largest logit error by step and row: {[['%.0e' % e for e in step] for step in error.tolist()]}"
+        note += f"; largest logit error by step and row: {[[f'{e:.0e}' for e in step] for step in error.tolist()]}"
     return note
 
 
@@ -155,7 +155,6 @@ def single(model: Any, row: Sequence[str], **options: Any) -> dict[str, Tensor]:
     return models.inputs(model, [row], **options)
 
 
-
 def fingerprint(model: Any) -> dict[str, Any]:
     """Everything about a model that patching could leave a mark on: module types and attributes, hooks, configs, parameters, registries."""
     import transformers
@@ -175,14 +174,21 @@ def fingerprint(model: Any) -> dict[str, Any]:
             elif callable(value):
                 marks[f"{attribute} of {name}"] = id(value)
         if hasattr(module, "config"):
-            marks[f"config of {name}"] = (id(module.config), type(module.config), module.config.to_dict(), module.config._attn_implementation)
+            marks[f"config of {name}"] = (
+                id(module.config),
+                type(module.config),
+                module.config.to_dict(),
+                module.config._attn_implementation,
+            )
     for name, tensor in model.state_dict(keep_vars=True).items():
         marks[f"tensor {name}"] = (id(tensor), tensor.data_ptr(), tensor.requires_grad)
     marks["generation config"] = model.generation_config.to_dict()
     classes = {cls for module in model.modules() for cls in type(module).__mro__} | {type(model.config)}
     for cls in classes:
         if cls is not object:
-            marks[f"class {cls.__module__}.{cls.__qualname__}"] = {k: id(v) for k, v in vars(cls).items() if callable(v) and not k.startswith("_abc")}
+            marks[f"class {cls.__module__}.{cls.__qualname__}"] = {
+                k: id(v) for k, v in vars(cls).items() if callable(v) and not k.startswith("_abc")
+            }
     for kind in ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks"):
         marks[kind] = len(getattr(module_globals, kind, {}))
     marks["cache"] = {k: id(v) for k, v in vars(transformers.DynamicCache).items() if callable(v)}
@@ -197,5 +203,3 @@ def assert_unmarked(before: dict[str, Any], after: dict[str, Any]) -> None:
     changed = {key for key in before if key not in after or after[key] != before[key]}
     added = {key for key in after if key not in before and not key.startswith(("AttentionInterface", "AttentionMaskInterface", "class "))}
     assert not changed and not added, f"changed: {sorted(changed)[:10]}; added: {sorted(added)[:10]}"
-
-

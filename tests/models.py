@@ -224,7 +224,9 @@ def _count(model: Any, kind: str, pixels: dict[str, Tensor], alone: bool) -> int
         fields = {name: value.to(dtype) if value.is_floating_point() else value for name, value in pixels.items()}
         if not alone and model.config.model_type == "llava_onevision":
             fields["batch_num_images"] = torch.tensor([2])
-            fields = {name: value.repeat(2, *[1] * (value.ndim - 1)) if name != "batch_num_images" else value for name, value in fields.items()}
+            fields = {
+                name: value.repeat(2, *[1] * (value.ndim - 1)) if name != "batch_num_images" else value for name, value in fields.items()
+            }
             return int(model.model.get_image_features(**fields, return_dict=True).pooler_output[0].shape[0])
         features = model.model.get_image_features(**fields, return_dict=True)
     pooled = features.pooler_output
@@ -234,7 +236,8 @@ def _count(model: Any, kind: str, pixels: dict[str, Tensor], alone: bool) -> int
 def inputs(model: Any, rows: Sequence[Row], *, seed: int = 0, pad_to: int | None = None) -> dict[str, Tensor]:
     """Inputs of ``model.generate``, left padded.
 
-    What a row holds depends only on the row itself and the seed: ``inputs(model, [row])`` has the same tokens and pictures as that row in a batch.
+    What a row holds depends only on the row itself and the seed: ``inputs(model, [row])`` has the same tokens and pictures as that row
+    in a batch.
 
     Args:
         model: made by :func:`build`.
@@ -243,7 +246,8 @@ def inputs(model: Any, rows: Sequence[Row], *, seed: int = 0, pad_to: int | None
         pad_to: the padded length; the longest row's if None.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` int64 ``[B, S]``, and ``pixel_values``, ``image_sizes``, ``batch_num_images``, ``pixel_values_videos`` as the
+        ``input_ids`` and ``attention_mask`` int64 ``[B, S]``, and ``pixel_values``, ``image_sizes``, ``batch_num_images``,
+        ``pixel_values_videos`` as the
         family and the rows need them.
     """
     family = model.config.model_type

@@ -1,6 +1,7 @@
 """An independent reference for patched generation: masks of minus infinity, nothing cached, everything recomputed.
 
-The oracle copies an unpatched model, gives its text attention an explicit float32 softmax and lets transformers generate with ``use_cache=False``.
+The oracle copies an unpatched model, gives its text attention an explicit float32 softmax and lets transformers generate with
+``use_cache=False``.
 So every forward pass sees the whole sequence, and which visual columns a row may read in layers >= k is a function of that sequence alone:
 it is worked out anew, row by row, from the probabilities of layer k-1. Beams, sampling and several answers per prompt need no further code.
 
@@ -10,6 +11,7 @@ Nothing of ``dyrate_kernels`` is imported here; the rules are written down again
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -64,18 +66,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Turn:
-    """One call of ``generate``: its new prompt rows are ``[start, end)``; ``chunk`` of them were prefilled at a time (None: all at once)."""
+    """One call of ``generate``: its new prompt rows are ``[start, end)``."""
 
     start: int
     end: int
-    chunk: int | None = None
-
-    @property
-    def decided_from(self) -> int:
-        """First prompt row computed when the last one decides (rows of earlier chunks were computed before any decision)."""
-        if self.chunk is None:
-            return self.start
-        return self.start + (self.end - self.start - 1) // self.chunk * self.chunk
 
 
 @dataclass
@@ -165,16 +159,15 @@ class Oracle:
 
     # -- what a test calls -----------------------------------------------------------------------------------------------------------------
 
-    def generate(self, *, before: Sequence[Turn] = (), start: int = 0, chunk: int | None = None, **inputs: Any) -> Any:
+    def generate(self, *, before: Sequence[Turn] = (), start: int = 0, **inputs: Any) -> Any:
         """``model.generate`` under the rule.
 
         Args:
             before: the turns of the chat so far, if any; ``inputs`` hold the whole chat.
             start: first row that this turn's prefill computes (earlier ones were in the cache).
-            chunk: ``prefill_chunk_size``.
             inputs: of ``generate``.
         """
-        self.turns = [*before, Turn(start, inputs["input_ids"].shape[1], chunk)]
+        self.turns = [*before, Turn(start, inputs["input_ids"].shape[1])]
         try:
             return self.model.generate(**inputs, use_cache=False)
         finally:
@@ -223,7 +216,7 @@ class Oracle:
         rows = [r for r in range(turn.start, turn.end) if self.real[b, r]] if self.rule.ranking == "mean" else [turn.end - 1]
         at_prompt = self._choose(b, 0, turn, probabilities, rows, visual, candidates, state)
         if self.retention == "evict":
-            self._hide(b, range(turn.decided_from, turn.end), visual, at_prompt)
+            self._hide(b, range(turn.start, turn.end), visual, at_prompt)
             state.survivors = at_prompt.kept[self.k]
         steps = [at_prompt]
         for row in range(turn.end, until):
@@ -306,6 +299,8 @@ class Oracle:
         types = torch.full((row.shape[-1],), INSTRUCTION)
         types[: visual[0]] = SYSTEM
         types[turn.end :] = RESPONSE
+        for before, after in itertools.pairwise(self.turns[: self.turns.index(turn) + 1]):
+            types[before.end : after.start] = RESPONSE  # what was generated in an earlier turn
         types[list(visual)] = IMAGE
         return torch.stack([row[:, types == kind].sum(-1) for kind in range(4)], dim=-1)
 

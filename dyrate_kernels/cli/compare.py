@@ -62,7 +62,9 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _row(name: str, policy: Any, model: Any, processor: Any, inputs: dict, reference: list[int], given: argparse.Namespace) -> dict[str, Any]:
+def _row(
+    name: str, policy: Any, model: Any, processor: Any, inputs: dict, reference: list[int], given: argparse.Namespace
+) -> dict[str, Any]:
     import dyrate_kernels as dk
 
     with dk.patch(model, policy, retention=given.retention, backend=given.backend) as handle:

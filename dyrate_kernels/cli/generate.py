@@ -27,7 +27,9 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=int, help="first layer that sees the pruned set")
     parser.add_argument("--rate", type=float, help="fraction of the visual tokens removed, 0 .. 1, for policies with a constant rate")
     parser.add_argument("--predictor", metavar="DIR_OR_ID", help="a trained predictor for policy dyrate; default: closed form")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="any other option, e.g. ranking=mean; repeatable")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="any other option, e.g. ranking=mean; repeatable"
+    )
 
 
 def policy_from(given: argparse.Namespace) -> Any:
@@ -106,13 +108,14 @@ def _print_steps(stats: Any, limit: int) -> None:
 
 def _print_totals(stats: Any, new_tokens: int, seconds: float) -> None:
     saved = 100 * (1 - stats.flops / stats.flops_unpruned) if stats.flops_unpruned else 0.0
+    speed = new_tokens / max(seconds, 1e-9)
     lines = [
         ("kept", f"{100 * stats.kept_mean:.1f} % of the visual tokens in layers >= {stats.k}, mean over steps"),
         ("KV cache", f"{common.bytes_text(stats.kv_bytes_live)} live, {common.bytes_text(stats.kv_bytes_reserved)} reserved"),
         ("FLOPs", f"{common.flops_text(stats.flops)}; unpruned {common.flops_text(stats.flops_unpruned)} ({saved:.1f} % saved)"),
         ("read", f"{common.bytes_text(stats.bytes_read)} by the decode steps; unpruned {common.bytes_text(stats.bytes_read_unpruned)}"),
         ("paper cost", f"{100 * stats.paper_cost:.1f} % (FastV's formula on the whole sequence, mean over steps)"),
-        ("time", f"{new_tokens} tokens in {seconds:.2f} s ({new_tokens / max(seconds, 1e-9):.1f} tokens/s), backend {stats.backend}, {stats.retention}"),
+        ("time", f"{new_tokens} tokens in {seconds:.2f} s ({speed:.1f} tokens/s), backend {stats.backend}, {stats.retention}"),
     ]  # fmt: skip
     for name, text in lines:
         print(f"{name + ':':<12}{text}")

@@ -3,8 +3,10 @@
 All of them are batched, device-agnostic and free of host syncs. ``backend`` is one of ``auto | triton | cuda | reference``; the reference
 (``ops/reference.py``, plain PyTorch) is the specification. They are registered as ``torch.ops.dyrate.*``.
 
-Row layout of one layer (design.md, section 6): ``key``, ``value`` ``[B, Hkv, C, D]`` with ``C = visual_capacity + Ct``. Sequence ``b`` has its
-visual rows in ``[0, n_visual[b])`` and its text rows in ``[visual_capacity, visual_capacity + n_text[b])``. Other rows may hold anything, NaN
+Row layout of one layer (design.md, section 6): ``key``, ``value`` ``[B, Hkv, C, D]`` with ``C = visual_capacity + Ct``. Sequence ``b``
+has its
+visual rows in ``[0, n_visual[b])`` and its text rows in ``[visual_capacity, visual_capacity + n_text[b])``. Other rows may hold
+anything, NaN
 included: they influence nothing. ``B`` sequences, ``Hq`` query heads, ``Hkv`` key/value heads, ``D`` head dim, ``N`` visual tokens.
 
 Arguments are checked on the host for shape, dtype and device (ValueError or TypeError that names the argument); values that live on the
@@ -37,7 +39,8 @@ assert library is not None  # importing it registers the operators
 
 
 class DecodeAttention(NamedTuple):
-    """output ``[B, Hq, Dv]`` in the query's dtype; mass float32 ``[B, Hq, 4]`` or None; importance float32 ``[B, visual_capacity]`` or None."""
+    """output ``[B, Hq, Dv]`` in the query's dtype; mass float32 ``[B, Hq, 4]`` or None; importance float32 ``[B, visual_capacity]`` or
+    None."""
 
     output: Tensor
     mass: Tensor | None
@@ -114,7 +117,8 @@ def decode_attention(
         checks.text_types(text_type, key, visual_capacity)
     dispatch.check_name(backend)
     output, by_type, per_row = _ops.decode_attention(
-        query, key, value, n_visual, n_text, visual_capacity, _scale(scale, query), kept, n_kept, text_type, position, query_position, window,
+        query, key, value, n_visual, n_text, visual_capacity, _scale(scale, query), kept, n_kept, text_type, position, query_position,
+        window,
         mass, importance, visual_bound, text_bound, backend,
     )  # fmt: skip
     return DecodeAttention(output, by_type if mass else None, per_row if importance else None)
@@ -212,7 +216,8 @@ def select_tokens(
 def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor, *, backend: str = "auto") -> None:
     """Moves the kept rows to the front, in place, by hole filling: the kept rows at or past ``n_kept`` go into the holes below it.
 
-    Afterwards rows ``[0, n_kept[b])`` of every tensor hold the kept rows: those that were below ``n_kept[b]`` where they were, the others, in
+    Afterwards rows ``[0, n_kept[b])`` of every tensor hold the kept rows: those that were below ``n_kept[b]`` where they were, the
+    others, in
     ascending order, in the holes, in ascending order. Every other row stays as it was. The caller then sets its ``n_visual`` to ``n_kept``.
 
     Args:

@@ -19,7 +19,9 @@ def tensor(name: str, value: object, shape: tuple[int | str | None, ...], dtypes
         expected = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {value.dtype}; convert it first")
+        raise TypeError(
+            f"{name}: expected {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {value.dtype}; convert it first"
+        )
     if value.device != device:
         raise ValueError(f"{name}: expected it on {device}, where the first argument is, got {value.device}; move it there")
     return value

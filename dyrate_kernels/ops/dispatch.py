@@ -1,6 +1,7 @@
 """Which backend runs an operator: ``auto | triton | cuda | reference``.
 
-A backend is a module with the functions of ``dyrate_kernels.ops.reference``. ``triton`` and ``cuda`` say by ``unavailable_reason()`` whether they can
+A backend is a module with the functions of ``dyrate_kernels.ops.reference``. ``triton`` and ``cuda`` say by ``unavailable_reason()``
+whether they can
 run on this machine.
 """
 
@@ -73,7 +74,7 @@ def name_for(backend: str, device: torch.device | str) -> str:
     reason = _load(backend)[1]
     if reason is not None:
         raise RuntimeError(
-            f"backend={backend!r} cannot run here: {reason}. Use backend=\"auto\", or one that dyrate_kernels.backends() calls available."
+            f'backend={backend!r} cannot run here: {reason}. Use backend="auto", or one that dyrate_kernels.backends() calls available.'
         )
     return backend
 

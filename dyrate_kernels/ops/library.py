@@ -85,7 +85,8 @@ def _(
 
 @_implementation("score_last_query")
 def _(
-    query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window, visual_bound, text_bound, backend,
+    query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window, visual_bound, text_bound,
+    backend,
 ):  # fmt: skip
     return resolve(backend, query.device).score_last_query(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
@@ -95,7 +96,8 @@ def _(
 
 @_fake("score_last_query")
 def _(
-    query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window, visual_bound, text_bound, backend,
+    query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window, visual_bound, text_bound,
+    backend,
 ):  # fmt: skip
     return _fake_statistics(query, visual_capacity, True, True)
 

@@ -231,8 +231,10 @@ class Handle:
         if session.cache.full.bound == 0 or bool((record.kept[: record.steps] < visual).any()):
             return
         self._told = True
-        reason = "recoverable retention prunes from the second token on" if record.steps == 1 and not session.evict else (
-            f"the policy chose to keep every visual token at each of the {record.steps} steps"
+        reason = (
+            "recoverable retention prunes from the second token on"
+            if record.steps == 1 and not session.evict
+            else (f"the policy chose to keep every visual token at each of the {record.steps} steps")
         )
         warnings.warn(f"nothing was dropped in this generation with policy {self.policy.name!r}: {reason}", stacklevel=3)
 

@@ -270,7 +270,8 @@ class Session:
         self._place(forward, index, group, slot.column, slot.stored, slot.token, slot.text, slot.type, visual, slot.fresh, slot.plain)
 
     def _place(
-        self, forward: Forward, index: int, group: RowGroup, column: Tensor, stored: Tensor, token: Tensor, text: Tensor, kind: Tensor, visual: Tensor,
+        self, forward: Forward, index: int, group: RowGroup, column: Tensor, stored: Tensor, token: Tensor, text: Tensor, kind: Tensor,
+        visual: Tensor,
         fresh: bool, plain: bool,
     ) -> None:  # fmt: skip
         """Appends ``visual`` (bool ``[B, q]``) and all text of these columns to a pruned group and makes its slot."""
@@ -407,9 +408,7 @@ class Session:
             result = ops.decode_attention(**rows, mass=True, importance=True)
             output, mass, importance = result.output, result.mass, result.importance
             batch = mass.shape[0]
-            view = View(
-                self.step.expand(batch), mass, importance, cache.full.n_visual, self._alive(pruned), self.state
-            )
+            view = View(self.step.expand(batch), mass, importance, cache.full.n_visual, self._alive(pruned), self.state)
             self._select_and_apply(policy.decide(view), importance)
         self._write_record(mass, importance)
         return output
@@ -489,9 +488,7 @@ class Session:
         mask[:, -drafted:] &= may
         return mask
 
-    def _score_wide(
-        self, layer: int, query: Tensor, rows: KeyRows, mask: Tensor, column: Tensor, scale: float, window: int | None
-    ) -> None:
+    def _score_wide(self, layer: int, query: Tensor, rows: KeyRows, mask: Tensor, column: Tensor, scale: float, window: int | None) -> None:
         """The score layer of a wide pass: the last prompt row decides, then each drafted row for itself."""
         forward, cache, policy = self.forward, self.cache, self.policy
         tokens = cache.full.capacity
@@ -600,7 +597,9 @@ class Session:
             stay = keep.clone()
             stay[:, -1] = True
             stays.append(stay)
-        sizes = torch.stack([torch.stack([s.sum(1).max(), s.sum(1).min(), k.sum(1).min()]) for s, k in zip(stays, keeps, strict=True)]).tolist()
+        sizes = torch.stack(
+            [torch.stack([s.sum(1).max(), s.sum(1).min(), k.sum(1).min()]) for s, k in zip(stays, keeps, strict=True)]
+        ).tolist()
         for index, (group, (kept, n_kept), keep, stay, (size, least, real)) in enumerate(
             zip(cache.groups[1:], chosen, keeps, stays, sizes, strict=True), 1
         ):

@@ -50,9 +50,7 @@ class DyRate(Policy):
         else:
             object.__setattr__(self, "rates", check_rates("rates", self.rates, ascending=True))
         if self.predictor is not None and not isinstance(self.predictor, DyRatePredictor | str | os.PathLike):
-            raise TypeError(
-                f"predictor must be a DyRatePredictor, a folder, a hub id or None, got {type(self.predictor).__name__}"
-            )
+            raise TypeError(f"predictor must be a DyRatePredictor, a folder, a hub id or None, got {type(self.predictor).__name__}")
 
     @property
     def rate_values(self) -> tuple[float, ...]:
@@ -79,9 +77,7 @@ class DyRate(Policy):
             if asked != "half_open":  # the default says nothing about what was wanted
                 wanted = named_rates(asked, len(predictor.rates)) if isinstance(asked, str) else tuple(asked)
                 if wanted != predictor.rates:
-                    raise ValueError(
-                        f"rates must be those of the predictor, {list(predictor.rates)}, got {asked!r}; leave rates out"
-                    )
+                    raise ValueError(f"rates must be those of the predictor, {list(predictor.rates)}, got {asked!r}; leave rates out")
         bound = replace(self, predictor=predictor)
         linear = ClosedForm(shape.num_heads, bound.rate_values) if predictor is None else predictor
         object.__setattr__(bound, "_on_device", _DeviceTensors(linear))

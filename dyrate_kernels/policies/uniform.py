@@ -32,8 +32,6 @@ class Uniform(Fixed):
         able_count = rank[:, -1:] if rank.shape[1] else rank.new_zeros(rank.shape[0], 1)
         count = torch.minimum(decision.count[:, None].long(), able_count)
         total = able_count.clamp(min=1)
-        chosen = (rank * count).div(total, rounding_mode="floor") > ((rank - 1) * count).div(
-            total, rounding_mode="floor"
-        )
+        chosen = (rank * count).div(total, rounding_mode="floor") > ((rank - 1) * count).div(total, rounding_mode="floor")
         decision.score = (chosen & able).to(torch.float32)
         return decision

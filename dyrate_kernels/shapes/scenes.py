@@ -72,9 +72,7 @@ def make_scene(seed: int, min_objects: int = MIN_OBJECTS, max_objects: int = MAX
         ValueError: not 0 <= min_objects <= max_objects <= 9.
     """
     if not 0 <= min_objects <= max_objects <= len(PLACES):
-        raise ValueError(
-            f"min_objects and max_objects must satisfy 0 <= min <= max <= {len(PLACES)}, got {min_objects} and {max_objects}"
-        )
+        raise ValueError(f"min_objects and max_objects must satisfy 0 <= min <= max <= {len(PLACES)}, got {min_objects} and {max_objects}")
     rng = random.Random(f"scene {seed}")
     cells = sorted(rng.sample(range(len(PLACES)), rng.randint(min_objects, max_objects)))
     things = []
@@ -157,8 +155,7 @@ def _outline(shape: str, angle: float) -> list[tuple[float, float]]:
     else:
         count, radius, turn = {"square": (4, 1.2, math.pi / 4), "triangle": (3, 1.2, 0.0)}[shape]
         corners = [
-            (radius * math.sin(turn + i * 2 * math.pi / count), -radius * math.cos(turn + i * 2 * math.pi / count))
-            for i in range(count)
+            (radius * math.sin(turn + i * 2 * math.pi / count), -radius * math.cos(turn + i * 2 * math.pi / count)) for i in range(count)
         ]
     cos, sin = math.cos(angle), math.sin(angle)
     return [(x * cos - y * sin, x * sin + y * cos) for x, y in corners]

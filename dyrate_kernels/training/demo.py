@@ -3,7 +3,8 @@
     python -m dyrate_kernels.training.demo --out DIR           train (or go on, when DIR holds a checkpoint), then evaluate
     python -m dyrate_kernels.training.demo --eval DIR          only evaluate
 
-Everything follows from ``--seed``: sample i is scene ``seed * 10**9 + i``, so a killed run goes on with the very same data. The vision tower
+Everything follows from ``--seed``: sample i is scene ``seed * 10**9 + i``, so a killed run goes on with the very same data. The vision
+tower
 first learns alone, from a label for every patch (which colour, shape, size and place covers it); its label heads are dropped at the end.
 A last stage (``--question-steps``) asks mostly short questions, whose few answer tokens weigh little beside a description's.
 Held-out scenes have negative seeds, which training never uses.
@@ -197,14 +198,10 @@ class Dialogues:
         rng.shuffle(questions)
         ids, labels = list(self.opening), [-100] * len(self.opening)
         for number, sample in enumerate(questions):
-            prompt = (
-                self.newline + self._encode(sample.prompt) if number == 0 else self._encode(f" USER: {sample.prompt}")
-            )
+            prompt = self.newline + self._encode(sample.prompt) if number == 0 else self._encode(f" USER: {sample.prompt}")
             prompt = prompt + self._encode(" ASSISTANT:")
             answer = " " + sample.answer
-            answer_ids = (self._sentences(answer) if sample.task == "describe" else self._encode(answer)) + [
-                self.tokenizer.eos_token_id
-            ]
+            answer_ids = (self._sentences(answer) if sample.task == "describe" else self._encode(answer)) + [self.tokenizer.eos_token_id]
             ids += prompt + answer_ids
             labels += [-100] * len(prompt) + answer_ids
         return ids, labels
@@ -236,9 +233,7 @@ class Trainer:
         self.processor = build_processor(settings)
         self.model = build_model(settings, self.processor).to(self.device)
         self.data = Dialogues(settings, self.processor)
-        self.heads = nn.ModuleList(nn.Linear(settings.width, 1 + len(values)) for values in LABELS.values()).to(
-            self.device
-        )
+        self.heads = nn.ModuleList(nn.Linear(settings.width, 1 + len(values)) for values in LABELS.values()).to(self.device)
         parameters = [*self.model.parameters(), *self.heads.parameters()]
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.05},
@@ -253,8 +248,7 @@ class Trainer:
 
     def _label_loss(self, features: Tensor, patches: Tensor) -> Tensor:
         losses = [
-            nn.functional.cross_entropy(head(features).flatten(0, 1), patches[:, row].flatten())
-            for row, head in enumerate(self.heads)
+            nn.functional.cross_entropy(head(features).flatten(0, 1), patches[:, row].flatten()) for row, head in enumerate(self.heads)
         ]
         return torch.stack(losses).mean()
 
@@ -303,9 +297,7 @@ class Trainer:
                 loss, parts = self._loss(batch)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(
-                [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None], 1.0
-            )
+            nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None], 1.0)
             self.optimizer.step()
             self.step += 1
             recent = {name: 0.9 * recent.get(name, value) + 0.1 * value for name, value in parts.items()}
@@ -358,9 +350,7 @@ class Trainer:
 
 
 @torch.no_grad()
-def evaluate(
-    model: Any, processor: Any, scenes: int, first_seed: int = -1, batch: int = 25
-) -> dict[str, dict[str, float]]:
+def evaluate(model: Any, processor: Any, scenes: int, first_seed: int = -1, batch: int = 25) -> dict[str, dict[str, float]]:
     """Greedy answers on held-out scenes (seeds ``first_seed``, ``first_seed - 1``, ..): accuracy by task with a 95 % interval."""
     size = processor.image_processor.size["height"]
     table = {}
@@ -376,9 +366,9 @@ def evaluate(
                 )
                 for sample in part
             ]
-            inputs = processor(
-                images=[sample.image(size) for sample in part], text=texts, padding=True, return_tensors="pt"
-            ).to(model.device)
+            inputs = processor(images=[sample.image(size) for sample in part], text=texts, padding=True, return_tensors="pt").to(
+                model.device
+            )
             tokens = model.generate(**inputs, do_sample=False, max_new_tokens=160 if task == "describe" else 12)
             answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for sample, answer in zip(part, answers, strict=True):

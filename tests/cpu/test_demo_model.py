@@ -133,9 +133,7 @@ def test_several_turns_and_several_pictures(demo: tuple[Any, Any]) -> None:
         },
     ]
     text = processor.apply_chat_template(turns, add_generation_prompt=True)
-    assert (
-        text.count("<image>") == 3 and text.endswith(" ASSISTANT:") and f" ASSISTANT: {sample.answer}</s> USER:" in text
-    )
+    assert text.count("<image>") == 3 and text.endswith(" ASSISTANT:") and f" ASSISTANT: {sample.answer}</s> USER:" in text
     inputs = processor(images=[sample.image()] * 3, text=text, return_tensors="pt")
     patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 3 * patches
@@ -158,8 +156,7 @@ def test_the_question_as_trained_is_the_question_as_asked(demo: tuple[Any, Any])
             turns.append(
                 {
                     "role": "user",
-                    "content": ([] if turns else [{"type": "image"}])
-                    + [{"type": "text", "text": question.lstrip("\n")}],
+                    "content": ([] if turns else [{"type": "image"}]) + [{"type": "text", "text": question.lstrip("\n")}],
                 }
             )
             turns.append({"role": "assistant", "content": answer.removesuffix("</s>")})

@@ -29,9 +29,7 @@ TABLE_13B = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("shape", "full", "table"), [(SEVEN, 99.3, TABLE_7B), (THIRTEEN, 154.6, TABLE_13B)], ids=["7B", "13B"]
-)
+@pytest.mark.parametrize(("shape", "full", "table"), [(SEVEN, 99.3, TABLE_7B), (THIRTEEN, 154.6, TABLE_13B)], ids=["7B", "13B"])
 def test_fastv_table_1(shape, full, table):
     for (k, rate), (billions, percent) in table.items():
         cost = flops.fastv_cost(shape, n=611, visual=576, k=k, rate=rate)
@@ -58,9 +56,7 @@ def test_the_published_dyrate_baseline():
 def test_the_published_video_llava_ratios():
     """FastV, Table 6: 52.3 % and 57.1 % for K = 2 and 5 at R = 50 % of 2048 tokens; 68 text tokens give both."""
     for k, percent in ((2, 52.3), (5, 57.1)):
-        assert 100 * flops.fastv_cost(SEVEN, n=2116, visual=2048, k=k, rate=0.5).ratio == pytest.approx(
-            percent, abs=0.1
-        )
+        assert 100 * flops.fastv_cost(SEVEN, n=2116, visual=2048, k=k, rate=0.5).ratio == pytest.approx(percent, abs=0.1)
 
 
 def test_fastv_formula_by_hand():
@@ -68,9 +64,7 @@ def test_fastv_formula_by_hand():
     shape = ModelShape(4, 1, 1, 2, 2, 5, 7)
     cost = flops.fastv_cost(shape, n=10, visual=8, k=1, rate=0.5)
     full, after = flops.fastv_layer(10, 2, 5), flops.fastv_layer(6, 2, 5)
-    assert cost.pruned == pytest.approx((full + 3 * after) / 4) and cost.ratio == pytest.approx(
-        (full + 3 * after) / (4 * full)
-    )
+    assert cost.pruned == pytest.approx((full + 3 * after) / 4) and cost.ratio == pytest.approx((full + 3 * after) / (4 * full))
     assert flops.fastv_cost(shape, n=10, visual=8, k=4, rate=0.5).ratio == 1
     assert flops.fastv_cost(shape, n=10, visual=8, k=1, rate=0).ratio == 1
 
@@ -280,12 +274,8 @@ def test_generation_cost_against_loops(shrunk):
     )
     expected, paper = loop_cost(shape, text, visual, layers, kept, shrunk, flops.kv_bytes_per_token(shape) / 3)
     assert result.n == (47, 12)
-    assert result.flops == pytest.approx(expected["flops"]) and result.flops_unpruned == pytest.approx(
-        expected["flops_unpruned"]
-    )
-    assert result.bytes_read == pytest.approx(expected["bytes"]) and result.bytes_read_unpruned == pytest.approx(
-        expected["bytes_unpruned"]
-    )
+    assert result.flops == pytest.approx(expected["flops"]) and result.flops_unpruned == pytest.approx(expected["flops_unpruned"])
+    assert result.bytes_read == pytest.approx(expected["bytes"]) and result.bytes_read_unpruned == pytest.approx(expected["bytes_unpruned"])
     assert result.paper_cost == pytest.approx(paper)
     assert result.flops < result.flops_unpruned and (result.prefill_flops < result.prefill_flops_unpruned) == shrunk
 
@@ -305,9 +295,7 @@ def test_generation_cost_is_the_sum_of_its_passes():
     )
     rows = [611] * 2 + [323] * 30
     assert result.prefill_flops == pytest.approx(flops.prefill_flops(shape, rows))
-    assert result.flops == pytest.approx(
-        flops.prefill_flops(shape, rows) + flops.decode_flops(shape, [612] * 2 + [180] * 30)
-    )
+    assert result.flops == pytest.approx(flops.prefill_flops(shape, rows) + flops.decode_flops(shape, [612] * 2 + [180] * 30))
     assert result.flops_unpruned == pytest.approx(flops.prefill_flops(shape, 611) + flops.decode_flops(shape, 612))
     assert result.bytes_read == 1000 + 2 * 10 * 612 + 30 * 20 * 180
     assert result.bytes_read_unpruned == 1000 + 2 * 10 * 612 + 30 * 20 * 612
@@ -318,9 +306,7 @@ def test_generation_cost_is_the_sum_of_its_passes():
 
 def test_generation_cost_when_nothing_is_dropped():
     kept = np.full((4, 1, 2), 30)
-    result = flops.generation_cost(
-        SEVEN, text_rows=[5, 9], visual_tokens=[30, 30], group_layers=[32], kept=kept, prefill_shrunk=True
-    )
+    result = flops.generation_cost(SEVEN, text_rows=[5, 9], visual_tokens=[30, 30], group_layers=[32], kept=kept, prefill_shrunk=True)
     assert result.paper_cost == 1
     assert result.flops == result.flops_unpruned and result.bytes_read == result.bytes_read_unpruned
     prompt_only = flops.generation_cost(

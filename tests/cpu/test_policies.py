@@ -324,9 +324,7 @@ def test_bad_rates(name):
 def test_the_bound_of_a_kept_list_is_what_keep_count_gives(name):
     for n in range(130):
         for rate in (0.0, 0.1, 0.2, 0.3, 0.7, 1 / 3, 0.875, 1.0):
-            count = ops.keep_count(
-                torch.tensor([n], dtype=torch.int32), torch.tensor([rate], dtype=torch.float64)
-            ).item()
+            count = ops.keep_count(torch.tensor([n], dtype=torch.int32), torch.tensor([rate], dtype=torch.float64)).item()
             assert policies.get(name, rate=rate).kept_bound(n) == max(count, min(n, 1))
 
 
@@ -374,9 +372,7 @@ def test_uniform_is_evenly_spaced():
             policy = make("uniform", rate=rate)
             view = random_view([n], width=60)
             count = math.floor(n * (1 - rate) + 1e-6)
-            expected = [
-                i for i in range(n) if math.floor(Fraction((i + 1) * count, n)) > math.floor(Fraction(i * count, n))
-            ]
+            expected = [i for i in range(n) if math.floor(Fraction((i + 1) * count, n)) > math.floor(Fraction(i * count, n))]
             assert len(expected) == count
             assert select(view, policy.decide(view)) == [[expected]]
 

@@ -165,10 +165,7 @@ def test_unbound_use_says_so():
 def test_forward_is_a_linear_layer():
     made = trained()
     mass = mass_of([0.2, 0.5, 0.7])
-    expected = (
-        torch.stack([sum(w * x for w, x in zip(row, mass.flatten(1).t(), strict=True)) for row in made.weight]).t()
-        + made.bias
-    )
+    expected = torch.stack([sum(w * x for w, x in zip(row, mass.flatten(1).t(), strict=True)) for row in made.weight]).t() + made.bias
     assert torch.allclose(made(mass), expected, atol=1e-5)
     assert set(dict(made.named_parameters())) == {"weight", "bias"}
     made(mass).sum().backward()

@@ -75,8 +75,7 @@ def test_every_thing_can_be_seen() -> None:
             wanted = shapes.COLOURS[thing.colour]
             raw = part.tobytes()
             near = sum(
-                max(abs(raw[i] - wanted[0]), abs(raw[i + 1] - wanted[1]), abs(raw[i + 2] - wanted[2])) < 8
-                for i in range(0, len(raw), 3)
+                max(abs(raw[i] - wanted[0]), abs(raw[i + 1] - wanted[1]), abs(raw[i + 2] - wanted[2])) < 8 for i in range(0, len(raw), 3)
             )
             assert near > 0.25 * part.width * part.height, (seed, thing)
 
@@ -129,9 +128,7 @@ def test_short_answers_agree_with_the_scene() -> None:
     for seed in range(200):
         scene = shapes.make_scene(seed)
         colour = shapes.make_sample(seed, "colour", scene)
-        there = [
-            thing for thing in scene.things if f" {thing.shape} " in colour.prompt and thing.place in colour.prompt
-        ]
+        there = [thing for thing in scene.things if f" {thing.shape} " in colour.prompt and thing.place in colour.prompt]
         assert colour.answer in {thing.colour for thing in there}
         shape = shapes.make_sample(seed, "shape", scene)
         there = [thing for thing in scene.things if f" {thing.colour} " in shape.prompt and thing.place in shape.prompt]
@@ -192,9 +189,7 @@ def test_a_missing_and_an_invented_thing_cost() -> None:
     assert shapes.score(sample, f"{sample.answer} {sentences[1]}.").fraction < 1, "a thing named twice"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "red", "There are no objects in the picture.", "\x00 ?? \n", "At the top left there is a"]
-)
+@pytest.mark.parametrize("text", ["", "red", "There are no objects in the picture.", "\x00 ?? \n", "At the top left there is a"])
 def test_nothing_useful_said_earns_nothing(text: str) -> None:
     assert shapes.score(shapes.make_sample(4, "describe"), text).right == 0
 
@@ -203,9 +198,7 @@ def test_nothing_useful_said_earns_nothing(text: str) -> None:
 def test_a_wrong_short_answer_earns_nothing(task: str) -> None:
     for seed in SEEDS:
         sample = shapes.make_sample(seed, task)
-        words = {*shapes.COLOURS, *shapes.SHAPES, "yes", "no", *NUMBERS, "at the top left", "in the centre"} - {
-            sample.answer
-        }
+        words = {*shapes.COLOURS, *shapes.SHAPES, "yes", "no", *NUMBERS, "at the top left", "in the centre"} - {sample.answer}
         assert all(shapes.score(sample, word).right == 0 for word in words)
         assert shapes.score(sample, "").right == 0
         assert shapes.score(sample, f"not {sample.answer}").right == 0
@@ -216,9 +209,7 @@ def test_the_interval_is_wilsons() -> None:
     accuracy, low, high = shapes.accuracy_interval(8, 10)
     assert accuracy == 0.8
     assert math.isclose(low, 0.4902, abs_tol=1e-4) and math.isclose(high, 0.9433, abs_tol=1e-4)
-    assert shapes.accuracy_interval(10, 10)[2] <= 1.0 and math.isclose(
-        shapes.accuracy_interval(0, 10)[1], 0.0, abs_tol=1e-12
-    )
+    assert shapes.accuracy_interval(10, 10)[2] <= 1.0 and math.isclose(shapes.accuracy_interval(0, 10)[1], 0.0, abs_tol=1e-12)
     for right, total in [(1, 0), (-1, 3), (4, 3)]:
         with pytest.raises(ValueError, match="total"):
             shapes.accuracy_interval(right, total)

@@ -74,9 +74,7 @@ def test_order_of_the_places(build: ModuleType, tmp_path: Path) -> None:
         "PATH": str(tmp_path / "path"),
     }
     usual = [tmp_path / "usual"]
-    for name, folder in zip(
-        [*environ, None], ["cudacxx", "home/bin", "path_variable/bin", "path", "usual"], strict=True
-    ):
+    for name, folder in zip([*environ, None], ["cudacxx", "home/bin", "path_variable/bin", "path", "usual"], strict=True):
         plan = build.plan_build(environ, usual)
         assert plan.nvcc == tmp_path / folder / "nvcc"
         environ.pop(name, None)

@@ -65,9 +65,7 @@ def python(tmp_path: Path) -> Path:
 def install(python: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """pip install; the environment has no DYRATE_ variable but those given."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DYRATE_")}
-    return subprocess.run(
-        [str(python), "-m", "pip", "install", *arguments], env={**clean, **environ}, capture_output=True, text=True
-    )
+    return subprocess.run([str(python), "-m", "pip", "install", *arguments], env={**clean, **environ}, capture_output=True, text=True)
 
 
 def report(python: Path, cwd: Path) -> dict:

@@ -93,7 +93,11 @@ def test_long_answers(make_model, seed, retention):
 
 
 @RETENTION
-@pytest.mark.parametrize("rows", [[["text 3", "image"]], [["image", "text 3"]], [["text 1", "image", "image", "text 1"]], [["text 5"], ["text 3", "image", "text 2"]]], ids=str)
+@pytest.mark.parametrize(
+    "rows",
+    [[["text 3", "image"]], [["image", "text 3"]], [["text 1", "image", "image", "text 1"]], [["text 5"], ["text 3", "image", "text 2"]]],
+    ids=str,
+)
 def test_where_the_image_stands(make_model, rows, retention):
     model = make_model("llava", "qwen2")
     _against_oracle(model, models.inputs(model, rows), Rule("fixed", k=2, rate=0.7), retention)

@@ -102,7 +102,7 @@ def _chunked(model, rows, rule, retention, chunk):
         model.generate(**fields, **greedy(2, prefill_chunk_size=chunk))
     except ValueError as error:
         pytest.skip(f"this transformers cannot: {error}")
-    want = Oracle(model, rule, retention).generate(**fields, **greedy(6), chunk=chunk)
+    want = Oracle(model, rule, retention).generate(**fields, **greedy(6))  # the answer does not depend on the chunks
     with patched(model, rule, retention):
         assert_same(model.generate(**fields, **greedy(6, prefill_chunk_size=chunk)), want)
 
@@ -283,7 +283,7 @@ class _DecodeSteps:
 @pytest.mark.parametrize("method", ["none", "dyrate", "dyrate-trained", "fixed", "fastv", "vtw", "depth", "schedule", "uniform"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_no_host_sync_in_a_decode_step(make_model, host_sync, method, retention, options):
-    model = make_model("llava", "mistral")
+    model = make_model("llava", "llama" if method == "dyrate-trained" else "mistral")  # a predictor belongs to one model
     fields = models.inputs(model, ROWS)
     plain = host_sync()
     with _DecodeSteps(model, plain) as steps:
@@ -341,6 +341,5 @@ def test_stats_of_a_second_turn(make_model, retention):
         model.generate(**following, past_key_values=got.past_key_values, **greedy(4))
         stats = handle.stats()
     oracle.generate(before=[turn], start=start, **following, pixel_values=fields["pixel_values"], **greedy(4))
-    oracle.trace = [trace[4:] for trace in oracle.trace]
     assert len(stats.steps) == 4
     assert_same_decisions(stats, oracle)

@@ -117,8 +117,11 @@ class Plugin:
     def pytest_runtest_setup(self, item: Any) -> None:
         from transformers import set_seed
 
+        from tests import test_modeling_common
+
         seed = zlib.crc32(item.name.encode())  # the same weights and inputs in every variant
         set_seed(seed)
+        test_modeling_common.global_rng.seed(seed)
         self.counts.clear()
         self.generated.clear()
 
@@ -358,10 +361,10 @@ def difference(one: list[dict], other: list[dict]) -> str:
         return f"generate() was called {len(one)} times unpatched, {len(other)} times patched"
     for index, (want, got) in enumerate(zip(one, other, strict=True)):
         if not torch.equal(want["sequences"], got["sequences"]):
-            return f"call {index} of generate() gives other tokens: {want['sequences'].tolist()} unpatched, {got['sequences'].tolist()} patched"
+            return f"call {index} of generate() gives other tokens"
         for name in sorted((want.keys() & got.keys()) - {"sequences"}):
             for step, (left, right) in enumerate(zip(want[name], got[name], strict=True)):
-                tolerance = 1e-4 if left.dtype in (torch.float32, torch.float64) else 2e-2
+                tolerance = 2e-5 if left.dtype in (torch.float32, torch.float64) else 2e-2
                 if not torch.allclose(left, right, rtol=tolerance, atol=tolerance):
                     return f"call {index} of generate(), step {step}: {name} differ by {(left - right).abs().nan_to_num(0).max():.1e}"
     return ""
