@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import models
 import torch
+import transformers
 from oracle import Oracle, Rule
 from torch import Tensor
 
@@ -48,6 +50,16 @@ VIDEO_ROWS: list[list[str]] = [["text 2", "image", "text 3", "video", "text 4"],
 def rows_for(family: str) -> list[list[str]]:
     """The ragged batch, with videos where the family has them."""
     return ROWS[:3] + VIDEO_ROWS if family in ("video_llava", "llava_onevision") else ROWS
+
+
+# Newer versions of transformers (5.23, not 5.17) encode pictures before they expand a batch to beams and cut a prompt into chunks.
+# Older ones mix up the pictures of a row's beams where the row has several, and give no picture at all to a prompt in chunks.
+PICTURES_FIRST = "mm_encoder_outputs" in inspect.getsource(transformers.generation.utils)
+
+
+def rows_for_beams(rows: list[list[str]]) -> list[list[str]]:
+    """The rows that this version of transformers can search with beams."""
+    return rows if PICTURES_FIRST else [row for row in rows if row.count("image") < 2]
 
 
 def policy(rule: Rule) -> Any:

@@ -7,6 +7,7 @@ standard deviation about 2) and the highest output logit stands clear of the sec
 from __future__ import annotations
 
 import contextlib
+import inspect
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -106,7 +107,8 @@ def config(family: str, text: str = "llama", **overrides: Any) -> Any:
     if family in ("llava_next", "llava_onevision"):
         fields["image_grid_pinpoints"] = [[8, 16], [16, 8], [16, 16]]
     if family == "vipllava":
-        fields["vision_feature_layer"] = [-2, -1, 1]
+        newer = hasattr(transformers.VipLlavaConfig, "vision_feature_layer")  # renamed between 5.17 and 5.23
+        fields["vision_feature_layer" if newer else "vision_feature_layers"] = [-2, -1, 1]
     return getattr(transformers, kinds[family])(**fields)
 
 
@@ -212,7 +214,15 @@ def _pixels(family: str, kind: str, generator: torch.Generator, alone: bool) -> 
         pixels = torch.zeros(1, 5, 3, side, side)
         pixels[:, :crops] = noise(1, crops, 3, side, side)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
-    return {"pixel_values": noise(1, 3, side, side)}
+    return {_image_field(family): noise(1, 3, side, side)}
+
+
+def _image_field(family: str) -> str:
+    """What the model calls its pictures; Video-LLaVA had a name of its own up to transformers 5.22."""
+    import transformers
+
+    fields = inspect.signature(transformers.VideoLlavaForConditionalGeneration.forward).parameters
+    return "pixel_values_images" if family == "video_llava" and "pixel_values" not in fields else "pixel_values"
 
 
 @torch.no_grad()
@@ -229,8 +239,10 @@ def _count(model: Any, kind: str, pixels: dict[str, Tensor], alone: bool) -> int
             }
             return int(model.model.get_image_features(**fields, return_dict=True).pooler_output[0].shape[0])
         features = model.model.get_image_features(**fields, return_dict=True)
-    pooled = features.pooler_output
-    return sum(item.shape[0] for item in pooled)
+    rows = sum(item.shape[0] for item in features.pooler_output)
+    if kind == "video" and model.config.model_type == "llava_onevision" and rows % FRAMES == 0:
+        rows += 1  # the newline after a video, which older versions of transformers add later
+    return rows
 
 
 def inputs(model: Any, rows: Sequence[Row], *, seed: int = 0, pad_to: int | None = None) -> dict[str, Tensor]:

@@ -7,7 +7,19 @@ import copy
 import models
 import pytest
 import torch
-from checks import METHODS, RETENTIONS, ROWS, assert_same, assert_same_decisions, greedy, patched, rows_for, single
+from checks import (
+    METHODS,
+    PICTURES_FIRST,
+    RETENTIONS,
+    ROWS,
+    assert_same,
+    assert_same_decisions,
+    greedy,
+    patched,
+    rows_for,
+    rows_for_beams,
+    single,
+)
 from oracle import Oracle, Turn
 
 VARIANTS = pytest.mark.parametrize(("family", "text"), models.VARIANTS, ids=["-".join(v) for v in models.VARIANTS])
@@ -42,7 +54,7 @@ def test_more_modes(make_model, method, retention, mode):
 
 
 def _mode(model, rows, rule, retention, options):
-    fields = models.inputs(model, rows)
+    fields = models.inputs(model, rows_for_beams(rows) if "num_beams" in options else rows)
     options = greedy(6, **options)
     oracle = Oracle(model, rule, retention)
     torch.manual_seed(5)
@@ -58,7 +70,7 @@ def _mode(model, rows, rule, retention, options):
 @RETENTION
 def test_beams_that_end_at_different_steps(make_model, retention):
     model = make_model()
-    fields = models.inputs(model, ROWS)
+    fields = models.inputs(model, rows_for_beams(ROWS))
     options = greedy(12, num_beams=3, eos_token_id=list(range(5, 25)))
     rule = METHODS["dyrate"]
     want = Oracle(model, rule, retention).generate(**fields, **options)
@@ -97,6 +109,8 @@ def test_chunk_lengths(make_model, retention, chunk):
 
 
 def _chunked(model, rows, rule, retention, chunk):
+    if not PICTURES_FIRST:
+        pytest.skip("this transformers gives no picture to a prompt in chunks")
     fields = models.inputs(model, rows)
     try:
         model.generate(**fields, **greedy(2, prefill_chunk_size=chunk))
@@ -121,13 +135,13 @@ def _echo(model, row, seed=0):
 @VARIANTS
 @RETENTION
 def test_prompt_lookup(make_model, family, text, retention):
-    _drafted(make_model(family, text), METHODS["dyrate"], retention, prompt_lookup_num_tokens=3)
+    _drafted(make_model(family, text), METHODS["dyrate"], retention, prompt_lookup_num_tokens=3, eos_token_id=-1)
 
 
 @RETENTION
 @pytest.mark.parametrize("method", ["none", "fixed", "fastv", "vtw", "depth", "schedule", "uniform", "dyrate-closed-k1"])
 def test_prompt_lookup_with_every_method(make_model, method, retention):
-    _drafted(make_model(), METHODS[method], retention, prompt_lookup_num_tokens=4)
+    _drafted(make_model(), METHODS[method], retention, prompt_lookup_num_tokens=4, eos_token_id=-1)
 
 
 @pytest.mark.parametrize(("family", "text"), [("llava", "llama"), ("llava", "mistral"), ("llava_next", "llama"), ("vipllava", "llama")])
@@ -144,10 +158,14 @@ def test_assistant_model(make_model, family, text, method, retention):
 
 
 def _drafted(model, rule, retention, **options):
+    """``options`` turn the drafting on; prompt lookup of transformers 5.6 needs an ``eos_token_id``, and -1 is never generated."""
     fields = _echo(model, ["text 5", "image", "text 8"])
     want = Oracle(model, rule, retention, frozen=True).generate(**fields, **greedy(14))
     plain = model.generate(**fields, **greedy(14))
-    assert_same(model.generate(**fields, **greedy(14, **options)), plain, scores=False)  # the mode itself works
+    unpatched = model.generate(**fields, **greedy(14, **options))
+    if unpatched.sequences.shape[1] > plain.sequences.shape[1]:
+        pytest.skip("this transformers generates more than max_new_tokens when it drafts")
+    assert_same(unpatched, plain, scores=False)  # the mode itself works
     with patched(model, rule, retention):
         got = model.generate(**fields, **greedy(14, **options))
     assert_same(got, want)
