@@ -117,8 +117,8 @@ class Handle:
     def _install(self) -> None:
         model = self.model
         vars(model)[_HANDLE] = self
-        self._decoder_signature = inspect.signature(text_model(model).forward)
-        self._base_signature = inspect.signature(model.base_model.forward)
+        self._decoder_names = _positional(text_model(model).forward)
+        self._base_names = _positional(model.base_model.forward)
         for layer in decoder_layers(model):
             attention.swap(layer.self_attn)
         self._hooks += [
@@ -241,13 +241,13 @@ class Handle:
     # ---- forward ----------------------------------------------------------------------------------------------------------------
 
     def _before_base(self, module: Any, args: tuple, kwargs: dict) -> None:
-        bound = _bind(self._base_signature, args, kwargs)
+        bound = _bind(self._base_names, args, kwargs)
         cache = bound.get("past_key_values")
         if isinstance(cache, VisualCache) and cache.session is not None:
             cache.session.stage(visual_columns(self.model, self.family, bound.get("input_ids"), bound.get("inputs_embeds")))
 
     def _before_decoder(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        bound = _bind(self._decoder_signature, args, kwargs)
+        bound = _bind(self._decoder_names, args, kwargs)
         cache = bound.get("past_key_values")
         if not isinstance(cache, VisualCache):
             return None
@@ -269,12 +269,15 @@ class Handle:
             cache.session.finish_forward()
 
 
-def _bind(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+def _positional(forward: Any) -> tuple[str, ...]:
+    """Names of the arguments that may be given by position. Read once: torch.compile cannot look into a signature."""
+    parameters = inspect.signature(forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _bind(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, Any]:
     """All arguments by name, whether they were given by position or not."""
-    if not args:
-        return dict(kwargs)
-    names = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    return dict(zip(names, args, strict=False)) | kwargs
+    return dict(zip(names, args, strict=False)) | kwargs if args else dict(kwargs)
 
 
 def _refuse_batching(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -162,7 +162,10 @@ def _drafted(model, rule, retention, **options):
     fields = _echo(model, ["text 5", "image", "text 8"])
     want = Oracle(model, rule, retention, frozen=True).generate(**fields, **greedy(14))
     plain = model.generate(**fields, **greedy(14))
-    unpatched = model.generate(**fields, **greedy(14, **options))
+    try:
+        unpatched = model.generate(**fields, **greedy(14, **options))
+    except RuntimeError as error:
+        pytest.skip(f"this transformers cannot: {error}")
     if unpatched.sequences.shape[1] > plain.sequences.shape[1]:
         pytest.skip("this transformers generates more than max_new_tokens when it drafts")
     assert_same(unpatched, plain, scores=False)  # the mode itself works

@@ -1,0 +1,143 @@
+"""The registration through torch.library and the choice of a backend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dyrate_kernels as dk
+from dyrate_kernels import ops
+from dyrate_kernels.ops import dispatch
+from tests.ops import spec
+
+
+def attention_arguments(dtype=torch.float32, kept=False, window=None, mass=True, importance=True):
+    case = (2, 4, 2, 8, 12, 6, [12, 5], [6, 2])
+    a = spec.problem(*case, dtype=dtype, poison=False)
+    lists = spec.lists(case[6], [4, 3], 5) if kept else (None, None)
+    inside = (a["position"], a["query_position"], window) if window else (None, None, None)
+    rows = (a["query"], a["key"], a["value"], a["n_visual"], a["n_text"], 12, 0.5)
+    return rows, (*rows, *lists, a["text_type"], *inside, mass, importance, None, 6, "auto"), a
+
+
+SAMPLES = []
+for _options in ({}, {"dtype": torch.float64, "kept": True}, {"window": 4, "mass": False}, {"dtype": torch.bfloat16, "importance": False}):
+    _rows, _arguments, _a = attention_arguments(**_options)
+    SAMPLES.append(("decode_attention", _arguments))
+_types = _a["text_type"]
+_int = torch.full((2,), 3, dtype=torch.int32)
+_weight, _bias, _rates = torch.randn(3, 16), torch.randn(3), torch.tensor([0.0, 0.4, 0.8], dtype=torch.float64)
+SAMPLES += [
+    ("score_last_query", (*_rows, _types, None, None, None, 12, None, "reference")),
+    ("predict_rate", (torch.rand(2, 4, 4), _weight, _bias, _rates, "auto")),
+    ("predict_rate", (torch.rand(2, 4, 4).double(), _weight, _bias.expand(2, 3), _rates, "auto")),
+    ("select_tokens", (torch.rand(2, 9), _int, _int + 4, None, "auto")),
+    ("select_tokens", (torch.rand(2, 9).half(), _int, _int + 4, torch.rand(2, 9) < 0.5, "auto")),
+    ("compact_", ([torch.rand(2, 2, 9, 4), torch.zeros(2, 9)], torch.tensor([[1, 5], [0, 2]]).int(), _int - 1, _int + 3, "auto")),
+    ("decode_step", (*_rows, _types, None, None, None, _weight, _bias, _rates, None, None, None, None, None, None, "auto")),
+    (
+        "decode_step",
+        (*_rows, _types, None, None, None, None, None, None, _int, torch.rand(2, 12), torch.ones(2, 12).bool(), _int, 12, 6, "auto"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), SAMPLES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(SAMPLES)])
+def test_opcheck(name, arguments):
+    results = torch.library.opcheck(getattr(torch.ops.dyrate, name).default, arguments)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+def test_only_compact_declares_mutation():
+    for name in ("decode_attention", "score_last_query", "predict_rate", "select_tokens", "compact_", "decode_step"):
+        schema = getattr(torch.ops.dyrate, name).default._schema
+        assert schema.is_mutable == (name == "compact_"), name
+
+
+def test_compiles_whole():
+    rows, _, a = attention_arguments()
+    weight, bias, rates = torch.randn(3, 16), torch.randn(3), torch.tensor([0.0, 0.4, 0.8], dtype=torch.float64)
+
+    def step(query, key, value, n_visual, n_text, types):
+        out = ops.decode_step(
+            query, key, value, n_visual, n_text, visual_capacity=12, text_type=types, weight=weight, bias=bias, rates=rates
+        )
+        ops.compact_([key, value], out.kept, out.n_kept, n_visual)
+        again = ops.decode_attention(query, key, value, out.n_kept, n_text, visual_capacity=12)
+        return out.output, out.rate, again.output
+
+    tensors = [*rows[:5], a["text_type"]]
+    plain = [tensor.clone() for tensor in tensors]
+    expected = step(*plain)
+    compiled = [tensor.clone() for tensor in tensors]
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled)
+    for x, y in zip([*expected, *plain], [*got, *compiled], strict=True):
+        assert torch.equal(x, y)
+    assert not torch.equal(plain[1], tensors[1])  # something was moved
+
+
+def test_backends():
+    found = dk.backends()
+    assert list(found) == ["triton", "cuda", "reference"]
+    assert found["reference"] == "available"
+    for name in ("triton", "cuda"):
+        assert found[name] == "available" or len(found[name].removeprefix("unavailable: ")) > 5
+
+
+def test_an_unknown_backend_lists_the_names():
+    for call in (
+        lambda: dispatch.resolve("cudnn", "cpu"),
+        lambda: ops.select_tokens(torch.rand(1, 2), torch.ones(1).int(), torch.ones(1).int(), backend=None),
+    ):
+        with pytest.raises(ValueError, match="auto, triton, cuda, reference"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_backend_that_cannot_run_says_why(name):
+    state = dk.backends()[name]
+    if state == "available":
+        pytest.skip(f"{name} can run here")
+    with pytest.raises(RuntimeError) as caught:
+        ops.select_tokens(torch.rand(1, 2), torch.ones(1).int(), torch.ones(1).int(), backend=name)
+    assert state.removeprefix("unavailable: ") in str(caught.value)
+    assert "auto" in str(caught.value)
+
+
+def test_auto_on_a_cpu_is_the_reference():
+    assert dispatch.name_for("auto", "cpu") == "reference"
+    assert dispatch.resolve("auto", torch.device("cpu")) is sys.modules["dyrate_kernels.ops.reference"]
+
+
+def test_auto_on_cuda_takes_the_first_that_can_run_and_warns_when_none_is_fast(monkeypatch):
+    for cached in (dispatch._load, dispatch.name_for, dispatch._warn_slow):
+        cached.cache_clear()
+    try:
+        able = object()
+        monkeypatch.setattr(dispatch, "_load", lambda name: (able, None) if name != "triton" else (None, "no device"))
+        assert dispatch.name_for("auto", "cuda") == "cuda"
+        dispatch.name_for.cache_clear()
+        monkeypatch.setattr(dispatch, "_load", lambda name: (able, None) if name == "reference" else (None, f"{name} is away"))
+        with pytest.warns(UserWarning, match="triton is away.*cuda is away"):
+            assert dispatch.name_for("auto", "cuda:1") == "reference"
+        assert dispatch.name_for("auto", "cpu") == "reference"
+    finally:
+        dispatch.name_for.cache_clear()
+
+
+def test_a_backend_whose_import_fails_does_not_take_the_others_along(monkeypatch):
+    monkeypatch.setitem(dispatch._MODULES, "triton", "dyrate_kernels.not_there")
+    dispatch._load.cache_clear()
+    try:
+        found = dispatch.backends()
+        assert "not_there" in found["triton"] and found["reference"] == "available"
+    finally:
+        dispatch._load.cache_clear()
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, dyrate_kernels; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
