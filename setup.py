@@ -6,7 +6,9 @@ Environment variables:
     CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, before PATH and the usual folders.
 
 An nvcc that is found but does not work is an error: an install that silently lacks its kernels is worse than one that
-stops. torch is not needed, and no GPU or driver.
+stops. Where nvcc is found but pybind11, CMake or a make program is not (possible only with ``pip install
+--no-build-isolation``), the install is one without extension that records why; with DYRATE_CUDA=1 it is an error. torch is
+not needed, and no GPU, driver or network.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ BUILD_INFO = "_build_info.json"
 USUAL_FOLDERS = (Path("/usr/local/cuda/bin"), Path("/opt/cuda/bin"))
 # One per generation that has its own machine code; code for x.y also runs on x.z with z >= y. The last one is PTX too.
 DEFAULT_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+OLDEST_CMAKE = (3, 24)  # as in CMakeLists.txt
 
 
 class CudaBuildError(Exception):
@@ -62,6 +65,31 @@ class Plan:
         }
 
 
+def lacking_tools() -> tuple[str, ...]:
+    """What a build with nvcc needs besides it and this environment lacks. Build isolation brings all of it."""
+    lacking = []
+    try:
+        import pybind11  # noqa: F401
+    except ImportError:
+        lacking.append("pybind11")
+    cmake = _tool("cmake", "cmake", "CMAKE_BIN_DIR")
+    if cmake is None or _cmake_version(cmake) < OLDEST_CMAKE:
+        lacking.append("cmake>=" + ".".join(map(str, OLDEST_CMAKE)))
+    if _tool("ninja", "ninja", "BIN_DIR") is None and shutil.which("make") is None:
+        lacking.append("ninja")
+    return tuple(lacking)
+
+
+def _cmake_version(cmake: str) -> tuple[int, ...]:
+    """(3, 25) for example; () when it does not say."""
+    try:
+        done = subprocess.run([cmake, "--version"], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = re.search(r"version (\d+)\.(\d+)", done.stdout)
+    return (int(found[1]), int(found[2])) if found and done.returncode == 0 else ()
+
+
 def plan_build(environ: Mapping[str, str], usual_folders: Sequence[Path] = USUAL_FOLDERS) -> Plan:
     """Decide from the environment. CudaBuildError where the decision is that the install must stop."""
     wanted = _switch(environ.get("DYRATE_CUDA", ""))
@@ -74,6 +102,13 @@ def plan_build(environ: Mapping[str, str], usual_folders: Sequence[Path] = USUAL
         return Plan(reason=f"built without nvcc (none was found at: {', '.join(looked)})")
     release, supported = ask_nvcc(nvcc)
     architectures = parse_architectures(environ.get("DYRATE_CUDA_ARCHS", ""), supported)
+    if missing := lacking_tools():
+        named = ", ".join(missing)
+        if wanted:
+            raise CudaBuildError(
+                f"DYRATE_CUDA=1 needs {named}, which the building environment lacks: pip install it, or build with isolation"
+            )
+        return Plan(reason=f"built without {named} (nvcc {release} was found at {nvcc}): pip install it, then this package again")
     return Plan(nvcc=nvcc, release=release, architectures=architectures)
 
 

@@ -6,7 +6,6 @@
 Everything follows from ``--seed``: sample i is scene ``seed * 10**9 + i``, so a killed run goes on with the very same data. The vision
 tower
 first learns alone, from a label for every patch (which colour, shape, size and place covers it); its label heads are dropped at the end.
-A last stage (``--question-steps``) asks mostly short questions, whose few answer tokens weigh little beside a description's.
 Held-out scenes have negative seeds, which training never uses.
 """
 
@@ -61,13 +60,6 @@ class Settings:
     decay_share: float = 0.3
     short_questions: int = 4
     label_weight: float = 0.3
-    question_steps: int = 0
-    question_rate: float = 1e-3
-
-    @property
-    def all_steps(self) -> int:
-        """Steps of all three stages."""
-        return self.steps + self.question_steps
 
     @property
     def visual_tokens(self) -> int:
@@ -189,11 +181,11 @@ class Dialogues:
         pieces = [part if part.endswith(".") else part + "." for part in parts]
         return [i for n, piece in enumerate(pieces) for i in self._encode(("" if n == 0 else " ") + piece)]
 
-    def conversation(self, seed: int, scene: shapes.Scene, short: bool = False) -> tuple[list[int], list[int]]:
-        """Token ids and labels (-100 where nothing is learned) of one conversation; ``short`` leaves out the description and asks more."""
+    def conversation(self, seed: int, scene: shapes.Scene) -> tuple[list[int], list[int]]:
+        """Token ids and labels (-100 where nothing is learned) of one conversation."""
         rng = random.Random(f"dialogue {seed}")
-        questions = [] if short else [shapes.make_sample(seed, "describe", scene)]
-        for number in range(3 * self.settings.short_questions if short else self.settings.short_questions):
+        questions = [shapes.make_sample(seed, "describe", scene)]
+        for number in range(self.settings.short_questions):
             questions.append(shapes.make_sample(seed * 16 + number, rng.choice(shapes.SHORT_TASKS), scene))
         rng.shuffle(questions)
         ids, labels = list(self.opening), [-100] * len(self.opening)
@@ -210,8 +202,7 @@ class Dialogues:
         """The batch of a step."""
         first = self.settings.seed * 10**9 + step * self.settings.batch
         scenes = [shapes.make_scene(first + i) for i in range(self.settings.batch)]
-        short = step >= self.settings.steps  # the last stage: three of four conversations are questions alone
-        rows = [self.conversation(scene.seed, scene, short and number % 4 > 0) for number, scene in enumerate(scenes)]
+        rows = [self.conversation(scene.seed, scene) for scene in scenes]
         longest = max(len(ids) for ids, _ in rows)
         pad = self.tokenizer.pad_token_id
         return {
@@ -271,11 +262,8 @@ class Trainer:
         return total, {"answers": answer_loss.item(), "right": right, "labels": label_loss.item()}
 
     def _rate(self) -> float:
-        """Warm-up, stable, then linear decay to zero; each stage warms up."""
+        """Warm-up, stable, then linear decay to zero; each of the two stages warms up."""
         s = self.settings
-        if self.step >= s.steps:
-            since, left = self.step - s.steps, (s.all_steps - self.step) / max(0.5 * s.question_steps, 1)
-            return s.question_rate * min(1.0, (since + 1) / 100) * min(1.0, left)
         since = self.step if self.step < s.tower_steps else self.step - s.tower_steps
         decay_from = self.decay_from if self.decay_from is not None else s.steps - int(s.decay_share * s.steps)
         left = (s.steps - self.step) / max(s.steps - decay_from, 1)
@@ -284,7 +272,7 @@ class Trainer:
     def run(self, until: int | None = None, save_every: int = 100) -> None:
         """Trains to the end (or to step ``until``), saving as it goes."""
         s = self.settings
-        end = s.all_steps if until is None else min(until, s.all_steps)
+        end = s.steps if until is None else min(until, s.steps)
         started, first = time.time(), self.step
         recent: dict[str, float] = {}
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -304,9 +292,9 @@ class Trainer:
             if self.step % 20 == 0 or self.step == end:
                 pace = (time.time() - started) / (self.step - first)
                 figures = "  ".join(f"{name} {value:.4f}" for name, value in recent.items())
-                left = (s.all_steps - self.step) * pace / 60
+                left = (s.steps - self.step) * pace / 60
                 print(
-                    f"step {self.step}/{s.all_steps}  {figures}  lr {self._rate():.1e}  {pace:.2f} s/step  {left:.1f} min left",
+                    f"step {self.step}/{s.steps}  {figures}  lr {self._rate():.1e}  {pace:.2f} s/step  {left:.1f} min left",
                     flush=True,
                 )
             if self.step % save_every == 0 or self.step == end:

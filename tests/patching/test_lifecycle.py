@@ -1,0 +1,256 @@
+"""Patching and unpatching: what is left behind (nothing), copies, several models, saving, accelerate, other caches."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import dyrate_kernels as dk
+from tests import models
+from tests.checks import fingerprint, greedy
+
+ROWS = [["text 3", "image", "text 5"], ["text 1", "image", "text 2", "image", "text 4"], ["text 6"]]
+FIXED = dk.policies.Fixed(k=2, rate=0.6)
+RETENTION = pytest.mark.parametrize("retention", ["recoverable", "evict"])
+FAMILY = pytest.mark.parametrize(("family", "text"), models.VARIANTS, ids=["-".join(each) for each in models.VARIANTS])
+
+
+def tokens(model, fields, **options):
+    return model.generate(**fields, **greedy(6, **options)).sequences
+
+
+def logits(model, fields):
+    with torch.no_grad():
+        return model(**fields).logits
+
+
+def rows_of(model):
+    return ROWS if model.config.model_type != "video_llava" else [["text 3", "image", "text 5"], ["text 6"]]
+
+
+@FAMILY
+@RETENTION
+def test_unpatch_leaves_nothing(family, text, retention):
+    model = models.build(family, text)
+    fields = models.inputs(model, rows_of(model))
+    dk.patch(model, FIXED, retention=retention)
+    dk.unpatch(model)  # what transformers registers once for all is there from here on
+    before, first = fingerprint(model), logits(model, fields)
+    want = model.generate(**fields, **greedy(6))
+    handle = dk.patch(model, FIXED, retention=retention)
+    changed = model.generate(**fields, **greedy(6))
+    assert not torch.equal(torch.stack(changed.logits), torch.stack(want.logits))
+    dk.unpatch(model)
+    assert fingerprint(model) == before
+    got = model.generate(**fields, **greedy(6))
+    assert torch.equal(logits(model, fields), first)
+    assert torch.equal(got.sequences, want.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
+    assert handle.stats().policy == "fixed"  # asking later still works
+
+
+def test_the_block_undoes_itself_even_after_an_error(make_model):
+    model = make_model()
+    before = fingerprint(model)
+    with pytest.raises(KeyError), dk.patch(model, FIXED):
+        raise KeyError("theirs")
+    assert fingerprint(model) == before
+    with dk.patch(model, FIXED):
+        dk.unpatch(model)  # leaving the block afterwards is fine
+    assert fingerprint(model) == before
+
+
+def test_a_failed_patch_changes_nothing(make_model):
+    model = make_model()
+    before = fingerprint(model)
+    for bad in ({"policy": "dyrat"}, {"policy": dk.policies.Fixed(k=99)}, {"backend": "cudnn"}, {"retention": "drop"}):
+        with pytest.raises(ValueError):
+            dk.patch(model, **bad)
+    assert fingerprint(model) == before
+
+
+def test_print_shows_the_patch(make_model):
+    model = make_model()
+    with dk.patch(model):
+        assert "DyRateLlamaAttention" in str(model)
+    assert "DyRate" not in str(model)
+
+
+def test_two_models_of_one_config_with_different_policies():
+    config = models.config("llava")
+    one, two, plain = (models.build("llava", seed=seed) for seed in (0, 0, 0))
+    for model in (two, plain):
+        model.config = one.config
+        for ours, theirs in zip(model.modules(), one.modules(), strict=True):
+            if hasattr(theirs, "config"):
+                ours.config = theirs.config
+    assert config is not one.config
+    fields = models.inputs(one, ROWS)
+    want = tokens(plain, fields)
+    alone = {}
+    for name, policy in (("one", FIXED), ("two", dk.policies.Fixed(k=1, rate=1.0))):
+        with dk.patch(one, policy):
+            alone[name] = tokens(one, fields)
+    first = dk.patch(one, FIXED)
+    second = dk.patch(two, dk.policies.Fixed(k=1, rate=1.0), retention="recoverable")
+    assert torch.equal(tokens(one, fields), alone["one"])
+    assert torch.equal(tokens(two, fields), alone["two"])
+    assert torch.equal(tokens(plain, fields), want)
+    assert first.stats().steps[1].kept != second.stats().steps[1].kept
+    dk.unpatch(one)
+    assert torch.equal(tokens(one, fields), want)
+    assert torch.equal(tokens(two, fields), alone["two"])
+    dk.unpatch(two)
+    assert torch.equal(tokens(two, fields), want)
+
+
+@RETENTION
+def test_deepcopy(make_model, retention):
+    model = models.build("llava")
+    fields = models.inputs(model, ROWS)
+    want = tokens(model, fields)
+    dk.patch(model, FIXED, retention=retention)
+    pruned = tokens(model, fields)
+    twin = copy.deepcopy(model)
+    assert torch.equal(tokens(twin, fields), pruned)
+    dk.unpatch(model)
+    assert torch.equal(tokens(model, fields), want)
+    assert torch.equal(tokens(twin, fields), pruned)
+    dk.unpatch(twin)
+    assert torch.equal(tokens(twin, fields), want)
+
+
+@RETENTION
+def test_save_pretrained_after_patch(tmp_path, retention):
+    model = models.build("llava")
+    fields = models.inputs(model, ROWS)
+    want = tokens(model, fields)
+    model.save_pretrained(tmp_path / "plain")
+    with dk.patch(model, FIXED, retention=retention):
+        tokens(model, fields)
+        model.save_pretrained(tmp_path / "patched")
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "plain" / name).read_text() == (tmp_path / "patched" / name).read_text()
+    again = type(model).from_pretrained(tmp_path / "patched")
+    assert torch.equal(tokens(again.eval(), fields), want)
+
+
+@RETENTION
+@pytest.mark.parametrize("first", ["accelerate", "patch"])
+def test_accelerate_hooks(retention, first):
+    accelerate = pytest.importorskip("accelerate")
+    model = models.build("llava")
+    fields = models.inputs(model, ROWS)
+    with dk.patch(model, FIXED, retention=retention):
+        want = tokens(model, fields)
+    plain = tokens(model, fields)
+
+    def dispatch():
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+    if first == "accelerate":
+        dispatch()
+    dk.patch(model, FIXED, retention=retention)
+    if first == "patch":
+        dispatch()
+    assert torch.equal(tokens(model, fields), want)
+    dk.unpatch(model)
+    assert torch.equal(tokens(model, fields), plain)
+
+
+@RETENTION
+@pytest.mark.parametrize("how", ["dynamic", "static", "no cache", "forward", "cached forward"])
+def test_other_caches_behave_as_unpatched(make_model, retention, how):
+    model = make_model()
+    fields = models.inputs(model, ROWS)
+
+    def run():
+        if how == "dynamic":
+            return tokens(model, fields, past_key_values=DynamicCache(config=model.config.get_text_config()))
+        if how == "static":
+            return tokens(model, fields, cache_implementation="static")
+        if how == "no cache":
+            return tokens(model, fields, use_cache=False)
+        if how == "forward":
+            return logits(model, fields)
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config.get_text_config())
+            model(**fields, past_key_values=cache, use_cache=True)
+            mask = torch.cat([fields["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], 1)
+            return model(input_ids=torch.full((3, 1), 7), attention_mask=mask, past_key_values=cache).logits
+
+    want = run()
+    with dk.patch(model, FIXED, retention=retention):
+        assert torch.equal(run(), want)
+
+
+def test_gradients_still_flow_through_a_patched_forward(make_model):
+    model = make_model()
+    fields = models.inputs(model, ROWS[:1])
+
+    def gradient():
+        model.zero_grad()
+        model(**fields, labels=fields["input_ids"]).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    want = gradient()
+    with dk.patch(model, FIXED):
+        got = gradient()
+    model.zero_grad()
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_nothing_is_kept_alive():
+    model = models.build("llava")
+    fields = models.inputs(model, ROWS)
+    handle = dk.patch(model, FIXED)
+    output = model.generate(**fields, **greedy(4))
+    keys = weakref.ref(output.past_key_values.keys[0])
+    cache = weakref.ref(output.past_key_values)
+    del output
+    gc.collect()
+    assert cache() is None and keys() is None  # the handle holds small tensors only
+    assert handle.stats().steps
+    dk.unpatch(model)
+    gone = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_patched_model_can_be_collected():
+    model = models.build("llava")
+    dk.patch(model, FIXED)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations(implementation):
+    model = models.build("llava")
+    model.set_attn_implementation(implementation)
+    fields = models.inputs(model, ROWS)
+    want = tokens(model, fields)
+    with dk.patch(model, "none"):
+        assert torch.equal(tokens(model, fields), want)
+    assert model.config.get_text_config()._attn_implementation == implementation
+
+
+def test_repatching_with_another_policy(make_model):
+    model = make_model()
+    fields = models.inputs(model, ROWS)
+    results = []
+    for _ in range(2):
+        for policy in (FIXED, "none"):
+            with dk.patch(model, policy):
+                results.append(tokens(model, fields))
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+    assert not torch.equal(results[0], results[1])
