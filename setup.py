@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -35,6 +36,7 @@ BUILD_INFO = "_build_info.json"
 USUAL_FOLDERS = (Path("/usr/local/cuda/bin"), Path("/opt/cuda/bin"))
 # One per generation that has its own machine code; code for x.y also runs on x.z with z >= y. The last one is PTX too.
 DEFAULT_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+SETUPTOOLS = int(setuptools.__version__.split(".")[0])
 OLDEST_CMAKE = (3, 24)  # as in CMakeLists.txt
 
 
@@ -317,6 +319,8 @@ def main() -> None:
     packages = find_packages(str(ROOT), include=[PACKAGE, f"{PACKAGE}.*"])
     triton = [f"{PACKAGE}.{name}" for name in ("triton_kernels", *_below("triton_kernels"))]
     setup(
+        # pyproject's form of it is an error for setuptools before 77, which `--no-build-isolation` may meet.
+        **{"license_expression" if SETUPTOOLS >= 77 else "license": "Apache-2.0"},
         packages=[*packages, *triton],
         # The top-level name triton_kernels belongs to another package, which transformers and vLLM import.
         package_dir={f"{PACKAGE}.triton_kernels": "triton_kernels"},

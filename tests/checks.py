@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import models
 import torch
 import transformers
-from oracle import Oracle, Rule
 from torch import Tensor
+
+from tests import models
+from tests.oracle import Oracle, Rule
 
 RETENTIONS = ("recoverable", "evict")
 TOLERANCE = 2e-5  # of the largest logit, float32
@@ -84,9 +85,8 @@ def policy(rule: Rule) -> Any:
 
 def trained_predictor(rule: Rule) -> Any:
     """A predictor with the rule's weights."""
-    from oracle import rate_values
-
     import dyrate_kernels as dk
+    from tests.oracle import rate_values
 
     assert rule.weight is not None and rule.bias is not None
     shape = dk.policies.ModelShape.from_config(models.config("llava"))

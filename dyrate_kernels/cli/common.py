@@ -64,11 +64,19 @@ def load_model(given: argparse.Namespace) -> tuple[Any, Any]:
 
         model, processor = load_demo()
     else:
+        if given.model.startswith((".", "/", "~")) and not Path(given.model).expanduser().is_dir():
+            raise ValueError(f"--model {given.model}: no such folder")
         model = transformers.AutoModelForImageTextToText.from_pretrained(given.model, dtype=dtype)
         processor = transformers.AutoProcessor.from_pretrained(given.model)
     if dtype != "auto":
         model = model.to(dtype)
     return model.to(device).eval(), processor
+
+
+def check_output(option: str, path: str | None) -> None:
+    """ValueError now, rather than an answer that is lost when its file cannot be written."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{option} {path}: the folder {Path(path).parent} does not exist; make it first")
 
 
 def load_image(path: str) -> Any:

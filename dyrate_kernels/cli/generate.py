@@ -46,6 +46,7 @@ def policy_from(given: argparse.Namespace) -> Any:
 def run(given: argparse.Namespace) -> int:
     """Does it."""
     image = common.load_image(given.image)
+    common.check_output("--plot", given.plot)
     policy = policy_from(given)
     model, processor = common.load_model(given)
 

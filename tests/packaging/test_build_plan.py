@@ -272,7 +272,7 @@ def test_every_file_of_the_package_is_packed(build: ModuleType, monkeypatch: pyt
     monkeypatch.chdir(ROOT)
     build.main()
     assert given["ext_modules"] == []
-    packages = Distribution({**{key: given[key] for key in ("packages", "package_dir", "cmdclass")}, "script_name": "setup.py"})
+    packages = Distribution({**{key: value for key, value in given.items() if key != "ext_modules"}, "script_name": "setup.py"})
     apply_configuration(packages, ROOT / "pyproject.toml")
     command = packages.get_command_obj("build_py")
     command.build_lib = str(tmp_path)

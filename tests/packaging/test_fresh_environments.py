@@ -116,6 +116,21 @@ def test_with_cuda_then_without(checkout: Path, python: Path, tmp_path: Path, ed
     assert not list(folder.glob("_native.*.so"))
 
 
+@pytest.mark.parametrize("switch", ["", "1"])
+def test_without_isolation_and_without_pybind11(checkout: Path, python: Path, tmp_path: Path, path_with, switch: str) -> None:
+    """As on a machine with no network. A wheel rather than an editable install: the checkout stays as it is."""
+    assert install(python, "setuptools>=77").returncode == 0
+    answers = 'case "$1" in --version) echo release 12.4;; *) echo compute_90;; esac'
+    environ = {"PATH": path_with(answers), "CUDA_HOME": "", "CUDA_PATH": "", "CUDACXX": "", "PIP_NO_INDEX": "1", "DYRATE_CUDA": switch}
+    done = install(python, "--no-deps", "--no-build-isolation", str(checkout), **environ)
+    if switch:
+        assert done.returncode != 0
+        assert "DYRATE_CUDA=1 needs pybind11" in done.stdout + done.stderr
+    else:
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert report(python, tmp_path)["reason"].startswith("built without pybind11")
+
+
 def test_a_broken_nvcc_stops_the_install(checkout: Path, python: Path, path_with) -> None:
     done = install(python, "--no-deps", str(checkout), PATH=path_with("exit 1"), CUDA_HOME="", CUDA_PATH="", CUDACXX="")
     assert done.returncode != 0
@@ -142,14 +157,13 @@ def test_what_a_wheel_and_a_source_archive_hold(checkout: Path, python: Path, tm
     subprocess.run([str(python), "-m", "build", "-o", str(tmp_path / "dist"), str(checkout)], env=environ, check=True)
     (wheel,) = (tmp_path / "dist").glob("*-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for name in (
-        "dyrate_kernels/py.typed",
-        "dyrate_kernels/_build_info.json",
-        "dyrate_kernels/triton_kernels/__init__.py",
-        "dyrate_kernels/cli/main.py",
-        "dyrate_kernels/demo_model/config.json",
-    ):
-        assert name in names
+    expected = {"dyrate_kernels/_build_info.json"}
+    for folder, target in (("dyrate_kernels", "dyrate_kernels"), ("triton_kernels", "dyrate_kernels/triton_kernels")):
+        for path in (checkout / folder).rglob("*"):
+            if path.is_file() and not path.name.startswith(("_native.", "_build_info")) and path.suffix != ".pyc":
+                expected.add(f"{target}/{path.relative_to(checkout / folder).as_posix()}")
+    assert "dyrate_kernels/demo_model/model.safetensors" in expected
+    assert expected <= set(names), sorted(expected - set(names))
     tops = {name.split("/")[0] for name in names}
     assert len(tops) == 2 and "dyrate_kernels" in tops
 
@@ -165,6 +179,9 @@ def test_the_whole_install_keeps_a_torch_in_range(checkout: Path, python: Path, 
         check=True,
     ).stdout
     assert (2, 8) <= tuple(int(part) for part in version.split(".")[:2]) < (2, 14)
+    done = subprocess.run([str(python.with_name("dyrate")), "info", "--json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["native"]["reason"] == "built with DYRATE_CUDA=0"
     done = subprocess.run(
         [str(python), "-m", "pytest", "-q", "tests/packaging"],
         cwd=checkout,

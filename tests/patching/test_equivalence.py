@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import models
 import pytest
 import torch
-from checks import (
+
+from tests import models
+from tests.checks import (
     FEW,
     METHODS,
     RETENTIONS,
@@ -19,7 +20,7 @@ from checks import (
     rows_for,
     single,
 )
-from oracle import Oracle, Rule
+from tests.oracle import Oracle, Rule
 
 VARIANTS = pytest.mark.parametrize(("family", "text"), models.VARIANTS, ids=["-".join(v) for v in models.VARIANTS])
 RETENTION = pytest.mark.parametrize("retention", RETENTIONS)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import models
 import pytest
 import torch
-from checks import (
+
+from tests import models
+from tests.checks import (
     METHODS,
     PICTURES_FIRST,
     RETENTIONS,
@@ -20,7 +21,7 @@ from checks import (
     rows_for_beams,
     single,
 )
-from oracle import Oracle, Turn
+from tests.oracle import Oracle, Turn
 
 VARIANTS = pytest.mark.parametrize(("family", "text"), models.VARIANTS, ids=["-".join(v) for v in models.VARIANTS])
 RETENTION = pytest.mark.parametrize("retention", RETENTIONS)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import models
 import pytest
 import torch
-from checks import METHODS, RETENTIONS, assert_same, greedy, patched, single
+
+from tests import models
+from tests.checks import METHODS, RETENTIONS, assert_same, greedy, patched, single
 
 RETENTION = pytest.mark.parametrize("retention", RETENTIONS)
 ROW = ["text 5", "image", "text 8"]

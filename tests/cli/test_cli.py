@@ -1,0 +1,133 @@
+"""The command line, on the bundled model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+import dyrate_kernels as dk
+from dyrate_kernels.cli.generate import chosen_steps
+from dyrate_kernels.cli.main import main
+
+SCENE = -4  # held out
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "scene.png"
+    dk.shapes.draw(dk.shapes.make_scene(SCENE), 336).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_model():
+    """The bundled model, loaded once."""
+    model, processor = dk.load_demo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dyrate_kernels.load_demo", lambda: (model, processor))
+        yield
+
+
+def run(capsys, *arguments):
+    status = main(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_generate_prints_text_steps_and_totals(capsys, picture):
+    status, out, _ = run(capsys, "generate", "--image", picture, "--policy", "fixed", "--rate", "0.75")
+    assert status == 0
+    sample = dk.shapes.make_sample(SCENE, "describe")
+    named = dk.shapes.score(sample, out.split("policy")[0])
+    assert named.fraction > 0.3  # pruned to a quarter, it still sees something
+    assert "0 (prefill)" in out and "36 of 144" in out
+    for word in ("kept:", "KV cache:", "FLOPs:", "unpruned", "paper cost:", "tokens/s"):
+        assert word in out
+
+
+def test_generate_json_is_stats_and_text(capsys, picture):
+    status, out, _ = run(capsys, "generate", "--image", picture, "--policy", "none", "--json")
+    result = json.loads(out)
+    assert status == 0
+    assert result["text"] == dk.shapes.make_sample(SCENE, "describe").answer
+    assert {"policy", "predictor", "backend", "retention", "visual_tokens", "steps", "kept_mean", "kv_bytes_live", "flops"} <= result.keys()
+    assert len(result["steps"]) == result["new_tokens"]
+    assert all(step["kept"] == [144] and abs(sum(step["mass"][0]) - 1) < 1e-4 for step in result["steps"])
+    assert result["flops"] == result["flops_unpruned"]
+
+
+def test_evict_saves_flops_and_memory(capsys, picture):
+    results = {}
+    for retention in ("recoverable", "evict"):
+        _, out, _ = run(capsys, "generate", "--image", picture, "--policy", "fixed", "--rate", "0.75", "--retention", retention, "--json",
+                        "--max-new-tokens", "8")  # fmt: skip
+        results[retention] = json.loads(out)
+    assert results["evict"]["kv_bytes_live"] < results["recoverable"]["kv_bytes_live"]
+    assert results["evict"]["flops"] < results["recoverable"]["flops"]
+
+
+def test_plot(capsys, picture, tmp_path):
+    target = tmp_path / "kept.png"
+    status, out, _ = run(capsys, "generate", "--image", picture, "--plot", str(target), "--max-new-tokens", "12")
+    assert status == 0 and str(target) in out
+    with Image.open(target) as plot:
+        assert plot.width > 1000 and len(plot.convert("RGB").resize((64, 64)).getcolors(4096)) > 50
+
+
+def test_compare(capsys, picture):
+    status, out, _ = run(
+        capsys, "compare", "--image", picture, "--policies", "none,dyrate,fastv:rate=0.75,vtw", "--max-new-tokens", "10", "--json"
+    )
+    rows = json.loads(out)["policies"]
+    assert status == 0 and [row["policy"] for row in rows] == ["none", "dyrate", "fastv", "vtw"]
+    status, out, _ = run(capsys, "compare", "--image", picture, "--policies", "none,uniform", "--max-new-tokens", "4")
+    assert status == 0 and "uniform" in out and "100 %" in out
+
+
+def test_info(capsys):
+    status, out, _ = run(capsys, "info", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["backends"] == dk.backends()
+    status, out, _ = run(capsys, "info", "--config", "llava-next-7b", "--batch", "32")
+    assert status == 0 and "reference  available" in out and "llava-next-7b" in out
+
+
+BAD = [
+    (["--image", "missing.png"], "no such file"),
+    (["--image", "EMPTY"], "the file is empty"),
+    (["--image", "TEXT"], "not a picture"),
+    (["--policy", "dyrat"], "policy must be one of"),
+    (["--policy", "fixed", "--rate", "2"], r"rate must be in [0, 1]"),
+    (["--policy", "dyrate", "--rate", "0.5"], "no option 'rate'"),
+    (["--k", "9"], "k must be in [1, 5]"),
+    (["--predictor", "/not/there"], "/not/there"),
+    (["--model", "/not/there"], "no such folder"),
+    (["--prompt", ""], "--prompt is empty"),
+    (["--plot", "/not/there/plot.png"], "does not exist"),
+    (["--option", "ranking"], "NAME=VALUE"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_a_mistake_is_one_clear_line(capsys, picture, tmp_path, arguments, message):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("hello")
+    arguments = [{"EMPTY": str(tmp_path / "empty.png"), "TEXT": str(tmp_path / "text.png")}.get(a, a) for a in arguments]
+    status, out, err = run(capsys, "generate", "--image", picture, *arguments)
+    assert status == 1 and out == ""
+    assert err.startswith("dyrate: error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["foo"], ["generate"], ["generate", "--image", "x", "--retention", "y"]], ids=str)
+def test_wrong_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_chosen_steps():
+    assert chosen_steps(5, 0) == chosen_steps(5, 9) == [0, 1, 2, 3, 4]
+    assert chosen_steps(100, 3) == [0, 50, 99] or chosen_steps(100, 3)[0] == 0 and chosen_steps(100, 3)[-1] == 99
+    assert len(chosen_steps(1000, 16)) == 16
