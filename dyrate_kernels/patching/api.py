@@ -71,8 +71,8 @@ def patch(
     elif predictor is not None or k is not None:
         raise ValueError("k and predictor go with a policy given by name; this policy object holds its own: set them there")
     bound = policy.bind(ModelShape.from_config(model.config))
-    resolved = dispatch.name_for(backend, next(model.parameters()).device)
-    handle = Handle(model, family, bound, retention, resolved, record_importance)
+    dispatch.name_for(backend, next(model.parameters()).device)  # raises now, not in the middle of a generation
+    handle = Handle(model, family, bound, retention, backend, record_importance)
     logger.info("%s", handle)
     return handle
 
@@ -95,11 +95,12 @@ class Handle:
     Attributes:
         model: the patched model.
         policy: the policy, bound to the model.
-        retention, backend: as resolved.
+        retention: as asked for.
     """
 
     def __init__(self, model: Any, family: Any, policy: Policy, retention: str, backend: str, record_importance: bool) -> None:
-        self.model, self.family, self.policy, self.retention, self.backend = model, family, policy, retention, backend
+        self.model, self.family, self.policy, self.retention = model, family, policy, retention
+        self._asked_backend = backend
         self.record_importance = record_importance
         self.shape = ModelShape.from_config(model.config)
         self.session: Session | None = None  # of the generation under way
@@ -113,6 +114,11 @@ class Handle:
         except BaseException:
             self.unpatch()
             raise
+
+    @property
+    def backend(self) -> str:
+        """The backend of the next generation: ``auto`` follows the model when it is moved to another device."""
+        return dispatch.name_for(self._asked_backend, next(self.model.parameters()).device)
 
     def _install(self) -> None:
         model = self.model

@@ -254,3 +254,10 @@ def test_repatching_with_another_policy(make_model):
                 results.append(tokens(model, fields))
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
     assert not torch.equal(results[0], results[1])
+
+
+def test_auto_follows_the_model_to_another_device(make_model, monkeypatch):
+    with dk.patch(make_model()) as handle:
+        assert handle.backend == "reference"
+        monkeypatch.setattr("dyrate_kernels.ops.dispatch.name_for", lambda backend, device: f"{backend} on {device}")
+        assert handle.backend == "auto on cpu"
