@@ -363,6 +363,9 @@ class VisualCache(Cache):
                 group.kept = group.n_kept = None
                 if group.alive is not None:
                     group.alive.zero_()
+            for buffer in (*self.keys, *self.values):
+                if buffer is not None:
+                    buffer.zero_()  # a NaN of an earlier use must not reach the next one (see _regrow)
             self.length = self.text_bound = 0
             if self.session is not None:
                 self.session.restart()

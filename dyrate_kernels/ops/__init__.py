@@ -82,6 +82,7 @@ def decode_attention(
     importance: bool = False,
     visual_bound: int | None = None,
     text_bound: int | None = None,
+    clean: bool = False,
     backend: str = "auto",
 ) -> DecodeAttention:
     """Attention of one new token per sequence over the live rows, on request with mass and importance.
@@ -99,6 +100,7 @@ def decode_attention(
         mass: also sum the probability per head and token type; sums to 1 over the types (0 where a sequence has no live row).
         importance: also average the probability of each visual row over the ``Hq`` heads; 0 for rows that are not read.
         visual_bound, text_bound: no sequence has more live rows than this; spares the reference the rest. Does not change the result.
+        clean: the caller vouches that no dead row of ``value`` holds NaN or infinity, which spares the reference a pass over it.
         backend: ``auto | triton | cuda | reference``.
 
     Returns:
@@ -119,7 +121,7 @@ def decode_attention(
     output, by_type, per_row = _ops.decode_attention(
         query, key, value, n_visual, n_text, visual_capacity, _scale(scale, query), kept, n_kept, text_type, position, query_position,
         window,
-        mass, importance, visual_bound, text_bound, backend,
+        mass, importance, visual_bound, text_bound, clean, backend,
     )  # fmt: skip
     return DecodeAttention(output, by_type if mass else None, per_row if importance else None)
 
@@ -264,6 +266,7 @@ def decode_step(
     max_kept: Tensor | None = None,
     visual_bound: int | None = None,
     text_bound: int | None = None,
+    clean: bool = False,
     backend: str = "auto",
 ) -> DecodeStep:
     """The score layer's whole step: attention with statistics, the rate, the count, the kept list.
@@ -305,6 +308,6 @@ def decode_step(
     return DecodeStep(
         *_ops.decode_step(
             query, key, value, n_visual, n_text, visual_capacity, _scale(scale, query), text_type, position, query_position, window,
-            weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, backend,
+            weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend,
         )
     )  # fmt: skip

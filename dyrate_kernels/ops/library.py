@@ -15,17 +15,18 @@ _library = torch.library.Library("dyrate", "DEF")
 
 _ROWS = "Tensor query, Tensor key, Tensor value, Tensor n_visual, Tensor n_text, SymInt visual_capacity, float scale"
 _WINDOW = "Tensor? position, Tensor? query_position, SymInt? window"
-_BOUNDS = "SymInt? visual_bound, SymInt? text_bound, str backend"
+_BOUNDS = "SymInt? visual_bound, SymInt? text_bound"
 
 for _schema in (
-    f"decode_attention({_ROWS}, Tensor? kept, Tensor? n_kept, Tensor? text_type, {_WINDOW}, bool mass, bool importance, {_BOUNDS})"
+    f"decode_attention({_ROWS}, Tensor? kept, Tensor? n_kept, Tensor? text_type, {_WINDOW}, bool mass, bool importance,"
+    f" {_BOUNDS}, bool clean, str backend)"
     " -> (Tensor, Tensor, Tensor)",
-    f"score_last_query({_ROWS}, Tensor text_type, {_WINDOW}, {_BOUNDS}) -> (Tensor, Tensor)",
+    f"score_last_query({_ROWS}, Tensor text_type, {_WINDOW}, {_BOUNDS}, str backend) -> (Tensor, Tensor)",
     "predict_rate(Tensor mass, Tensor weight, Tensor bias, Tensor rates, str backend) -> (Tensor, Tensor)",
     "select_tokens(Tensor score, Tensor count, Tensor n_visual, Tensor? alive, str backend) -> (Tensor, Tensor)",
     "compact_(Tensor(a!)[] rows, Tensor kept, Tensor n_kept, Tensor n_visual, str backend) -> ()",
     f"decode_step({_ROWS}, Tensor text_type, {_WINDOW}, Tensor? weight, Tensor? bias, Tensor? rates, Tensor? count, Tensor? score,"
-    f" Tensor? alive, Tensor? max_kept, {_BOUNDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor? alive, Tensor? max_kept, {_BOUNDS}, bool clean, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 ):
     _library.define(_schema)
 
@@ -49,12 +50,12 @@ def _fake(name: str):
 @_implementation("decode_attention")
 def _(
     query, key, value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position, window,
-    mass, importance, visual_bound, text_bound, backend,
+    mass, importance, visual_bound, text_bound, clean, backend,
 ):  # fmt: skip
     output, by_type, per_row = resolve(backend, query.device).decode_attention(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=kept, n_kept=n_kept,
         text_type=text_type, position=position, query_position=query_position, window=window, mass=mass, importance=importance,
-        visual_bound=visual_bound, text_bound=text_bound,
+        visual_bound=visual_bound, text_bound=text_bound, clean=clean,
     )  # fmt: skip
     kind = _statistics_dtype(query.dtype)
     by_type = query.new_empty(0, dtype=kind) if by_type is None else by_type
@@ -74,7 +75,7 @@ def _fake_statistics(query: Tensor, visual_capacity: int, mass: bool, importance
 @_fake("decode_attention")
 def _(
     query, key, value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position, window,
-    mass, importance, visual_bound, text_bound, backend,
+    mass, importance, visual_bound, text_bound, clean, backend,
 ):  # fmt: skip
     output = query.new_empty((*query.shape[:2], value.shape[-1]))
     return output, *_fake_statistics(query, visual_capacity, mass, importance)
@@ -141,19 +142,19 @@ def _(rows, kept, n_kept, n_visual, backend):
 @_implementation("decode_step")
 def _(
     query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window,
-    weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, backend,
+    weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend,
 ):  # fmt: skip
     return resolve(backend, query.device).decode_step(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
         query_position=query_position, window=window, weight=weight, bias=bias, rates=rates, count=count, score=score, alive=alive,
-        max_kept=max_kept, visual_bound=visual_bound, text_bound=text_bound,
+        max_kept=max_kept, visual_bound=visual_bound, text_bound=text_bound, clean=clean,
     )  # fmt: skip
 
 
 @_fake("decode_step")
 def _(
     query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window,
-    weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, backend,
+    weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend,
 ):  # fmt: skip
     batch = query.shape[0]
     mass, importance = _fake_statistics(query, visual_capacity, True, True)

@@ -19,7 +19,7 @@ class _Regions(NamedTuple):
     """The two row regions of one layer as attention reads them: ``[visual | text]``, each with its own rows."""
 
     keys: tuple[Tensor, Tensor]  # [B, Hkv, R, D]
-    values: tuple[Tensor, Tensor]  # the same, zero in every row that is not read
+    values: tuple[Tensor, Tensor]  # the same, finite in every row that is not read
     live: Tensor  # bool [B, Rv + Rt]
     index: Tensor | None  # int64 [B, Rv], the row each visual row was gathered from; None: they are the first Rv rows
 
@@ -58,6 +58,7 @@ def _regions(
     window: int | None,
     visual_bound: int | None,
     text_bound: int | None,
+    clean: bool,
     dtype: torch.dtype,
 ) -> _Regions:
     device = key.device
@@ -91,7 +92,7 @@ def _regions(
             parts[number] = torch.where(live[:, None, :, None], part, 0.0) if zero_dead else part
         return parts[0], parts[1]
 
-    return _Regions(split(key, False), split(value, True), torch.cat([live_visual, live_text], 1), index)
+    return _Regions(split(key, False), split(value, not clean), torch.cat([live_visual, live_text], 1), index)
 
 
 def _probabilities(query: Tensor, rows: _Regions, scale: float) -> Tensor:
@@ -145,13 +146,15 @@ def decode_attention(
     importance: bool = False,
     visual_bound: int | None = None,
     text_bound: int | None = None,
+    clean: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See ``dyrate_kernels.ops.decode_attention``."""
     batch, heads, dim = query.shape
     kv_heads = key.shape[1]
     dtype = _accumulator(query.dtype)
     rows = _regions(
-        key, value, n_visual, n_text, visual_capacity, kept, n_kept, position, query_position, window, visual_bound, text_bound, dtype
+        key, value, n_visual, n_text, visual_capacity, kept, n_kept, position, query_position, window, visual_bound,
+        text_bound, clean, dtype,
     )  # fmt: skip
     grouped = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, dim)
     probabilities = _probabilities(grouped, rows, scale)
@@ -183,7 +186,7 @@ def score_last_query(
     dtype = _accumulator(query.dtype)
     rows = _regions(
         key, value[..., :0], n_visual, n_text, visual_capacity, None, None, position, query_position, window, visual_bound,
-        text_bound, dtype,
+        text_bound, True, dtype,
     )  # fmt: skip
     grouped = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, dim)
     return _statistics(_probabilities(grouped, rows, scale), rows, visual_capacity, text_type, True, True)
@@ -286,11 +289,13 @@ def decode_step(
     max_kept: Tensor | None = None,
     visual_bound: int | None = None,
     text_bound: int | None = None,
+    clean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``dyrate_kernels.ops.decode_step``."""
     output, mass, importance = decode_attention(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
         query_position=query_position, window=window, mass=True, importance=True, visual_bound=visual_bound, text_bound=text_bound,
+        clean=clean,
     )  # fmt: skip
     rate = None
     if count is None:

@@ -374,6 +374,7 @@ class Session:
             "scale": scale,
             "visual_bound": group.bound,
             "text_bound": cache.text_bound,
+            "clean": True,  # the cache fills its buffers with zeros
             "backend": self.backend,
         }
         if window is not None and window <= forward.start:

@@ -94,6 +94,19 @@ def test_bounds_change_nothing(case):
         assert torch.allclose(a, b, atol=1e-13)
 
 
+@pytest.mark.parametrize("with_list", [False, True])
+def test_clean_rows_change_nothing(with_list):
+    for case in SHAPES:
+        arguments = spec.problem(*case)
+        plain = {k: arguments[k] for k in arguments if k not in ("position", "query_position")}
+        counts = [n // 3 for n in case[6]]
+        lists = dict(zip(("kept", "n_kept"), spec.lists(case[6], counts, max(counts)), strict=True)) if with_list else {}
+        want = ops.decode_attention(**plain, **lists, mass=True, importance=True)
+        plain["value"] = plain["value"].nan_to_num(1e30)
+        got = ops.decode_attention(**plain, **lists, mass=True, importance=True, clean=True)
+        assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(got, want, strict=True))
+
+
 def test_a_row_of_a_batch_equals_the_row_alone():
     case = SHAPES[1]
     arguments, together = run(case)

@@ -20,7 +20,7 @@ def attention_arguments(dtype=torch.float32, kept=False, window=None, mass=True,
     lists = spec.lists(case[6], [4, 3], 5) if kept else (None, None)
     inside = (a["position"], a["query_position"], window) if window else (None, None, None)
     rows = (a["query"], a["key"], a["value"], a["n_visual"], a["n_text"], 12, 0.5)
-    return rows, (*rows, *lists, a["text_type"], *inside, mass, importance, None, 6, "auto"), a
+    return rows, (*rows, *lists, a["text_type"], *inside, mass, importance, None, 6, kept, "auto"), a
 
 
 SAMPLES = []
@@ -37,10 +37,10 @@ SAMPLES += [
     ("select_tokens", (torch.rand(2, 9), _int, _int + 4, None, "auto")),
     ("select_tokens", (torch.rand(2, 9).half(), _int, _int + 4, torch.rand(2, 9) < 0.5, "auto")),
     ("compact_", ([torch.rand(2, 2, 9, 4), torch.zeros(2, 9)], torch.tensor([[1, 5], [0, 2]]).int(), _int - 1, _int + 3, "auto")),
-    ("decode_step", (*_rows, _types, None, None, None, _weight, _bias, _rates, None, None, None, None, None, None, "auto")),
+    ("decode_step", (*_rows, _types, None, None, None, _weight, _bias, _rates, None, None, None, None, None, None, False, "auto")),
     (
         "decode_step",
-        (*_rows, _types, None, None, None, None, None, None, _int, torch.rand(2, 12), torch.ones(2, 12).bool(), _int, 12, 6, "auto"),
+        (*_rows, _types, None, None, None, None, None, None, _int, torch.rand(2, 12), torch.ones(2, 12).bool(), _int, 12, 6, True, "auto"),
     ),
 ]
 
