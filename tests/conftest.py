@@ -23,7 +23,7 @@ _made: dict[Any, Any] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(1)  # the test models are tiny: a second thread only waits for the first
 
 
 @pytest.fixture(autouse=True)
