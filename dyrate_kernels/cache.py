@@ -12,7 +12,7 @@ what makes a decode step free of host syncs. What the rows *mean* (which policy 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -197,6 +197,14 @@ class VisualCache(Cache):
         visual = self.token_column.gather(1, group.token[:, :visual_rows])
         return torch.cat([visual, self.text_column[:, :text_rows]], dim=1)
 
+    def _buffers_by_device(self, layers: Iterable[int]) -> list[list[Tensor]]:
+        """The key and value buffers of ``layers``, one list a device."""
+        found: dict[torch.device, list[Tensor]] = {}
+        for layer in layers:
+            if self.keys[layer] is not None:
+                found.setdefault(self.keys[layer].device, []).extend((self.keys[layer], self.values[layer]))
+        return list(found.values())
+
     def bytes_reserved(self) -> int:
         """Bytes of all key and value buffers."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None)
@@ -289,15 +297,21 @@ class VisualCache(Cache):
             picked = tensor.index_select(0, index.to(tensor.device))
             return tensor.copy_(picked) if picked.shape == tensor.shape else picked
 
+        before = self.batch_size
         for owner, name in list(self._row_tensors()):
             setattr(owner, name, pick(getattr(owner, name)))
         if self.shared_rows:
             for group in self.groups[1:]:
                 group.n_visual, group.token = self.full.n_visual, self.full.token
-        for buffers in (self.keys, self.values):
-            for layer, tensor in enumerate(buffers):
-                if tensor is not None:
-                    buffers[layer] = pick(tensor)
+        if index.shape[0] == self.batch_size and index.shape[0] == before:
+            backend = "auto" if self.session is None else self.session.backend
+            for buffers in self._buffers_by_device(range(self.num_layers)):
+                ops.reorder_(buffers, index.to(buffers[0].device, torch.int64), backend=backend)
+        else:
+            for buffers in (self.keys, self.values):
+                for layer, tensor in enumerate(buffers):
+                    if tensor is not None:
+                        buffers[layer] = pick(tensor)
         if self.session is not None:
             self.session.select_sequences(pick)
 
@@ -390,11 +404,8 @@ class VisualCache(Cache):
         held &= row < group.n_visual[:, None]
         count = held.sum(1, dtype=torch.int32)
         rows, count = ops.select_tokens(held.float(), count, group.n_visual, backend=backend)
-        for layer in group.layers:
-            if self.keys[layer] is not None:
-                device = self.keys[layer].device
-                ops.compact_(
-                    [self.keys[layer], self.values[layer]], rows.to(device), count.to(device), group.n_visual.to(device), backend=backend
-                )
+        for buffers in self._buffers_by_device(group.layers):
+            device = buffers[0].device
+            ops.compact_(buffers, rows.to(device), count.to(device), group.n_visual.to(device), backend=backend)
         ops.compact_([group.token], rows, count, group.n_visual, backend=backend)
         group.n_visual.copy_(count)

@@ -114,6 +114,19 @@ class Record:
             self.chosen = wider(self.chosen, self.batch, self.tokens, dtype=torch.bool)
         self.capacity = capacity
 
+    def tensors(self) -> list[Tensor]:
+        """Those that a step writes."""
+        return [tensor for tensor in (self.rate, self.mass, self.kept, self.importance, self.chosen) if tensor is not None]
+
+    def reserve(self, step: int) -> None:
+        """Makes room for ``step``."""
+        if step >= self.capacity:
+            self._grow(2 * self.capacity)
+
+    def note(self, step: int) -> None:
+        """``step`` is written, or will be before anyone reads."""
+        self.steps = max(self.steps, step + 1)
+
     def write(self, session: Session, step: int | None, mass: Tensor, importance: Tensor | None, kept: Tensor | None = None) -> None:
         """Notes one step.
 
@@ -127,9 +140,8 @@ class Record:
         forward = session.forward
         number = forward.start - session.turn_end + 1 if step is None else step
         index = session.step if step is None else torch.full((1,), step, dtype=torch.int64, device=self.device)
-        if number >= self.capacity:
-            self._grow(2 * self.capacity)
-        self.steps = max(self.steps, number + 1)
+        self.reserve(number)
+        self.note(number)
         prefill_reads_all = step == 0 and not session.evict
         groups = cache.groups[1:] or cache.groups
         if kept is None:
@@ -153,13 +165,14 @@ class Record:
         return mark.scatter_(1, torch.where(group.kept < 0, self.tokens, group.kept).long(), True)[:, :-1]
 
     def select_sequences(self, pick: Callable[[Tensor], Tensor]) -> None:
-        """Sequences were reordered: their records follow."""
+        """Sequences were reordered: their records follow, in place where the batch keeps its size."""
         self.cached = tuple(pick(tensor) for tensor in self.cached)
         for name in ("rate", "mass", "kept", "importance", "chosen"):
             tensor = getattr(self, name)
             if tensor is not None:
                 batch_dim = 2 if name == "kept" else 1
-                setattr(self, name, pick(tensor.movedim(batch_dim, 0).contiguous()).movedim(0, batch_dim).contiguous())
+                picked = pick(tensor.movedim(batch_dim, 0).contiguous()).movedim(0, batch_dim)
+                setattr(self, name, tensor.copy_(picked) if picked.shape == tensor.shape else picked.contiguous())
         self.batch = self.rate.shape[1]
 
 

@@ -1,12 +1,19 @@
 """The Triton backend. Installed as ``dyrate_kernels.triton_kernels``; the top-level name belongs to another package.
 
-A backend is a module with the functions of ``dyrate_kernels.ops.reference`` and ``unavailable_reason``. This version
-holds only the latter: the kernels come with a later change.
+A backend is a module with the functions of ``dyrate_kernels.ops.reference`` and ``unavailable_reason``. Kernels: ``decode_attention``
+(split-K
+attention with statistics, and the decision in the same launch), ``decision`` (predictor, count, selection), ``rows`` (compaction,
+reordering). ``plan`` shapes their launches, ``launch`` starts them, ``workspace`` holds their scratch memory, ``backend`` is what
+torch tensors
+meet. Triton is imported when the first of these functions is asked for.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
+from typing import Any
 
 if __name__ == "triton_kernels":
     # Reached only when the checkout's root is on sys.path: without this, code that tries to import the well-known
@@ -16,20 +23,51 @@ if __name__ == "triton_kernels":
         "run from another folder, or take the checkout's root off sys.path"
     )
 
-__all__ = ["unavailable_reason"]
+__all__ = [
+    "compact_",
+    "decode_attention",
+    "decode_step",
+    "keep_count",
+    "predict_rate",
+    "reorder_",
+    "score_last_query",
+    "select_tokens",
+    "unavailable_reason",
+]
+
+OLDEST = (3, 4)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    backend = importlib.import_module(f"{__name__}.backend")
+    globals()[name] = function = getattr(backend, name)
+    return function
+
+
+def interpreted() -> bool:
+    """``TRITON_INTERPRET`` is set: kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def unavailable_reason() -> str | None:
     """Why this backend cannot run here, or None when it can.
 
-    Every reason that holds is given, so that nobody installs Triton only to meet the next one. Imports torch and asks
-    it whether a CUDA device is there, which starts no CUDA context.
+    Every reason that holds is given, so that nobody installs Triton only to meet the next one. Asks torch whether a CUDA device is there,
+    which starts no CUDA context. Under ``TRITON_INTERPRET=1`` no device is needed.
     """
     import torch
 
-    reasons = ["the Triton kernels are not in this version"]
+    reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed")
-    if not torch.cuda.is_available():
+    else:
+        import triton
+
+        version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
+        if version < OLDEST:
+            reasons.append(f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}")
+    if not interpreted() and not torch.cuda.is_available():
         reasons.append("no CUDA device")
-    return "; ".join(reasons)
+    return "; ".join(reasons) or None

@@ -30,6 +30,7 @@ __all__ = [
     "decode_step",
     "keep_count",
     "predict_rate",
+    "reorder_",
     "score_last_query",
     "select_tokens",
 ]
@@ -83,11 +84,13 @@ def decode_attention(
     visual_bound: int | None = None,
     text_bound: int | None = None,
     clean: bool = False,
+    new_key: Tensor | None = None,
+    new_value: Tensor | None = None,
     backend: str = "auto",
 ) -> DecodeAttention:
     """Attention of one new token per sequence over the live rows, on request with mass and importance.
 
-    Accumulates in float32 (float64 for float64 inputs). Mutates nothing.
+    Accumulates in float32 (float64 for float64 inputs). Mutates nothing, unless a new row is given.
 
     Args:
         query: ``[B, Hq, D]``, float16, bfloat16, float32 or float64; ``key`` and ``value`` ``[B, Hkv, C, D]`` have the same dtype.
@@ -101,6 +104,9 @@ def decode_attention(
         importance: also average the probability of each visual row over the ``Hq`` heads; 0 for rows that are not read.
         visual_bound, text_bound: no sequence has more live rows than this; spares the reference the rest. Does not change the result.
         clean: the caller vouches that no dead row of ``value`` holds NaN or infinity, which spares the reference a pass over it.
+        new_key, new_value: ``[B, Hkv, D]`` in the key's dtype: the row of the newest token, counted in ``n_text`` already. It is
+        **written to
+            row** ``visual_capacity + n_text[b] - 1`` of ``key`` and ``value`` first (not where ``n_text[b]`` is 0).
         backend: ``auto | triton | cuda | reference``.
 
     Returns:
@@ -117,9 +123,12 @@ def decode_attention(
         checks.int32("n_kept", n_kept, (query.shape[0],), query.device)
     if mass or text_type is not None:
         checks.text_types(text_type, key, visual_capacity)
+    checks.new_row(new_key, new_value, key, value)
     dispatch.check_name(backend)
-    output, by_type, per_row = _ops.decode_attention(
-        query, key, value, n_visual, n_text, visual_capacity, _scale(scale, query), kept, n_kept, text_type, position, query_position,
+    attention = _ops.decode_attention if new_key is None else _ops.append_decode_attention
+    output, by_type, per_row = attention(
+        query, key, value, *(() if new_key is None else (new_key, new_value)), n_visual, n_text, visual_capacity, _scale(scale, query),
+        kept, n_kept, text_type, position, query_position,
         window,
         mass, importance, visual_bound, text_bound, clean, backend,
     )  # fmt: skip
@@ -244,6 +253,27 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor,
     _ops.compact_(list(rows), kept, n_kept, n_visual, backend)
 
 
+def reorder_(rows: list[Tensor], index: Tensor, *, backend: str = "auto") -> None:
+    """Sequence ``i`` of every tensor becomes a copy of the former sequence ``index[i]``, in place (beam search).
+
+    Args:
+        rows: tensors ``[B, ...]`` of any dtype; **changed in place**. They must not overlap in memory.
+        index: int64 ``[B]``, each in ``[0, B)``.
+    """
+    if not isinstance(rows, list | tuple):
+        raise TypeError(f"rows: expected a list of tensors, got {type(rows).__name__}")
+    checks.tensor("index", index, ("B",), (torch.int64,), getattr(index, "device", None))
+    for number, tensor in enumerate(rows):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"rows[{number}]: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dim() < 1 or tensor.shape[0] != index.shape[0]:
+            raise ValueError(f"rows[{number}]: expected shape [{index.shape[0]}, ...], got {list(tensor.shape)}")
+        if tensor.device != index.device:
+            raise ValueError(f"rows[{number}]: expected it on {index.device}, where index is, got {tensor.device}; move it there")
+    dispatch.check_name(backend)
+    _ops.reorder_(list(rows), index, backend)
+
+
 def decode_step(
     query: Tensor,
     key: Tensor,
@@ -267,6 +297,8 @@ def decode_step(
     visual_bound: int | None = None,
     text_bound: int | None = None,
     clean: bool = False,
+    new_key: Tensor | None = None,
+    new_value: Tensor | None = None,
     backend: str = "auto",
 ) -> DecodeStep:
     """The score layer's whole step: attention with statistics, the rate, the count, the kept list.
@@ -304,10 +336,13 @@ def decode_step(
         checks.tensor("alive", alive, (batch, visual_capacity), (torch.bool,), query.device)
     if max_kept is not None:
         checks.int32("max_kept", max_kept, (batch,), query.device)
+    checks.new_row(new_key, new_value, key, value)
     dispatch.check_name(backend)
+    step = _ops.decode_step if new_key is None else _ops.append_decode_step
     return DecodeStep(
-        *_ops.decode_step(
-            query, key, value, n_visual, n_text, visual_capacity, _scale(scale, query), text_type, position, query_position, window,
+        *step(
+            query, key, value, *(() if new_key is None else (new_key, new_value)), n_visual, n_text, visual_capacity, _scale(scale,
+            query), text_type, position, query_position, window,
             weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend,
         )
     )  # fmt: skip

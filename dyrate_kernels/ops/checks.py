@@ -64,6 +64,15 @@ def window(position: Tensor | None, query_position: Tensor | None, size: int | N
     int32("query_position", query_position, (key.shape[0],), key.device)
 
 
+def new_row(new_key: Tensor | None, new_value: Tensor | None, key: Tensor, value: Tensor) -> None:
+    """The row to append: both or neither."""
+    if (new_key is None) != (new_value is None):
+        raise ValueError("new_key, new_value: expected both or neither, got one; a new row has a key and a value")
+    if new_key is not None:
+        for name, new, rows in (("new_key", new_key, key), ("new_value", new_value, value)):
+            tensor(name, new, (rows.shape[0], rows.shape[1], rows.shape[3]), (rows.dtype,), rows.device)
+
+
 def bound(name: str, value: int | None) -> None:
     if value is not None and value < 0:
         raise ValueError(f"{name}: expected a number of rows >= 0 or None, got {value}")

@@ -76,7 +76,17 @@ def name_for(backend: str, device: torch.device | str) -> str:
         raise RuntimeError(
             f'backend={backend!r} cannot run here: {reason}. Use backend="auto", or one that dyrate_kernels.backends() calls available.'
         )
+    if backend != "reference" and kind != "cuda" and not _interprets(backend):
+        raise RuntimeError(
+            f'backend={backend!r} runs on a CUDA device, and this is on {kind}: move the model there (model.to("cuda")), or use '
+            'backend="auto".'
+        )
     return backend
+
+
+def _interprets(backend: str) -> bool:
+    """The backend runs on CPU tensors (Triton's interpreter)."""
+    return getattr(_load(backend)[0], "interpreted", bool)()
 
 
 @functools.cache

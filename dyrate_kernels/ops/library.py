@@ -13,20 +13,31 @@ from .dispatch import resolve
 
 _library = torch.library.Library("dyrate", "DEF")
 
-_ROWS = "Tensor query, Tensor key, Tensor value, Tensor n_visual, Tensor n_text, SymInt visual_capacity, float scale"
+_LENGTHS = "Tensor n_visual, Tensor n_text, SymInt visual_capacity, float scale"
+_ROWS = f"Tensor query, Tensor key, Tensor value, {_LENGTHS}"
+_APPENDED = f"Tensor query, Tensor(a!) key, Tensor(b!) value, Tensor new_key, Tensor new_value, {_LENGTHS}"
 _WINDOW = "Tensor? position, Tensor? query_position, SymInt? window"
 _BOUNDS = "SymInt? visual_bound, SymInt? text_bound"
 
+_ATTENTION = (
+    f"Tensor? kept, Tensor? n_kept, Tensor? text_type, {_WINDOW}, bool mass, bool importance, {_BOUNDS}, bool clean, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_STEP = (
+    f"Tensor text_type, {_WINDOW}, Tensor? weight, Tensor? bias, Tensor? rates, Tensor? count, Tensor? score, Tensor? alive,"
+    f" Tensor? max_kept, {_BOUNDS}, bool clean, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# append_*: the same with a new row written first. Operators of their own, so that the others mutate nothing by their schema.
 for _schema in (
-    f"decode_attention({_ROWS}, Tensor? kept, Tensor? n_kept, Tensor? text_type, {_WINDOW}, bool mass, bool importance,"
-    f" {_BOUNDS}, bool clean, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"decode_attention({_ROWS}, {_ATTENTION}",
+    f"append_decode_attention({_APPENDED}, {_ATTENTION}",
     f"score_last_query({_ROWS}, Tensor text_type, {_WINDOW}, {_BOUNDS}, str backend) -> (Tensor, Tensor)",
     "predict_rate(Tensor mass, Tensor weight, Tensor bias, Tensor rates, str backend) -> (Tensor, Tensor)",
     "select_tokens(Tensor score, Tensor count, Tensor n_visual, Tensor? alive, str backend) -> (Tensor, Tensor)",
     "compact_(Tensor(a!)[] rows, Tensor kept, Tensor n_kept, Tensor n_visual, str backend) -> ()",
-    f"decode_step({_ROWS}, Tensor text_type, {_WINDOW}, Tensor? weight, Tensor? bias, Tensor? rates, Tensor? count, Tensor? score,"
-    f" Tensor? alive, Tensor? max_kept, {_BOUNDS}, bool clean, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "reorder_(Tensor(a!)[] rows, Tensor index, str backend) -> ()",
+    f"decode_step({_ROWS}, {_STEP}",
+    f"append_decode_step({_APPENDED}, {_STEP}",
 ):
     _library.define(_schema)
 
@@ -47,20 +58,27 @@ def _fake(name: str):
 # ---- decode_attention ---------------------------------------------------------------------------------------------------------
 
 
-@_implementation("decode_attention")
-def _(
-    query, key, value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position, window,
-    mass, importance, visual_bound, text_bound, clean, backend,
+def _decode_attention(
+    query, key, value, new_key, new_value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position,
+    window, mass, importance, visual_bound, text_bound, clean, backend,
 ):  # fmt: skip
     output, by_type, per_row = resolve(backend, query.device).decode_attention(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=kept, n_kept=n_kept,
         text_type=text_type, position=position, query_position=query_position, window=window, mass=mass, importance=importance,
-        visual_bound=visual_bound, text_bound=text_bound, clean=clean,
+        visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
     )  # fmt: skip
     kind = _statistics_dtype(query.dtype)
     by_type = query.new_empty(0, dtype=kind) if by_type is None else by_type
     per_row = query.new_empty(0, dtype=kind) if per_row is None else per_row
     return output, by_type, per_row
+
+
+@_implementation("decode_attention")
+def _(query, key, value, *rest):
+    return _decode_attention(query, key, value, None, None, *rest)
+
+
+_implementation("append_decode_attention")(_decode_attention)
 
 
 def _fake_statistics(query: Tensor, visual_capacity: int, mass: bool, importance: bool) -> tuple[Tensor, Tensor]:
@@ -72,13 +90,18 @@ def _fake_statistics(query: Tensor, visual_capacity: int, mass: bool, importance
     )
 
 
-@_fake("decode_attention")
-def _(
-    query, key, value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position, window,
-    mass, importance, visual_bound, text_bound, clean, backend,
+@_fake("append_decode_attention")
+def _fake_attention(
+    query, key, value, new_key, new_value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position,
+    window, mass, importance, visual_bound, text_bound, clean, backend,
 ):  # fmt: skip
     output = query.new_empty((*query.shape[:2], value.shape[-1]))
     return output, *_fake_statistics(query, visual_capacity, mass, importance)
+
+
+@_fake("decode_attention")
+def _(query, key, value, *rest):
+    return _fake_attention(query, key, value, None, None, *rest)
 
 
 # ---- score_last_query ---------------------------------------------------------------------------------------------------------
@@ -136,24 +159,41 @@ def _(rows, kept, n_kept, n_visual, backend):
     return None
 
 
+@_implementation("reorder_")
+def _(rows, index, backend):
+    resolve(backend, index.device).reorder_(rows, index)
+
+
+@_fake("reorder_")
+def _(rows, index, backend):
+    return None
+
+
 # ---- decode_step --------------------------------------------------------------------------------------------------------------
 
 
-@_implementation("decode_step")
-def _(
-    query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window,
+def _decode_step(
+    query, key, value, new_key, new_value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window,
     weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend,
 ):  # fmt: skip
     return resolve(backend, query.device).decode_step(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
         query_position=query_position, window=window, weight=weight, bias=bias, rates=rates, count=count, score=score, alive=alive,
-        max_kept=max_kept, visual_bound=visual_bound, text_bound=text_bound, clean=clean,
+        max_kept=max_kept, visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
     )  # fmt: skip
 
 
-@_fake("decode_step")
-def _(
-    query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window,
+@_implementation("decode_step")
+def _(query, key, value, *rest):
+    return _decode_step(query, key, value, None, None, *rest)
+
+
+_implementation("append_decode_step")(_decode_step)
+
+
+@_fake("append_decode_step")
+def _fake_step(
+    query, key, value, new_key, new_value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window,
     weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend,
 ):  # fmt: skip
     batch = query.shape[0]
@@ -166,3 +206,8 @@ def _(
         query.new_empty(batch, dtype=torch.int32),
         query.new_empty(batch, dtype=torch.float64),
     )
+
+
+@_fake("decode_step")
+def _(query, key, value, *rest):
+    return _fake_step(query, key, value, None, None, *rest)

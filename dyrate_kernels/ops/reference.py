@@ -127,6 +127,15 @@ def _statistics(
     return by_type, per_row
 
 
+def _append(key: Tensor, value: Tensor, n_text: Tensor, visual_capacity: int, new_key: Tensor, new_value: Tensor) -> None:
+    """Writes ``new_key``, ``new_value`` ``[B, Hkv, D]`` into each sequence's newest text row, in place."""
+    row = (visual_capacity + n_text.long() - 1).clamp(min=0)
+    sequence = torch.arange(key.shape[0], device=key.device)
+    for rows, new in ((key, new_key), (value, new_value)):
+        old = rows[sequence, :, row]
+        rows.transpose(1, 2).index_put_((sequence, row), torch.where((n_text > 0)[:, None, None], new, old))
+
+
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -147,8 +156,12 @@ def decode_attention(
     visual_bound: int | None = None,
     text_bound: int | None = None,
     clean: bool = False,
+    new_key: Tensor | None = None,
+    new_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See ``dyrate_kernels.ops.decode_attention``."""
+    if new_key is not None:
+        _append(key, value, n_text, visual_capacity, new_key, new_value)
     batch, heads, dim = query.shape
     kv_heads = key.shape[1]
     dtype = _accumulator(query.dtype)
@@ -267,6 +280,12 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor)
         view.index_put_((sequence, target), view[sequence, source])
 
 
+def reorder_(rows: list[Tensor], index: Tensor) -> None:
+    """See ``dyrate_kernels.ops.reorder_``."""
+    for tensor in rows:
+        tensor.copy_(tensor.index_select(0, index))
+
+
 def decode_step(
     query: Tensor,
     key: Tensor,
@@ -290,12 +309,14 @@ def decode_step(
     visual_bound: int | None = None,
     text_bound: int | None = None,
     clean: bool = False,
+    new_key: Tensor | None = None,
+    new_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``dyrate_kernels.ops.decode_step``."""
     output, mass, importance = decode_attention(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
         query_position=query_position, window=window, mass=True, importance=True, visual_bound=visual_bound, text_bound=text_bound,
-        clean=clean,
+        clean=clean, new_key=new_key, new_value=new_value,
     )  # fmt: skip
     rate = None
     if count is None:

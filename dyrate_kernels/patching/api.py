@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -16,6 +17,7 @@ from dyrate_kernels.cache import VisualCache
 from dyrate_kernels.ops import dispatch
 from dyrate_kernels.patching import attention
 from dyrate_kernels.patching.families import check_supported, decoder_layers, text_model, visual_columns
+from dyrate_kernels.patching.graph import StepGraph
 from dyrate_kernels.patching.session import Session
 from dyrate_kernels.patching.shrink import ShrinkHooks
 from dyrate_kernels.policies.base import ModelShape, Policy
@@ -37,6 +39,7 @@ def patch(
     predictor: Any = None,
     k: int | None = None,
     record_importance: bool = False,
+    cuda_graph: bool = False,
 ) -> Handle:
     """Makes ``model.generate`` drop visual tokens while it generates. Works on this instance only; ``unpatch`` undoes it.
 
@@ -49,6 +52,8 @@ def patch(
         predictor: for the policy name ``"dyrate"``: a ``DyRatePredictor``, a folder or a hub id; None is the closed form.
         k: for a policy given by name: first layer that sees the pruned set, 1 .. L-1.
         record_importance: keep importance and kept tokens of every step for ``stats()`` (costs ``5 * N`` bytes a step and sequence).
+        cuda_graph: capture a decode step once in every ``generate()`` and replay it for the tokens that follow (``patching.graph``). Needs
+            the model on one CUDA device; where a step cannot be captured it runs eagerly, and a warning says why, once.
 
     Returns:
         A ``Handle``, also a context manager that unpatches at its end.
@@ -63,6 +68,8 @@ def patch(
         raise RuntimeError("model is patched already; call dyrate_kernels.unpatch(model) first, then patch it with the new settings")
     if retention not in RETENTIONS:
         raise ValueError(f"retention must be one of {', '.join(RETENTIONS)}; got {retention!r}")
+    if not isinstance(cuda_graph, bool):
+        raise TypeError(f"cuda_graph must be True or False, got {cuda_graph!r}")
     if isinstance(policy, str):
         options = {name: value for name, value in (("k", k), ("predictor", predictor)) if value is not None}
         policy = policies.get(policy, **options)
@@ -72,7 +79,7 @@ def patch(
         raise ValueError("k and predictor go with a policy given by name; this policy object holds its own: set them there")
     bound = policy.bind(ModelShape.from_config(model.config))
     dispatch.name_for(backend, next(model.parameters()).device)  # raises now, not in the middle of a generation
-    handle = Handle(model, family, bound, retention, backend, record_importance)
+    handle = Handle(model, family, bound, retention, backend, record_importance, cuda_graph)
     logger.info("%s", handle)
     return handle
 
@@ -96,9 +103,19 @@ class Handle:
         model: the patched model.
         policy: the policy, bound to the model.
         retention: as asked for.
+        graph: with ``cuda_graph=True`` what captures and replays decode steps, and counts them; else None.
     """
 
-    def __init__(self, model: Any, family: Any, policy: Policy, retention: str, backend: str, record_importance: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        family: Any,
+        policy: Policy,
+        retention: str,
+        backend: str,
+        record_importance: bool,
+        cuda_graph: bool = False,
+    ) -> None:
         self.model, self.family, self.policy, self.retention = model, family, policy, retention
         self._asked_backend = backend
         self.record_importance = record_importance
@@ -109,6 +126,7 @@ class Handle:
         self._active = True
         self._hooks: list[Any] = []
         self._shrink: ShrinkHooks | None = None
+        self.graph = StepGraph(self) if cuda_graph else None
         try:
             self._install()
         except BaseException:
@@ -139,6 +157,8 @@ class Handle:
         for name in _NO_BATCHING:
             if hasattr(type(model), name):
                 vars(model)[name] = functools.partial(_refuse_batching, name)
+        if self.graph is not None:
+            self.graph.install()
 
     def unpatch(self) -> None:
         """Undoes the patch; a second call does nothing."""
@@ -154,6 +174,8 @@ class Handle:
             attention.restore(layer.self_attn)
         for name in (_HANDLE, "generate", "_prepare_cache_for_generation", *_NO_BATCHING):
             vars(model).pop(name, None)
+        if self.graph is not None:
+            self.graph.remove()
 
     def __enter__(self) -> Handle:
         return self
@@ -166,7 +188,8 @@ class Handle:
         state = "patched" if self._active else "no longer patched"
         return (
             f"Handle({type(self.model).__name__} {state}: {len(layers)} text attention modules "
-            f"({type(layers[0].self_attn).__name__}), policy={self.policy}, retention={self.retention}, backend={self.backend})"
+            f"({type(layers[0].self_attn).__name__}), policy={self.policy}, retention={self.retention}, backend={self.backend}"
+            f"{', cuda_graph=True' if self.graph is not None else ''})"
         )
 
     def stats(self) -> Stats:
@@ -186,13 +209,16 @@ class Handle:
         """``generate`` of the model's class, and then a word if nothing was dropped."""
         outer, self.session, self._last = self.session, None, None  # a model that drafts for itself generates inside its own generate()
         try:
-            output = type(self.model).generate(self.model, *args, **kwargs)
+            with contextlib.nullcontext() if self.graph is None else self.graph.generation():
+                output = type(self.model).generate(self.model, *args, **kwargs)
             if self.session is not None:
                 self._last = snapshot(self.session)
                 self._tell_if_nothing_dropped(self.session)
             return output
         finally:
-            self.session = outer  # None but for drafts: the handle does not keep keys and values alive
+            session, self.session = self.session, outer  # None but for drafts: the handle does not keep keys and values alive
+            if session is not None:
+                session.part_from_cache()
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int, *args: Any
@@ -249,7 +275,7 @@ class Handle:
     def _before_base(self, module: Any, args: tuple, kwargs: dict) -> None:
         bound = _bind(self._base_names, args, kwargs)
         cache = bound.get("past_key_values")
-        if isinstance(cache, VisualCache) and cache.session is not None:
+        if isinstance(cache, VisualCache) and cache.session is not None and not _is_step(cache.session, bound):
             cache.session.stage(visual_columns(self.model, self.family, bound.get("input_ids"), bound.get("inputs_embeds")))
 
     def _before_decoder(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -273,6 +299,12 @@ class Handle:
         cache = kwargs.get(attention.CARRIER)
         if cache is not None:
             cache.session.finish_forward()
+
+
+def _is_step(session: Session, bound: dict[str, Any]) -> bool:
+    """A decode step: its column is text, whatever its id."""
+    ids = bound.get("input_ids")
+    return ids is not None and session.is_decode(ids.shape[1])
 
 
 def _positional(forward: Any) -> tuple[str, ...]:

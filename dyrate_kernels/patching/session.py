@@ -15,6 +15,7 @@ come alone, so assisted decoding with retention ``recoverable`` gives the tokens
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,7 @@ class Forward:
     length: int
     decode: bool
     row: Tensor | None = None  # decode: int64 [B, 1], text row index (not yet offset by the visual capacity)
+    new_row: tuple[Tensor, Tensor] | None = None  # decode: key and value [B, Hkv, D] that the layer's attention is to store
     slots: dict[int, Slot] = field(default_factory=dict)  # wide: by index of the group
     allowed: dict[int, Tensor] = field(default_factory=dict)  # wide: by group, bool [B, d, N] visual tokens each decode row may read
     drafted: int = 0  # rows at the end of this pass that come after the prompt
@@ -84,7 +86,13 @@ class Session:
         retention: ``"recoverable"`` or ``"evict"``.
         backend: name of the operator backend.
         record_importance: keep importance and kept tokens of every step for ``stats()``.
+
+    Attributes:
+        bounds_at_capacity: decode steps tell the operators no bound of the text rows, which changes from step to step (patching.graph).
+        windows: sliding windows of the layers seen so far.
     """
+
+    bounds_at_capacity: bool = False
 
     def __init__(self, policy: Policy, shape: ModelShape, retention: str, backend: str, record_importance: bool = False) -> None:
         self.policy, self.shape, self.retention, self.backend = policy, shape, retention, backend
@@ -115,6 +123,17 @@ class Session:
         self.waiting: list[Any] = []  # early chunks of a prompt, patching.shrink.Waiting
         self.staged: Tensor | None = None
         self.forward: Forward | None = None
+        self.windows: set[int] = set()
+
+    def part_from_cache(self) -> None:
+        """After a generation: if nobody else holds the cache, lets go of it, so that its memory is free at once.
+
+        Session and cache refer to each other; without this their gigabytes would wait for Python's cyclic garbage collector.
+        """
+        cache = self.cache
+        if sys.getrefcount(cache) <= 3:  # this session, the name above, and the argument of the call
+            cache.session = None
+            self.cache = None
 
     # ---- generation ---------------------------------------------------------------------------------------------------------------
 
@@ -176,10 +195,30 @@ class Session:
             self._begin_wide(start, length, attention_mask, staged, device)
         self.in_forward = True
 
-    def _begin_decode(self, start: int) -> None:
+    def is_decode(self, length: int) -> bool:
+        """A pass of ``length`` columns would be a decode step."""
+        return length == 1 and self.turn >= 0 and self.cache.is_initialized and 0 <= self.turn_end <= self.cache.length
+
+    def reserve_step(self) -> None:
+        """Makes room for one more decode step, so that the step itself replaces no tensor that the next one needs."""
         cache = self.cache
         if cache.text_bound + 1 >= cache.text_capacity:
             cache.reserve_text(2 * cache.text_capacity)
+        if self.record is not None:
+            self.record.reserve(cache.length - self.turn_end + 1)
+
+    def note_replay(self) -> None:
+        """A captured decode step ran on the device: what ``begin_forward`` to ``finish_forward`` would have noted on the host."""
+        cache = self.cache
+        if self.record is not None:
+            self.record.note(cache.length - self.turn_end + 1)
+        cache.text_bound += 1
+        cache.length += 1
+        self.in_forward = False
+
+    def _begin_decode(self, start: int) -> None:
+        cache = self.cache
+        self.reserve_step()
         row = cache.n_text[:, None].long()
         cache.text_type.scatter_(1, row, RESPONSE)
         cache.text_column.scatter_(1, row, self.column.expand(cache.batch_size, 1))
@@ -342,7 +381,10 @@ class Session:
         """Writes the new rows of ``layer`` (called by ``VisualCache.update``)."""
         forward, cache = self.forward_in_progress(), self.cache
         if forward.decode:
-            cache.write(layer, key, value, cache.group_of[layer].capacity + forward.row)
+            if self.backend != "reference" and cache.keys[layer] is not None:
+                forward.new_row = (key[:, :, 0], value[:, :, 0])  # the attention kernel writes it: two launches fewer a layer
+            else:
+                cache.write(layer, key, value, cache.group_of[layer].capacity + forward.row)
             return
         slot = forward.slots.get(self._group_index(layer))
         if slot is not None:  # None: a deferred chunk, whose rows come with the last one
@@ -351,6 +393,8 @@ class Session:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer: query ``[B, Hq, q, D]`` -> output ``[B, q, Hq, D]``. At the score layer the policy decides."""
         self.cache.mark_read(layer)
+        if window is not None:
+            self.windows.add(window)
         if self.forward_in_progress().decode:
             return self._attend_decode(layer, query[:, :, 0], scale, window)[:, None]
         return self._attend_wide(layer, query, key, value, scale, window)
@@ -373,10 +417,13 @@ class Session:
             "visual_capacity": group.capacity,
             "scale": scale,
             "visual_bound": group.bound,
-            "text_bound": cache.text_bound,
+            "text_bound": cache.text_capacity if self.bounds_at_capacity else cache.text_bound,
             "clean": True,  # the cache fills its buffers with zeros
             "backend": self.backend,
         }
+        if forward.new_row is not None:
+            rows["new_key"], rows["new_value"] = forward.new_row
+            forward.new_row = None
         if window is not None and window <= forward.start:
             rows["position"] = cache.columns(group, group.capacity, cache.text_capacity).to(device)
             rows["query_position"] = self.column.to(device).expand_as(rows["n_text"])

@@ -255,12 +255,29 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "wrong", "error"), WRONG, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(WRONG)])
 def test_bad_arguments_are_named(name, wrong, error):
-    if name == "backend" and wrong({}) == "triton" and ops.dispatch.backends()["triton"] == "available":
-        pytest.skip("triton can run here")
     arguments = spec.problem(2, 4, 2, 8, 10, 5, [10, 3], [5, 2])
     plain = {k: arguments[k] for k in arguments if k not in ("position", "query_position")}
     with pytest.raises(error, match=name):
         ops.decode_attention(**{**plain, name: wrong(plain)}, mass=True)
+
+
+def test_a_new_row_is_written_then_read():
+    arguments = spec.problem(3, 4, 2, 8, 10, 5, [10, 3, 0], [5, 2, 0])
+    plain = {k: arguments[k] for k in arguments if k not in ("position", "query_position")}
+    new = {name: torch.randn(3, 2, 8, dtype=torch.float64) for name in ("new_key", "new_value")}
+    want = {name: plain[name].clone() for name in ("key", "value")}
+    for b, n in enumerate([5, 2, 0]):
+        for name in want:
+            if n:
+                want[name][b, :, 10 + n - 1] = new[f"new_{name}"][b]
+    got = ops.decode_attention(**plain, **new, mass=True, importance=True)
+    for name, rows in want.items():
+        assert torch.equal(plain[name].nan_to_num(7.0), rows.nan_to_num(7.0))
+    check(got, spec.attention(**plain), torch.float64)
+    with pytest.raises(ValueError, match="new_key, new_value: expected both"):
+        ops.decode_attention(**plain, new_key=new["new_key"])
+    with pytest.raises(ValueError, match="new_value: expected shape"):
+        ops.decode_attention(**plain, new_key=new["new_key"], new_value=new["new_value"][:, :1])
 
 
 def test_key_heads_must_divide_query_heads():

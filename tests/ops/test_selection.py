@@ -194,3 +194,25 @@ def test_bad_arguments_are_named():
     for name, error, call in calls:
         with pytest.raises(error, match=name):
             call()
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2], [2, 0, 1], [1, 1, 1]])
+def test_reorder(index):
+    rows = [torch.randn(3, 2, 5, 4), torch.randint(0, 9, (3, 7)), torch.randn(3, 4, 6).transpose(1, 2)]
+    want = [tensor[index].clone() for tensor in rows]
+    places = [tensor.data_ptr() for tensor in rows]
+    ops.reorder_(rows, torch.tensor(index))
+    assert places == [tensor.data_ptr() for tensor in rows]
+    assert all(torch.equal(a, b) for a, b in zip(rows, want, strict=True))
+
+
+def test_reorder_names_what_is_wrong():
+    index = torch.tensor([0, 1])
+    for rows, wrong, error, message in (
+        (torch.zeros(2, 3), index, TypeError, "rows: expected a list"),
+        ([torch.zeros(3, 3)], index, ValueError, r"rows\[0\]: expected shape \[2, ...\]"),
+        ([torch.zeros(2, 3)], index.int(), TypeError, "index: expected int64"),
+        ([None], index, TypeError, r"rows\[0\]: expected a tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.reorder_(rows, wrong)

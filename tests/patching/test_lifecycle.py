@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import dyrate_kernels as dk
+from dyrate_kernels.cache import VisualCache
 from tests import models
 from tests.checks import fingerprint, greedy
 
@@ -222,6 +223,32 @@ def test_nothing_is_kept_alive():
     del model, handle
     gc.collect()
     assert gone() is None
+
+
+def test_keys_and_values_are_free_as_soon_as_generate_returns(make_model, monkeypatch):
+    model = make_model()
+    fields = models.inputs(model, ROWS)
+    made = []
+    original = VisualCache.__init__
+
+    def noted(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(VisualCache, "__init__", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        with dk.patch(model, FIXED) as handle:
+            for options in ({}, {"num_beams": 2}, {"do_sample": True}):
+                model.generate(**fields, max_new_tokens=3, return_dict_in_generate=False, **options)
+                assert made.pop()() is None
+            assert handle.stats().steps
+            output = model.generate(**fields, max_new_tokens=3, return_dict_in_generate=True)
+            assert made.pop()() is output.past_key_values
+            assert output.past_key_values.session is not None
+    finally:
+        gc.enable()
 
 
 def test_a_patched_model_can_be_collected():

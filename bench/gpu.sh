@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and within ten minutes: tests, compute-sanitizer, benchmarks, a report.
+#
+#   bench/gpu.sh OUT_DIR          on a machine with a CUDA GPU
+#   bench/gpu.sh OUT_DIR --toy    rehearsal of every part on a CPU, in Triton's interpreter, at toy size
+#
+# Needs the package installed (pip install --no-deps --no-build-isolation -e .) and no network. PYTHON names the interpreter (python3).
+# OUT_DIR gets report.md, report.json and one log a part. A failing part does not stop the others; the exit status is 1 if any failed.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() {
+  echo "usage: bench/gpu.sh OUT_DIR [--toy]" >&2
+  exit 2
+}
+out="" toy=""
+for argument in "$@"; do
+  case "$argument" in
+    --toy) toy=--toy ;;
+    -*) usage ;;
+    *) [ -z "$out" ] && out=$argument || usage ;;
+  esac
+done
+[ -n "$out" ] || usage
+case "$out" in /*) ;; *) out=$OLDPWD/$out ;; esac
+mkdir -p "$out" || exit 2
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+rm -f "$out"/report.md "$out"/report.json
+
+export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
+total=585 # seconds for everything
+if [ -n "$toy" ]; then
+  export TRITON_INTERPRET=1 DYRATE_GPU_TESTS_ON_CPU=1 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
+  total=1800
+fi
+
+if ! "$python" -c 'import dyrate_kernels.triton_kernels' 2>"$work/import"; then
+  tail -3 "$work/import" >&2
+  echo "bench/gpu.sh: $python cannot import dyrate_kernels.triton_kernels; pip install --no-deps --no-build-isolation -e ." >&2
+  exit 2
+fi
+
+failed=0
+# part NAME LOG BUDGET COMMAND...: runs it with what time there is, its output goes to OUT_DIR/LOG (appended: parts may share one).
+# Exit status 75 says that there was nothing to do on this machine.
+part() {
+  local name=$1 log=$2 budget=$3 start=$SECONDS status=ok
+  shift 3
+  local left=$((total - 12 - SECONDS))
+  [ "$budget" -le "$left" ] || budget=$left
+  if [ "$budget" -lt 5 ]; then
+    status="failed: no time left"
+    echo "no time left" >>"$out/$log"
+  else
+    echo "== $name (at most ${budget}s): $*" >>"$out/$log"
+    timeout -k 5 "$budget" "$@" >>"$out/$log" 2>&1 </dev/null
+    case $? in
+      0) ;;
+      75) status="skipped: $(tail -1 "$out/$log")" ;;
+      124 | 137) status="failed: stopped after ${budget}s" ;;
+      *) status=failed ;;
+    esac
+  fi
+  case "$status" in failed*) failed=1 ;; esac
+  printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" "$budget" "$log" >>"$work/parts.tsv"
+  printf '%-14s %-40s %4ss\n' "$name" "$status" "$((SECONDS - start))"
+}
+
+sanitizer() { # sanitizer TOOL: bench/sanitize.py under compute-sanitizer
+  local tool=$1 found candidate
+  found=$(command -v compute-sanitizer || true)
+  for candidate in /usr/local/cuda*/bin/compute-sanitizer /usr/local/cuda*/compute-sanitizer/compute-sanitizer /opt/nvidia/*/compute-sanitizer; do
+    [ -n "$found" ] || { [ -x "$candidate" ] && found=$candidate; }
+  done
+  if [ -n "$toy" ] || [ -z "$found" ]; then
+    if [ -n "$toy" ]; then echo "a rehearsal has no device to check"; else echo "compute-sanitizer is not installed"; fi
+    return 75
+  fi
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$found" --tool "$tool" --error-exitcode 9 --report-api-errors no --print-limit 20 \
+    "$python" -m bench.sanitize >"$work/$tool" 2>&1
+  local status=$?
+  cat "$work/$tool"
+  if grep -q "Device not supported" "$work/$tool"; then
+    echo "compute-sanitizer does not support this device"
+    return 75
+  fi
+  return $status
+}
+export -f sanitizer
+export python toy work
+
+for log in environment tests sanitizer operators end_to_end; do : >"$out/$log.log"; done
+part environment environment.log $([ -n "$toy" ] && echo 60 || echo 30) "$python" -m bench.report environment $toy
+pytest=("$python" -m pytest tests/gpu tests/patching/test_graph.py -m gpu -q -p no:cacheprovider --maxfail=40)
+if [ -n "$toy" ]; then
+  part tests tests.log 600 "${pytest[@]}" -k "test_shapes or test_select_tokens or test_compact or test_reorder or test_captured or test_llava_7b"
+else
+  if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n 12); fi
+  # meanwhile the kernels of the benchmarks are built: compiling them is most of that part's time
+  timeout -k 5 180 "$python" -m bench.operators --compile >"$work/compile" 2>&1 </dev/null &
+  compiling=$!
+  part tests tests.log 200 env OMP_NUM_THREADS=1 "${pytest[@]}"
+  wait "$compiling" || true # a kernel that does not build fails again, with its row, in the benchmarks
+  cat "$work/compile" >>"$out/operators.log"
+fi
+part kernels sanitizer.log $([ -n "$toy" ] && echo 300 || echo 45) "$python" -m bench.sanitize
+part memcheck sanitizer.log 55 bash -c 'sanitizer memcheck'
+part racecheck sanitizer.log 55 bash -c 'sanitizer racecheck'
+part operators operators.log $([ -n "$toy" ] && echo 300 || echo 110) "$python" -m bench.operators "$work/operators.json" $toy --seconds 90
+part end_to_end end_to_end.log $([ -n "$toy" ] && echo 400 || echo 130) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy --seconds 100
+
+if "$python" -m bench.report write "$out" --parts "$work/parts.tsv" --rows "$work/operators.json" "$work/end_to_end.json"; then
+  echo "report: $out/report.md (${SECONDS}s in all)"
+  sed -n '/^## Targets/,/^## Speed-ups/p' "$out/report.md" | sed '$d'
+else
+  failed=1
+fi
+exit $failed

@@ -1,0 +1,199 @@
+"""The report of ``bench/gpu.sh``.
+
+    python -m bench.report environment [--toy]
+    python -m bench.report write OUT_DIR --parts parts.tsv --rows operators.json end_to_end.json
+
+The first prints the machine and fails where the Triton kernels cannot run. The second writes ``report.json`` (environment, parts, targets,
+all rows) and ``report.md``. A speed-up is the ratio of two rows of one run whose results both passed their gate; a target is met or not
+by such rows alone, and neither is printed for a rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import dyrate_kernels as dk
+from bench import timing
+from bench.operators import OURS
+
+Row = dict[str, Any]
+STATISTICS = f"{OURS} decode_attention with statistics"
+PLAIN = f"{OURS} decode_attention"
+STEP = f"{OURS} decode_step"
+FASTV = "FastV eager step (attention matrix, mean, topk, gather)"
+MAIN = {"B": 32, "N": 2880, "heads": "32/32x128"}
+
+
+def find(rows: Iterable[Row], name: str, **facts: Any) -> Row | None:
+    """The timed row of that name (or that begins with it, where it ends in ``*``)."""
+    for row in rows:
+        same = row["name"].startswith(name[:-1]) if name.endswith("*") else row["name"] == name
+        if same and row["median_us"] is not None and all(row.get(key) == value for key, value in facts.items()):
+            return row
+    return None
+
+
+def passed(row: Row | None) -> bool:
+    """It was timed, and its result is right."""
+    return row is not None and bool(row["measurement"]) and row["correct"] is not None and row["correct"]["passed"]
+
+
+def speed_up(ours: Row | None, other: Row | None) -> float | None:
+    """How many times as fast; None unless both are measured and right."""
+    if not (passed(ours) and passed(other)) or not ours["median_us"]:
+        return None
+    return other["median_us"] / ours["median_us"]
+
+
+def targets(rows: list[Row]) -> list[dict[str, Any]]:
+    """The table of design.md, section 10: what was asked, what was measured, and whether it is met (None: not measured)."""
+    found: list[dict[str, Any]] = []
+
+    def add(what: str, wanted: str, value: float | None, holds: Callable[[float], bool]) -> None:
+        found.append({"what": what, "target": wanted, "measured": value, "met": None if value is None else holds(value)})
+
+    def field(row: Row | None, name: str) -> float | None:
+        return row[name] if passed(row) else None
+
+    statistics, plain, step = (find(rows, name, **MAIN) for name in (STATISTICS, PLAIN, STEP))
+    label = "B=32, N=2880 + 128 text"
+    add(
+        f"decode_attention with statistics, {label}: share of copy bandwidth",
+        ">= 0.90",
+        field(statistics, "share_of_copy"),
+        lambda x: x >= 0.9,
+    )
+    for twin in ("dense FlashAttention*", "dense FlashInfer*", "dense torch SDPA"):
+        ratio = speed_up(statistics, find(rows, twin, **MAIN))
+        add(f"the same against {twin.rstrip('*')} without statistics", ">= 1.0x", ratio, lambda x: x >= 1.0)
+    cost = statistics["median_us"] / plain["median_us"] - 1 if passed(statistics) and passed(plain) else None
+    add(f"statistics on against off, {label}", "<= 0.03", cost, lambda x: x <= 0.03)
+    decision = find(rows, f"{OURS} decision*", **MAIN)
+    add(f"the decision on top of the attention, {label} (us)", "<= 10", field(decision, "median_us"), lambda x: x <= 10)
+    add(f"decode_step against FastV's eager step, {label}", ">= 10x", speed_up(step, find(rows, FASTV, **MAIN)), lambda x: x >= 10)
+    moved = find(rows, f"{OURS} compact_, 2880 -> 720")
+    add("compact_ of 29 layers, B=32, 2880 -> 720: share of copy bandwidth", ">= 0.80", field(moved, "share_of_copy"), lambda x: x >= 0.8)
+
+    captured, dense = f"{OURS} captured step, DyRate at 12.5 %*", f"{OURS} captured step, dense*"
+    large, small = {"model": "LLaVA-NeXT-7B", "B": 32}, {"model": "LLaVA-1.5-7B", "B": 1}
+    best = find(rows, captured, **large)
+    add("LLaVA-NeXT-7B, B=32, N=2880, 12.5 %: captured step over its floor", "<= 1.15x", field(best, "times_floor"), lambda x: x <= 1.15)
+    add("the same against the dense model, same capture", ">= 2.2x", speed_up(best, find(rows, dense, **large)), lambda x: x >= 2.2)
+    one = field(find(rows, captured, **small), "times_floor")
+    add("LLaVA-1.5-7B, B=1: captured step over its floor", "<= 1.15x", one, lambda x: x <= 1.15)
+    through = field(find(rows, f"{OURS} generate(), DyRate at 12.5 %*", **small), "times_floor")
+    add("LLaVA-1.5-7B, B=1: a token through generate() over the floor", "<= 1.4x", through, lambda x: x <= 1.4)
+    return found
+
+
+def speed_ups(rows: list[Row]) -> list[dict[str, Any]]:
+    """Our rows against the other rows of the same problem."""
+    pairs = [(PLAIN, "dense *"), (STATISTICS, "dense *"), (STEP, "dense *"), (STEP, "FastV*")]
+    found = []
+    for row in rows:
+        for ours, other in pairs:
+            if row["name"] != ours:
+                continue
+            for twin in rows:
+                same = all(row.get(key) == twin.get(key) for key in ("B", "N", "heads", "dtype", "group"))
+                ratio = speed_up(row, twin) if same and twin["name"].startswith(other[:-1]) else None
+                if ratio is not None:
+                    found.append(
+                        {"B": row["B"], "N": row["N"], "heads": row["heads"], "row": ours, "against": twin["name"], "times": ratio}
+                    )
+    return found
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: list[str], lines: Iterable[Iterable[Any]]) -> str:
+    rendered = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rendered += ["| " + " | ".join(_number(cell).replace("|", "/") for cell in line) + " |" for line in lines]
+    return "\n".join(rendered)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    here, rows = report["environment"], report["rows"]
+    text = ["# dyrate_kernels on " + str(here["gpu"]), ""]
+    if not here["measurement"]:
+        text += [f"**{timing.REHEARSAL}. No number below says anything about speed.**", ""]
+    text += [_table(["what", "value"], ((key, value) for key, value in here.items() if key != "backends")), ""]
+    text += [_table(["backend", "state"], here["backends"].items()), "", "## Parts", ""]
+    text += [_table(["part", "status", "seconds", "budget", "log"], ([p[k] for k in PART] for p in report["parts"])), ""]
+    text += ["## Targets (design.md, section 10)", ""]
+    verdict = {True: "met", False: "MISSED", None: "not measured"}
+    text += [
+        _table(["what", "target", "measured", ""], ([t["what"], t["target"], t["measured"], verdict[t["met"]]] for t in report["targets"]))
+    ]
+    text += ["", "## Speed-ups", "", "Both results passed their comparison with the float64 reference in this run.", ""]
+    text += [_table(["B", "N", "heads", "row", "against", "times as fast"], (s.values() for s in report["speed_ups"])), ""]
+    head = ["row", "B", "N", "heads", "dtype", "median us", "p20", "p80", "GB/s", "share of copy", "floor us", "x floor", "correct"]
+    keys = ["name", "B", "N", "heads", "dtype", "median_us", "p20_us", "p80_us", "GB_per_s", "share_of_copy", "floor_us", "times_floor"]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        text += [f"## Rows: {group}", ""]
+        lines = []
+        for row in (row for row in rows if row["group"] == group):
+            gate = row["correct"]
+            state = "" if gate is None else "yes" if gate["passed"] else "NO"
+            lines.append([*(row.get(key) for key in keys), row.get("note") or state])
+        text += [_table(head, lines), ""]
+    text += [f"Commit {here['commit']}. Floor: bytes that must move over the copy bandwidth measured in the same run.", ""]
+    return "\n".join(text)
+
+
+PART = ("part", "status", "seconds", "budget", "log")
+
+
+def write(out: Path, parts: Path, row_files: list[Path]) -> None:
+    """``report.json`` and ``report.md``."""
+    lines = parts.read_text(encoding="utf-8").splitlines() if parts.is_file() else []
+    rows: list[Row] = []
+    for path in row_files:
+        if path.is_file():
+            rows += json.loads(path.read_text(encoding="utf-8"))
+    report = {
+        "environment": timing.environment() | {"backends": dk.backends()},
+        "parts": [dict(zip(PART, line.split("\t"), strict=True)) for line in lines],
+        "targets": targets(rows),
+        "speed_ups": speed_ups(rows),
+        "rows": rows,
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (out / "report.md").write_text(markdown(report), encoding="utf-8")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("environment").add_argument("--toy", action="store_true")
+    writing = commands.add_parser("write")
+    writing.add_argument("out", type=Path)
+    writing.add_argument("--parts", type=Path, required=True)
+    writing.add_argument("--rows", type=Path, nargs="*", default=[])
+    given = parser.parse_args()
+    if given.command == "write":
+        write(given.out, given.parts, given.rows)
+        return
+    here, backends = timing.environment(), dk.backends()
+    for key, value in {**here, "backends": backends}.items():
+        print(f"{key}: {value}")
+    if backends["triton"] != "available":
+        raise SystemExit(f"the Triton kernels cannot run: {backends['triton']}")
+    if not given.toy and not here["measurement"]:
+        raise SystemExit(
+            "no measurement can be made here: no CUDA device, or TRITON_INTERPRET is set. bench/gpu.sh OUT_DIR --toy rehearses"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Launch settings by measurement: writes ``triton_kernels/devices/<device name>.json``, which the launcher reads from then on.
+
+    python -m bench.tune [--out FILE] [--seconds 600] [--toy]
+
+For each kind of problem (``plan.problem``) one setting after the other is varied from the heuristic, and kept where the geometric mean of
+the times over its shapes falls by more than the noise. A setting whose result is not that of the float64 reference, or that does not
+compile, is left out. ``decision`` is chosen by the time of the whole ``decode_step``. ``--toy`` goes through it all at a tiny size in
+Triton's interpreter and writes only where ``--out`` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dyrate_kernels as dk
+from bench import operators, timing
+from bench.operators import Data, Shape
+from dyrate_kernels import ops
+
+NOISE = 0.005  # a smaller gain is none
+CHOICES: dict[str, tuple[Any, ...]] = {  # in the order in which they are tried
+    "block_n": (16, 32, 64, 128),
+    "num_warps": (4, 2, 8),
+    "programs_per_sm": (8, 4, 16, 2),
+    "num_stages": (3, 2, 4),
+    "min_blocks": (2, 1, 4, 8),
+    "decision": ("same_launch", "second_launch"),
+}
+TOY_CHOICES = {"block_n": (16, 32), "decision": ("same_launch", "second_launch")}
+
+
+def kinds(toy: bool) -> Iterator[tuple[list[Shape], bool]]:
+    """(shapes that share one setting, with statistics)."""
+    if toy:
+        yield [Shape("mha", 1, 24, 8, 2, 2, 16, torch.float32)], True
+        return
+    for heads, kv_heads in ((32, 32), (28, 4)):
+        found = [Shape("", b, n, 128, heads, kv_heads, 128, torch.bfloat16) for b, n in ((32, 2880), (8, 2880), (1, 2880), (1, 576))]
+        yield found, True
+        yield found, False
+
+
+class Problem:
+    """The shapes of one kind, their inputs and references, made once.
+
+    Args:
+        statistics: time ``decode_step``, else ``decode_attention`` without statistics, over all rows and over a kept list.
+    """
+
+    def __init__(self, shapes: list[Shape], statistics: bool, device: torch.device) -> None:
+        self.statistics = statistics
+        self.cases: list[tuple[Shape, list[Callable[[], Any]], Callable[[Any], bool]]] = []
+        for shape in shapes:
+            data = Data(shape, "triton", device)
+            if statistics:
+                calls = data.ours(ops.decode_step, text_type=data.text_type, **data.linear)
+                self.cases.append((shape, calls, self._gate(shape, *data.reference(), decides=True)))
+            else:
+                some = {"kept": data.kept, "n_kept": data.n_kept}
+                self.cases.append((shape, data.ours(ops.decode_attention), self._gate(shape, *data.reference())))
+                self.cases.append((shape, data.ours(ops.decode_attention, **some), self._gate(shape, *data.reference(**some))))
+
+    @staticmethod
+    def _gate(shape: Shape, picked: list[int], want: Any, decides: bool = False) -> Callable[[Any], bool]:
+        def holds(got: Any) -> bool:
+            passed = operators.gate(shape, picked, want, got)
+            return (operators.kept_gate(shape, passed, got) if decides else passed)["passed"]
+
+        return holds
+
+    def seconds(self, chosen: Any, budget: float) -> float | None:
+        """Geometric mean of the times over the cases; None where a result is wrong or a kernel cannot be built."""
+        from dyrate_kernels.triton_kernels import plan
+
+        plan.override(chosen)
+        logs = []
+        try:
+            for shape, calls, holds in self.cases:
+                if not holds(calls[0]()):
+                    print(f"  {chosen}: wrong result at B={shape.batch} N={shape.visual}")
+                    return None
+                logs.append(math.log(timing.time_captured(calls, budget=budget).median))
+        except Exception as error:  # too much shared memory, too many registers
+            print(f"  {chosen}: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}")
+            return None
+        finally:
+            plan.override(None)
+        return math.exp(sum(logs) / len(logs))
+
+
+def tune(problem: Problem, start: Any, choices: dict[str, tuple[Any, ...]], deadline: float, budget: float) -> tuple[Any, float | None]:
+    """(best settings, their seconds)."""
+    best, fastest = start, problem.seconds(start, budget)
+    if fastest is None:
+        return start, None
+    print(f"  {start}: {1e6 * fastest:.2f} us", flush=True)
+    for name, values in choices.items():
+        if name == "decision" and not problem.statistics:
+            continue
+        for value in values:
+            if time.monotonic() > deadline:
+                print("  the time is over")
+                return best, fastest
+            candidate = dataclasses.replace(best, **{name: value})
+            if value == getattr(best, name):
+                continue
+            seconds = problem.seconds(candidate, budget)
+            if seconds is not None:
+                better = seconds < fastest * (1 - NOISE)
+                print(f"  {name}={value}: {1e6 * seconds:.2f} us{' *' if better else ''}", flush=True)
+                if better:
+                    best, fastest = candidate, seconds
+    return best, fastest
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--toy", action="store_true")
+    given = parser.parse_args()
+    state = dk.backends()["triton"]
+    if state != "available":
+        raise SystemExit(f"the Triton kernels cannot run: {state}")
+    here = timing.environment()
+    if not here["measurement"] and not given.toy:
+        raise SystemExit("nothing can be measured here: no CUDA device, or TRITON_INTERPRET is set; --toy rehearses")
+    from dyrate_kernels.triton_kernels import plan
+
+    device = timing.device()
+    name = here["gpu"] if device.type == "cuda" else plan.INTERPRETED
+    every = list(kinds(given.toy))
+    share = given.seconds / len(every)
+    chosen, gains = {}, {}
+    with torch.no_grad():
+        for shapes, statistics in every:
+            first = shapes[0]
+            group, size = first.heads // first.kv_heads, first.dtype.itemsize
+            key = plan.problem(group, first.dim, size, statistics)
+            print(f"{key}:", flush=True)
+            deadline = time.monotonic() + share
+            problem = Problem(shapes, statistics, device)
+            usual = plan.heuristic(group, first.dim, size)
+            best, seconds = tune(problem, usual, TOY_CHOICES if given.toy else CHOICES, deadline, 0.1)
+            if seconds is None:
+                print("  the heuristic itself does not run: nothing is written for this kind")
+                continue
+            chosen[key] = best
+            before = problem.seconds(usual, 0.3)
+            after = problem.seconds(best, 0.3)
+            gains[key] = {"heuristic_us": before and 1e6 * before, "chosen_us": after and 1e6 * after}
+            print(f"  chosen: {best}, {gains[key]}", flush=True)
+            del problem
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    facts = {key: here[key] for key in ("torch", "triton", "commit", "driver", "measurement")}
+    text = plan.to_json(name, chosen, made_by="python -m bench.tune", times=gains, **facts)
+    path = given.out or (None if given.toy else plan.DEVICES / plan.file_name(name))
+    if path is None:
+        print(text)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

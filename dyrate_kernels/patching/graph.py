@@ -1,0 +1,483 @@
+"""``patch(model, cuda_graph=True)``: one decode step is captured as a CUDA graph and replayed for the steps that follow.
+
+A decode step reads nothing on the host and depends on no host number that changes from step to step (design.md, section 6), so a capture of
+it stays valid while lengths, rates and kept sets change. What a capture does bake in is compared before every replay: the addresses of the
+cache's, the record's and the policy's tensors, capacities, the batch, which sliding windows are full. Where one of them changed (a text
+region that grew, a window that was reached) the step is captured anew.
+
+The life of a graph is one ``generate()`` call: its first decode step runs eagerly on the capture stream (it compiles kernels and allocates
+workspaces), the second is captured and replayed at once, all others are replayed. A capture costs the host about what an eager step costs,
+plus the instantiation, so it pays from a few tokens on. The memory of a graph (the intermediate results of one step) is its own and is
+given back with it: a pool shared between graphs would let a replay of one overwrite the kept list that another left behind.
+
+Every other pass (prompts, chunks, drafts, steps outside of ``generate()``, ``output_hidden_states``, assisted decoding) runs as it would
+without this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from dyrate_kernels.patching.session import Session
+
+if TYPE_CHECKING:
+    from dyrate_kernels.patching.api import Handle
+
+logger = logging.getLogger(__name__)
+
+_CACHE = object()  # stands for the cache in the outline of a step's output
+_NOT_IN_A_STEP = ("labels", "mm_encoder_outputs")  # arguments that make a pass something else than a plain step, as does any pixel_values*
+_IGNORED = ("past_key_values", "attention_mask")  # the cache knows its rows: a decode step reads no mask
+_MOST_WARM_UPS = 3  # in a row: then every step changes what a capture must find unchanged
+_REPLACED = "a step replaces tensors that the next step reads (a policy writes its state in place, tensor.copy_(..))"
+_QUIET_HOOKS = ("dyrate_kernels.", "transformers.")  # modules whose hooks a replay may leave out: they act in other passes only
+
+
+class CannotCapture(RuntimeError):
+    """Why a step cannot be captured, in words for the user."""
+
+
+class Recorder(Protocol):
+    """What turns a step into something that can be replayed. One seam, so that tests can record without a GPU."""
+
+    def warm_up(self) -> AbstractContextManager[Any]:
+        """Where the steps before a capture run."""
+
+    def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Calls ``step`` once without any effect on a device. Returns what makes the effect, and what the step returned."""
+
+
+class CudaRecorder:
+    """``torch.cuda.CUDAGraph`` on a side stream.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = _side_stream(device)
+
+    @contextlib.contextmanager
+    def warm_up(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            current.wait_stream(self.stream)
+
+    def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        # not torch.cuda.graph(): it empties the allocator's cache first, which the next prompt would have to fill again
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(capture_error_mode="thread_local")  # another thread, which reads a streamer, may use the GPU meanwhile
+            try:
+                result = step()
+            except BaseException:
+                with contextlib.suppress(Exception):  # the end of a broken capture fails too, and says less
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return graph.replay, result
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: the kernels keep a workspace for every stream."""
+    return torch.cuda.Stream(device)
+
+
+def recorder_for(device: torch.device) -> Recorder:
+    """The recorder for a model on ``device``.
+
+    Raises:
+        CannotCapture: it is no CUDA device.
+    """
+    if device.type != "cuda":
+        raise CannotCapture(f"the model is on the device {str(device)!r}, and CUDA graphs need a CUDA device")
+    return CudaRecorder(device)
+
+
+@dataclass
+class _Inputs:
+    """The arguments of a step: tensors, whose content may change, and the rest, which a capture bakes in."""
+
+    tensors: dict[str, Tensor]
+    constants: dict[str, Any]
+
+    @property
+    def key(self) -> tuple:
+        """What must be equal for a capture to serve."""
+        shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in self.tensors.items())
+        return shapes, tuple(self.constants.items())
+
+
+@dataclass
+class _Captured:
+    """A captured step.
+
+    Attributes:
+        key: of the state it was captured in.
+        replay: runs it.
+        output: its result: tensors at fixed addresses, ``_CACHE`` for the cache.
+        make: builds the result that the model's ``forward`` gives.
+        read: (owner, attribute, address) of what it reads and eager code may have replaced.
+        written: (owner, attribute, tensor) of what it makes: the step replaces these attributes.
+    """
+
+    key: tuple
+    replay: Callable[[], None]
+    output: dict[Any, Any]
+    make: Callable[[dict[Any, Any]], Any]
+    read: list[tuple[Any, str, int | None]]
+    written: list[tuple[Any, str, Tensor | None]]
+
+    def serves(self, key: tuple) -> bool:
+        """The state is the one it was captured in."""
+        return self.key == key and all(_address(getattr(owner, name)) == address for owner, name, address in self.read)
+
+    def result(self, cache: Any) -> Any:
+        """A copy of the output: the next replay overwrites the original, and generate() or the user may hold on to this."""
+        return self.make(
+            {
+                name: cache if value is _CACHE else value.clone() if isinstance(value, Tensor) else value
+                for name, value in self.output.items()
+            }
+        )
+
+
+@dataclass
+class _Run:
+    """What belongs to one ``generate()``. ``recorder`` None: it runs eagerly."""
+
+    session: Session
+    recorder: Recorder | None
+    warmed: tuple | None = None  # key of the last warm-up step
+    warm_ups: int = 0  # since the last capture
+    captured: _Captured | None = None
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # arguments of the step, at fixed addresses
+
+
+class StepGraph:
+    """Stands in for the ``forward`` of one patched model.
+
+    Args:
+        handle: of the patched model.
+
+    Attributes:
+        captures, replays: how many steps were captured (each is also replayed once) and how many replayed in all.
+        off: why this handle captures nothing any more; None while it may.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        self.captures = self.replays = 0
+        self.off: str | None = None
+        self._told: set[str] = set()
+        self._run: _Run | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_run": None}  # a deep copy of the model makes graphs of its own
+
+    def __repr__(self) -> str:
+        return f"StepGraph(captures={self.captures}, replays={self.replays}, off={self.off!r})"
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # transformers looks up which arguments forward takes
+        return inspect.signature(self._forward)
+
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        model = self.handle.model
+        return type(model).forward.__get__(model)
+
+    def install(self) -> None:
+        """Takes the place of the instance's ``forward``."""
+        attributes = vars(self.handle.model)
+        if "forward" in attributes:
+            self.off = "the forward of this model instance was replaced before dyrate_kernels.patch() (accelerate's hooks do that)"
+            self._tell(self.off)
+            return
+        attributes["forward"] = self
+
+    def remove(self) -> None:
+        """Gives ``forward`` back, also where accelerate has wrapped it meanwhile."""
+        attributes = vars(self.handle.model)
+        self._run = None
+        if attributes.get("forward") is self:
+            del attributes["forward"]
+        if attributes.get("_old_forward") is self:
+            attributes["_old_forward"] = self._forward
+
+    @contextlib.contextmanager
+    def generation(self) -> Iterator[None]:
+        """Around one ``generate()``: its graph ends with it."""
+        outer, self._run = self._run, None
+        try:
+            yield
+        finally:
+            self._run = outer
+
+    # ---- forward ----------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self._session_of_step(args, kwargs)
+        inputs = None if session is None else _split(kwargs)
+        if session is None or inputs is None:
+            return self._forward(*args, **kwargs)
+        run = self._run
+        if run is None or run.session is not session:
+            run = self._run = _Run(session, self._recorder())
+        if run.recorder is None:
+            return self._forward(**kwargs)
+        session.reserve_step()
+        key = (inputs.key, *_state(session))
+        if run.captured is not None:
+            if run.captured.serves(key):
+                return self._replay(run, run.captured, inputs)
+            run.captured = None
+        if run.warmed == key:
+            return self._capture(run, key, inputs, kwargs)
+        if run.warm_ups == _MOST_WARM_UPS:
+            self._give_up(run, CannotCapture(_REPLACED))
+            return self._forward(**kwargs)
+        run.warm_ups += 1
+        run.warmed, run.buffers = key, {name: value.clone() for name, value in inputs.tensors.items()}
+        with run.recorder.warm_up(), _whole_regions(session):
+            return self._step(run, inputs)
+
+    def _session_of_step(self, args: tuple, kwargs: dict) -> Session | None:
+        """The session if this is a plain decode step inside of ``generate()``. Reads nothing on a device."""
+        session = self.handle.session
+        if session is None or args or self.off is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        ids = kwargs.get("input_ids")
+        if kwargs.get("past_key_values") is not session.cache or not isinstance(ids, Tensor) or ids.dim() != 2:
+            return None
+        if ids.shape[0] != session.cache.batch_size or not session.is_decode(ids.shape[1]):
+            return None
+        return None if session.frozen or session.in_forward else session
+
+    def _step(self, run: _Run, inputs: _Inputs) -> Any:
+        """The model's own forward on the buffers."""
+        given = {**inputs.constants, **run.buffers, "past_key_values": run.session.cache}
+        if given.get("position_ids") is None:  # the model would count on the host
+            given["position_ids"] = run.session.column.long()[None]
+        return self._forward(**given)
+
+    def _replay(self, run: _Run, captured: _Captured, inputs: _Inputs) -> Any:
+        session = run.session
+        _fill(run.buffers, inputs)
+        session.in_forward = True  # should the replay raise, the rows are incomplete
+        captured.replay()
+        for owner, name, tensor in captured.written:
+            setattr(owner, name, tensor)
+        session.note_replay()
+        self.replays += 1
+        return captured.result(session.cache)
+
+    def _capture(self, run: _Run, key: tuple, inputs: _Inputs, kwargs: dict) -> Any:
+        session = run.session
+        assert run.recorder is not None
+        saved = _Bookkeeping(session)
+        before = [(owner, name, getattr(owner, name)) for owner, name in _replaceable(session)]
+        addresses = _addresses(session)
+        _fill(run.buffers, inputs)
+        try:
+            with _whole_regions(session):
+                replay, output = run.recorder.record(lambda: self._step(run, inputs))
+            items, make = _outline(output, session.cache)
+            if _addresses(session) != addresses:
+                raise CannotCapture(_REPLACED)
+        except Exception as error:
+            saved.restore()
+            self._give_up(run, error)
+            return self._forward(**kwargs)
+        except BaseException:
+            saved.restore()  # nothing happened on the device
+            raise
+        written = [(owner, name, getattr(owner, name)) for owner, name, old in before if getattr(owner, name) is not old]
+        made = {(id(owner), name) for owner, name, _ in written}
+        read = [(owner, name, _address(old)) for owner, name, old in before if (id(owner), name) not in made]
+        captured = run.captured = _Captured(key, replay, items, make, read, written)
+        run.warm_ups = 0
+        self.captures += 1
+        session.in_forward = True
+        replay()  # so far nothing has run: the step that was captured takes place now
+        session.in_forward = False
+        self.replays += 1
+        return captured.result(session.cache)
+
+    # ---- where it does not go ---------------------------------------------------------------------------------------------------
+
+    def _recorder(self) -> Recorder | None:
+        """The recorder for this generation; None, and a word to the user, where the model cannot be captured."""
+        try:
+            return self._checked_recorder()
+        except CannotCapture as reason:
+            self._tell(str(reason))
+            return None
+
+    def _checked_recorder(self) -> Recorder:
+        model = self.handle.model
+        for name, module in model.named_modules():
+            if hasattr(module, "_hf_hook"):
+                raise CannotCapture(f"accelerate's hooks are on the model ({name or type(model).__name__})")
+            if module is not model and _has_foreign_hook(module):
+                raise CannotCapture(f"{name} has a hook, which a replayed step would not call")
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) > 1:
+            raise CannotCapture(f"the model is spread over {len(devices)} devices ({', '.join(sorted(map(str, devices)))})")
+        device = devices.pop()
+        recorder = recorder_for(device)
+        if model.training:
+            raise CannotCapture("the model is in training mode; call model.eval()")
+        if torch.is_autocast_enabled(device.type):
+            raise CannotCapture("autocast is on, whose cache of cast weights a captured step cannot keep; load the model in half precision")
+        return recorder
+
+    def _give_up(self, run: _Run, error: Exception) -> None:
+        run.recorder = run.captured = None
+        what = str(error) if isinstance(error, CannotCapture) else f"{type(error).__name__}: {error}"
+        self.off = f"a decode step could not be captured: {what}"
+        logger.debug("capture failed", exc_info=error)
+        self._tell(self.off)
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(f"cuda_graph=True has no effect: {reason}. Decode steps run eagerly, with the same results.", stacklevel=2)
+
+
+class _Bookkeeping:
+    """The host's side of a session, to be put back when a capture breaks off."""
+
+    def __init__(self, session: Session) -> None:
+        owners = [session, session.cache, *session.cache.groups, session.record]
+        self.saved = [
+            (owner, {name: value.copy() if type(value) in (list, dict, set) else value for name, value in vars(owner).items()})
+            for owner in owners
+            if owner is not None
+        ]
+
+    def restore(self) -> None:
+        """Everything is as it was."""
+        for owner, values in self.saved:
+            vars(owner).clear()
+            vars(owner).update(values)
+
+
+@contextlib.contextmanager
+def _whole_regions(session: Session) -> Iterator[None]:
+    """No bound that changes from step to step reaches an operator: the text region is read up to its capacity."""
+    before = session.bounds_at_capacity
+    session.bounds_at_capacity = True
+    try:
+        yield
+    finally:
+        session.bounds_at_capacity = before
+
+
+def _split(kwargs: dict[str, Any]) -> _Inputs | None:
+    """The arguments of a plain step; None for a pass that asks for more."""
+    tensors: dict[str, Tensor] = {}
+    constants: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name in _IGNORED:
+            continue
+        if value is not None and (name in _NOT_IN_A_STEP or name.startswith("pixel_values")):
+            return None
+        if name in ("output_attentions", "output_hidden_states") and value:
+            return None
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif value is None or isinstance(value, bool | int | float | str):
+            constants[name] = value
+        else:
+            return None
+    return _Inputs(tensors, constants)
+
+
+def _fill(buffers: dict[str, Tensor], inputs: _Inputs) -> None:
+    for name, buffer in buffers.items():
+        buffer.copy_(inputs.tensors[name])
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _addresses(session: Session) -> tuple[int | None, ...]:
+    """Of every tensor that lasts from step to step and is written in place."""
+    cache = session.cache
+    tensors = [*cache.keys, *cache.values, cache.n_text, cache.text_type, cache.text_column, cache.token_column]
+    tensors += [session.step, session.column, *session.state.values()]
+    for group in cache.groups:
+        tensors += [group.n_visual, group.token, group.alive]
+    if session.record is not None:
+        tensors += session.record.tensors()
+    return tuple(map(_address, tensors))
+
+
+def _replaceable(session: Session) -> list[tuple[Any, str]]:
+    """(owner, attribute) of the tensors that a step reads, or makes anew where the policy decides in it."""
+    return [(group, name) for group in session.cache.groups[1:] for name in ("kept", "n_kept")] + [(session, "last_rate")]
+
+
+def _state(session: Session) -> tuple:
+    """What a capture bakes in, besides the arguments of the step."""
+    cache = session.cache
+    rows = tuple((group.capacity, group.bound) for group in cache.groups)
+    windows = tuple(sorted(window for window in session.windows if window <= cache.length))
+    return cache.batch_size, cache.text_capacity, rows, windows, tuple(session.state), _addresses(session)
+
+
+def _outline(output: Any, cache: Any) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any]]:
+    """The parts of what ``forward`` returned, and what puts such parts together again.
+
+    Raises:
+        CannotCapture: it holds more than tensors and the cache.
+    """
+    kind = type(output)
+    if isinstance(output, ModelOutput):
+        items: dict[Any, Any] = dict(output.items())
+
+        def make(parts: dict[Any, Any]) -> Any:
+            return kind(**parts)
+    elif kind is tuple:
+        items = dict(enumerate(output))
+
+        def make(parts: dict[Any, Any]) -> Any:
+            return tuple(parts.values())
+    else:
+        raise CannotCapture(f"the model returns a {kind.__name__}")
+    for name, value in items.items():
+        if value is cache:
+            items[name] = _CACHE
+        elif value is not None and not isinstance(value, Tensor):
+            raise CannotCapture(f"the model returns {name} as a {type(value).__name__} (is output_hidden_states set in its config?)")
+    return items, make
+
+
+def _has_foreign_hook(module: torch.nn.Module) -> bool:
+    """Someone else waits for this module's forward."""
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        home = getattr(hook, "__module__", None) or type(hook).__module__
+        if not home.startswith(_QUIET_HOOKS):
+            return True
+    return False

@@ -1,0 +1,79 @@
+"""What is asked of every kernel compiled ahead of time. Collected by ``test_ahead_of_time.py`` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+import triton
+
+from tests.ahead_of_time import compiler
+
+LEAST_SHARED = 99 * 1024  # bytes a program may use on sm_86, sm_89 and sm_120, the smallest of all
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    full = os.environ.get("DYRATE_AOT") == "full"
+    made, failed = compiler.compile_all(compiler.all_cases(full))
+    assert not failed, "\n".join(failed)
+    return made
+
+
+def describe(kernel):
+    return f"{kernel.kernel} in {kernel.case}"
+
+
+def test_every_kernel_is_compiled_for_every_architecture(kernels):
+    from dyrate_kernels.triton_kernels import decision, decode_attention, rows
+
+    modules = (decision, decode_attention, rows)
+    launched = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert len(launched) == 6
+    for architecture in compiler.ARCHITECTURES:
+        assert {k.kernel for k in kernels if k.case.architecture == architecture} == launched
+        for dtype in compiler.DTYPES:
+            for dim in compiler.HEAD_DIMS:
+                forms = {k.case.group for k in kernels if (k.case.architecture, k.case.dtype, k.case.dim) == (architecture, dtype, dim)}
+                assert {1, 4} <= forms
+    print(Counter(k.case.architecture for k in kernels), triton.__version__)
+
+
+def test_main_configurations_do_not_spill(kernels):
+    """Not a byte where a layer is only read. The score layer's kernel may set an address or two aside over its main loop (the compiler does
+    so to fit one more program on a multiprocessor), but touches them in no loop.
+    """
+    main = [k for k in kernels if k.case in compiler.main_cases(k.case.architecture)]
+    assert main
+    for kernel in main:
+        spilled = kernel.stack + kernel.local
+        decides = kernel.case.operator in ("statistics", "step", "step_count")
+        assert spilled <= (16 if decides else 0), f"{describe(kernel)}: {spilled} bytes"
+        assert not kernel.spills_in_loops, f"{describe(kernel)}: {kernel.spills_in_loops}"
+
+
+def test_main_loops_are_pipelined(kernels):
+    attention = [k for k in kernels if k.kernel == "decode_attention_kernel" and k.case in compiler.main_cases(k.case.architecture)]
+    assert attention
+    assert not [describe(k) for k in attention if k.async_copies == 0]
+
+
+def test_a_barrier_stands_before_every_release(kernels):
+    assert not [f"{describe(k)}: {k.unguarded}" for k in kernels if k.unguarded]
+
+
+def test_shared_memory_fits_the_smallest_device(kernels):
+    assert not [f"{describe(k)}: {k.shared}" for k in kernels if k.shared > LEAST_SHARED]
+
+
+def test_the_barrier_check_sees_a_missing_barrier():
+    ptx = "st.global.b32 [%rd1], %r1;\n{0}\natom.global.gpu.acq_rel.add.u32 %r2, [%rd2], 1;"
+    assert compiler.unguarded_atomics(ptx.format("bar.sync 0;")) == ()
+    assert len(compiler.unguarded_atomics(ptx.format("mov.u32 %r3, %r4;"))) == 1
+
+
+def test_the_spill_check_sees_a_loop():
+    sass = "STL [R1], R2 ;\n.L_x_1:\n{0}\n@P0 BRA `(.L_x_1) ;\nLDL R2, [R1] ;\n"
+    assert compiler.spills_in_loops(sass.format("FADD R1, R1, R2 ;")) == ()
+    assert compiler.spills_in_loops(sass.format("LDL R3, [R1+0x4] ;")) == ("LDL R3, [R1+0x4] ;",)

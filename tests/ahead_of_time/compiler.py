@@ -1,0 +1,274 @@
+"""Compiles what the Triton backend would launch, for any architecture, and reads the result."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from multiprocessing import Pool
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+DTYPES = ("bfloat16", "float16", "float32")
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator: ``plain | list | window | append | statistics | score_last_query | step | step_count`` are attention
+    launches, the
+    others name their operator.
+    """
+
+    operator: str
+    architecture: int
+    dtype: str = "bfloat16"
+    dim: int = 128
+    group: int = 1
+    tokens: int = 2880
+    second_launch: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of a case."""
+
+    case: Case
+    kernel: str
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    async_copies: int
+    spills_in_loops: tuple[str, ...]  # spill instructions between a label and a branch back to it
+    unguarded: tuple[str, ...]  # release atomics with no barrier between them and the stores before
+
+
+def _compile(launch: Any, tensors: Any, case: Case) -> Compiled:
+    """The kernel that ``launch.start`` would start with these tensors."""
+    from dyrate_kernels.triton_kernels.launch import OPTIONS
+
+    signature, constants, attributes = {}, {}, {}
+    arguments = [*tensors, *launch.rest]
+    parameters = launch.kernel.params
+    assert len(arguments) == len(parameters), "the launch does not fill the kernel's signature"
+    for number, (parameter, value) in enumerate(zip(parameters, arguments, strict=True)):
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(number,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+            attributes[(number,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(number,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+    return _read(case, launch.kernel.fn.__name__, compiled)
+
+
+def _read(case: Case, name: str, compiled: Any) -> Compiled:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([str(tools / "cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert numbers, usage
+        registers, stack, local = map(int, numbers.groups())
+        spills: tuple[str, ...] = ()
+        if stack or local:
+            spills = spills_in_loops(
+                subprocess.run([str(tools / "nvdisasm"), file.name], capture_output=True, text=True, check=True).stdout
+            )
+    ptx = compiled.asm["ptx"]
+    copies = len(re.findall(r"cp\.async\.c[ag]", ptx))
+    return Compiled(case, name, registers, stack, local, compiled.metadata.shared, copies, spills, unguarded_atomics(ptx))
+
+
+def spills_in_loops(sass: str) -> tuple[str, ...]:
+    """Loads and stores of spilled registers that lie between a label and a branch back to it."""
+    labels: dict[str, int] = {}
+    spilled: list[tuple[int, str]] = []
+    loops: list[tuple[int, int]] = []
+    for number, line in enumerate(sass.splitlines()):
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = number
+        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if branch and branch[1] in labels:
+            loops.append((labels[branch[1]], number))
+        if re.search(r"\b(STL|LDL)\b", line):
+            spilled.append((number, line.strip()))
+    # the last instruction of a kernel branches to itself; barriers and votes branch back a line or two
+    return tuple(text for number, text in spilled if any(first < number < last for first, last in loops))
+
+
+def unguarded_atomics(ptx: str) -> tuple[str, ...]:
+    """Release atomics that a store to global memory precedes with no barrier between."""
+    found, stored = [], False
+    for line in ptx.splitlines():
+        instruction = line.strip()
+        if "bar.sync" in instruction or "barrier.sync" in instruction:
+            stored = False
+        elif "st.global" in instruction:
+            stored = True
+        elif re.search(r"\batom\.[a-z.]*(acq_rel|release)|\batom\.(acq_rel|release)", instruction) and stored:
+            found.append(instruction)
+    return tuple(found)
+
+
+def compile_case(case: Case) -> list[Compiled]:
+    """Every kernel that the case launches."""
+    from dyrate_kernels.triton_kernels import backend, plan
+    from dyrate_kernels.triton_kernels.launch import Launch
+
+    found: list[Compiled] = []
+    start, facts = Launch.start, backend._device_facts
+    try:
+        Launch.start = lambda self, device, stream, tensors: found.append(_compile(self, tensors, case))
+        backend._device_facts = lambda device: ("a device that no file knows", 132)
+        if case.second_launch:
+            size = getattr(torch, case.dtype).itemsize
+            usual = plan.heuristic(case.group, case.dim, size)
+            plan.override(plan.Settings(usual.block_n, usual.num_warps, usual.num_stages, decision="second_launch"))
+        _call(backend, case)
+    finally:
+        Launch.start, backend._device_facts = start, facts
+        plan.override(None)
+    assert found, f"{case} launched nothing"
+    return found
+
+
+def _call(backend: Any, case: Case) -> None:
+    batch, kv_heads, text = 2, 8, 64
+    lengths = torch.zeros(batch, dtype=torch.int32)
+    if case.operator == "select_tokens":
+        score = torch.zeros(batch, case.tokens, dtype=getattr(torch, case.dtype))
+        backend.select_tokens(score, lengths, lengths, alive=torch.ones(batch, case.tokens, dtype=torch.bool))
+        return
+    if case.operator == "predict_rate":
+        backend.predict_rate(torch.zeros(batch, 32, 4), torch.zeros(5, 128), torch.zeros(batch, 5), torch.zeros(5, dtype=torch.float64))
+        return
+    dtype = getattr(torch, case.dtype)
+    # an odd number of rows, so that nothing is aligned by luck
+    key = torch.zeros(batch, kv_heads, case.tokens + text, case.dim, dtype=dtype)
+    if case.operator == "compact_":
+        backend.compact_([key, key.clone()], torch.zeros(batch, case.tokens, dtype=torch.int32), lengths, lengths)
+        return
+    if case.operator == "reorder_":
+        backend.reorder_([key, key.clone()], torch.zeros(batch, dtype=torch.int64))
+        return
+    heads = kv_heads * case.group
+    query = torch.zeros(batch, heads, case.dim, dtype=dtype)
+    common: dict[str, Any] = {"visual_capacity": case.tokens, "scale": 0.1}
+    types = torch.zeros(batch, text, dtype=torch.uint8)
+    new = {"new_key": key[:, :, 0], "new_value": key[:, :, 0]}
+    rows = (query, key, key.clone(), lengths, lengths)
+    if case.operator == "plain":
+        backend.decode_attention(*rows, **common)
+    elif case.operator == "append":
+        backend.decode_attention(*rows, **common, **new)
+    elif case.operator == "list":
+        backend.decode_attention(*rows, **common, **new, kept=torch.zeros(batch, case.tokens // 8, dtype=torch.int32), n_kept=lengths)
+    elif case.operator == "window":
+        position = torch.zeros(batch, key.shape[2], dtype=torch.int32)
+        backend.decode_attention(*rows, **common, **new, position=position, query_position=lengths, window=4096)
+    elif case.operator == "statistics":
+        backend.decode_attention(*rows, **common, text_type=types, mass=True, importance=True)
+    elif case.operator == "score_last_query":
+        backend.score_last_query(*rows, **common, text_type=types)
+    elif case.operator == "step":
+        predictor = {"weight": torch.zeros(5, heads * 4), "bias": torch.zeros(batch, 5), "rates": torch.zeros(5, dtype=torch.float64)}
+        backend.decode_step(*rows, **common, **new, text_type=types, **predictor)
+    elif case.operator == "step_count":
+        alive = torch.ones(batch, case.tokens, dtype=torch.bool)
+        backend.decode_step(*rows, **common, text_type=types, count=lengths, alive=alive, max_kept=lengths)
+    else:
+        raise ValueError(f"operator: unknown {case.operator!r}")
+
+
+def main_cases(architecture: int) -> list[Case]:
+    """The configurations that matter most: LLaVA-1.5-7B and its kin (G = 1), Qwen2-7B text models (G = 7), bfloat16."""
+    return [Case(operator, architecture, group=group) for operator in ("plain", "list", "statistics", "step") for group in (1, 7)] + [
+        Case("window", architecture),
+        Case("score_last_query", architecture),
+        Case("step_count", architecture),
+        Case("step", architecture, second_launch=True),
+        Case("select_tokens", architecture, "float32"),
+        Case("select_tokens", architecture, "float64", tokens=16384),
+        Case("predict_rate", architecture),
+        Case("compact_", architecture),
+        Case("reorder_", architecture),
+    ]
+
+
+def all_cases(full: bool) -> list[Case]:
+    """``full``: every dtype and head dim of both attention kernels for every architecture; else those of the plain one for all, and
+    those of
+    the score layer's for sm_90 in bfloat16.
+    """
+    cases = []
+    for architecture in ARCHITECTURES:
+        cases += main_cases(architecture)
+        for dtype in DTYPES:
+            for dim in HEAD_DIMS:
+                for group in (1, 4):
+                    cases.append(Case("append", architecture, dtype, dim, group))
+                    if full or (architecture, dtype) == (90, "bfloat16"):
+                        cases.append(Case("step", architecture, dtype, dim, group))
+    return cases
+
+
+def _worker(case: Case) -> list[Compiled] | str:
+    torch.set_num_threads(1)
+    try:
+        return compile_case(case)
+    except Exception as error:
+        return f"{case}: {type(error).__name__}: {str(error)[-1500:]}"
+
+
+def compile_all(cases: list[Case], processes: int = 2) -> tuple[list[Compiled], list[str]]:
+    """(what was compiled, what failed)."""
+    with Pool(processes) as pool:
+        results = pool.map(_worker, cases, chunksize=4)
+    return [kernel for r in results if not isinstance(r, str) for kernel in r], [r for r in results if isinstance(r, str)]
+
+
+@functools.cache
+def version() -> str:
+    return triton.__version__
+
+
+if __name__ == "__main__":
+    made, failed = compile_all([case for architecture in (80, 90, 120) for case in main_cases(architecture)])
+    print(f"triton {version()}")
+    for kernel in made:
+        c = kernel.case
+        print(
+            f"sm_{c.architecture} {kernel.kernel:24} {c.operator:16} G={c.group} {c.dtype} D={c.dim} N={c.tokens}: "
+            f"{kernel.registers} registers, "
+            f"{kernel.stack + kernel.local} bytes spilled, {kernel.shared} bytes shared, {kernel.async_copies} asynchronous copies"
+        )
+    print("\n".join(failed))

@@ -1,0 +1,195 @@
+"""decode_attention and score_last_query in Triton against float64 loops (tests/ops/spec.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dyrate_kernels import ops
+from tests.interpreter import harness
+from tests.ops import spec
+
+SHAPES = [
+    # batch, heads, kv_heads, dim, visual capacity, text capacity, visual lengths, text lengths
+    (1, 1, 1, 1, 1, 1, [1], [1]),
+    (3, 2, 2, 16, 24, 9, [24, 7, 0], [9, 1, 5]),  # G = 1, unequal rows, no visual token
+    (2, 4, 2, 20, 37, 6, [33, 1], [3, 6]),  # G = 2, odd head dim
+    (2, 7, 1, 5, 40, 3, [0, 39], [1, 0]),  # G = 7
+    (2, 8, 1, 12, 6, 30, [3, 6], [30, 12]),  # G = 8
+    (1, 8, 2, 32, 70, 40, [65], [33]),  # G = 4
+    (3, 2, 2, 4, 5, 4, [0, 5, 0], [0, 0, 3]),  # nothing to read at all
+    (2, 2, 1, 4, 0, 5, [0, 0], [5, 2]),  # no visual region
+]
+
+
+def problem(case, dtype, **options):
+    arguments = spec.problem(*case, dtype=dtype, **options)
+    return {name: value for name, value in arguments.items() if name not in ("position", "query_position")}, arguments
+
+
+def check(arguments, dtype, window=None, **lists):
+    got = harness.run("decode_attention", **arguments, window=window, mass=True, importance=True, **lists)
+    want = spec.attention(**arguments, window=window, **lists)
+    tolerance = harness.TOLERANCE[dtype]
+    for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=True):
+        harness.close(value, expected, tolerance if what == "output" else min(tolerance, 1e-5), what)
+    return got
+
+
+@pytest.mark.parametrize(
+    "dtype, chosen",
+    [
+        (torch.float32, harness.SMALL),
+        (torch.float32, harness.ONE_SPLIT),
+        (torch.float32, harness.TWO_LAUNCHES),
+        (torch.float16, harness.SMALL),
+    ],
+    ids=["float32, splits", "float32, one split", "float32, two launches", "float16, splits"],
+)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_statistics(case, dtype, chosen):
+    arguments, _ = problem(case, dtype)
+    with harness.settings(chosen):
+        check(arguments, dtype)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("case", SHAPES[1:7], ids=str)
+def test_kept_list(case, share):
+    counts = [int(n * share) for n in case[6]]
+    kept, n_kept = spec.lists(case[6], counts, max(counts))
+    arguments, _ = problem(case, torch.float32)
+    for b, n in enumerate(case[6]):  # rows that are not listed hold NaN
+        others = sorted({*range(n)} - {*kept[b, : counts[b]].tolist()})
+        arguments["key"][b, :, others] = arguments["value"][b, :, others] = float("nan")
+    with harness.settings():
+        check(arguments, torch.float32, kept=kept, n_kept=n_kept)
+
+
+@pytest.mark.parametrize("with_list", [False, True], ids=["all", "list"])
+@pytest.mark.parametrize("window", [1, 20])
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[2], SHAPES[5]], ids=str)
+def test_sliding_window(case, window, with_list):
+    _, arguments = problem(case, torch.float32)
+    lists = {}
+    if with_list:
+        counts = [n // 2 for n in case[6]]
+        lists = dict(zip(("kept", "n_kept"), spec.lists(case[6], counts, max(counts)), strict=True))
+    with harness.settings():
+        check(arguments, torch.float32, window=window, **lists)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "all -inf", "nan value"])
+def test_special_logits(kind, group):
+    arguments, _ = problem((2, 2 * group, 2, 4, 20, 5, [20, 9], [5, 3]), torch.float32)
+    arguments["query"].abs_()
+    number = {"nan": float("nan"), "inf": float("inf")}.get(kind, -float("inf"))
+    if kind == "nan value":
+        arguments["value"][0, 0, 3] = float("nan")
+    elif kind == "all -inf":
+        arguments["key"][0, 0] = number
+    else:
+        arguments["key"][0, 0, 3] = number
+        arguments["key"][1, 1, 22] = number
+    with harness.settings():
+        got = harness.run("decode_attention", **arguments, mass=True, importance=True)
+    # the loops take the lowest number where softmax sees only -inf; torch is the judge here
+    want = ops.decode_attention(**arguments, mass=True, importance=True, backend="reference")
+    for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=True):
+        harness.close(value, expected, 3e-6, what)
+    assert got.output.isnan().any() == (kind != "-inf")
+
+
+def test_large_and_small_logits():
+    arguments, _ = problem((2, 4, 4, 8, 33, 7, [33, 20], [7, 1]), torch.float32)
+    for factor in (1e-30, 1e3, 1e15):
+        scaled = arguments | {"scale": factor}
+        with harness.settings():
+            got = harness.run("decode_attention", **scaled, mass=True, importance=True)
+        want = ops.decode_attention(**scaled, mass=True, importance=True, backend="reference")
+        for value, expected in zip(got, want, strict=True):
+            harness.close(value, expected, 1e-4, f"scale {factor}")
+
+
+@pytest.mark.parametrize("mass, importance", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[2]], ids=str)
+def test_each_statistic_alone(case, mass, importance):
+    arguments, _ = problem(case, torch.float32)
+    if not mass:
+        del arguments["text_type"]
+    with harness.settings():
+        got = harness.run("decode_attention", **arguments, mass=mass, importance=importance)
+    want = ops.decode_attention(**arguments, mass=mass, importance=importance, backend="reference")
+    assert (got.mass is None, got.importance is None) == (not mass, not importance)
+    for value, expected in zip(got, want, strict=True):
+        if value is not None:
+            harness.close(value, expected, 3e-6, "result")
+
+
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[3], SHAPES[5], SHAPES[6]], ids=str)
+def test_score_last_query(case):
+    arguments, _ = problem(case, torch.float32)
+    with harness.settings():
+        got = harness.run("score_last_query", **arguments)
+    _, *want = spec.attention(**arguments)
+    for value, expected in zip(got, want, strict=True):
+        harness.close(value, expected, 3e-6, "statistic")
+
+
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[2], SHAPES[6]], ids=str)
+def test_new_row(case):
+    arguments, _ = problem(case, torch.float32)
+    n_text = arguments["n_text"]
+    batch, _, kv_heads, dim = case[:4]
+    new = {name: torch.randn(batch, kv_heads, dim) for name in ("new_key", "new_value")}
+    want = {name: arguments[name].clone() for name in ("key", "value")}
+    for b in range(batch):
+        if n_text[b] > 0:
+            for name in want:
+                want[name][b, :, case[4] + int(n_text[b]) - 1] = new[f"new_{name}"][b]
+    with harness.settings():
+        got = harness.run("decode_attention", **arguments, mass=True, importance=True, **new)
+    for name, rows in want.items():
+        assert harness.same(arguments[name], rows), f"{name}: other rows than the newest were changed"
+    for value, expected in zip(got, spec.attention(**arguments), strict=True):
+        harness.close(value, expected, 3e-6, "result")
+
+
+def test_strides():
+    """Heads before rows, rows before heads, slices of wider tensors."""
+    case = (2, 4, 2, 8, 20, 9, [20, 11], [9, 4])
+    arguments, _ = problem(case, torch.float32)
+    moved = dict(arguments)
+    for name in ("key", "value"):
+        wide = torch.full((2, 29, 3, 11), float("nan"))
+        wide[:, :, :2, :8] = arguments[name].transpose(1, 2)
+        moved[name] = wide[:, :, :2, :8].transpose(1, 2)
+    moved["query"] = torch.stack([arguments["query"], torch.full_like(arguments["query"], float("nan"))], 2)[:, :, 0]
+    moved["text_type"] = torch.cat([arguments["text_type"], arguments["text_type"]], 1)[:, :9]
+    with harness.settings():
+        straight = harness.run("decode_attention", **arguments, mass=True, importance=True)
+        other = harness.run("decode_attention", **moved, mass=True, importance=True)
+    for a, b in zip(straight, other, strict=True):
+        assert harness.same(a, b)
+
+
+def test_rows_of_a_batch_do_not_meet():
+    case = SHAPES[1]
+    arguments, _ = problem(case, torch.float32)
+    with harness.settings(harness.ONE_SPLIT):
+        together = harness.run("decode_attention", **arguments, mass=True, importance=True)
+        for b in range(case[0]):
+            one = {k: v[b : b + 1] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+            alone = harness.run("decode_attention", **one, mass=True, importance=True)
+            for a, t in zip(alone, together, strict=True):
+                assert harness.same(a[0], t[b])
+
+
+def test_lengths_may_change_under_a_fixed_launch():
+    """The same capacities serve every length: what a captured graph relies on."""
+    case = (2, 2, 2, 8, 70, 40, [70, 3], [40, 1])
+    for lengths in (([70, 3], [40, 1]), ([0, 70], [1, 40]), ([17, 16], [0, 16])):
+        arguments, _ = problem((*case[:6], *lengths), torch.float32)
+        with harness.settings():
+            check(arguments, torch.float32)

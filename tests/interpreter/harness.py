@@ -1,0 +1,76 @@
+"""What every case file shares: poisoned memory, small launch settings, counters and rows checked after each call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyrate_kernels import ops
+from dyrate_kernels.triton_kernels import plan, workspace
+
+# several splits and several blocks already for a few dozen rows
+SMALL = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8)
+TWO_LAUNCHES = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8, decision="second_launch")
+ONE_SPLIT = plan.Settings(block_n=32, min_blocks=64)
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
+
+np.seterr(all="ignore")  # NaN and infinity are part of the cases
+
+
+@contextlib.contextmanager
+def settings(chosen: plan.Settings = SMALL) -> Iterator[None]:
+    """Launch settings for the calls inside; new tensors are filled with NaN (the largest integer), not with what lay there."""
+    plan.override(chosen)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        plan.override(None)
+
+
+def _scratch() -> list[tuple[str, Tensor]]:
+    return [item for space in workspace._workspaces.values() for item in space.buffers().items()]
+
+
+def run(name: str, *args: Any, **kwargs: Any) -> Any:
+    """``ops.<name>`` with the Triton backend, twice, with poisoned scratch memory: both results must agree bit for bit, the counters must
+    be back at zero, and no argument may have changed (but for those of an in-place operator).
+    """
+    results = []
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    before = [t.clone() for t in tensors]
+    for _ in range(2):
+        for buffer, content in _scratch():
+            if buffer != "counters":
+                content.fill_(float("nan"))
+        results.append(getattr(ops, name)(*args, **kwargs, backend="triton"))
+        for buffer, content in _scratch():
+            if buffer == "counters":
+                assert not content.any(), "a counter was left above zero"
+    if kwargs.get("new_key") is None:
+        for tensor, old in zip(tensors, before, strict=True):
+            assert same(tensor, old), "an argument was changed"
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or same(a, b), "two runs differ"
+    return results[1]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def close(got: Tensor, want: Any, tolerance: float, what: str) -> None:
+    """NaN in the same places, everything else within ``tolerance``."""
+    want = torch.as_tensor(want, dtype=torch.float64)
+    assert got.shape == want.shape, f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
+    got = got.double()
+    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places"
+    error = (got - want).nan_to_num(0.0).abs().max().item() if got.numel() else 0.0
+    assert error <= tolerance, f"{what}: off by {error}"

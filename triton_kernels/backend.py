@@ -1,0 +1,387 @@
+"""The operators of ``dyrate_kernels.ops`` in Triton: the signatures of ``dyrate_kernels.ops.reference`` over the kernels of this folder.
+
+Arguments are taken as valid (``dyrate_kernels.ops`` checks them). Everything is launched on the current stream, allocates only its results,
+reads no device value on the host and can be captured in a graph. float64 inputs go to the reference: no kernel here accumulates in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from dyrate_kernels.ops import reference
+
+from . import interpreted, interpreter, plan, workspace
+from . import rows as moving
+from .decision import predict_rate_kernel, select_tokens_kernel
+from .decode_attention import decide_kernel, decode_attention_kernel
+from .launch import Launch, stream_of
+
+if interpreted():
+    interpreter.prepare()
+
+_launches: dict[Hashable, Launch] = {}  # prepared launches, by everything that they depend on but addresses
+
+
+@functools.cache
+def _device_facts(device: torch.device) -> tuple[str, int]:
+    """(name, multiprocessors)."""
+    if device.type != "cuda":
+        return plan.INTERPRETED, 4
+    facts = torch.cuda.get_device_properties(device)
+    return facts.name, facts.multi_processor_count
+
+
+def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if tensor is None else tensor.stride()
+
+
+def _form(tensor: Tensor | None) -> Hashable:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    """A ``[B]`` tensor that lies in memory as the kernels read it."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Everything about an attention call that its tensors' forms decide.
+
+    Attributes:
+        launch: of ``decode_attention_kernel``.
+        decide: of ``decide_kernel``, where the decision takes a launch of its own.
+        scratch: elements of each scratch buffer, by name; None where it is not used.
+    """
+
+    launch: Launch
+    decide: Launch | None
+    scratch: dict[str, int | None]
+
+
+_attentions: dict[Hashable, _Attention] = {}
+
+
+def _prepare_attention(
+    query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, text_type: Tensor | None, position: Tensor | None,
+    query_position: Tensor | None, new_key: Tensor | None, new_value: Tensor | None, visual_capacity: int, scale: float,
+    window: int | None, mass: bool, importance: bool, output: bool, decide: dict[str, Tensor | None] | None, bias: Tensor | None,
+) -> _Attention:  # fmt: skip
+    batch, heads, dim = query.shape
+    kv_heads, capacity, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    listed, has_window = kept is not None, window is not None
+    places = max(kept.shape[1] if kept is not None else visual_capacity, 1)
+    device_name, multiprocessors = _device_facts(query.device)
+    how = plan.attention(
+        device_name, multiprocessors, batch, kv_heads, heads // kv_heads, dim, value_dim, query.element_size(),
+        places + capacity - visual_capacity, importance, plan.overridden(),
+    )  # fmt: skip
+    second = importance and how.second_launch and not listed
+    decision = decide or {}
+    weight, score, alive, max_kept = (decision.get(name) for name in ("weight", "score", "alive", "max_kept"))
+    features, classes = heads * 4, 0 if weight is None else weight.shape[0]
+    choice = (*_strides(weight, 2), *_strides(bias, 2), *_strides(score, 2), *_strides(alive, 2))
+    wide = score is not None and score.dtype == torch.float64
+    flags = (weight is not None, score is not None, alive is not None, max_kept is not None, wide)
+    block_h, block_i = plan.importance(heads if second else kv_heads)
+    block_s, chunks = plan.select(visual_capacity, plan.SELECT_BLOCK if second else plan.SELECT_BLOCK_IN_ATTENTION)
+    blocks = (block_h, block_i, max(triton.next_power_of_2(features), 16), block_s, chunks)
+    rest = (
+        scale, window or 0, dim, value_dim, heads, visual_capacity, places, how.min_blocks, features, classes,
+        *query.stride(), *key.stride(), *value.stride(),
+        _strides(kept, 2)[0], _strides(text_type, 2)[0], _strides(position, 2)[0], _strides(query_position, 1)[0],
+        *_strides(new_key, 3)[:2], *_strides(new_value, 3)[:2], *choice,
+        heads // kv_heads, how.block_g, how.dot, how.block_n, how.block_d, how.block_v,
+        how.max_splits, min(how.max_splits, plan.SPLIT_TILE), how.num_stages,
+        output, mass, importance, listed, has_window, new_key is not None, importance and not second,
+        decide is not None and not second, *flags, *blocks,
+    )  # fmt: skip
+    launch = Launch(decode_attention_kernel, (how.max_splits, kv_heads, batch), rest, how.num_warps, how.num_stages)
+    deciding = None
+    if second:
+        rest = (heads, kv_heads + 1, visual_capacity, places, features, classes, *choice, decide is not None, *flags, *blocks)
+        deciding = Launch(decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, 8)
+    scratch = {
+        "part": batch * heads * how.max_splits * how.block_v if output else None,
+        "part_stat": batch * heads * how.max_splits * 8,
+        "head_stat": batch * heads * 2,
+        "counters": batch * (kv_heads + 1),
+        "logits": batch * heads * places if importance else None,
+    }
+    return _Attention(launch, deciding, scratch)
+
+
+def _run_attention(
+    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_capacity: int, scale: float,
+    kept: Tensor | None = None, n_kept: Tensor | None = None, text_type: Tensor | None = None, position: Tensor | None = None,
+    query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
+    output: bool = True, new_key: Tensor | None = None, new_value: Tensor | None = None,
+    decide: dict[str, Tensor | None] | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """One launch of ``decode_attention_kernel``, and of ``decide_kernel`` where the plan says so.
+
+    Returns:
+        (output, mass, importance, kept, n_kept, rate); None for what was not asked for.
+    """
+    device = query.device
+    batch, heads, _ = query.shape
+    result = query.new_empty(batch, heads, value.shape[-1]) if output else None
+    masses = torch.empty(batch, heads, 4, dtype=torch.float32, device=device) if mass else None
+    scores = torch.empty(batch, visual_capacity, dtype=torch.float32, device=device) if importance else None
+    chosen = chosen_count = rate = None
+    weight = bias = rates = count = score = alive = max_kept = None
+    choice: Hashable = None
+    if decide is not None:
+        chosen = torch.empty(batch, visual_capacity, dtype=torch.int32, device=device)
+        chosen_count = torch.empty(batch, dtype=torch.int32, device=device)
+        rate = torch.empty(batch, dtype=torch.float64, device=device)
+        weight, bias, score, alive = (decide[name] for name in ("weight", "bias", "score", "alive"))
+        rates, count, max_kept = (_vector(decide[name]) for name in ("rates", "count", "max_kept"))
+        if bias is not None and bias.dim() == 1:
+            bias = bias.expand(batch, -1)
+        if alive is not None:
+            alive = alive.view(torch.uint8)
+        choice = (_form(weight), _form(bias), _form(score), _form(alive), max_kept is None)
+    if batch == 0 or heads == 0:
+        return result, masses, scores, chosen, chosen_count, rate
+    if kept is not None and kept.shape[1] == 0:  # an empty list has no address
+        kept, n_kept = kept.new_zeros(batch, 1), torch.zeros_like(n_kept)
+
+    form = (
+        device, visual_capacity, scale, window, mass, importance, output, plan.overridden(), _form(query), _form(key), _form(value),
+        _form(kept), _form(text_type), _form(position), _form(query_position), _form(new_key), _form(new_value), choice,
+    )  # fmt: skip
+    known = _attentions.get(form)
+    if known is None:
+        known = _attentions[form] = _prepare_attention(
+            query, key, value, kept, text_type, position, query_position, new_key, new_value, visual_capacity, scale, window, mass,
+            importance, output, decide, bias,
+        )  # fmt: skip
+    stream = stream_of(device)
+    part, part_stat, head_stat, counters, logits = workspace.for_stream(device, stream).buffers_for(known.scratch)
+    n_visual, n_text = _vector(n_visual), _vector(n_text)
+    known.launch.start(
+        device, stream,
+        (
+            query, key, value, result, n_visual, n_text, kept, _vector(n_kept), text_type, position, query_position, new_key, new_value,
+            part, part_stat, head_stat, counters, logits, masses, scores,
+            weight, bias, rates, count, score, alive, max_kept, chosen, chosen_count, rate,
+        ),
+    )  # fmt: skip
+    if known.decide is not None:
+        known.decide.start(
+            device, stream,
+            (
+                n_visual, head_stat, counters, logits, masses, scores,
+                weight, bias, rates, count, score, alive, max_kept, chosen, chosen_count, rate,
+            ),
+        )  # fmt: skip
+    return result, masses, scores, chosen, chosen_count, rate
+
+
+def _start(kernel: Any, device: torch.device, grid: tuple[int, int, int], rest: tuple, warps: int, tensors: tuple, *forms: Any) -> None:
+    """Starts a kernel whose arguments after the pointers, and ``forms`` (dtypes), say all that a prepared launch depends on."""
+    key = (kernel, device, grid, rest, *forms)
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _launches[key] = Launch(kernel, grid, rest, warps)
+    launch.start(device, stream_of(device), tensors)
+
+
+def _last_contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_capacity: int, scale: float,
+    kept: Tensor | None = None, n_kept: Tensor | None = None, text_type: Tensor | None = None, position: Tensor | None = None,
+    query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
+    visual_bound: int | None = None, text_bound: int | None = None, clean: bool = False,
+    new_key: Tensor | None = None, new_value: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """See ``dyrate_kernels.ops.decode_attention``. The bounds and ``clean`` are not needed: lengths are read on the device."""
+    if query.dtype == torch.float64:
+        return reference.decode_attention(
+            query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=kept, n_kept=n_kept,
+            text_type=text_type, position=position, query_position=query_position, window=window, mass=mass, importance=importance,
+            visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
+        )  # fmt: skip
+    return _run_attention(
+        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=_last_contiguous(kept), n_kept=n_kept,
+        text_type=_last_contiguous(text_type) if mass else None, position=_last_contiguous(position) if window is not None else None,
+        query_position=query_position, window=window, mass=mass, importance=importance,
+        new_key=_last_contiguous(new_key), new_value=_last_contiguous(new_value),
+    )[:3]  # fmt: skip
+
+
+def score_last_query(
+    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_capacity: int, scale: float,
+    text_type: Tensor, position: Tensor | None = None, query_position: Tensor | None = None, window: int | None = None,
+    visual_bound: int | None = None, text_bound: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See ``dyrate_kernels.ops.score_last_query``: the same kernel, without values and output."""
+    if query.dtype == torch.float64:
+        return reference.score_last_query(
+            query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
+            query_position=query_position, window=window, visual_bound=visual_bound, text_bound=text_bound,
+        )  # fmt: skip
+    _, mass, importance, *_ = _run_attention(
+        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=_last_contiguous(text_type),
+        position=_last_contiguous(position) if window is not None else None, query_position=query_position, window=window,
+        mass=True, importance=True, output=False,
+    )  # fmt: skip
+    return mass, importance
+
+
+def decode_step(
+    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_capacity: int, scale: float,
+    text_type: Tensor, position: Tensor | None = None, query_position: Tensor | None = None, window: int | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, rates: Tensor | None = None, count: Tensor | None = None,
+    score: Tensor | None = None, alive: Tensor | None = None, max_kept: Tensor | None = None,
+    visual_bound: int | None = None, text_bound: int | None = None, clean: bool = False,
+    new_key: Tensor | None = None, new_value: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See ``dyrate_kernels.ops.decode_step``: one launch (two where the plan says so)."""
+    if query.dtype == torch.float64:
+        return reference.decode_step(
+            query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
+            query_position=query_position, window=window, weight=weight, bias=bias, rates=rates, count=count, score=score, alive=alive,
+            max_kept=max_kept, visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
+        )  # fmt: skip
+    decide = {"weight": weight, "bias": bias, "rates": rates, "count": count, "score": score, "alive": alive, "max_kept": max_kept}
+    return _run_attention(
+        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=_last_contiguous(text_type),
+        position=_last_contiguous(position) if window is not None else None, query_position=query_position, window=window,
+        mass=True, importance=True, new_key=_last_contiguous(new_key), new_value=_last_contiguous(new_value), decide=decide,
+    )  # fmt: skip
+
+
+def predict_rate(mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``dyrate_kernels.ops.predict_rate``."""
+    if mass.dtype == torch.float64:
+        return reference.predict_rate(mass, weight, bias, rates)
+    batch = mass.shape[0]
+    rate = torch.empty(batch, dtype=torch.float64, device=mass.device)
+    index = torch.empty(batch, dtype=torch.int64, device=mass.device)
+    mass, rates = mass.contiguous(), rates.contiguous()
+    bias = bias.expand(batch, -1) if bias.dim() == 1 else bias
+    features = mass.shape[1] * 4
+    rest = (features, weight.shape[0], *weight.stride(), *bias.stride(), max(triton.next_power_of_2(features), 16))
+    if batch:
+        tensors = (mass, weight, bias, rates, rate, index)
+        _start(predict_rate_kernel, mass.device, (batch, 1, 1), rest, 1, tensors, mass.dtype, weight.dtype, bias.dtype)
+    return rate, index
+
+
+def select_tokens(score: Tensor, count: Tensor, n_visual: Tensor, *, alive: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ``dyrate_kernels.ops.select_tokens``."""
+    batch, tokens = score.shape
+    kept = torch.empty(batch, tokens, dtype=torch.int32, device=score.device)
+    n_kept = torch.empty(batch, dtype=torch.int32, device=score.device)
+    if tokens == 0:
+        return kept, n_kept.zero_()
+    alive = None if alive is None else alive.view(torch.uint8)
+    block, chunks = plan.select(tokens)
+    wide = score.dtype == torch.float64
+    rest = (tokens, *score.stride(), *_strides(alive, 2), alive is not None, wide, block, chunks)
+    if batch:
+        tensors = (score, _vector(count), _vector(n_visual), alive, kept, n_kept)
+        _start(select_tokens_kernel, score.device, (batch, 1, 1), rest, 8, tensors, score.dtype)
+    return kept, n_kept
+
+
+def keep_count(n_visual: Tensor, rate: Tensor) -> Tensor:
+    """See ``dyrate_kernels.ops.keep_count``: a few elements, left to torch."""
+    return reference.keep_count(n_visual, rate)
+
+
+# ---- rows that move ---------------------------------------------------------------------------------------------------------------
+
+# a described tensor: address, strides of sequence, head and row, heads, elements of a row, bytes of an element
+_Description = tuple[int, int, int, int, int, int, int]
+
+
+@functools.lru_cache(maxsize=4096)
+def _table(device: torch.device, described: tuple[_Description, ...]) -> tuple[Tensor, int, bool, int]:
+    """(table on the device, bytes of a word, aligned, most words of a row).
+
+    The table is kept: a decode step describes the same buffers again and again, and a captured graph points at it.
+    """
+    word = 4
+    for address, stride_b, stride_h, stride_r, _, words, itemsize in described:
+        while any(part * itemsize % word for part in (stride_b, stride_h, stride_r, words)) or address % word:
+            word //= 2
+    entries, aligned, most = [], True, 1
+    for address, stride_b, stride_h, stride_r, heads, words, itemsize in described:
+        line = [address, *(stride * itemsize // word for stride in (stride_b, stride_h, stride_r)), heads, words * itemsize // word]
+        aligned &= address % 16 == 0 and all(part * itemsize % 64 == 0 for part in (stride_b, stride_h, stride_r))
+        aligned &= words * itemsize % 16 == 0
+        most = max(most, line[-1])
+        entries.append(line)
+    with torch.inference_mode(False):
+        return torch.tensor(entries, dtype=torch.int64).to(device), word, aligned and word == 4, most
+
+
+def _describe(tensor: Tensor) -> _Description | None:
+    """None where a row's elements are not next to each other."""
+    if tensor.dim() == 2:
+        return tensor.data_ptr(), tensor.stride(0), 0, tensor.stride(1), 1, 1, tensor.element_size()
+    if tensor.stride(3) != 1 and tensor.shape[3] != 1:
+        return None
+    return tensor.data_ptr(), *tensor.stride()[:3], tensor.shape[1], tensor.shape[3], tensor.element_size()
+
+
+def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor) -> None:
+    """See ``dyrate_kernels.ops.compact_``: one launch for all tensors."""
+    batch, width = kept.shape
+    rows = [tensor for tensor in rows if tensor.numel()]
+    if not rows or batch == 0 or width == 0:
+        return
+    kept = _last_contiguous(kept)
+    described, others = [], []
+    for tensor in rows:
+        line = _describe(tensor)
+        others.append(tensor) if line is None else described.append(line)
+    if others:
+        reference.compact_(others, kept, n_kept, n_visual)
+    if not described:
+        return
+    table, word, aligned, words = _table(kept.device, tuple(described))
+    block_w = min(max(triton.next_power_of_2(words), 1), 128)
+    block_m = max(min(4096 // block_w, 64), 1)
+    most = max(min(width, max(t.shape[-1 if t.dim() == 2 else -2] for t in rows) // 2), 1)
+    movers = max(min(triton.cdiv(most, block_m), triton.cdiv(8192, batch * len(described))), 1)
+    rest = (kept.stride(0), word, aligned, block_m, block_w, max(width.bit_length() + 1, 1))
+    tensors = (table, kept, _vector(n_kept), _vector(n_visual))
+    _start(moving.compact_kernel, kept.device, (batch, movers, len(described)), rest, 4, tensors)
+
+
+def reorder_(rows: list[Tensor], index: Tensor) -> None:
+    """See ``dyrate_kernels.ops.reorder_``: one launch for all tensors."""
+    batch = index.shape[0]
+    described, others = [], []
+    for tensor in rows:
+        if tensor.numel() == 0:
+            continue
+        if not tensor.is_contiguous():
+            others.append(tensor)
+            continue
+        size = tensor[0].numel()
+        described.append((tensor.data_ptr(), size, 0, 0, 1, size, tensor.element_size()))
+    if others:
+        reference.reorder_(others, index)
+    if not described:
+        return
+    table, word, aligned, words = _table(index.device, tuple(described))
+    block_b = triton.next_power_of_2(batch)
+    block_w = max(min(4096 // block_b, 512, triton.next_power_of_2(words)), 1)
+    rest = (batch, word, aligned, block_b, block_w)
+    blocks = max(min(triton.cdiv(words, block_w), 1024), 1)
+    _start(moving.reorder_kernel, index.device, (blocks, len(described), 1), rest, 4, (table, index.contiguous()))

@@ -1,0 +1,201 @@
+"""Device functions of the decision, and the kernels that run them alone: predictor, count, selection.
+
+``decode_attention.py`` calls the same functions at the end of its launch. Formulas and ties are those of
+``dyrate_kernels.ops.reference``; integer keys instead of float compares, so that denormals, zeros of either sign and NaN order alike on
+every device.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def order_key(value, WIDE: tl.constexpr):
+    """uint32 keys (uint64 where WIDE) in the order of ``value``: zeros of either sign equal, NaN 1, never 0."""
+    if WIDE:
+        bits = value.to(tl.float64).to(tl.uint64, bitcast=True)
+        zero = tl.zeros_like(bits)
+        sign = zero + 0x8000000000000000
+        infinity = zero + 0x7FF0000000000000
+        magnitude = bits & 0x7FFFFFFFFFFFFFFF
+    else:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        zero = tl.zeros_like(bits)
+        sign = zero + 0x80000000
+        infinity = zero + 0x7F800000
+        magnitude = bits & 0x7FFFFFFF
+    bits = tl.where(magnitude == 0, zero, bits)
+    negative = (bits & sign) != zero
+    key = tl.where(negative, bits ^ (sign | (sign - 1)), bits | sign)
+    return tl.where(magnitude > infinity, zero + 1, key)
+
+
+@triton.jit
+def predict_class(
+    mass_ptr, weight_ptr, bias_ptr, b, features, classes, stride_wr, stride_wc, stride_bb, stride_br, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    """int32: argmax over r of ``sum_f mass[f] * weight[r, f] + bias[b, r]``; the first of equal ones, NaN last."""
+    feature = tl.arange(0, BLOCK_F)
+    real = feature < features
+    mass = tl.load(mass_ptr + feature, mask=real, other=0.0, cache_modifier=".cg").to(tl.float32)
+    best_key = tl.zeros([1], dtype=tl.uint32)
+    best = tl.zeros([1], dtype=tl.int32)
+    for r in range(classes):
+        weight = tl.load(weight_ptr + r * stride_wr + feature * stride_wc, mask=real, other=0.0).to(tl.float32)
+        logit = tl.sum(tl.where(real, mass * weight, 0.0), 0, keep_dims=True)
+        logit += tl.load(bias_ptr + b * stride_bb + r * stride_br).to(tl.float32)
+        key = order_key(logit, False)
+        better = key > best_key
+        best = tl.where(better, r, best)
+        best_key = tl.where(better, key, best_key)
+    return tl.sum(best, 0)
+
+
+@triton.jit
+def count_for_rate(total, rate):
+    """int32: ``floor(total * (1 - rate) + 1e-6)`` in [0, total]; NaN keeps all. total int32, rate float64."""
+    everything = total.to(tl.float64)
+    kept = everything * (1.0 - rate) + 1e-6
+    kept = tl.where(kept < 0.0, 0.0, kept)
+    kept = tl.where(kept < everything, kept, everything)  # false for NaN
+    return kept.to(tl.int32)
+
+
+@triton.jit
+def chunk_keys(
+    score_ptr, alive_ptr, start, n, stride_s, stride_a, HAS_ALIVE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Keys of the tokens ``[start, start + BLOCK)``; 0 for those that cannot be chosen."""
+    index = start + tl.arange(0, BLOCK)
+    candidate = index < n
+    score = tl.load(score_ptr + index.to(tl.int64) * stride_s, mask=candidate, other=0.0)
+    if HAS_ALIVE:
+        candidate = candidate & (tl.load(alive_ptr + index.to(tl.int64) * stride_a, mask=candidate, other=0) != 0)
+    key = order_key(score, WIDE)
+    return tl.where(candidate, key, tl.zeros_like(key))
+
+
+@triton.jit
+def select_row(
+    score_ptr, alive_ptr, kept_ptr, n, count, width, stride_s, stride_a,
+    HAS_ALIVE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Writes the ``count`` highest of ``n`` scores as ascending indices, -1 past them; returns their number.
+
+    A radix select finds the threshold, eight bits a pass, then a prefix sum collects in ascending order. Rows longer than BLOCK are read
+    in CHUNKS pieces, once a pass.
+    """
+    BITS: tl.constexpr = 64 if WIDE else 32
+    key = chunk_keys(score_ptr, alive_ptr, 0, n, stride_s, stride_a, HAS_ALIVE, WIDE, BLOCK)
+    candidates = tl.sum((key != 0).to(tl.int32), 0)
+    # the loops over chunks are not pipelined: their copies would cost every program of the launch registers (tests/ahead_of_time)
+    for c in tl.range(1, CHUNKS, num_stages=1):
+        piece = chunk_keys(score_ptr, alive_ptr, c * BLOCK, n, stride_s, stride_a, HAS_ALIVE, WIDE, BLOCK)
+        candidates += tl.sum((piece != 0).to(tl.int32), 0)
+    n_kept = tl.minimum(tl.maximum(count, 0), candidates)
+
+    bins = tl.arange(0, 256)
+    needed = n_kept
+    threshold = tl.sum(tl.zeros([1], dtype=key.dtype), 0)
+    for step in tl.static_range(BITS // 8):
+        shift = BITS - 8 - 8 * step
+        histogram = tl.zeros([256], dtype=tl.int32)
+        for c in tl.range(0, CHUNKS, num_stages=1):
+            if CHUNKS > 1:
+                key = chunk_keys(score_ptr, alive_ptr, c * BLOCK, n, stride_s, stride_a, HAS_ALIVE, WIDE, BLOCK)
+            inside = key != 0
+            if step > 0:
+                inside = inside & ((key >> (shift + 8)) == (threshold >> (shift + 8)))
+            histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=inside)
+        at_least = tl.cumsum(histogram, 0, reverse=True)
+        digit = tl.sum((at_least >= needed).to(tl.int32), 0) - 1
+        needed -= tl.sum(tl.where(bins > digit, histogram, 0), 0)
+        threshold |= digit.to(key.dtype) << shift
+
+    place = 0  # of the next kept token
+    ties = 0  # tokens at the threshold seen so far
+    for c in tl.range(0, CHUNKS, num_stages=1):
+        if CHUNKS > 1:
+            key = chunk_keys(score_ptr, alive_ptr, c * BLOCK, n, stride_s, stride_a, HAS_ALIVE, WIDE, BLOCK)
+        index = c * BLOCK + tl.arange(0, BLOCK)
+        tie = ((key == threshold) & (key != 0)).to(tl.int32)
+        before = ties + tl.cumsum(tie, 0) - tie
+        taken = ((key > threshold) | ((tie != 0) & (before < needed))).to(tl.int32)
+        target = place + tl.cumsum(taken, 0) - taken
+        tl.store(kept_ptr + target, index, mask=taken != 0)
+        tl.store(kept_ptr + index, tl.full([BLOCK], -1, tl.int32), mask=(index >= n_kept) & (index < width))
+        place += tl.sum(taken, 0)
+        ties += tl.sum(tie, 0)
+    return n_kept
+
+
+@triton.jit
+def decide_row(
+    mass_ptr, importance_ptr, weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr, alive_ptr, max_kept_ptr,
+    kept_ptr, n_kept_ptr, rate_ptr,
+    b, n, width, features, classes,
+    stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
+    HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """The decision of sequence ``b``: rate, count, kept list. mass and importance are those of the sequence itself."""
+    if HAS_PREDICTOR:
+        chosen = predict_class(mass_ptr, weight_ptr, bias_ptr, b, features, classes, stride_wr, stride_wc, stride_bb, stride_br, BLOCK_F)
+        rate = tl.load(rates_ptr + chosen)
+        count = count_for_rate(n, rate)
+        tl.store(rate_ptr + b, rate)
+    else:
+        count = tl.load(count_ptr + b)
+    if HAS_MAX:
+        count = tl.minimum(count, tl.load(max_kept_ptr + b))
+    if HAS_SCORE:
+        scores = score_ptr + b * stride_sb
+        score_stride = stride_sn
+    else:
+        scores = importance_ptr
+        score_stride = 1
+    alive = alive_ptr
+    if HAS_ALIVE:
+        alive = alive_ptr + b * stride_ab
+    n_kept = select_row(scores, alive, kept_ptr + b * width, n, count, width, score_stride, stride_an, HAS_ALIVE, WIDE, BLOCK, CHUNKS)
+    tl.store(n_kept_ptr + b, n_kept)
+    if not HAS_PREDICTOR:
+        total = tl.maximum(n, 1).to(tl.float64)
+        rate = 1.0 - n_kept.to(tl.float64) / total
+        tl.store(rate_ptr + b, tl.where(n > 0, rate, 0.0))
+
+
+@triton.jit
+def predict_rate_kernel(
+    mass_ptr, weight_ptr, bias_ptr, rates_ptr, rate_ptr, class_ptr,
+    features, classes, stride_wr, stride_wc, stride_bb, stride_br,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence. mass float ``[B, features]`` contiguous; rate float64 ``[B]``, class int64 ``[B]``."""
+    b = tl.program_id(0).to(tl.int64)
+    chosen = predict_class(
+        mass_ptr + b * features, weight_ptr, bias_ptr, b, features, classes, stride_wr, stride_wc, stride_bb, stride_br, BLOCK_F
+    )
+    tl.store(class_ptr + b, chosen.to(tl.int64))
+    tl.store(rate_ptr + b, tl.load(rates_ptr + chosen))
+
+
+@triton.jit
+def select_tokens_kernel(
+    score_ptr, count_ptr, n_visual_ptr, alive_ptr, kept_ptr, n_kept_ptr,
+    width, stride_sb, stride_sn, stride_ab, stride_an,
+    HAS_ALIVE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence; kept int32 ``[B, width]`` contiguous."""
+    b = tl.program_id(0).to(tl.int64)
+    n = tl.minimum(tl.load(n_visual_ptr + b), width)
+    alive = alive_ptr
+    if HAS_ALIVE:
+        alive = alive_ptr + b * stride_ab
+    n_kept = select_row(
+        score_ptr + b * stride_sb, alive, kept_ptr + b * width, n, tl.load(count_ptr + b), width, stride_sn, stride_an,
+        HAS_ALIVE, WIDE, BLOCK, CHUNKS,
+    )  # fmt: skip
+    tl.store(n_kept_ptr + b, n_kept)

@@ -1,0 +1,424 @@
+r"""Split-K flash decoding over two row regions, with attention mass, importance and the decision in the same launch.
+
+For query head ``h`` of sequence ``b``, over the live rows ``r`` with ``z_r = scale * q_h . k_r``::
+
+    output = sum_r softmax(z)_r v_r        mass[t] = sum_{type(r) = t} softmax(z)_r        importance_r = mean_h softmax(z)_r
+
+One program is one split of one key/value head of one sequence. How many splits share the rows is computed on the device from the live
+lengths, so a captured graph stays valid when they change; programs past that number return at once. The last split to finish combines
+them (phase 2), the last key/value head of a sequence makes importance and decision (phase 3). Nobody waits for anybody: the counters
+only tell a program that it is the last, and that program puts them back to zero.
+
+Two forms of the main loop: one query head a key/value head is a matrix-vector product, in which every row slot of the tile keeps a
+softmax of its own, so that the loop has no reduction across warps; several heads are packed into ``tl.dot``.
+
+Logits are in base 2. A live row whose logit is -inf gets the lowest finite number instead, which tells it from a dead row: softmax over
+nothing but such rows is NaN, over no row at all it is 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decision import decide_row
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _rows_of_block(
+    block, count, first_row, list_ptr, position_ptr, query_position, window, HAS_LIST: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(place in the region, row of the buffer, in bounds, read) of the block's rows."""
+    place = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = place < count
+    if HAS_LIST:
+        row = tl.load(list_ptr + place, mask=inside, other=0)
+    else:
+        row = first_row + place
+    live = inside
+    if HAS_WINDOW:
+        position = tl.load(position_ptr + row, mask=inside, other=0)
+        live = inside & (query_position - position < window)
+    return place, row, inside, live
+
+
+@triton.jit
+def _attend_block(
+    q, m, norm, acc, row, live, key_ptr, value_ptr, stride_kr, stride_kd, stride_vr, stride_vd, dim, value_dim, scale,
+    DOT: tl.constexpr, HAS_OUTPUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One block of rows joins the running softmax; returns (m, norm, acc, logits, probabilities, factor of what came before)."""
+    offset_d = tl.arange(0, BLOCK_D)
+    wide = row.to(tl.int64)
+    if DOT:
+        keys = tl.load(
+            key_ptr + wide[None, :] * stride_kr + offset_d[:, None] * stride_kd,
+            mask=live[None, :] & (offset_d < dim)[:, None],
+            other=0.0,
+        )
+        if q.dtype == tl.float32:
+            logit = tl.dot(q, keys, input_precision="ieee") * scale
+        else:
+            logit = tl.dot(q, keys) * scale
+        read = live[None, :]
+    else:
+        keys = tl.load(
+            key_ptr + wide[:, None] * stride_kr + offset_d[None, :] * stride_kd,
+            mask=live[:, None] & (offset_d < dim)[None, :],
+            other=0.0,
+        )
+        logit = tl.sum(keys.to(tl.float32) * q[None, :], 1) * scale
+        read = live
+    logit = tl.where(logit == float("-inf"), LOWEST, logit)
+    logit = tl.where(read, logit, float("-inf"))
+    if DOT:
+        top = tl.maximum(m, tl.max(logit, 1))
+        finite = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp2(logit - finite[:, None])
+        factor = tl.exp2(m - finite)
+        norm = norm * factor + tl.sum(p, 1)
+    else:
+        top = tl.maximum(m, logit)
+        finite = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp2(logit - finite)
+        factor = tl.exp2(m - finite)
+        norm = norm * factor + p
+    if HAS_OUTPUT:
+        offset_v = tl.arange(0, BLOCK_V)
+        values = tl.load(
+            value_ptr + wide[:, None] * stride_vr + offset_v[None, :] * stride_vd,
+            mask=live[:, None] & (offset_v < value_dim)[None, :],
+            other=0.0,
+        )
+        if DOT:
+            if q.dtype == tl.float32:
+                acc = tl.dot(p, values, acc=acc * factor[:, None], input_precision="ieee")
+            else:
+                acc = tl.dot(p.to(values.dtype), values, acc=acc * factor[:, None])
+        else:
+            acc = acc * factor[:, None] + p[:, None] * values.to(tl.float32)
+    return top, norm, acc, logit, p, factor
+
+
+@triton.jit
+def _add(p, chosen, DOT: tl.constexpr):
+    """What a block adds to an accumulator of the rows ``chosen``."""
+    if DOT:
+        return tl.sum(tl.where(chosen[None, :], p, 0.0), 1)
+    else:
+        return tl.where(chosen, p, 0.0)
+
+
+@triton.jit
+def _finished(counter_ptr, last):
+    """True for the program that is the last of ``last + 1``; it puts the counter back to zero."""
+    tl.debug_barrier()  # every thread's stores come before thread 0's release
+    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    final = before == last
+    if final:
+        tl.store(counter_ptr, 0)
+    return final
+
+
+@triton.jit
+def importance_columns(
+    logit_ptr, head_stat_ptr, importance_ptr, list_ptr, b, first, last, count, capacity, logit_capacity, heads, rows,
+    NORMALISED: tl.constexpr, HAS_LIST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """importance of the columns ``[first, last)`` of sequence ``b``: the mean over heads, always summed in the same order.
+
+    NORMALISED: there are ``rows`` rows of probabilities, each the sum over the heads of one key/value head, at the first head's place;
+    else ``rows`` rows of logits, one a head. A tile holds all of them (BLOCK_H >= rows), so that the loop over columns is pipelined.
+    """
+    row = tl.arange(0, BLOCK_H)
+    real = row < rows
+    index = b * heads + row * (heads // rows)
+    if not NORMALISED:
+        top = tl.load(head_stat_ptr + index * 2, mask=real, other=0.0, cache_modifier=".cg")
+        share = tl.load(head_stat_ptr + index * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")
+    logits = logit_ptr + index[:, None] * logit_capacity
+    for start in tl.range(first, last, BLOCK_I, num_stages=3):
+        column = start + tl.arange(0, BLOCK_I)
+        inside = column < count
+        x = tl.load(logits + column[None, :], mask=real[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
+        if not NORMALISED:
+            x = tl.where(x == float("-inf"), 0.0, tl.exp2(x - top[:, None]) * share[:, None])
+            x = tl.where(real[:, None] & inside[None, :], x, 0.0)
+        mean = tl.sum(x, 0) / heads
+        if HAS_LIST:
+            place = tl.load(list_ptr + column, mask=inside, other=0)
+            tl.store(importance_ptr + b * capacity + place, mean, mask=inside)
+        else:
+            tl.store(importance_ptr + b * capacity + column, mean, mask=column < capacity)
+
+
+@triton.jit
+def decode_attention_kernel(
+    query_ptr, key_ptr, value_ptr, output_ptr, n_visual_ptr, n_text_ptr,
+    list_ptr, n_list_ptr, text_type_ptr, position_ptr, query_position_ptr, new_key_ptr, new_value_ptr,
+    part_ptr, part_stat_ptr, head_stat_ptr, counter_ptr, logit_ptr, mass_ptr, importance_ptr,
+    weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr, alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr,
+    scale, window, dim, value_dim, heads, visual_capacity, logit_capacity, min_blocks, features, classes,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kr, stride_kd, stride_vb, stride_vh, stride_vr, stride_vd,
+    stride_lb, stride_tb, stride_pb, stride_pq, stride_nkb, stride_nkh, stride_nvb, stride_nvh,
+    stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
+    G: tl.constexpr, BLOCK_G: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, STAGES: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr, HAS_MASS: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LIST: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_NEW: tl.constexpr, IMPORTANCE: tl.constexpr, DECIDE: tl.constexpr,
+    HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(MAX_SPLITS, Hkv, B)``; see the module for the phases and ``backend.decode_attention`` for the tensors.
+
+    Scratch: part float32 ``[B, Hq, MAX_SPLITS, BLOCK_V]``; part_stat float32 ``[B, Hq, MAX_SPLITS, 8]`` (max, sum, mass by type);
+    head_stat float32 ``[B, Hq, 2]`` (max, 1 / sum); counter int32 ``[B, Hkv + 1]``, zero before and after; logit float32
+    ``[B, Hq, logit_capacity]``.
+    """
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    kv_heads = tl.num_programs(1)
+    b = tl.program_id(2).to(tl.int64)
+
+    # ---- phase 1: this split's rows ---------------------------------------------------------------------------------------------
+    n_text = tl.load(n_text_ptr + b)
+    n_visual = tl.load(n_visual_ptr + b)
+    n_read = n_visual
+    region_list = list_ptr
+    if HAS_LIST:
+        n_read = tl.load(n_list_ptr + b)
+        region_list = list_ptr + b * stride_lb
+    visual_blocks = tl.cdiv(n_read, BLOCK_N)
+    text_blocks = tl.cdiv(n_text, BLOCK_N)
+    blocks = visual_blocks + text_blocks
+    splits = tl.minimum(MAX_SPLITS, tl.maximum(tl.cdiv(blocks, min_blocks), 1))
+    if split >= splits:
+        return
+    first_block = (split * blocks) // splits
+    last_block = ((split + 1) * blocks) // splits
+
+    first_head = kv_head * G
+    offset_g = tl.arange(0, BLOCK_G)
+    offset_d = tl.arange(0, BLOCK_D)
+    offset_v = tl.arange(0, BLOCK_V)
+    keys = key_ptr + b * stride_kb + kv_head.to(tl.int64) * stride_kh
+    values = value_ptr + b * stride_vb + kv_head.to(tl.int64) * stride_vh
+    queries = query_ptr + b * stride_qb + first_head.to(tl.int64) * stride_qh
+
+    if HAS_NEW:
+        # the newest text row belongs to this program alone: it writes it, then reads it back with the others
+        if (split == splits - 1) & (n_text > 0):
+            new_row = (visual_capacity + n_text - 1).to(tl.int64)
+            new_key = tl.load(new_key_ptr + b * stride_nkb + kv_head * stride_nkh + offset_d, mask=offset_d < dim, other=0.0)
+            tl.store(keys + new_row * stride_kr + offset_d * stride_kd, new_key, mask=offset_d < dim)
+            new_value = tl.load(new_value_ptr + b * stride_nvb + kv_head * stride_nvh + offset_v, mask=offset_v < value_dim, other=0.0)
+            tl.store(values + new_row * stride_vr + offset_v * stride_vd, new_value, mask=offset_v < value_dim)
+            tl.debug_barrier()
+
+    if DOT:
+        q = tl.load(
+            queries + offset_g[:, None] * stride_qh + offset_d[None, :] * stride_qd,
+            mask=(offset_g < G)[:, None] & (offset_d < dim)[None, :],
+            other=0.0,
+        )
+        m = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        norm = tl.zeros([BLOCK_G], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_G, BLOCK_V], dtype=tl.float32)
+    else:
+        q = tl.load(queries + offset_d * stride_qd, mask=offset_d < dim, other=0.0).to(tl.float32)
+        m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        norm = tl.zeros([BLOCK_N], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+    scale2 = scale * LOG2E
+    query_position = 0
+    positions = position_ptr
+    if HAS_WINDOW:
+        query_position = tl.load(query_position_ptr + b * stride_pq)
+        positions = position_ptr + b * stride_pb
+
+    for block in tl.range(tl.minimum(first_block, visual_blocks), tl.minimum(last_block, visual_blocks), num_stages=STAGES):
+        place, row, inside, live = _rows_of_block(
+            block, n_read, 0, region_list, positions, query_position, window, HAS_LIST, HAS_WINDOW, BLOCK_N
+        )
+        m, norm, acc, logit, p, factor = _attend_block(
+            q, m, norm, acc, row, live, keys, values, stride_kr, stride_kd, stride_vr, stride_vd, dim, value_dim, scale2,
+            DOT, HAS_OUTPUT, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
+        if HAS_LOGITS:
+            if DOT:
+                tl.store(
+                    logit_ptr + (b * heads + first_head + offset_g)[:, None] * logit_capacity + place[None, :],
+                    logit,
+                    mask=(offset_g < G)[:, None] & inside[None, :],
+                )
+            else:
+                tl.store(logit_ptr + (b * heads + first_head) * logit_capacity + place, logit, mask=inside)
+
+    image = norm  # every visual row is of type 1, so its mass is the sum so far
+    system = tl.zeros_like(norm)
+    instruction = tl.zeros_like(norm)
+    response = tl.zeros_like(norm)
+    for block in tl.range(tl.maximum(first_block, visual_blocks) - visual_blocks, tl.maximum(last_block, visual_blocks) - visual_blocks):
+        place, row, inside, live = _rows_of_block(
+            block, n_text, visual_capacity, region_list, positions, query_position, window, False, HAS_WINDOW, BLOCK_N
+        )
+        m, norm, acc, logit, p, factor = _attend_block(
+            q, m, norm, acc, row, live, keys, values, stride_kr, stride_kd, stride_vr, stride_vd, dim, value_dim, scale2,
+            DOT, HAS_OUTPUT, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
+        if HAS_MASS:
+            kind = tl.load(text_type_ptr + b * stride_tb + place, mask=inside, other=255).to(tl.int32)
+            system = system * factor + _add(p, kind == 0, DOT)
+            image = image * factor + _add(p, kind == 1, DOT)
+            instruction = instruction * factor + _add(p, kind == 2, DOT)
+            response = response * factor + _add(p, kind == 3, DOT)
+
+    if not DOT:  # the row slots become one
+        top = tl.max(m, 0)
+        finite = tl.where(top == float("-inf"), 0.0, top)
+        factor = tl.exp2(m - finite)
+        if HAS_OUTPUT:
+            acc = tl.sum(acc * factor[:, None], 0, keep_dims=True)
+        norm = tl.sum(norm * factor, 0, keep_dims=True)
+        if HAS_MASS:
+            system = tl.sum(system * factor, 0, keep_dims=True)
+            image = tl.sum(image * factor, 0, keep_dims=True)
+            instruction = tl.sum(instruction * factor, 0, keep_dims=True)
+            response = tl.sum(response * factor, 0, keep_dims=True)
+        m = tl.max(m, 0, keep_dims=True)
+
+    part = (b * heads + first_head + offset_g) * MAX_SPLITS + split
+    real = offset_g < G
+    if HAS_OUTPUT:
+        tl.store(part_ptr + part[:, None] * BLOCK_V + offset_v[None, :], acc, mask=real[:, None] & (offset_v >= 0)[None, :])
+    tl.store(part_stat_ptr + part * 8, m, mask=real)
+    tl.store(part_stat_ptr + part * 8 + 1, norm, mask=real)
+    if HAS_MASS:
+        tl.store(part_stat_ptr + part * 8 + 2, system, mask=real)
+        tl.store(part_stat_ptr + part * 8 + 3, image, mask=real)
+        tl.store(part_stat_ptr + part * 8 + 4, instruction, mask=real)
+        tl.store(part_stat_ptr + part * 8 + 5, response, mask=real)
+    counters = counter_ptr + b * (kv_heads + 1)
+    if not _finished(counters + kv_head, splits - 1):
+        return
+
+    # ---- phase 2: the last split of a key/value head combines the splits --------------------------------------------------------
+    offset_s = tl.arange(0, MAX_SPLITS)
+    done = offset_s < splits
+    for g in tl.static_range(G):
+        head = b * heads + first_head + g
+        part = head * MAX_SPLITS + offset_s
+        m = tl.load(part_stat_ptr + part * 8, mask=done, other=float("-inf"), cache_modifier=".cg")
+        norm = tl.load(part_stat_ptr + part * 8 + 1, mask=done, other=0.0, cache_modifier=".cg")
+        top = tl.max(m, 0)
+        finite = tl.where(top == float("-inf"), 0.0, top)
+        factor = tl.where(done, tl.exp2(m - finite), 0.0)
+        total = tl.sum(tl.where(done, norm * factor, 0.0), 0)
+        share = tl.where(total == 0.0, 0.0, 1.0 / total)
+        share = tl.where(top == LOWEST, float("nan"), share)
+        if HAS_MASS:
+            for kind in tl.static_range(4):
+                sums = tl.load(part_stat_ptr + part * 8 + 2 + kind, mask=done, other=0.0, cache_modifier=".cg")
+                tl.store(mass_ptr + head * 4 + kind, tl.sum(sums * factor, 0) * share)
+        if HAS_OUTPUT:
+            output = tl.zeros([BLOCK_V], dtype=tl.float32)
+            for tile in tl.static_range(MAX_SPLITS // SPLIT_TILE):  # a few splits at a time: registers
+                offset = tile * SPLIT_TILE + tl.arange(0, SPLIT_TILE)
+                here = offset < splits
+                part = head * MAX_SPLITS + offset
+                weight = tl.load(part_stat_ptr + part * 8, mask=here, other=float("-inf"), cache_modifier=".cg")
+                weight = tl.where(here, tl.exp2(weight - finite), 0.0)
+                acc = tl.load(
+                    part_ptr + part[:, None] * BLOCK_V + offset_v[None, :],
+                    mask=here[:, None] & (offset_v < value_dim)[None, :],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                output += tl.sum(acc * weight[:, None], 0)
+            output *= share
+            tl.store(output_ptr + head * value_dim + offset_v, output.to(output_ptr.dtype.element_ty), mask=offset_v < value_dim)
+        if HAS_LOGITS:
+            tl.store(head_stat_ptr + head * 2, top)
+            tl.store(head_stat_ptr + head * 2 + 1, share)
+
+    if IMPORTANCE:
+        # read again rather than kept in registers through the main loop
+        n_visual = tl.load(n_visual_ptr + b)
+        n_read = n_visual
+        if HAS_LIST:
+            n_read = tl.load(n_list_ptr + b)
+        if G > 1:  # probabilities of this head's queries, summed at the place of the first one's logits
+            tl.debug_barrier()
+            offset_i = tl.arange(0, BLOCK_I)
+            for begin in range(0, n_read, BLOCK_I):
+                column = begin + offset_i
+                summed = tl.zeros([BLOCK_I], dtype=tl.float32)
+                for g in tl.static_range(G):
+                    of_head = b * heads + first_head + g
+                    peak = tl.load(head_stat_ptr + of_head * 2)
+                    scaled = tl.load(head_stat_ptr + of_head * 2 + 1)
+                    z = tl.load(
+                        logit_ptr + of_head * logit_capacity + column, mask=column < n_read, other=float("-inf"), cache_modifier=".cg"
+                    )
+                    summed += tl.where(z == float("-inf"), 0.0, tl.exp2(z - peak) * scaled)
+                tl.store(logit_ptr + (b * heads + first_head) * logit_capacity + column, summed, mask=column < n_read)
+        if not _finished(counters + kv_heads, kv_heads - 1):
+            return
+
+        # ---- phase 3: the last key/value head of a sequence -----------------------------------------------------------------------
+        if HAS_LIST:
+            for start in range(0, visual_capacity, BLOCK_I):
+                column = start + tl.arange(0, BLOCK_I)
+                zero = tl.zeros([BLOCK_I], dtype=tl.float32)
+                tl.store(importance_ptr + b * visual_capacity + column, zero, mask=column < visual_capacity)
+            tl.debug_barrier()
+            until = n_read
+        else:
+            until = visual_capacity
+        importance_columns(
+            logit_ptr, head_stat_ptr, importance_ptr, region_list, b, 0, until, n_read, visual_capacity, logit_capacity, heads,
+            kv_heads, G > 1, HAS_LIST, BLOCK_H, BLOCK_I,
+        )  # fmt: skip
+        if DECIDE:
+            tl.debug_barrier()  # importance is read back by other threads
+            decide_row(
+                mass_ptr + b * features, importance_ptr + b * visual_capacity, weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr,
+                alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr, b, n_visual, visual_capacity, features, classes,
+                stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
+                HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS,
+            )  # fmt: skip
+
+
+@triton.jit
+def decide_kernel(
+    n_visual_ptr, head_stat_ptr, counter_ptr, logit_ptr, mass_ptr, importance_ptr,
+    weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr, alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr,
+    heads, counters, visual_capacity, logit_capacity, features, classes,
+    stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
+    DECIDE: tl.constexpr, HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Phase 3 as a launch of its own, grid ``(ceil(visual_capacity / BLOCK_I), B)``: many programs share the sum over heads.
+
+    The last program of a sequence decides. Which form is faster is a matter of measurement (``plan.Settings.decision``).
+    """
+    b = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0) * BLOCK_I
+    n = tl.load(n_visual_ptr + b)
+    importance_columns(
+        logit_ptr, head_stat_ptr, importance_ptr, logit_ptr, b, start, start + BLOCK_I, n, visual_capacity, logit_capacity, heads, heads,
+        False, False, BLOCK_H, BLOCK_I,
+    )  # fmt: skip
+    if DECIDE:
+        if not _finished(counter_ptr + b * counters + counters - 1, tl.num_programs(0) - 1):
+            return
+        decide_row(
+            mass_ptr + b * features, importance_ptr + b * visual_capacity, weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr,
+            alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr, b, n, visual_capacity, features, classes,
+            stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
+            HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS,
+        )  # fmt: skip

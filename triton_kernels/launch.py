@@ -1,0 +1,70 @@
+"""Starting kernels with little Python: what a launch has in common with earlier ones is prepared once.
+
+Triton's own ``kernel[grid](...)`` looks at every argument of every call. A ``Launch`` fixes everything but the addresses; from its
+second start
+on it goes straight to the driver. A pointer that is not aligned to 16 bytes, a profiler's launch hook and the interpreter take
+Triton's own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from . import interpreted
+
+OPTIONS = {"enable_fp_fusion": True}  # Triton's own default until 3.9; named, because a later one changes it
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of ``device`` as a number; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+class Launch:
+    """One kernel with everything but its tensors.
+
+    Args:
+        kernel: a ``triton.jit`` function whose pointer arguments come first.
+        grid: programs along each axis.
+        rest: all arguments after the pointers, in the order of the signature.
+        num_warps, num_stages: as Triton takes them.
+    """
+
+    __slots__ = ("_compiled", "grid", "kernel", "num_stages", "num_warps", "rest")
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], rest: Sequence[Any], num_warps: int, num_stages: int = 3) -> None:
+        self.kernel, self.grid, self.rest = kernel, grid, tuple(rest)
+        self.num_warps, self.num_stages = num_warps, num_stages
+        self._compiled: Any = None
+
+    def start(self, device: torch.device, stream: int, tensors: Sequence[Tensor | None]) -> None:
+        """Starts it on ``stream`` of ``device``. The same arguments are None in every start, and dtypes never change."""
+        if interpreted():
+            self.kernel[self.grid](*tensors, *self.rest)
+        elif device.index is None or device.index == torch.cuda.current_device():
+            self._start(stream, tensors)
+        else:
+            with torch.cuda.device(device):
+                self._start(stream, tensors)
+
+    def _start(self, stream: int, tensors: Sequence[Tensor | None]) -> None:
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        together = 0
+        for address in addresses:
+            together |= address or 0
+        compiled = self._compiled
+        if compiled is None or together & 15 or knobs.runtime.launch_enter_hook is not None or knobs.runtime.launch_exit_hook is not None:
+            compiled = self.kernel.run(
+                *tensors, *self.rest, grid=self.grid, warmup=False, num_warps=self.num_warps, num_stages=self.num_stages, **OPTIONS
+            )
+            if not together & 15:
+                self._compiled = compiled
+            return
+        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *self.rest)

@@ -1,0 +1,175 @@
+"""How a launch is shaped: from capacities, never from the live lengths, so that a captured graph stays valid.
+
+``Settings`` are heuristics unless a measured file ``devices/<device name>.json`` is shipped (``bench/tune.py`` makes it). Nothing is
+tuned at
+run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+DEVICES = Path(__file__).parent / "devices"
+INTERPRETED = "interpreter"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Launch settings of the attention kernel for one kind of problem.
+
+    Attributes:
+        block_n: rows a step of the main loop, a power of two; at least 16 where heads are packed.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+        programs_per_sm: programs the grid aims at, a multiprocessor.
+        min_blocks: row blocks a split has at least.
+        decision: ``"same_launch"`` (the last block done decides) or ``"second_launch"``.
+    """
+
+    block_n: int = 32
+    num_warps: int = 4
+    num_stages: int = 3
+    programs_per_sm: int = 8
+    min_blocks: int = 2
+    decision: str = "same_launch"
+
+    def __post_init__(self) -> None:
+        if self.block_n < 1 or self.block_n & (self.block_n - 1):
+            raise ValueError(f"block_n: expected a power of two, got {self.block_n}")
+        if self.decision not in ("same_launch", "second_launch"):
+            raise ValueError(f"decision: expected 'same_launch' or 'second_launch', got {self.decision!r}")
+
+
+def file_name(device_name: str) -> str:
+    """``"NVIDIA H200"`` -> ``"NVIDIA_H200.json"``."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", device_name) + ".json"
+
+
+@functools.cache
+def _measured(device_name: str) -> dict[str, Any]:
+    path = DEVICES / file_name(device_name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def problem(group: int, dim: int, itemsize: int, statistics: bool) -> str:
+    """The key of a kind of problem in a device file, e.g. ``"g1-d128-b2-score"``."""
+    return f"g{'1' if group == 1 else 'n'}-d{triton.next_power_of_2(max(dim, 16))}-b{itemsize}-{'score' if statistics else 'plain'}"
+
+
+@functools.cache
+def settings(device_name: str, group: int, dim: int, itemsize: int, statistics: bool) -> Settings:
+    """The settings for heads of ``dim`` elements of ``itemsize`` bytes, ``group`` query heads a key/value head."""
+    known = _measured(device_name).get("settings", {}).get(problem(group, dim, itemsize, statistics))
+    if known is not None:
+        return Settings(**known)
+    if device_name == INTERPRETED:
+        return Settings(block_n=16, min_blocks=1, programs_per_sm=4)
+    return heuristic(group, dim, itemsize)
+
+
+def heuristic(group: int, dim: int, itemsize: int) -> Settings:
+    """Not measured: a key tile of about 8 KiB, so that three stages of keys and values leave room for four programs on a multiprocessor."""
+    row = triton.next_power_of_2(max(dim, 16)) * itemsize
+    block = max(16, min(128, 8192 // row))
+    return Settings(block_n=max(block, 32) if group > 1 and row <= 512 else block)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The constants of one attention launch; see ``decode_attention_kernel``."""
+
+    dot: bool
+    block_g: int
+    block_n: int
+    block_d: int
+    block_v: int
+    max_splits: int
+    min_blocks: int
+    num_warps: int
+    num_stages: int
+    second_launch: bool
+
+
+MOST_SPLITS = 64
+SPLIT_TILE = 32  # splits that the combination holds in registers at once
+
+
+@functools.cache
+def attention(
+    device_name: str,
+    multiprocessors: int,
+    batch: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    value_dim: int,
+    itemsize: int,
+    rows: int,
+    statistics: bool,
+    chosen: Settings | None = None,
+) -> AttentionPlan:
+    """Shapes the launch for ``rows`` rows of capacity a sequence."""
+    use = chosen or settings(device_name, group, max(dim, value_dim), itemsize, statistics)
+    dot = group > 1
+    block_n = max(use.block_n, 16) if dot else use.block_n
+    wanted = max(use.programs_per_sm * multiprocessors // max(batch * kv_heads, 1), 1)
+    most = max(triton.cdiv(max(rows, 1), block_n * use.min_blocks), 1)
+    splits = min(1 << (wanted.bit_length() - 1), triton.next_power_of_2(most), MOST_SPLITS)
+    return AttentionPlan(
+        dot=dot,
+        block_g=max(16, triton.next_power_of_2(group)) if dot else 1,
+        block_n=block_n,
+        block_d=max(16, triton.next_power_of_2(dim)),
+        block_v=max(16, triton.next_power_of_2(max(value_dim, 1))),
+        max_splits=splits,
+        min_blocks=use.min_blocks,
+        num_warps=use.num_warps,
+        num_stages=use.num_stages,
+        second_launch=use.decision == "second_launch",
+    )
+
+
+# Tokens that one pass of the selection holds in registers. Inside the attention launch it is fewer, because the registers of a program are
+# those of its greediest phase: 158 with 2048, 255 with 4096 (sm_90, 4 warps, bf16, D=128; tests/aot prints them).
+SELECT_BLOCK = 4096
+SELECT_BLOCK_IN_ATTENTION = 1024
+
+
+def select(tokens: int, largest: int = SELECT_BLOCK) -> tuple[int, int]:
+    """(block, chunks) of the selection over ``tokens`` tokens."""
+    block = min(max(triton.next_power_of_2(max(tokens, 1)), 16), largest)
+    return block, max(triton.cdiv(tokens, block), 1)
+
+
+def importance(heads: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of the sum over heads; one tile holds all rows."""
+    block = triton.next_power_of_2(heads)
+    return block, max(2048 // block, 16)
+
+
+_override: Settings | None = None
+
+
+def override(chosen: Settings | None) -> None:
+    """Every later launch uses ``chosen`` (None: the shipped settings again). For ``bench/tune.py`` and tests."""
+    global _override
+    _override = chosen
+
+
+def overridden() -> Settings | None:
+    """What ``override`` set."""
+    return _override
+
+
+def to_json(device_name: str, chosen: dict[str, Settings], **facts: Any) -> str:
+    """The text of a device file."""
+    body = {"device": device_name, **facts, "settings": {key: dataclasses.asdict(value) for key, value in chosen.items()}}
+    return json.dumps(body, indent=1, sort_keys=True) + "\n"
