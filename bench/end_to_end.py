@@ -230,7 +230,7 @@ def model_rows(
 def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -> None:
     """Both shapes; the second is left out, with a row that says so, when the time is over."""
     device = timing.device()
-    backend = operators_backend()
+    backend = operators_backend(toy)
     deadline = time.monotonic() + seconds
     bandwidth, times = timing.copy_bandwidth()
     save(timing.row("device-to-device copy", times, group="copy", bandwidth=bandwidth, moved=bandwidth * times.median))

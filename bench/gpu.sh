@@ -93,15 +93,16 @@ export python toy work
 
 for log in environment tests sanitizer operators end_to_end; do : >"$out/$log.log"; done
 part environment environment.log $([ -n "$toy" ] && echo 60 || echo 30) "$python" -m bench.report environment $toy
+ran='"$@" | tee "$work/tests"; status=${PIPESTATUS[0]}; grep -q " passed" "$work/tests" || { echo "no test ran"; exit 1; }; exit $status'
 pytest=("$python" -m pytest tests/gpu tests/patching/test_graph.py -m gpu -q -p no:cacheprovider --maxfail=40)
 if [ -n "$toy" ]; then
-  part tests tests.log 600 "${pytest[@]}" -k "test_shapes or test_select_tokens or test_compact or test_reorder or test_captured or test_llava_7b"
+  part tests tests.log 600 bash -c "$ran" _ "${pytest[@]}" -k "test_shapes or test_select_tokens or test_compact or test_reorder or test_captured or test_llava_7b"
 else
-  if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n 12); fi
+  if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n "$(nproc | awk '{ print ($1 < 12) ? $1 : 12 }')"); fi
   # meanwhile the kernels of the benchmarks are built: compiling them is most of that part's time
   timeout -k 5 180 "$python" -m bench.operators --compile >"$work/compile" 2>&1 </dev/null &
   compiling=$!
-  part tests tests.log 200 env OMP_NUM_THREADS=1 "${pytest[@]}"
+  part tests tests.log 200 env OMP_NUM_THREADS=1 bash -c "$ran" _ "${pytest[@]}"
   wait "$compiling" || true # a kernel that does not build fails again, with its row, in the benchmarks
   cat "$work/compile" >>"$out/operators.log"
 fi

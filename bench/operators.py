@@ -319,24 +319,24 @@ def overhead_rows(backend: str, device: torch.device) -> Iterator[dict[str, Any]
             yield timing.row(f"host time of {name}", timing.host_time(call), group="launch overhead", **shape.facts())
 
 
-def operators_backend() -> str:
+def operators_backend(toy: bool) -> str:
     """``"triton"``; in a rehearsal without Triton the reference.
 
     Raises:
-        SystemExit: on a GPU without Triton, where rows under our name would measure something else.
+        SystemExit: real sizes without a GPU, or without Triton, where rows under our name would measure something else.
     """
     state = dk.backends()["triton"]
-    if state == "available":
-        return "triton"
-    if timing.environment()["measurement"]:
+    if not toy and not timing.environment()["measurement"]:
+        raise SystemExit("nothing can be measured here: no CUDA device, or TRITON_INTERPRET is set; --toy rehearses")
+    if not toy and state != "available":
         raise SystemExit(f"the Triton kernels cannot run: {state}")
-    return "reference"
+    return "triton" if state == "available" else "reference"
 
 
 def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -> None:
     """Measures everything in order of weight and stops, with a row that says so, when the time is over."""
     device = timing.device()
-    backend = operators_backend()
+    backend = operators_backend(toy)
     deadline = time.monotonic() + seconds
     bandwidth, times = timing.copy_bandwidth()
     size = bandwidth * times.median
@@ -385,7 +385,7 @@ def main() -> None:
 
 def compile_all(toy: bool) -> None:
     """Launches what :func:`attention_rows` launches, once, without a clock."""
-    device, backend = timing.device(), operators_backend()
+    device, backend = timing.device(), operators_backend(toy)
     for shape in shapes(toy):
         begin = time.monotonic()
         data = Data(shape, backend, device, sets=1)

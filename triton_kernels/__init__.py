@@ -1,10 +1,8 @@
 """The Triton backend. Installed as ``dyrate_kernels.triton_kernels``; the top-level name belongs to another package.
 
-A backend is a module with the functions of ``dyrate_kernels.ops.reference`` and ``unavailable_reason``. Kernels: ``decode_attention``
-(split-K
-attention with statistics, and the decision in the same launch), ``decision`` (predictor, count, selection), ``rows`` (compaction,
-reordering). ``plan`` shapes their launches, ``launch`` starts them, ``workspace`` holds their scratch memory, ``backend`` is what
-torch tensors
+A backend is a module with the functions of ``dyrate_kernels.ops.reference`` and ``unavailable_reason``. Kernels: ``attention`` (split-K
+attention with statistics, and the decision in the same launch), ``decision`` (predictor, count, selection), ``rows`` (compaction, reordering).
+``plan`` shapes their launches, ``launch`` starts them, ``workspace`` holds their scratch memory, ``backend`` is what torch tensors
 meet. Triton is imported when the first of these functions is asked for.
 """
 
@@ -42,8 +40,9 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     backend = importlib.import_module(f"{__name__}.backend")
-    globals()[name] = function = getattr(backend, name)
-    return function
+    for operator in __all__:
+        globals().setdefault(operator, getattr(backend, operator, None))
+    return globals()[name]
 
 
 def interpreted() -> bool:

@@ -19,8 +19,8 @@ from dyrate_kernels.ops import reference
 
 from . import interpreted, interpreter, plan, workspace
 from . import rows as moving
+from .attention import decide_kernel, decode_attention_kernel
 from .decision import predict_rate_kernel, select_tokens_kernel
-from .decode_attention import decide_kernel, decode_attention_kernel
 from .launch import Launch, stream_of
 
 if interpreted():
@@ -78,6 +78,7 @@ def _prepare_attention(
     kv_heads, capacity, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     listed, has_window = kept is not None, window is not None
     places = max(kept.shape[1] if kept is not None else visual_capacity, 1)
+    logit_capacity = triton.cdiv(places, 16) * 16  # rows of logits start at a multiple of 64 bytes
     device_name, multiprocessors = _device_facts(query.device)
     how = plan.attention(
         device_name, multiprocessors, batch, kv_heads, heads // kv_heads, dim, value_dim, query.element_size(),
@@ -94,7 +95,7 @@ def _prepare_attention(
     block_s, chunks = plan.select(visual_capacity, plan.SELECT_BLOCK if second else plan.SELECT_BLOCK_IN_ATTENTION)
     blocks = (block_h, block_i, max(triton.next_power_of_2(features), 16), block_s, chunks)
     rest = (
-        scale, window or 0, dim, value_dim, heads, visual_capacity, places, how.min_blocks, features, classes,
+        scale, window or 0, dim, value_dim, heads, visual_capacity, logit_capacity, how.min_blocks, features, classes,
         *query.stride(), *key.stride(), *value.stride(),
         _strides(kept, 2)[0], _strides(text_type, 2)[0], _strides(position, 2)[0], _strides(query_position, 1)[0],
         *_strides(new_key, 3)[:2], *_strides(new_value, 3)[:2], *choice,
@@ -106,14 +107,14 @@ def _prepare_attention(
     launch = Launch(decode_attention_kernel, (how.max_splits, kv_heads, batch), rest, how.num_warps, how.num_stages)
     deciding = None
     if second:
-        rest = (heads, kv_heads + 1, visual_capacity, places, features, classes, *choice, decide is not None, *flags, *blocks)
+        rest = (heads, kv_heads + 1, visual_capacity, logit_capacity, features, classes, *choice, decide is not None, *flags, *blocks)
         deciding = Launch(decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, 8)
     scratch = {
         "part": batch * heads * how.max_splits * how.block_v if output else None,
         "part_stat": batch * heads * how.max_splits * 8,
         "head_stat": batch * heads * 2,
         "counters": batch * (kv_heads + 1),
-        "logits": batch * heads * places if importance else None,
+        "logits": batch * heads * logit_capacity if importance else None,
     }
     return _Attention(launch, deciding, scratch)
 

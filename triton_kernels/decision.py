@@ -1,6 +1,6 @@
 """Device functions of the decision, and the kernels that run them alone: predictor, count, selection.
 
-``decode_attention.py`` calls the same functions at the end of its launch. Formulas and ties are those of
+``attention.py`` calls the same functions at the end of its launch. Formulas and ties are those of
 ``dyrate_kernels.ops.reference``; integer keys instead of float compares, so that denormals, zeros of either sign and NaN order alike on
 every device.
 """
@@ -109,7 +109,7 @@ def select_row(
             if step > 0:
                 inside = inside & ((key >> (shift + 8)) == (threshold >> (shift + 8)))
             histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=inside)
-        at_least = tl.cumsum(histogram, 0, reverse=True)
+        at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # tokens with this digit or a higher one
         digit = tl.sum((at_least >= needed).to(tl.int32), 0) - 1
         needed -= tl.sum(tl.where(bins > digit, histogram, 0), 0)
         threshold |= digit.to(key.dtype) << shift

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -54,6 +57,20 @@ def test_opcheck(kit, name):
     operator, arguments = samples(kit.backend)[name]
     results = torch.library.opcheck(getattr(torch.ops.dyrate, operator).default, kit.to(arguments))
     assert set(results.values()) == {"SUCCESS"}, results
+
+
+@pytest.mark.parametrize("first", ["decode_attention", "score_last_query", "compact_"])
+def test_any_operator_may_be_the_first_of_a_process(kit, first):
+    """Loading the backend for one operator leaves the others callable, whatever its modules are called."""
+    names = [first, "decode_attention", "score_last_query", "decode_step", "predict_rate", "select_tokens", "compact_", "reorder_"]
+    script = (
+        "import sys; from dyrate_kernels.ops import dispatch\n"
+        f"module = dispatch._load({kit.backend!r})[0]\n"
+        f"wrong = [name for name in {names!r} if not callable(getattr(module, name))]\n"
+        "sys.exit(f'not callable: {wrong}' if wrong else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert done.returncode == 0, done.stderr[-600:]
 
 
 def test_compiles_whole(kit):

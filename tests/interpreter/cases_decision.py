@@ -173,6 +173,19 @@ def test_importance_orders_like_the_reference():
         assert torch.allclose(got.rate, 1 - n_kept.double() / arguments["n_visual"])
 
 
+@pytest.mark.parametrize("chosen", [harness.SMALL, harness.TWO_LAUNCHES], ids=["one launch", "two launches"])
+def test_step_in_chunks(chosen, monkeypatch):
+    """More visual tokens than the selection inside the launch holds at once."""
+    whole = plan.select
+    monkeypatch.setattr(backend.plan, "select", lambda tokens, largest=0: whole(tokens, 16))
+    monkeypatch.setattr(backend, "_attentions", {})
+    arguments = spec.problem(*STEPS[0], dtype=torch.float32)
+    del arguments["position"], arguments["query_position"]
+    score = torch.randint(0, 5, (3, 40), generator=torch.Generator().manual_seed(8)).float()
+    with harness.settings(chosen):
+        check_step(arguments, count=int32([19, 7, 3]), score=score)
+
+
 def test_step_appends():
     arguments = spec.problem(*STEPS[0], dtype=torch.float32)
     del arguments["position"], arguments["query_position"]
