@@ -30,6 +30,7 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on a CPU, else the model's own")
     parser.add_argument("--retention", choices=("recoverable", "evict"), default="recoverable", help="default: recoverable")
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
+    parser.add_argument("--cuda-graph", action="store_true", help="capture a decode step once and replay it (on one CUDA device)")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
 

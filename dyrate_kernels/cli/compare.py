@@ -67,7 +67,7 @@ def _row(
 ) -> dict[str, Any]:
     import dyrate_kernels as dk
 
-    with dk.patch(model, policy, retention=given.retention, backend=given.backend) as handle:
+    with dk.patch(model, policy, retention=given.retention, backend=given.backend, cuda_graph=given.cuda_graph) as handle:
         arguments = common.generation_arguments(given)
         started = time.perf_counter()
         tokens = model.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :].tolist()

@@ -55,7 +55,9 @@ def run(given: argparse.Namespace) -> int:
     import dyrate_kernels as dk
 
     inputs = common.prepare(processor, image, given.prompt, model.device)
-    with dk.patch(model, policy, retention=given.retention, backend=given.backend, record_importance=bool(given.plot)) as handle:
+    with dk.patch(
+        model, policy, retention=given.retention, backend=given.backend, record_importance=bool(given.plot), cuda_graph=given.cuda_graph
+    ) as handle:
         streamer = None if given.json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
         tokens = model.generate(**inputs, **common.generation_arguments(given), streamer=streamer)

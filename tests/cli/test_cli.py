@@ -47,6 +47,13 @@ def test_generate_prints_text_steps_and_totals(capsys, picture):
         assert word in out
 
 
+def test_a_graph_that_cannot_be_captured_here_changes_nothing(capsys, picture):
+    with pytest.warns(UserWarning, match="cuda_graph=True has no effect"):
+        status, out, _ = run(capsys, "generate", "--image", picture, "--max-new-tokens", "4", "--json", "--cuda-graph")
+    _, want, _ = run(capsys, "generate", "--image", picture, "--max-new-tokens", "4", "--json")
+    assert status == 0 and json.loads(out)["text"] == json.loads(want)["text"]
+
+
 def test_generate_json_is_stats_and_text(capsys, picture):
     status, out, _ = run(capsys, "generate", "--image", picture, "--policy", "none", "--json")
     result = json.loads(out)
