@@ -23,7 +23,8 @@ def test_replayed_steps(policy, retention, monkeypatch):
     chosen = dk.policies.get(policy, k=1)
     with dk.patch(model, chosen, retention=retention, backend="reference") as handle:
         want, stats = model.generate(**fields, **greedy(5)), handle.stats()
-    monkeypatch.setattr(graph, "recorder_for", lambda device, recorder=TapeRecorder(): recorder)
+    recorder = TapeRecorder()
+    monkeypatch.setattr(graph, "recorder_for", lambda device: recorder)
     plan.override(LARGE)
     try:
         with dk.patch(model, chosen, retention=retention, backend="triton", cuda_graph=True) as handle:
