@@ -51,6 +51,15 @@ def test_select_close_scores(dtype):
         check_selection(score, [30, 45, 89], [90, 80, 90])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_select_zeros_of_either_sign_tie(dtype):
+    """The earlier token wins, whichever sign its zero has."""
+    score = torch.tensor([[-1.0, -0.0, 0.0, -0.0, 2.0, 0.0], [0.0, -0.0, -0.0, 0.0, -3.0, -0.0]], dtype=dtype)
+    for count in range(1, 6):
+        with harness.settings():
+            check_selection(score, [count, count], [6, 6])
+
+
 def test_select_in_chunks(monkeypatch):
     """Rows longer than what one pass holds; the limit is lowered so that the interpreter can follow."""
     whole = plan.select
@@ -135,6 +144,23 @@ def test_step_with_predictor(case, chosen):
         }
         with harness.settings(chosen):
             check_step(arguments, **predictor)
+
+
+@pytest.mark.parametrize("chosen", [harness.SMALL, harness.TWO_LAUNCHES], ids=["one launch", "two launches"])
+def test_step_rates_just_below_a_whole_token(chosen):
+    """40 * (1 - 0.8) is 7.999... in float64 and 10 * (1 - 0.9) is 0.999...: the count is 8 and 1 all the same."""
+    arguments = spec.problem(4, 2, 2, 8, 40, 9, [40, 10, 20, 30], [9, 1, 5, 2], dtype=torch.float32)
+    del arguments["position"], arguments["query_position"]
+    rates = torch.tensor([0.1, 0.4, 0.7, 0.8, 0.9], dtype=torch.float64)
+    below = [n for n in (40, 10, 20, 30) for rate in rates.tolist() if int(n * (1 - rate)) != round(n * (1 - rate))]
+    assert below, "no rate of this test needs the 1e-6"
+    for first in range(5):
+        bias = torch.zeros(4, 5)
+        for b in range(4):
+            bias[b, (first + b) % 5] = 100.0
+        with harness.settings(chosen):
+            got = check_step(arguments, weight=torch.zeros(5, 8), bias=bias, rates=rates)
+        assert got.n_kept.tolist() == [round(n * (1 - rates[(first + b) % 5].item())) for b, n in enumerate((40, 10, 20, 30))]
 
 
 @pytest.mark.parametrize("case", STEPS, ids=str)
