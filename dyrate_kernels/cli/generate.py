@@ -96,9 +96,10 @@ def chosen_steps(count: int, limit: int) -> list[int]:
 def _print_steps(stats: Any, limit: int) -> None:
     from rich.table import Table
 
-    table = Table(title=f"policy {stats.policy}" + (f", {stats.predictor} predictor" if stats.predictor else ""), title_justify="left")
-    for heading in ("step", "rate", "kept", "mass on image", "system", "instruction", "response"):
-        table.add_column(heading, justify="right")
+    who = f"policy {stats.policy}" + (f", {stats.predictor} predictor" if stats.predictor else "")
+    table = Table(title=f"{who}; attention mass by token type in the last four columns", title_justify="left")
+    for heading in ("step", "rate", "kept", "image", "system", "instruction", "response"):
+        table.add_column(heading, justify="right", no_wrap=True)
     total = stats.visual_tokens[0]
     for index in chosen_steps(len(stats.steps), limit):
         step = stats.steps[index]
