@@ -97,7 +97,7 @@ def _print_steps(stats: Any, limit: int) -> None:
     from rich.table import Table
 
     who = f"policy {stats.policy}" + (f", {stats.predictor} predictor" if stats.predictor else "")
-    table = Table(title=f"{who}; attention mass by token type in the last four columns", title_justify="left")
+    table = Table(title=f"{who} (right: attention mass by token type)", title_justify="left")
     for heading in ("step", "rate", "kept", "image", "system", "instruction", "response"):
         table.add_column(heading, justify="right", no_wrap=True)
     total = stats.visual_tokens[0]
