@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # in the order in which they are tried
     "num_warps": (4, 2, 8),
     "programs_per_sm": (8, 4, 16, 2),
     "num_stages": (3, 2, 4),
+    "max_registers": (168, 128, None),
     "min_blocks": (2, 1, 4, 8),
     "decision": ("same_launch", "second_launch"),
 }

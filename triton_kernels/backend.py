@@ -104,11 +104,14 @@ def _prepare_attention(
         output, mass, importance, listed, has_window, new_key is not None, importance and not second,
         decide is not None and not second, *flags, *blocks,
     )  # fmt: skip
-    launch = Launch(decode_attention_kernel, (how.max_splits, kv_heads, batch), rest, how.num_warps, how.num_stages)
+    grid = (how.max_splits, kv_heads, batch)
+    launch = Launch(decode_attention_kernel, grid, rest, how.num_warps, how.num_stages, how.max_registers)
     deciding = None
     if second:
         rest = (heads, kv_heads + 1, visual_capacity, logit_capacity, features, classes, *choice, decide is not None, *flags, *blocks)
-        deciding = Launch(decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, 8)
+        deciding = Launch(
+            decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, 8, max_registers=plan.MAX_REGISTERS[8]
+        )
     scratch = {
         "part": batch * heads * how.max_splits * how.block_v if output else None,
         "part_stat": batch * heads * how.max_splits * 8,
@@ -192,7 +195,7 @@ def _start(kernel: Any, device: torch.device, grid: tuple[int, int, int], rest: 
     key = (kernel, device, grid, rest, *forms)
     launch = _launches.get(key)
     if launch is None:
-        launch = _launches[key] = Launch(kernel, grid, rest, warps)
+        launch = _launches[key] = Launch(kernel, grid, rest, warps, max_registers=plan.MAX_REGISTERS.get(warps))
     launch.start(device, stream_of(device), tensors)
 
 

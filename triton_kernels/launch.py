@@ -44,13 +44,24 @@ class Launch:
         grid: programs along each axis.
         rest: all arguments after the pointers, in the order of the signature.
         num_warps, num_stages: as Triton takes them.
+        max_registers: a thread may use at most; None leaves it to the compiler, which may rather spill to fit one more program.
     """
 
-    __slots__ = ("_compiled", "grid", "kernel", "num_stages", "num_warps", "rest")
+    __slots__ = ("_compiled", "grid", "kernel", "options", "rest")
 
-    def __init__(self, kernel: Any, grid: tuple[int, int, int], rest: Sequence[Any], num_warps: int, num_stages: int = 3) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        rest: Sequence[Any],
+        num_warps: int,
+        num_stages: int = 3,
+        max_registers: int | None = None,
+    ) -> None:
         self.kernel, self.grid, self.rest = kernel, grid, tuple(rest)
-        self.num_warps, self.num_stages = num_warps, num_stages
+        self.options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
+        if max_registers is not None:
+            self.options["maxnreg"] = max_registers
         self._compiled: Any = None
 
     def start(self, device: torch.device, stream: int, tensors: Sequence[Tensor | None]) -> None:
@@ -70,9 +81,7 @@ class Launch:
             together |= address or 0
         compiled = self._compiled
         if compiled is None or together & 15 or _hooked():
-            compiled = self.kernel.run(
-                *tensors, *self.rest, grid=self.grid, warmup=False, num_warps=self.num_warps, num_stages=self.num_stages, **OPTIONS
-            )
+            compiled = self.kernel.run(*tensors, *self.rest, grid=self.grid, warmup=False, **self.options)
             if not together & 15:
                 self._compiled = compiled
             return

@@ -32,6 +32,7 @@ class Settings:
         programs_per_sm: programs the grid aims at, a multiprocessor.
         min_blocks: row blocks a split has at least.
         decision: ``"same_launch"`` (the last block done decides) or ``"second_launch"``.
+        max_registers: that a thread of the attention kernel may use; None leaves it to the compiler.
     """
 
     block_n: int = 32
@@ -40,6 +41,7 @@ class Settings:
     programs_per_sm: int = 8
     min_blocks: int = 2
     decision: str = "same_launch"
+    max_registers: int | None = None
 
     def __post_init__(self) -> None:
         if self.block_n < 1 or self.block_n & (self.block_n - 1):
@@ -75,11 +77,16 @@ def settings(device_name: str, group: int, dim: int, itemsize: int, statistics: 
     return heuristic(group, dim, itemsize)
 
 
+# By warps of a program: three programs of four warps fit a multiprocessor, two of eight. No main configuration spills then; left alone, the
+# compilers of triton 3.4 and 3.6 aim at one program more and spill 8 bytes in some (tests/ahead_of_time).
+MAX_REGISTERS = {4: 168, 8: 128}
+
+
 def heuristic(group: int, dim: int, itemsize: int) -> Settings:
     """Not measured: a key tile of about 8 KiB, so that three stages of keys and values leave room for four programs on a multiprocessor."""
     row = triton.next_power_of_2(max(dim, 16)) * itemsize
     block = max(16, min(128, 8192 // row))
-    return Settings(block_n=max(block, 32) if group > 1 and row <= 512 else block)
+    return Settings(block_n=max(block, 32) if group > 1 and row <= 512 else block, max_registers=MAX_REGISTERS[4])
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ class AttentionPlan:
     num_warps: int
     num_stages: int
     second_launch: bool
+    max_registers: int | None
 
 
 MOST_SPLITS = 64
@@ -134,6 +142,7 @@ def attention(
         num_warps=use.num_warps,
         num_stages=use.num_stages,
         second_launch=use.decision == "second_launch",
+        max_registers=use.max_registers,
     )
 
 

@@ -63,8 +63,6 @@ class Compiled:
 
 def _compile(launch: Any, tensors: Any, case: Case) -> Compiled:
     """The kernel that ``launch.start`` would start with these tensors."""
-    from dyrate_kernels.triton_kernels.launch import OPTIONS
-
     signature, constants, attributes = {}, {}, {}
     arguments = [*tensors, *launch.rest]
     parameters = launch.kernel.params
@@ -83,8 +81,7 @@ def _compile(launch: Any, tensors: Any, case: Case) -> Compiled:
             if value % 16 == 0:
                 attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=launch.options)
     return _read(case, launch.kernel.fn.__name__, compiled)
 
 
