@@ -26,6 +26,7 @@ import dyrate_kernels as dk
 from bench import random_models, timing
 from bench.operators import OURS, operators_backend, run_and_save
 from bench.timing import Times
+from dyrate_kernels.patching.graph import CudaRecorder
 
 K = 3
 KEPT = 0.125
@@ -147,25 +148,17 @@ def static_twin(model: Any, fields: dict[str, torch.Tensor], steps: int) -> tupl
         begin = time.perf_counter()
         step()
         return timing.summary([time.perf_counter() - begin]), first
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    recorder = CudaRecorder(device)
+    with recorder.warm_up():
         first = step().clone()
         step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            step()
-    except Exception:
-        torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own stream current when a capture fails
-        raise
+    replay, _ = recorder.record(step)
     marks = []
     for _ in range(min(steps, 20)):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(AHEAD)
         start.record()
-        graph.replay()
+        replay()
         end.record()
         marks.append((start, end))
     torch.cuda.synchronize()

@@ -1,7 +1,8 @@
 """The operators of ``dyrate_kernels.ops`` in Triton: the signatures of ``dyrate_kernels.ops.reference`` over the kernels of this folder.
 
 Arguments are taken as valid (``dyrate_kernels.ops`` checks them). Everything is launched on the current stream, allocates only its results,
-reads no device value on the host and can be captured in a graph. float64 inputs go to the reference: no kernel here accumulates in float64.
+reads no device value on the host and can be captured in a graph, after one call with the same buffers on the stream of the capture (scratch
+memory and tables are made then). float64 inputs go to the reference: no kernel here accumulates in float64.
 """
 
 from __future__ import annotations
@@ -109,9 +110,7 @@ def _prepare_attention(
     deciding = None
     if second:
         rest = (heads, kv_heads + 1, visual_capacity, logit_capacity, features, classes, *choice, decide is not None, *flags, *blocks)
-        deciding = Launch(
-            decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, 8, max_registers=plan.MAX_REGISTERS[8]
-        )
+        deciding = Launch(decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, 8)
     scratch = {
         "part": batch * heads * how.max_splits * how.block_v if output else None,
         "part_stat": batch * heads * how.max_splits * 8,
@@ -195,7 +194,7 @@ def _start(kernel: Any, device: torch.device, grid: tuple[int, int, int], rest: 
     key = (kernel, device, grid, rest, *forms)
     launch = _launches.get(key)
     if launch is None:
-        launch = _launches[key] = Launch(kernel, grid, rest, warps, max_registers=plan.MAX_REGISTERS.get(warps))
+        launch = _launches[key] = Launch(kernel, grid, rest, warps)
     launch.start(device, stream_of(device), tensors)
 
 
@@ -312,12 +311,24 @@ def keep_count(n_visual: Tensor, rate: Tensor) -> Tensor:
 _Description = tuple[int, int, int, int, int, int, int]
 
 
-@functools.lru_cache(maxsize=4096)
+# tables that a captured graph points at: a replay reads them for as long as the graph lives
+_captured_tables: dict[tuple, Tensor] = {}
+
+
 def _table(device: torch.device, described: tuple[_Description, ...]) -> tuple[Tensor, int, bool, int]:
     """(table on the device, bytes of a word, aligned, most words of a row).
 
-    The table is kept: a decode step describes the same buffers again and again, and a captured graph points at it.
+    The table is kept: a decode step describes the same buffers again and again. A description that is new inside a capture would be a copy
+    from the host there, which CUDA refuses: call once before the capture.
     """
+    found = _make_table(device, described)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured_tables[device, described] = found[0]
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _make_table(device: torch.device, described: tuple[_Description, ...]) -> tuple[Tensor, int, bool, int]:
     word = 4
     for address, stride_b, stride_h, stride_r, _, words, itemsize in described:
         while any(part * itemsize % word for part in (stride_b, stride_h, stride_r, words)) or address % word:

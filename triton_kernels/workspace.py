@@ -1,7 +1,9 @@
 """Scratch memory of the kernels: one set a device and stream, kept for good.
 
 Launches of one stream follow each other, so they can share it. Buffers only grow, by at least doubling, and a buffer that was outgrown is
-kept: a captured graph may still point at it, and all of them together are smaller than the newest one.
+kept: a captured graph may still point at it, and all of them together are smaller than the newest one. A buffer cannot be made inside a
+capture (its zeros would be written by replays only), and graphs that were captured on one stream share its set: they must not be replayed
+at the same time on two.
 """
 
 from __future__ import annotations
@@ -29,6 +31,11 @@ class Workspace:
         return found
 
     def _make(self, name: str, size: int) -> Tensor:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the kernels' scratch memory cannot be made inside a CUDA graph capture: run the same call once before, on the stream of "
+                "the capture (torch.cuda.graph(g, stream=s), where s is the stream of the warm-up)"
+            )
         if name in self._buffers:
             self._outgrown.append(self._buffers[name])
             size = max(size, 2 * self._buffers[name].numel())

@@ -17,7 +17,7 @@ without this file.
 from __future__ import annotations
 
 import contextlib
-import functools
+import gc
 import inspect
 import logging
 import warnings
@@ -68,7 +68,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = _side_stream(device)
+        self.stream = torch.cuda.Stream(device)
 
     @contextlib.contextmanager
     def warm_up(self) -> Iterator[None]:
@@ -82,24 +82,46 @@ class CudaRecorder:
 
     def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self.device)
         # not torch.cuda.graph(): it empties the allocator's cache first, which the next prompt would have to fill again
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(capture_error_mode="thread_local")  # another thread, which reads a streamer, may use the GPU meanwhile
+            # thread_local: another thread, which reads a streamer, may use the GPU meanwhile
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                result = step()
+                with _no_garbage_collection():  # it might destroy an older graph, which breaks a capture
+                    result = step()
             except BaseException:
                 with contextlib.suppress(Exception):  # the end of a broken capture fails too, and says less
-                    graph.capture_end()
+                    self._end(graph, pool)
                 raise
-            graph.capture_end()
+            self._end(graph, pool)
         return graph.replay, result
 
+    def _end(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Ends the capture, also for the allocator and the random generator, which torch leaves in it where the end fails."""
+        try:
+            graph.capture_end()
+        except BaseException:
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            for undo in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                with contextlib.suppress(Exception):
+                    getattr(torch._C, undo)(index, pool)
+            with contextlib.suppress(Exception):
+                generator = torch.cuda.default_generators[index]
+                generator.graphsafe_set_state(generator.clone_state())  # the clone is in no capture
+            raise
 
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One a device: the kernels keep a workspace for every stream."""
-    return torch.cuda.Stream(device)
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def recorder_for(device: torch.device) -> Recorder:
@@ -189,6 +211,7 @@ class StepGraph:
         self.captures = self.replays = 0
         self.off: str | None = None
         self._told: set[str] = set()
+        self._recorders: dict[torch.device, Recorder] = {}
         self._run: _Run | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -334,6 +357,7 @@ class StepGraph:
             return None
 
     def _checked_recorder(self) -> Recorder:
+        """The handle's own: graphs of one stream share the kernels' scratch memory, and those of two handles may be replayed at once."""
         model = self.handle.model
         for name, module in model.named_modules():
             if hasattr(module, "_hf_hook"):
@@ -344,12 +368,13 @@ class StepGraph:
         if len(devices) > 1:
             raise CannotCapture(f"the model is spread over {len(devices)} devices ({', '.join(sorted(map(str, devices)))})")
         device = devices.pop()
-        recorder = recorder_for(device)
+        if device not in self._recorders:
+            self._recorders[device] = recorder_for(device)
         if model.training:
             raise CannotCapture("the model is in training mode; call model.eval()")
         if torch.is_autocast_enabled(device.type):
             raise CannotCapture("autocast is on, whose cache of cast weights a captured step cannot keep; load the model in half precision")
-        return recorder
+        return self._recorders[device]
 
     def _give_up(self, run: _Run, error: Exception) -> None:
         run.recorder = run.captured = None

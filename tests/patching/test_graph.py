@@ -789,8 +789,8 @@ class FakeCuda:
                 log.append(f"{self.name} waits for {other.name}")
 
         class CUDAGraph:
-            def capture_begin(this, capture_error_mode):
-                log.append(f"begin {capture_error_mode}")
+            def capture_begin(this, pool, capture_error_mode):
+                log.append(f"begin {capture_error_mode} in {pool}")
 
             def capture_end(this):
                 log.append("end")
@@ -799,6 +799,13 @@ class FakeCuda:
 
             def replay(this):
                 log.append("replay")
+
+        class Generator:
+            def clone_state(self):
+                return "a state in no capture"
+
+            def graphsafe_set_state(self, state):
+                log.append(state)
 
         @contextlib.contextmanager
         def stream(which):
@@ -810,33 +817,35 @@ class FakeCuda:
 
         main = Stream(None)
         main.name = "main"
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, lambda index, pool, name=name: log.append(f"{name} {index} {pool}"), raising=False)
         for name, value in {
             "Stream": Stream,
             "CUDAGraph": CUDAGraph,
             "stream": stream,
             "current_stream": lambda device: main,
             "synchronize": lambda device: log.append("synchronize"),
+            "graph_pool_handle": lambda: "a pool",
+            "default_generators": [Generator()],
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        graph._side_stream.cache_clear()
 
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    yield FakeCuda(monkeypatch)
-    graph._side_stream.cache_clear()
+    return FakeCuda(monkeypatch)
 
 
 def test_what_the_cuda_recorder_does(fake_cuda):
     recorder = graph.recorder_for(torch.device("cuda", 0))
-    assert recorder.stream is graph.recorder_for(torch.device("cuda", 0)).stream
+    assert recorder.stream is not graph.recorder_for(torch.device("cuda", 0)).stream
     with recorder.warm_up():
         fake_cuda.log.append("step")
     assert fake_cuda.log == ["side waits for main", "on side", "step", "back", "main waits for side"]
     fake_cuda.log.clear()
     replay, result = recorder.record(lambda: fake_cuda.log.append("step") or "result")
     assert result == "result"
-    assert fake_cuda.log == ["synchronize", "on side", "begin thread_local", "step", "end", "back"]
+    assert fake_cuda.log == ["synchronize", "on side", "begin thread_local in a pool", "step", "end", "back"]
     replay()
     assert fake_cuda.log[-1] == "replay"
 
@@ -846,10 +855,11 @@ def test_a_broken_cuda_capture_names_its_cause(fake_cuda):
     fake_cuda.broken = True
     with pytest.raises(ZeroDivisionError):
         recorder.record(lambda: 1 // 0)
-    assert fake_cuda.log[-2:] == ["end", "back"]
+    cleaned = ["_cuda_endAllocateToPool 0 a pool", "_cuda_releasePool 0 a pool", "a state in no capture"]
+    assert fake_cuda.log[-5:] == ["end", *cleaned, "back"]
     with pytest.raises(RuntimeError, match="invalidated"):  # broken without a word from the step
         recorder.record(lambda: None)
-    assert fake_cuda.log[-1] == "back"
+    assert fake_cuda.log[-4:] == [*cleaned, "back"]
     with pytest.raises(graph.CannotCapture, match="'mps'"):
         graph.recorder_for(torch.device("mps"))
 
@@ -893,6 +903,12 @@ def test_a_failed_capture_on_cuda():
     assert handle.graph.captures == 0
     assert_same(got, want)
     assert_same_stats(stats, want_stats)
+    # torch is out of the capture: its allocator, its random numbers, and the next capture
+    torch.cuda.empty_cache()
+    torch.rand(1, device="cuda")
+    with pytest.warns(UserWarning, match="could not be captured"):
+        run(model, fields, greedy(STEPS, do_sample=True), {**options, "cuda_graph": True})
+    assert both(model, fields, greedy(STEPS), policy="dyrate").captures == 1
 
 
 @pytest.mark.gpu
