@@ -105,7 +105,7 @@ def test_plans_follow_capacities():
 
 
 @pytest.mark.parametrize(
-    "tokens, want", [(0, (16, 1)), (1, (16, 1)), (17, (32, 1)), (4096, (4096, 1)), (4097, (4096, 2)), (16384, (4096, 4))]
+    "tokens, want", [(0, (16, 1)), (1, (16, 1)), (17, (32, 1)), (2048, (2048, 1)), (2049, (2048, 2)), (16384, (2048, 8))]
 )
 def test_selections_cover_every_token(tokens, want):
     assert plan.select(tokens) == want
