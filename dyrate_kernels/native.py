@@ -1,8 +1,8 @@
 """The compiled extension ``dyrate_kernels._native``: is it there, why not, and what it sees of the machine.
 
 The extension is built by ``setup.py`` where nvcc is found. It links the CUDA runtime statically and loads the driver on
-the first call, so it imports on a machine with no driver. For now it is a probe; the CUDA kernels come with a later
-change. Nothing here imports torch, and nothing asks the driver before ``probe`` is called.
+the first call, so it imports on a machine with no driver. It holds the kernels of the ``cuda`` backend (``ops/cuda.py``) and a
+probe. Nothing here imports torch, and nothing asks the driver before ``probe`` or ``unusable_reason`` is called.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["BuildInfo", "Device", "Probe", "build_info", "load", "missing_reason", "probe", "unavailable_reason"]
+__all__ = ["BuildInfo", "Device", "Probe", "build_info", "load", "missing_reason", "probe", "unusable_reason"]
 
 _BUILD_INFO = Path(__file__).with_name("_build_info.json")  # written by setup.py
 
@@ -125,9 +125,43 @@ def probe() -> Probe | None:
     )
 
 
-def unavailable_reason() -> str | None:
-    """Why the ``cuda`` backend cannot run here, or None when it can. Asks no driver."""
-    return missing_reason() or "the native extension holds only a probe in this version, no kernels"
+DRIVER_TOO_OLD = "the driver is too old"
+
+
+def unusable_reason(seen: Probe | None) -> str | None:
+    """Why the extension's kernels cannot run on the first device of a machine that was probed, or None when they can."""
+    if seen is None:
+        return missing_reason() or "the native extension was not probed"
+    if seen.driver_version is None:
+        return "no CUDA driver is installed"
+    if _major(seen.driver_version) < _major(seen.runtime_version):
+        return (
+            f"{DRIVER_TOO_OLD}: it supports CUDA {seen.driver_version}, the extension was built with {seen.runtime_version}; update the "
+            "driver, or install with an nvcc of its version (CUDACXX=/path/to/nvcc pip install -e .)"
+        )
+    if seen.error is not None:
+        return seen.error
+    device = seen.devices[0]
+    if not any(_runs(text, device.compute_capability) for text in seen.architectures):
+        major, minor = device.compute_capability
+        return (
+            f"the extension has no code for {device.name} (sm_{major}{minor}), only for {', '.join(seen.architectures)}; install with "
+            f"DYRATE_CUDA_ARCHS={major}{minor}"
+        )
+    return None
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0]) if version[:1].isdigit() else 0
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    """Code for an architecture in CMake's form runs on a device: machine code on its generation, PTX on everything later."""
+    digits = "".join(character for character in architecture.split("-")[0] if character.isdigit())
+    major, minor = int(digits[:-1]), int(digits[-1])
+    if major == capability[0] and minor <= capability[1]:
+        return True
+    return not architecture.endswith("-real") and (major, minor) <= capability
 
 
 def _release(version: int) -> str | None:

@@ -16,9 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
-from dyrate_kernels.ops import reference
+from dyrate_kernels.ops import reference, workspace
 
-from . import interpreted, interpreter, plan, workspace
+from . import interpreted, interpreter, plan
 from . import rows as moving
 from .attention import decide_kernel, decode_attention_kernel
 from .decision import predict_rate_kernel, select_tokens_kernel

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from dyrate_kernels.native import DRIVER_TOO_OLD
+
 __all__ = ["BACKENDS", "backends", "name_for", "resolve"]
 
 BACKENDS = ("auto", "triton", "cuda", "reference")
@@ -21,7 +23,7 @@ BACKENDS = ("auto", "triton", "cuda", "reference")
 # in the order in which auto tries them on a CUDA device
 _MODULES = {
     "triton": "dyrate_kernels.triton_kernels",
-    "cuda": "dyrate_kernels.native",
+    "cuda": "dyrate_kernels.ops.cuda",
     "reference": "dyrate_kernels.ops.reference",
 }
 
@@ -67,6 +69,8 @@ def name_for(backend: str, device: torch.device | str) -> str:
         if kind != "cuda":
             return "reference"
         for name in _MODULES:
+            if DRIVER_TOO_OLD in (_load(name)[1] or ""):
+                _warn_skipped(name)
             if _load(name)[1] is None:
                 if name == "reference":
                     _warn_slow()
@@ -87,6 +91,11 @@ def name_for(backend: str, device: torch.device | str) -> str:
 def _interprets(backend: str) -> bool:
     """The backend runs on CPU tensors (Triton's interpreter)."""
     return getattr(_load(backend)[0], "interpreted", bool)()
+
+
+@functools.cache
+def _warn_skipped(name: str) -> None:
+    warnings.warn(f"dyrate_kernels passes over its backend {name!r}: {_load(name)[1]}", stacklevel=3)
 
 
 @functools.cache

@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 
 from triton import knobs
 
-from dyrate_kernels.triton_kernels import plan, workspace
+from dyrate_kernels.ops import workspace
+from dyrate_kernels.triton_kernels import plan
 from dyrate_kernels.triton_kernels.launch import Launch
 
 DEVICE = torch.device("cpu")

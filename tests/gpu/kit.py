@@ -15,7 +15,7 @@ from torch import Tensor
 from dyrate_kernels import ops
 from tests.ops import spec
 
-BACKENDS = ("triton",)  # backends under test; each runs every test that takes the fixture ``kit``
+BACKENDS = ("triton", "cuda")  # backends under test; each runs every test that takes the fixture ``kit``
 ON_GPU = torch.cuda.is_available()
 REHEARSAL = os.environ.get("DYRATE_GPU_TESTS_ON_CPU") == "1" and not ON_GPU
 
@@ -74,8 +74,8 @@ class Kit:
 
     def scratch(self) -> Iterator[tuple[str, Tensor]]:
         """(name, buffer) of what the backend keeps from call to call."""
-        if self.backend == "triton":
-            from dyrate_kernels.triton_kernels import workspace
+        if self.backend in ("triton", "cuda"):
+            from dyrate_kernels.ops import workspace
 
             for space in workspace._workspaces.values():
                 yield from space.buffers().items()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dyrate_kernels import ops
-from dyrate_kernels.triton_kernels import plan, workspace
+from dyrate_kernels.ops import workspace
+from dyrate_kernels.triton_kernels import plan
 
 # several splits and several blocks already for a few dozen rows
 SMALL = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8)

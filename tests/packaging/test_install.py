@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +119,30 @@ def test_extension_is_there_or_says_why_not() -> None:
         assert reason == info.reason or "does not import" in reason
         with pytest.raises(RuntimeError, match="native extension is missing"):
             native.load()
-    assert native.unavailable_reason()
+    assert (reason is None) == (native.probe() is not None)
+    if not torch.cuda.is_available():
+        assert dyrate_kernels.backends()["cuda"].startswith("unavailable: ")
+
+
+PROBE = native.Probe("13.0", "13.0", ("75-real", "90-real", "120"), (native.Device(0, "ACME", (9, 0), 1 << 30, 4),), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, None),
+        ({"driver_version": "13.2"}, None),
+        ({"driver_version": "12.8", "error": "insufficient"}, "too old.*12.8.*13.0.*update the driver"),
+        ({"driver_version": None, "error": "no CUDA driver is installed"}, "no CUDA driver"),
+        ({"error": "the CUDA driver sees no device", "devices": ()}, "sees no device"),
+        ({"architectures": ("75-real", "80-real")}, "no code for ACME .sm_90.*DYRATE_CUDA_ARCHS=90"),
+        ({"architectures": ("80",)}, None),  # its PTX
+        ({"architectures": ("100-real", "120")}, "no code"),
+    ],
+)
+def test_why_the_extension_cannot_run_a_kernel(change: dict, expected: str | None) -> None:
+    reason = native.unusable_reason(dataclasses.replace(PROBE, **change))
+    assert reason is None if expected is None else re.search(expected, reason or "")
 
 
 def test_probe_reports_the_machine() -> None:
@@ -162,7 +187,7 @@ def test_a_build_without_cuda_says_why(recorded: Path) -> None:
     recorded.write_text(json.dumps(NO_CUDA))
     assert native.missing_reason() == "because"
     assert native.probe() is None
-    assert native.unavailable_reason() == "because"
+    assert native.unusable_reason(native.probe()) == "because"
     with pytest.raises(RuntimeError, match="because"):
         native.load()
 

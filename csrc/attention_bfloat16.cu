@@ -1,0 +1,7 @@
+#include "attention.h"
+
+namespace dyrate {
+
+template Status start_attention<BFloat16>(const AttentionCall&, Stream);
+
+}  // namespace dyrate

@@ -1,0 +1,217 @@
+"""What every case file shares: the backend "cuda" on CPU tensors, guarded and poisoned memory, several orders of threads for each call.
+
+Importing this loads the emulated module (``build.py``) in the variant that the environment variable ``DYRATE_EMULATED`` names and makes it
+what ``backend="cuda"`` runs, so it belongs in a process of its own: ``test_emulated.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dyrate_kernels import native, ops
+from dyrate_kernels.ops import cuda, dispatch, workspace
+from tests.emulated import build
+
+VARIANT = os.environ.get("DYRATE_EMULATED", "plain")
+PLAIN = VARIANT == "plain"
+
+# (order of threads and blocks, seed, blocks alive at once); a detector needs no second opinion
+ORDERS = {
+    "plain": ((0, 0, 4), (1, 0, 1), (2, 1, 3), (2, 2, 64)),
+    "sanitized": ((2, 1, 3),),
+    "races": ((2, 3, 64),),
+}[VARIANT]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# largest error of an output; inputs of size 1. Statistics are float32 whatever the inputs.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-12}
+STATISTICS = 3e-6
+
+
+def some(cases: list[Any], first: int = 1) -> list[Any]:
+    """All cases in the plain variant, the ``first`` of them under a detector, where each costs ten times as much."""
+    return cases if PLAIN else cases[:first]
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------------------
+
+_EDGE = 64  # bytes before and behind; keeps what torch aligns aligned
+_FILL = 0xA5
+
+
+class Guarded:
+    """A tensor filled with ``0xFF`` (NaN, -1, True) with bytes before and behind it that nobody may change."""
+
+    def __init__(self, size: tuple[int, ...], dtype: torch.dtype, shift: int = 0) -> None:
+        item = torch.empty((), dtype=dtype).element_size()
+        first = _EDGE + shift * item
+        past = first + math.prod(size) * item
+        self.memory = torch.full((past + _EDGE,), 0xFF, dtype=torch.uint8)
+        self.before, self.behind = self.memory[:first].fill_(_FILL), self.memory[past:].fill_(_FILL)
+        strides = tuple(math.prod(size[place + 1 :]) for place in range(len(size)))
+        self.tensor = torch.empty(0, dtype=dtype).set_(self.memory.untyped_storage(), first // item, size, strides)
+
+    def check(self) -> None:
+        assert (self.before == _FILL).all(), "bytes before a tensor were written"
+        assert (self.behind == _FILL).all(), "bytes behind a tensor were written"
+
+
+class GuardedAllocations(TorchDispatchMode):
+    """Every uninitialised tensor made inside is a :class:`Guarded` one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Guarded] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.empty.memory_format:
+            size, dtype = args[0], kwargs.get("dtype")
+        elif func is torch.ops.aten.new_empty.default:
+            size, dtype = args[1], kwargs.get("dtype") or args[0].dtype
+        elif func is torch.ops.aten.empty_like.default:
+            size, dtype = args[0].shape, kwargs.get("dtype") or args[0].dtype
+        else:
+            return func(*args, **kwargs)
+        self.made.append(Guarded(tuple(size), dtype or torch.get_default_dtype()))
+        return self.made[-1].tensor
+
+    def check(self) -> None:
+        for guarded in self.made:
+            guarded.check()
+
+
+def guarded(tensor: Tensor, shift: int = 0) -> tuple[Tensor, Guarded]:
+    """A contiguous copy in guarded memory, ``shift`` elements past a multiple of 64 bytes."""
+    made = Guarded(tuple(tensor.shape), tensor.dtype, shift)
+    made.tensor.copy_(tensor)
+    return made.tensor, made
+
+
+def spread(tensor: Tensor, rows: int = 3, columns: int = 0) -> Tensor:
+    """A view with the content of ``tensor`` ``[B, H, C, D]`` in a wider buffer of NaN: ``rows`` more a head, ``columns`` more a row."""
+    batch, heads, capacity, dim = tensor.shape
+    wide = torch.full((batch, heads, capacity + rows, dim + columns), float("nan"), dtype=tensor.dtype)
+    view = wide[:, :, :capacity, :dim]
+    view.copy_(tensor)
+    return view
+
+
+# ---- the backend -------------------------------------------------------------------------------------------------------------------
+
+module = build.load(VARIANT)
+native._import.cache_clear()
+native._import = lambda: (module, None)  # what native.load gives
+dispatch._load.cache_clear()
+backend = cuda
+configure = module.configure
+
+
+@contextlib.contextmanager
+def splits(most: int, min_rows: int = 16) -> Iterator[None]:
+    """Cuts attention into ``most`` splits at most, of ``min_rows`` rows at least."""
+    before = cuda._cut
+    cuda._cut = (most, min_rows)
+    try:
+        yield
+    finally:
+        cuda._cut = before
+
+
+def scratch() -> Iterator[tuple[str, Tensor]]:
+    return iter([item for space in workspace._workspaces.values() for item in space.buffers().items()])
+
+
+def _guard(function: Any) -> Any:
+    """What a backend's function allocates is guarded: an operator's implementation runs outside of the caller's dispatch modes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not _allocations:
+            return function(*args, **kwargs)
+        with _allocations[-1]:
+            return function(*args, **kwargs)
+
+    return call
+
+
+_allocations: list[GuardedAllocations] = []
+for _name in ("decode_attention", "score_last_query", "decode_step", "predict_rate", "select_tokens", "compact_", "reorder_"):
+    setattr(backend, _name, _guard(getattr(backend, _name)))
+
+
+@contextlib.contextmanager
+def allocations() -> Iterator[None]:
+    """What the backend allocates inside is guarded, its scratch memory poisoned; counters must be back at zero at the end."""
+    for name, buffer in scratch():
+        if name != "counters":
+            buffer.fill_(float("nan"))
+    mode = GuardedAllocations()
+    _allocations.append(mode)
+    try:
+        yield
+    finally:
+        _allocations.pop()
+    mode.check()
+    for name, buffer in scratch():
+        if name == "counters":
+            assert not buffer.any(), "a counter was left above zero"
+
+
+def _tensors(arguments: Any) -> list[Tensor]:
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    if isinstance(arguments, dict):
+        return _tensors(list(arguments.values()))
+    return [tensor for part in arguments for tensor in _tensors(part)] if isinstance(arguments, list | tuple) else []
+
+
+def run(name: str, *args: Any, **kwargs: Any) -> Any:
+    """``ops.<name>`` with the backend "cuda" in each of ``ORDERS``: results and changed arguments agree bit for bit, memory beyond
+    tensors is unchanged, counters are back at zero, and only in-place operators and ``new_key`` change an argument.
+    """
+    in_place = name.endswith("_") or kwargs.get("new_key") is not None
+    tensors = _tensors([args, kwargs])
+    before = [tensor.clone() for tensor in tensors]
+    seen: list[tuple[list[Any], list[Tensor]]] = []
+    result = None
+    for order in ORDERS:
+        if seen and in_place:
+            for tensor, old in zip(tensors, before, strict=True):
+                if not same(tensor, old):
+                    tensor.copy_(old)
+        configure(*order)
+        with allocations():
+            result = getattr(ops, name)(*args, **kwargs, backend="cuda")
+        if not in_place:
+            for tensor, old in zip(tensors, before, strict=True):
+                assert same(tensor, old), "an argument was changed"
+        seen.append((list(result or ()), [tensor.clone() for tensor in tensors] if in_place else []))
+        for a, b in zip([*seen[0][0], *seen[0][1]], [*seen[-1][0], *seen[-1][1]], strict=True):
+            assert (a is None and b is None) or same(a, b), f"orders {ORDERS[0]} and {order} differ"
+    return result
+
+
+# ---- comparison --------------------------------------------------------------------------------------------------------------------
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def close(got: Tensor, want: Any, tolerance: float, what: str) -> None:
+    """NaN in the same places, everything else within ``tolerance``."""
+    want = torch.as_tensor(want, dtype=torch.float64)
+    assert got.shape == want.shape, f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
+    got = got.double()
+    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places"
+    error = (got - want).nan_to_num(0.0).abs().max().item() if got.numel() else 0.0
+    assert error <= tolerance, f"{what}: off by {error}"
