@@ -24,7 +24,7 @@ from transformers import LogitsProcessor, StaticCache
 
 import dyrate_kernels as dk
 from bench import random_models, timing
-from bench.operators import OURS, operators_backend, run_and_save
+from bench.operators import OURS, operators_backends, run_and_save
 from bench.timing import Times
 from dyrate_kernels.patching.graph import CudaRecorder
 
@@ -223,7 +223,7 @@ def model_rows(
 def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -> None:
     """Both shapes; the second is left out, with a row that says so, when the time is over."""
     device = timing.device()
-    backend = operators_backend(toy)
+    backend = operators_backends(toy)[0]
     deadline = time.monotonic() + seconds
     bandwidth, times = timing.copy_bandwidth()
     save(timing.row("device-to-device copy", times, group="copy", bandwidth=bandwidth, moved=bandwidth * times.median))

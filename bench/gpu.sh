@@ -3,6 +3,7 @@
 #
 #   bench/gpu.sh OUT_DIR          on a machine with a CUDA GPU
 #   bench/gpu.sh OUT_DIR --toy    rehearsal of every part on a CPU, in Triton's interpreter, at toy size
+#   bench/gpu.sh OUT_DIR --only "tests operators"    these parts alone
 #
 # Needs the package installed (pip install --no-deps --no-build-isolation -e .) and no network. PYTHON names the interpreter (python3).
 # OUT_DIR gets report.md, report.json and one log a part. A failing part does not stop the others; the exit status is 1 if any failed.
@@ -10,17 +11,28 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
-  echo "usage: bench/gpu.sh OUT_DIR [--toy]" >&2
+  echo "usage: bench/gpu.sh OUT_DIR [--toy] [--only \"PART ...\"]" >&2
   exit 2
 }
-out="" toy=""
-for argument in "$@"; do
-  case "$argument" in
+out="" toy="" only=""
+while [ $# -gt 0 ]; do
+  case "$1" in
     --toy) toy=--toy ;;
+    --only)
+      [ -n "${2:-}" ] || usage
+      only=$2
+      shift
+      ;;
     -*) usage ;;
-    *) [ -z "$out" ] && out=$argument || usage ;;
+    *) [ -z "$out" ] && out=$1 || usage ;;
   esac
+  shift
 done
+known="environment tests kernels memcheck racecheck synccheck initcheck operators end_to_end"
+for name in $only; do
+  case " $known " in *" $name "*) ;; *) echo "bench/gpu.sh: no part $name; parts: $known" >&2 && exit 2 ;; esac
+done
+wanted() { [ -z "$only" ] || case " $only " in *" $1 "*) ;; *) false ;; esac; }
 [ -n "$out" ] || usage
 case "$out" in /*) ;; *) out=$OLDPWD/$out ;; esac
 mkdir -p "$out" || exit 2
@@ -36,9 +48,9 @@ if [ -n "$toy" ]; then
   total=1800
 fi
 
-if ! "$python" -c 'import dyrate_kernels.triton_kernels' 2>"$work/import"; then
+if ! "$python" -c 'import dyrate_kernels.ops' 2>"$work/import"; then
   tail -3 "$work/import" >&2
-  echo "bench/gpu.sh: $python cannot import dyrate_kernels.triton_kernels; pip install --no-deps --no-build-isolation -e ." >&2
+  echo "bench/gpu.sh: $python cannot import dyrate_kernels; pip install --no-deps --no-build-isolation -e ." >&2
   exit 2
 fi
 
@@ -47,6 +59,7 @@ failed=0
 # Exit status 75 says that there was nothing to do on this machine.
 part() {
   local name=$1 log=$2 budget=$3 start=$SECONDS status=ok
+  wanted "$name" || return 0
   shift 3
   local left=$((total - 12 - SECONDS))
   [ "$budget" -le "$left" ] || budget=$left
@@ -100,15 +113,22 @@ if [ -n "$toy" ]; then
 else
   if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n "$(nproc | awk '{ print ($1 < 12) ? $1 : 12 }')"); fi
   # meanwhile the kernels of the benchmarks are built: compiling them is most of that part's time
-  timeout -k 5 180 "$python" -m bench.operators --compile >"$work/compile" 2>&1 </dev/null &
-  compiling=$!
+  compiling=""
+  if wanted operators; then
+    timeout -k 5 180 "$python" -m bench.operators --compile >"$work/compile" 2>&1 </dev/null &
+    compiling=$!
+  fi
   part tests tests.log 200 env OMP_NUM_THREADS=1 bash -c "$ran" _ "${pytest[@]}"
-  wait "$compiling" || true # a kernel that does not build fails again, with its row, in the benchmarks
-  cat "$work/compile" >>"$out/operators.log"
+  if [ -n "$compiling" ]; then
+    wait "$compiling" || true # a kernel that does not build fails again, with its row, in the benchmarks
+    cat "$work/compile" >>"$out/operators.log"
+  fi
 fi
 part kernels sanitizer.log $([ -n "$toy" ] && echo 300 || echo 45) "$python" -m bench.sanitize
 part memcheck sanitizer.log 55 bash -c 'sanitizer memcheck'
 part racecheck sanitizer.log 55 bash -c 'sanitizer racecheck'
+part synccheck sanitizer.log 35 bash -c 'sanitizer synccheck'
+part initcheck sanitizer.log 35 bash -c 'sanitizer initcheck'
 part operators operators.log $([ -n "$toy" ] && echo 300 || echo 110) "$python" -m bench.operators "$work/operators.json" $toy --seconds 90
 part end_to_end end_to_end.log $([ -n "$toy" ] && echo 400 || echo 130) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy --seconds 100
 

@@ -32,6 +32,11 @@ LIMIT = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # of
 OURS = "dyrate"
 
 
+def label(backend: str) -> str:
+    """What the rows of a backend begin with: ``"dyrate"``, ``"dyrate cuda"``."""
+    return f"{OURS} cuda" if backend == "cuda" else OURS
+
+
 @dataclass(frozen=True)
 class Shape:
     """One decode-attention problem: B sequences with N visual and T text rows each."""
@@ -124,8 +129,11 @@ class Data:
         return [lambda s=s: call(self.query[s], self.key[s], self.value[s], **more) for s in range(self.sets)]
 
     def ours(self, operator: Callable[..., Any], **more: Any) -> list[Callable[[], Any]]:
-        more = {"visual_capacity": self.shape.visual, "backend": self.backend, "n_visual": self.n_visual, "n_text": self.n_text, **more}
-        return self.calls(operator, **more)
+        return self.calls(operator, **self.shared(), **more)
+
+    def shared(self) -> dict[str, Any]:
+        """What every attention call takes beside the rows."""
+        return {"visual_capacity": self.shape.visual, "backend": self.backend, "n_visual": self.n_visual, "n_text": self.n_text}
 
     def reference(self, **more: Any) -> tuple[list[int], ops.DecodeAttention]:
         """(sequences, float64 reference) of set 0 for the first and the last sequence."""
@@ -158,55 +166,79 @@ def kept_gate(shape: Shape, attention: dict[str, Any], step: ops.DecodeStep) -> 
     return {**attention, "passed": attention["passed"] and wrong == 0, "errors": attention["errors"] | {"kept_wrong": wrong}}
 
 
-def attention_rows(shape: Shape, backend: str, bandwidth: float, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Everything about one shape: attention, the decision, the dense twins, FastV."""
-    data = Data(shape, backend, device)
+def attention_rows(shape: Shape, backends: list[str], bandwidth: float, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Everything about one shape: attention and the decision of each backend, the dense twins, FastV."""
+    data = Data(shape, backends[0], device)
     picked, want = data.reference()
     facts = {"bandwidth": bandwidth, "sets": data.sets, **shape.facts()}
+    base = shape.attention_bytes
+    for backend in backends:
+        data.backend = backend
+        yield from our_attention_rows(data, picked, want, {"backend": backend, **facts})
+
+    # dense twins
+    for name, make in dense_twins(data):
+        try:
+            calls = data.calls(make())
+            passed, times = gate(shape, picked, want, calls[0]()), timing.time_captured(calls)
+            yield timing.row(f"dense {name}", times, group="attention", moved=base, gate=passed, **facts)
+        except Exception as error:  # another package's kernel that does not run here is no failure of this one
+            yield timing.row(f"dense {name}", None, group="attention", note=f"{type(error).__name__}: {error}"[:300], **facts)
+    scale = shape.dim**-0.5
+    eager = data.calls(fastv.step, n_visual=shape.visual, n_keep=shape.kept, scale=scale)
+    passed = gate(shape, picked, want, eager[0]().output)
+    name = "FastV eager step (attention matrix, mean, topk, gather)"
+    yield timing.row(name, timing.time_launched(eager), group="attention", gate=passed, moved=base, **facts)
+    times = timing.time_captured(eager)
+    yield timing.row("FastV eager step, in a CUDA graph", times, group="attention", gate=passed, moved=base, **facts)
+
+
+def our_attention_rows(data: Data, picked: list[int], want: Any, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Attention plain, with statistics, through a kept list, and the decision, on ``data.backend``."""
+    shape, ours = data.shape, label(data.backend)
     base, extra = shape.attention_bytes, shape.statistics_bytes
 
-    def timed(name: str, calls: list[Callable[[], Any]], passed: dict[str, Any], moved: int, **more: Any) -> tuple[Times, dict[str, Any]]:
+    def timed(name: str, calls: list[Callable[[], Any]], passed: dict[str, Any], moved: int) -> tuple[Times, dict[str, Any]]:
         times = timing.time_captured(calls)
-        return times, timing.row(name, times, group="attention", moved=moved, gate=passed, **facts, **more)
+        return times, timing.row(f"{ours} {name}", times, group="attention", moved=moved, gate=passed, **facts)
 
     statistics = {"text_type": data.text_type, "mass": True, "importance": True}
     plain, with_statistics = data.ours(ops.decode_attention), data.ours(ops.decode_attention, **statistics)
-    yield timed(f"{OURS} decode_attention", plain, gate(shape, picked, want, plain[0]()), base)[1]
-    seen, found = timed(
-        f"{OURS} decode_attention with statistics", with_statistics, gate(shape, picked, want, with_statistics[0]()), base + extra
-    )
+    yield timed("decode_attention", plain, gate(shape, picked, want, plain[0]()), base)[1]
+    passed = gate(shape, picked, want, with_statistics[0]())
+    seen, found = timed("decode_attention with statistics", with_statistics, passed, base + extra)
     yield found
     steps = data.ours(ops.decode_step, text_type=data.text_type, **data.linear)
     first = steps[0]()
     passed = kept_gate(shape, gate(shape, picked, want, first), first)
-    whole, found = timed(f"{OURS} decode_step", steps, passed, base + extra + 4 * shape.batch * shape.visual)
+    whole, found = timed("decode_step", steps, passed, base + extra + 4 * shape.batch * shape.visual)
     yield found
     alone = Times(*(max(a - b, 0.0) for a, b in zip(whole, (seen.median,) * 3, strict=True)))
     yield timing.row(
-        f"{OURS} decision (decode_step minus attention with statistics)", alone, group="attention", gate=passed,
+        f"{ours} decision (decode_step minus attention with statistics)", alone, group="attention", gate=passed,
         note="difference of medians", **facts,
     )  # fmt: skip
+
+    # its parts alone
+    score, statistics = first.importance, {"text_type": data.text_type}
+    scores = data.ours(ops.score_last_query, **statistics)
+    got = zip(("mass", "importance"), scores[0](), (want.mass, want.importance), strict=True)
+    errors = {name: timing.relative(ours[picked], theirs) for name, ours, theirs in got}
+    yield timed("score_last_query", scores, timing.correctness(LIMIT[shape.dtype], **errors), base // 2 + extra)[1]
+    selection = [lambda: ops.select_tokens(score, data.count, data.n_visual, backend=data.backend)]
+    chosen, _ = selection[0]()
+    agree = timing.correctness(0.0, kept_wrong=float((chosen != first.kept).sum()))
+    yield timed("select_tokens", selection, agree, 8 * shape.batch * shape.visual)[1]
+    prediction = [lambda: ops.predict_rate(first.mass, **data.linear, backend=data.backend)]
+    agree = timing.correctness(0.0, rates_wrong=float((prediction[0]()[0] != first.rate).sum()))
+    yield timed("predict_rate", prediction, agree, 16 * shape.batch * shape.heads)[1]
 
     # the pruned layers: 12.5 % of the rows through the kept list
     some = {"kept": data.kept, "n_kept": data.n_kept}
     _, want_some = data.reference(**some)
     listed = data.ours(ops.decode_attention, **some)
     few = dataclasses.replace(shape, visual=shape.kept)
-    yield timed(f"{OURS} decode_attention, 12.5 % kept", listed, gate(shape, picked, want_some, listed[0]()), few.attention_bytes)[1]
-
-    # dense twins
-    for name, make in dense_twins(data):
-        try:
-            calls = data.calls(make())
-            yield timed(f"dense {name}", calls, gate(shape, picked, want, calls[0]()), base)[1]
-        except Exception as error:  # another package's kernel that does not run here is no failure of this one
-            yield timing.row(f"dense {name}", None, group="attention", note=f"{type(error).__name__}: {error}"[:300], **facts)
-    scale = shape.dim**-0.5
-    eager = data.calls(fastv.step, n_visual=shape.visual, n_keep=shape.kept, scale=scale)
-    passed = gate(shape, picked, want, eager[0]().output)
-    times = timing.time_launched(eager)
-    yield timing.row("FastV eager step (attention matrix, mean, topk, gather)", times, group="attention", gate=passed, moved=base, **facts)
-    yield timed("FastV eager step, in a CUDA graph", eager, passed, base)[1]
+    yield timed("decode_attention, 12.5 % kept", listed, gate(shape, picked, want_some, listed[0]()), few.attention_bytes)[1]
 
 
 def dense_twins(data: Data) -> Iterator[tuple[str, Callable[[], Callable[..., Tensor]]]]:
@@ -272,7 +304,15 @@ def compaction_rows(toy: bool, backend: str, bandwidth: float, device: torch.dev
     n_visual = torch.full((batch,), tokens, dtype=torch.int32, device=device)
     moves = int((kept >= kept_tokens).sum())
     moved = 2 * moves * heads * dim * dtype.itemsize * len(rows)
-    facts = {"group": "rows", "bandwidth": bandwidth, "B": batch, "N": tokens, "dtype": str(dtype).removeprefix("torch."), "layers": layers}
+    facts = {
+        "group": "rows",
+        "backend": backend,
+        "bandwidth": bandwidth,
+        "B": batch,
+        "N": tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": layers,
+    }
 
     checked = [rows[0], rows[-1]]
     before = [tensor.clone() for tensor in checked]
@@ -282,9 +322,9 @@ def compaction_rows(toy: bool, backend: str, bandwidth: float, device: torch.dev
     del before
     passed = timing.correctness(0.0, elements_wrong=wrong)
     times = timing.time_captured([lambda: ops.compact_(rows, kept, n_kept, n_visual, backend=backend)])
-    yield timing.row(f"{OURS} compact_, {tokens} -> {kept_tokens}", times, moved=moved, gate=passed, **facts)
+    yield timing.row(f"{label(backend)} compact_, {tokens} -> {kept_tokens}", times, moved=moved, gate=passed, **facts)
     times = timing.time_captured([lambda: ops.compact_(rows, kept, n_kept, n_kept, backend=backend)])
-    yield timing.row(f"{OURS} compact_ where nothing changed", times, gate=passed, **facts)
+    yield timing.row(f"{label(backend)} compact_ where nothing changed", times, gate=passed, **facts)
 
     index = torch.arange(batch, device=device).roll(1)
     few = rows[:2]
@@ -294,7 +334,9 @@ def compaction_rows(toy: bool, backend: str, bandwidth: float, device: torch.dev
     del before
     times = timing.time_captured([lambda: ops.reorder_(few, index, backend=backend)])
     moved = 2 * sum(tensor.numel() * tensor.element_size() for tensor in few)
-    yield timing.row(f"{OURS} reorder_ of one layer", times, moved=moved, gate=timing.correctness(0.0, elements_wrong=wrong), **facts)
+    yield timing.row(
+        f"{label(backend)} reorder_ of one layer", times, moved=moved, gate=timing.correctness(0.0, elements_wrong=wrong), **facts
+    )
 
 
 def overhead_rows(backend: str, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -316,39 +358,40 @@ def overhead_rows(backend: str, device: torch.device) -> Iterator[dict[str, Any]
         calls["torch SDPA (for scale)"] = data.calls(_sdpa(data))[0]
     for name, call in calls.items():
         with torch.inference_mode():
-            yield timing.row(f"host time of {name}", timing.host_time(call), group="launch overhead", **shape.facts())
+            yield timing.row(f"host time of {name}", timing.host_time(call), group="launch overhead", backend=backend, **shape.facts())
 
 
-def operators_backend(toy: bool) -> str:
-    """``"triton"``; in a rehearsal without Triton the reference.
+def operators_backends(toy: bool) -> list[str]:
+    """The compiled backends that run here, the first of ``auto`` first; in a rehearsal without any the reference.
 
     Raises:
-        SystemExit: real sizes without a GPU, or without Triton, where rows under our name would measure something else.
+        SystemExit: real sizes without a GPU, or without a compiled backend, where rows under our name would measure something else.
     """
-    state = dk.backends()["triton"]
+    states = dk.backends()
     if not toy and not timing.environment()["measurement"]:
         raise SystemExit("nothing can be measured here: no CUDA device, or TRITON_INTERPRET is set; --toy rehearses")
-    if not toy and state != "available":
-        raise SystemExit(f"the Triton kernels cannot run: {state}")
-    return "triton" if state == "available" else "reference"
+    found = [name for name in ("triton", "cuda") if states[name] == "available"]
+    if not toy and not found:
+        raise SystemExit(f"no compiled kernels can run: {states}")
+    return found or ["reference"]
 
 
 def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -> None:
     """Measures everything in order of weight and stops, with a row that says so, when the time is over."""
     device = timing.device()
-    backend = operators_backend(toy)
+    backends = operators_backends(toy)
     deadline = time.monotonic() + seconds
     bandwidth, times = timing.copy_bandwidth()
     size = bandwidth * times.median
     save(timing.row("device-to-device copy", times, group="copy", bandwidth=bandwidth, moved=size))
     every = shapes(toy)
     work: list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]] = [
-        (f"{shape.name} B={shape.batch} N={shape.visual}", lambda shape=shape: attention_rows(shape, backend, bandwidth, device))
+        (f"{shape.name} B={shape.batch} N={shape.visual}", lambda shape=shape: attention_rows(shape, backends, bandwidth, device))
         for shape in every
     ]
     work[3:3] = [
-        ("compaction", lambda: compaction_rows(toy, backend, bandwidth, device)),
-        ("launch overhead", lambda: overhead_rows(backend, device)),
+        *((f"compaction, {name}", lambda name=name: compaction_rows(toy, name, bandwidth, device)) for name in backends),
+        *((f"launch overhead, {name}", lambda name=name: overhead_rows(name, device)) for name in backends),
     ]
     for name, rows in work:
         if time.monotonic() > deadline:
@@ -385,7 +428,7 @@ def main() -> None:
 
 def compile_all(toy: bool) -> None:
     """Launches what :func:`attention_rows` launches, once, without a clock."""
-    device, backend = timing.device(), operators_backend(toy)
+    device, backend = timing.device(), operators_backends(toy)[0]
     for shape in shapes(toy):
         begin = time.monotonic()
         data = Data(shape, backend, device, sets=1)

@@ -97,25 +97,38 @@ def follow_ups(got, after, want, reference, backend, capacity):
 def main() -> None:
     """Command line."""
     device = timing.device()
-    state = dk.backends()["triton"]
-    if state != "available":
-        print(f"backend triton is {state}")
+    states = dk.backends()
+    usable = [name for name in ("triton", "cuda") if states[name] == "available"]
+    if not usable:
+        print(f"no compiled kernels can run: {states}")
         sys.exit(1)
-    wrong = 0
-    from dyrate_kernels.triton_kernels import plan
-
-    usual = plan.settings(plan.INTERPRETED if device.type == "cpu" else torch.cuda.get_device_name(device), 1, 64, 2, True)
-    placements = [dataclasses.replace(usual, decision=where) for where in ("same_launch", "second_launch")]
-    for chosen in placements:
-        plan.override(chosen)
-        for what, got, want in launches(device, "triton"):
-            close = torch.allclose(got.cpu().double(), want.double(), atol=5e-3, rtol=5e-3, equal_nan=True)
-            print(f"{'ok' if close else 'WRONG':<6} {chosen.decision:<14} {what}", flush=True)
-            wrong += not close
-    plan.override(None)
+    wrong = sum(map(triton_placement, ("same_launch", "second_launch"), (device, device))) if "triton" in usable else 0
+    wrong += compare(device, "cuda", "") if "cuda" in usable else 0
     if device.type == "cuda":
         torch.cuda.synchronize()
     sys.exit(1 if wrong else 0)
+
+
+def triton_placement(where: str, device: torch.device) -> int:
+    """Compares the Triton kernels with the decision in the attention's launch or in a second one; how many results are wrong."""
+    from dyrate_kernels.triton_kernels import plan
+
+    usual = plan.settings(plan.INTERPRETED if device.type == "cpu" else torch.cuda.get_device_name(device), 1, 64, 2, True)
+    plan.override(dataclasses.replace(usual, decision=where))
+    try:
+        return compare(device, "triton", where)
+    finally:
+        plan.override(None)
+
+
+def compare(device: torch.device, backend: str, how: str) -> int:
+    """Prints every result of :func:`launches`; how many are wrong."""
+    wrong = 0
+    for what, got, want in launches(device, backend):
+        close = torch.allclose(got.cpu().double(), want.double(), atol=5e-3, rtol=5e-3, equal_nan=True)
+        print(f"{'ok' if close else 'WRONG':<6} {backend:<7} {how:<14} {what}", flush=True)
+        wrong += not close
+    return wrong
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Launch settings by measurement: writes ``triton_kernels/devices/<device name>.json``, which the launcher reads from then on.
+"""Launch settings by measurement: writes ``dyrate_kernels/devices/<device name>.json``, which the launcher reads from then on.
 
     python -m bench.tune [--out FILE] [--seconds 600] [--toy]
 
@@ -24,7 +24,7 @@ import torch
 import dyrate_kernels as dk
 from bench import operators, timing
 from bench.operators import Data, Shape
-from dyrate_kernels import ops
+from dyrate_kernels import devices, ops
 
 NOISE = 0.005  # a smaller gain is none
 CHOICES: dict[str, tuple[Any, ...]] = {  # in the order in which they are tried
@@ -166,8 +166,9 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     facts = {key: here[key] for key in ("torch", "triton", "commit", "driver", "measurement")}
-    text = plan.to_json(name, chosen, made_by="python -m bench.tune", times=gains, **facts)
-    path = given.out or (None if given.toy else plan.DEVICES / plan.file_name(name))
+    others = {key: value for key, value in devices.measured(name).items() if key.startswith("backend")}  # bench.choose_backend's
+    text = plan.to_json(name, chosen, made_by="python -m bench.tune", times=gains, **facts, **others)
+    path = given.out or (None if given.toy else devices.FOLDER / devices.file_name(name))
     if path is None:
         print(text)
     else:

@@ -1,8 +1,6 @@
 """How a launch is shaped: from capacities, never from the live lengths, so that a captured graph stays valid.
 
-``Settings`` are heuristics unless a measured file ``devices/<device name>.json`` is shipped (``bench/tune.py`` makes it). Nothing is
-tuned at
-run time.
+``Settings`` are heuristics unless a measured file is shipped for the device (``dyrate_kernels/devices``). Nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -10,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
 
-DEVICES = Path(__file__).parent / "devices"
+from dyrate_kernels import devices
+
 INTERPRETED = "interpreter"
 
 
@@ -50,17 +47,6 @@ class Settings:
             raise ValueError(f"decision: expected 'same_launch' or 'second_launch', got {self.decision!r}")
 
 
-def file_name(device_name: str) -> str:
-    """``"NVIDIA H200"`` -> ``"NVIDIA_H200.json"``."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", device_name) + ".json"
-
-
-@functools.cache
-def _measured(device_name: str) -> dict[str, Any]:
-    path = DEVICES / file_name(device_name)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def problem(group: int, dim: int, itemsize: int, statistics: bool) -> str:
     """The key of a kind of problem in a device file, e.g. ``"g1-d128-b2-score"``."""
     return f"g{'1' if group == 1 else 'n'}-d{triton.next_power_of_2(max(dim, 16))}-b{itemsize}-{'score' if statistics else 'plain'}"
@@ -69,7 +55,7 @@ def problem(group: int, dim: int, itemsize: int, statistics: bool) -> str:
 @functools.cache
 def settings(device_name: str, group: int, dim: int, itemsize: int, statistics: bool) -> Settings:
     """The settings for heads of ``dim`` elements of ``itemsize`` bytes, ``group`` query heads a key/value head."""
-    known = _measured(device_name).get("settings", {}).get(problem(group, dim, itemsize, statistics))
+    known = devices.measured(device_name).get("settings", {}).get(problem(group, dim, itemsize, statistics))
     if known is not None:
         return Settings(**known)
     if device_name == INTERPRETED:

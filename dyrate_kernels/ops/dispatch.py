@@ -1,8 +1,8 @@
 """Which backend runs an operator: ``auto | triton | cuda | reference``.
 
 A backend is a module with the functions of ``dyrate_kernels.ops.reference``. ``triton`` and ``cuda`` say by ``unavailable_reason()``
-whether they can
-run on this machine.
+whether they can run on this machine. On a GPU ``auto`` takes, operator by operator, the one that was measured to be faster on that kind of
+GPU (``dyrate_kernels/devices``), and Triton first where nothing was measured.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from types import ModuleType
 
 import torch
 
+from dyrate_kernels import devices
 from dyrate_kernels.native import DRIVER_TOO_OLD
 
 __all__ = ["BACKENDS", "backends", "name_for", "resolve"]
 
 BACKENDS = ("auto", "triton", "cuda", "reference")
 
-# in the order in which auto tries them on a CUDA device
+# in the order in which auto tries them on a CUDA device where nothing was measured
 _MODULES = {
     "triton": "dyrate_kernels.triton_kernels",
     "cuda": "dyrate_kernels.ops.cuda",
@@ -56,19 +57,31 @@ def check_name(backend: str) -> str:
     return backend
 
 
-@functools.lru_cache(maxsize=64)
-def name_for(backend: str, device: torch.device | str) -> str:
+def _faster(operator: str | None, device: torch.device) -> str | None:
+    """The backend that was measured to be faster for an operator on this kind of GPU; None where nothing was."""
+    if operator is None:
+        return None
+    name = devices.measured(torch.cuda.get_device_name(device)).get("backend", {}).get(operator)
+    return name if name in _MODULES else None
+
+
+@functools.lru_cache(maxsize=256)
+def name_for(backend: str, device: torch.device | str, operator: str | None = None) -> str:
     """The backend that runs for this choice on this device: ``"triton"``, ``"cuda"`` or ``"reference"``.
 
+    Args:
+        operator: a function of ``dyrate_kernels.ops``; None asks for the first that can run, whatever was measured.
+
     Errors: ValueError for an unknown name; RuntimeError, with the reason, for a backend that cannot run here. ``auto`` never
-    fails: on a CUDA device it takes the first that can run, and warns once when that is only the reference.
+    fails: on a CUDA device it takes the faster one or the first that can run, and warns once when that is only the reference.
     """
     check_name(backend)
     kind = torch.device(device).type
     if backend == "auto":
         if kind != "cuda":
             return "reference"
-        for name in _MODULES:
+        faster = _faster(operator, torch.device(device))
+        for name in dict.fromkeys((*([faster] if faster else []), *_MODULES)):
             if DRIVER_TOO_OLD in (_load(name)[1] or ""):
                 _warn_skipped(name)
             if _load(name)[1] is None:
@@ -107,9 +120,9 @@ def _warn_slow() -> None:
     )
 
 
-@functools.lru_cache(maxsize=64)
-def resolve(backend: str, device: torch.device | str) -> ModuleType:
-    """The module whose functions run for this choice on this device; errors as ``name_for``."""
-    module = _load(name_for(backend, device))[0]
+@functools.lru_cache(maxsize=256)
+def resolve(backend: str, device: torch.device | str, operator: str | None = None) -> ModuleType:
+    """The module whose function runs for this choice on this device; arguments and errors as in ``name_for``."""
+    module = _load(name_for(backend, device, operator))[0]
     assert module is not None
     return module

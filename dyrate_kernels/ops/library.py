@@ -62,7 +62,7 @@ def _decode_attention(
     query, key, value, new_key, new_value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position,
     window, mass, importance, visual_bound, text_bound, clean, backend,
 ):  # fmt: skip
-    output, by_type, per_row = resolve(backend, query.device).decode_attention(
+    output, by_type, per_row = resolve(backend, query.device, "decode_attention").decode_attention(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=kept, n_kept=n_kept,
         text_type=text_type, position=position, query_position=query_position, window=window, mass=mass, importance=importance,
         visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
@@ -112,7 +112,7 @@ def _(
     query, key, value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window, visual_bound, text_bound,
     backend,
 ):  # fmt: skip
-    return resolve(backend, query.device).score_last_query(
+    return resolve(backend, query.device, "score_last_query").score_last_query(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
         query_position=query_position, window=window, visual_bound=visual_bound, text_bound=text_bound,
     )  # fmt: skip
@@ -131,7 +131,7 @@ def _(
 
 @_implementation("predict_rate")
 def _(mass, weight, bias, rates, backend):
-    return resolve(backend, mass.device).predict_rate(mass, weight, bias, rates)
+    return resolve(backend, mass.device, "predict_rate").predict_rate(mass, weight, bias, rates)
 
 
 @_fake("predict_rate")
@@ -141,7 +141,7 @@ def _(mass, weight, bias, rates, backend):
 
 @_implementation("select_tokens")
 def _(score, count, n_visual, alive, backend):
-    return resolve(backend, score.device).select_tokens(score, count, n_visual, alive=alive)
+    return resolve(backend, score.device, "select_tokens").select_tokens(score, count, n_visual, alive=alive)
 
 
 @_fake("select_tokens")
@@ -151,7 +151,7 @@ def _(score, count, n_visual, alive, backend):
 
 @_implementation("compact_")
 def _(rows, kept, n_kept, n_visual, backend):
-    resolve(backend, kept.device).compact_(rows, kept, n_kept, n_visual)
+    resolve(backend, kept.device, "compact_").compact_(rows, kept, n_kept, n_visual)
 
 
 @_fake("compact_")
@@ -161,7 +161,7 @@ def _(rows, kept, n_kept, n_visual, backend):
 
 @_implementation("reorder_")
 def _(rows, index, backend):
-    resolve(backend, index.device).reorder_(rows, index)
+    resolve(backend, index.device, "reorder_").reorder_(rows, index)
 
 
 @_fake("reorder_")
@@ -176,7 +176,7 @@ def _decode_step(
     query, key, value, new_key, new_value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window,
     weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend,
 ):  # fmt: skip
-    return resolve(backend, query.device).decode_step(
+    return resolve(backend, query.device, "decode_step").decode_step(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
         query_position=query_position, window=window, weight=weight, bias=bias, rates=rates, count=count, score=score, alive=alive,
         max_kept=max_kept, visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from triton import knobs
 
+from dyrate_kernels import devices
 from dyrate_kernels.ops import workspace
 from dyrate_kernels.triton_kernels import plan
 from dyrate_kernels.triton_kernels.launch import Launch
@@ -115,15 +116,15 @@ def test_selections_cover_every_token(tokens, want):
 def test_a_device_file_is_used_and_checked(tmp_path, monkeypatch):
     chosen = plan.Settings(block_n=64, num_warps=8, decision="second_launch")
     key = plan.problem(1, 128, 2, True)
-    (tmp_path / plan.file_name("ACME GPU (80 GB)")).write_text(plan.to_json("ACME GPU (80 GB)", {key: chosen}, commit="0"))
+    (tmp_path / devices.file_name("ACME GPU (80 GB)")).write_text(plan.to_json("ACME GPU (80 GB)", {key: chosen}, commit="0"))
     assert json.loads(next(tmp_path.iterdir()).read_text())["commit"] == "0"
-    monkeypatch.setattr(plan, "DEVICES", tmp_path)
-    for cached in (plan._measured, plan.settings, plan.attention):
+    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    for cached in (devices.measured, plan.settings, plan.attention):
         cached.cache_clear()
     how = attention(device_name="ACME GPU (80 GB)", statistics=True)
     assert (how.block_n, how.num_warps, how.second_launch) == (64, 8, True)
     assert attention(device_name="ACME GPU (80 GB)").num_warps == plan.heuristic(1, 128, 2).num_warps  # no entry: the heuristic
-    for cached in (plan._measured, plan.settings, plan.attention):
+    for cached in (devices.measured, plan.settings, plan.attention):
         cached.cache_clear()
     for wrong in ({"block_n": 48}, {"decision": "third"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

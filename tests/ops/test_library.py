@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
-from dyrate_kernels import ops
-from dyrate_kernels.ops import dispatch
+from dyrate_kernels import devices, ops
+from dyrate_kernels.ops import dispatch, library
 from tests.ops import spec
 
 
@@ -154,6 +154,64 @@ def test_auto_on_cuda_takes_the_first_that_can_run_and_warns_when_none_is_fast(m
         assert dispatch.name_for("auto", "cpu") == "reference"
     finally:
         dispatch.name_for.cache_clear()
+
+
+def test_auto_takes_the_backend_that_was_measured_to_be_faster(tmp_path, monkeypatch):
+    (tmp_path / devices.file_name("ACME GPU")).write_text('{"backend": {"compact_": "cuda", "decode_step": "triton", "reorder_": "gone"}}')
+    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "ACME GPU")
+    able = {"triton", "cuda", "reference"}
+    monkeypatch.setattr(dispatch, "_load", lambda name: (object(), None) if name in able else (None, "away"))
+
+    def chosen(operator):
+        dispatch.name_for.cache_clear()
+        return dispatch.name_for("auto", "cuda", operator)
+
+    devices.measured.cache_clear()
+    try:
+        assert [chosen(name) for name in ("compact_", "decode_step", "reorder_", None)] == ["cuda", "triton", "triton", "triton"]
+        assert dispatch.name_for("triton", "cuda", "compact_") == "triton"  # who names one gets it
+        able.remove("cuda")
+        assert chosen("compact_") == "triton"
+        able.remove("triton")
+        able.add("cuda")
+        assert chosen("decode_step") == "cuda"
+    finally:
+        devices.measured.cache_clear()
+        dispatch.name_for.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name", ["decode_attention", "decode_step", "score_last_query", "select_tokens", "predict_rate", "compact_", "reorder_"]
+)
+def test_every_operator_asks_for_its_own_backend(name, monkeypatch):
+    asked = []
+
+    class Stop(Exception):
+        pass
+
+    def resolve(backend, device, operator):
+        asked.append(operator)
+        raise Stop
+
+    monkeypatch.setattr(library, "resolve", resolve)
+    two, lengths = torch.rand(2, 4, 8), torch.ones(2).int()
+    rows = torch.rand(2, 4, 6, 8)
+    attention = (two, rows, rows.clone(), lengths, lengths)
+    shared = {"visual_capacity": 3, "text_type": torch.zeros(2, 3, dtype=torch.uint8)}
+    linear = {"weight": torch.rand(3, 16), "bias": torch.rand(3), "rates": torch.rand(3).double()}
+    calls = {
+        "decode_attention": lambda: ops.decode_attention(*attention, visual_capacity=3),
+        "decode_step": lambda: ops.decode_step(*attention, **shared, **linear),
+        "score_last_query": lambda: ops.score_last_query(*attention, **shared),
+        "select_tokens": lambda: ops.select_tokens(torch.rand(2, 3), lengths, lengths),
+        "predict_rate": lambda: ops.predict_rate(two[:, :, :4].contiguous(), *linear.values()),
+        "compact_": lambda: ops.compact_([rows], torch.zeros(2, 3, dtype=torch.int32), lengths, lengths),
+        "reorder_": lambda: ops.reorder_([rows], torch.arange(2)),
+    }
+    with pytest.raises(Stop):
+        calls[name]()
+    assert asked == [name]
 
 
 def test_a_backend_whose_import_fails_does_not_take_the_others_along(monkeypatch):

@@ -1,0 +1,78 @@
+"""What the benchmarks conclude from their rows: the backend of each operator, the targets. The rows here are made up."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from bench import choose_backend, report
+from dyrate_kernels import devices
+
+RIGHT, WRONG = {"passed": True, "errors": {}}, {"passed": False, "errors": {}}
+
+
+def row(name, backend, median, batch=32, correct=RIGHT, measured=True, **facts):
+    begin = "dyrate cuda" if backend == "cuda" else "dyrate"
+    same = {"B": batch, "N": 2880, "heads": "32/32x128", "dtype": "bfloat16", "group": "attention", "gpu": "ACME GPU", "commit": "0"}
+    found = {"name": f"{begin} {name}", "backend": backend, "median_us": median, "correct": correct, "measurement": measured}
+    return {**same, **found, "share_of_copy": 0.95, "times_floor": 1.05, **facts}
+
+
+def test_the_faster_backend_is_chosen_from_rows_that_both_measured_rightly():
+    rows = [
+        row("decode_attention", "triton", 100.0),
+        row("decode_attention", "cuda", 80.0),
+        row("decode_attention, 12.5 % kept", "triton", 10.0),
+        row("decode_attention, 12.5 % kept", "cuda", 10.0),
+        row("decode_attention", "triton", 10.0, batch=1),
+        row("decode_attention", "cuda", 1.0, batch=1, correct=WRONG),  # does not count
+        row("decode_step", "triton", 100.0),
+        row("decode_step", "cuda", 99.5),  # within the noise
+        row("select_tokens", "triton", 10.0),
+        row("select_tokens", "cuda", 5.0, measured=False),  # a rehearsal
+        row("compact_, 2880 -> 720", "triton", 20.0),
+        row("compact_, 2880 -> 720", "cuda", 40.0),
+        row("reorder_ of one layer", "cuda", 1.0),  # alone
+        row("decision (decode_step minus attention with statistics)", "triton", 9.0),
+        row("decision (decode_step minus attention with statistics)", "cuda", 1.0),  # no operator
+    ]
+    chosen, measured = choose_backend.choose(rows)
+    assert chosen == {"decode_attention": "cuda", "decode_step": "triton", "compact_": "triton"}
+    assert measured["decode_attention"]["rows"] == 2
+    assert measured["decode_attention"]["cuda_over_triton"] == pytest.approx(0.8**0.5)
+    assert measured["compact_"]["cuda_over_triton"] == pytest.approx(2.0)
+
+
+def test_the_choice_is_written_beside_what_the_file_holds(tmp_path, monkeypatch, capsys):
+    (tmp_path / devices.file_name("ACME GPU")).write_text('{"device": "ACME GPU", "settings": {"kind": 1}}')
+    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    rows = tmp_path / "rows"
+    rows.write_text(json.dumps([row("compact_, 2880 -> 720", "triton", 20.0), row("compact_, 2880 -> 720", "cuda", 10.0)]))
+    monkeypatch.setattr(sys, "argv", ["choose_backend", str(rows)])
+    choose_backend.main()
+    devices.measured.cache_clear()
+    body = devices.measured("ACME GPU")
+    devices.measured.cache_clear()
+    assert body["settings"] == {"kind": 1} and body["backend"] == {"compact_": "cuda"}
+    assert "0.500 over 1 rows" in capsys.readouterr().out
+    rows.write_text("[]")
+    with pytest.raises(SystemExit, match="nothing is written"):
+        choose_backend.main()
+
+
+def test_targets_have_a_line_for_each_backend():
+    rows = [
+        row("decode_attention with statistics", "triton", 100.0),
+        row("decode_attention with statistics", "cuda", 120.0, share_of_copy=0.8),
+        row("decode_attention", "triton", 99.0),
+        row("decode_attention", "cuda", 100.0),
+    ]
+    lines = {(line["what"][:45], line["backend"]): line for line in report.targets(rows)}
+    share = "decode_attention with statistics, B=32, N=288"
+    assert lines[share, "triton"]["met"] is True and lines[share, "cuda"]["met"] is False
+    cost = next(line for line in report.targets(rows) if line["what"].startswith("statistics on") and line["backend"] == "cuda")
+    assert cost["measured"] == pytest.approx(0.2) and cost["met"] is False
+    assert not any(line["backend"] == "cuda" for line in report.targets(rows[:1]))
+    assert all(line["met"] is None for line in report.targets([row("decode_attention", "triton", 1.0, measured=False)]))
