@@ -26,6 +26,7 @@ import dyrate_kernels as dk
 from bench import random_models, timing
 from bench.operators import OURS, operators_backends, run_and_save
 from bench.timing import Times
+from dyrate_kernels.patching.families import cache_name
 from dyrate_kernels.patching.graph import CudaRecorder
 
 K = 3
@@ -129,7 +130,7 @@ def static_twin(model: Any, fields: dict[str, torch.Tensor], steps: int) -> tupl
     batch, length = fields["input_ids"].shape
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + steps + 8)
     given = {name: value for name, value in fields.items() if name != "attention_mask"}
-    logits = model(**given, past_key_values=cache, logits_to_keep=1).logits[:, -1:]
+    logits = model(**given, **{cache_name(): cache}, logits_to_keep=1).logits[:, -1:]
     logits[..., model.config.image_token_id] = float("-inf")
     token = logits.argmax(-1)
     device = token.device
@@ -139,7 +140,7 @@ def static_twin(model: Any, fields: dict[str, torch.Tensor], steps: int) -> tupl
 
     def step() -> torch.Tensor:
         return model(
-            input_ids=token, past_key_values=cache, position_ids=position.expand(batch, 1), cache_position=position, attention_mask=live,
+            input_ids=token, **{cache_name(): cache}, position_ids=position.expand(batch, 1), cache_position=position, attention_mask=live,
             logits_to_keep=1,
         ).logits  # fmt: skip
 

@@ -223,7 +223,7 @@ class VisualCache(Cache):
         if self.session is None or not self.session.in_forward:
             raise RuntimeError(
                 "this VisualCache was handed to a model that is not patched (or no longer is): its rows can only be read by the "
-                "attention of the model that dyrate_kernels.patch() was called on. Patch the model again, or start without past_key_values."
+                "attention of the model that dyrate_kernels.patch() was called on. Patch the model again, or start without this cache."
             )
         if self._unread is not None:
             raise RuntimeError(
@@ -270,6 +270,23 @@ class VisualCache(Cache):
     @property
     def is_initialized(self) -> bool:
         return self.n_text is not None
+
+    # What kind of layer each is: transformers reads these of ``Cache.layers``, which this cache does not use.
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No layer is a linear one (a Mamba layer, say)."""
+        return [False] * self.num_layers
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer forgets rows by itself: a sliding window is applied when the rows are read."""
+        return [False] * self.num_layers
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """Every layer holds rows."""
+        return [False] * self.num_layers
 
     @property
     def is_compileable(self) -> bool:
@@ -351,7 +368,7 @@ class VisualCache(Cache):
         if not self.shared_rows and length < self.session.turn_end and self._holds_visual_from(length):
             raise RuntimeError(
                 f"crop() to {length} columns reaches into a prompt (which ends at {self.session.turn_end}) whose visual tokens were "
-                "evicted. Use retention='recoverable', or start again without past_key_values."
+                "evicted. Use retention='recoverable', or start again without this cache."
             )
         live = torch.arange(self.text_capacity, device=self.n_text.device) < self.n_text[:, None]
         self.n_text.copy_((live & (self.text_column < length)).sum(1))

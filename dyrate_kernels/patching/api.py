@@ -16,7 +16,7 @@ from dyrate_kernels import policies
 from dyrate_kernels.cache import VisualCache
 from dyrate_kernels.ops import dispatch
 from dyrate_kernels.patching import attention
-from dyrate_kernels.patching.families import check_supported, decoder_layers, text_model, visual_columns
+from dyrate_kernels.patching.families import cache_in, cache_name, check_supported, decoder_layers, text_model, visual_columns
 from dyrate_kernels.patching.graph import StepGraph
 from dyrate_kernels.patching.session import Session
 from dyrate_kernels.patching.shrink import ShrinkHooks
@@ -223,7 +223,7 @@ class Handle:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int, *args: Any
     ) -> Any:
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_in(model_kwargs)
         ours = isinstance(cache, VisualCache)
         fresh = cache is None and generation_config.use_cache is not False and generation_config.cache_implementation is None
         if not (ours or fresh):
@@ -236,13 +236,13 @@ class Handle:
         if ours:
             if cache.session is None or cache.session.policy != self.policy or cache.session.retention != self.retention:
                 raise ValueError(
-                    "past_key_values was made under another policy or retention than this model is patched with; "
-                    "start again without past_key_values"
+                    f"{cache_name()} was made under another policy or retention than this model is patched with; "
+                    f"start again without {cache_name()}"
                 )
             self._original_prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args)
         else:
             session = Session(self.policy, self.shape, self.retention, self.backend, self.record_importance)
-            cache = model_kwargs["past_key_values"] = session.cache
+            cache = model_kwargs[cache_name()] = session.cache
         assistant = bool(getattr(generation_config, "is_assistant", False))
         mask = model_kwargs.get("attention_mask")
         # transformers drops a mask of ones and notes its length
@@ -274,13 +274,13 @@ class Handle:
 
     def _before_base(self, module: Any, args: tuple, kwargs: dict) -> None:
         bound = _bind(self._base_names, args, kwargs)
-        cache = bound.get("past_key_values")
+        cache = cache_in(bound)
         if isinstance(cache, VisualCache) and cache.session is not None and not _is_step(cache.session, bound):
             cache.session.stage(visual_columns(self.model, self.family, bound.get("input_ids"), bound.get("inputs_embeds")))
 
     def _before_decoder(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         bound = _bind(self._decoder_names, args, kwargs)
-        cache = bound.get("past_key_values")
+        cache = cache_in(bound)
         if not isinstance(cache, VisualCache):
             return None
         if bound.get("output_attentions"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,19 @@ FAMILIES = {
 }
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+CACHE_NAMES = ("cache", "past_key_values")  # the argument that carries the cache: its name from transformers 5.24 on, and before
+
+
+@cache
+def cache_name() -> str:
+    """What the installed transformers calls the cache in ``generate``'s ``model_kwargs``: one of ``CACHE_NAMES``."""
+    return next(name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call by name; None where there is none. A caller may still use the older name."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def check_supported(model: Any) -> Family:

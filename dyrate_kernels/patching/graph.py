@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from dyrate_kernels.patching.families import CACHE_NAMES, cache_in, cache_name
 from dyrate_kernels.patching.session import Session
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _CACHE = object()  # stands for the cache in the outline of a step's output
 _NOT_IN_A_STEP = ("labels", "mm_encoder_outputs")  # arguments that make a pass something else than a plain step, as does any pixel_values*
-_IGNORED = ("past_key_values", "attention_mask")  # the cache knows its rows: a decode step reads no mask
+_IGNORED = (*CACHE_NAMES, "attention_mask")  # the cache knows its rows: a decode step reads no mask
 _MOST_WARM_UPS = 3  # in a row: then every step changes what a capture must find unchanged
 _REPLACED = "a step replaces tensors that the next step reads (a policy writes its state in place, tensor.copy_(..))"
 _QUIET_HOOKS = ("dyrate_kernels.", "transformers.")  # modules whose hooks a replay may leave out: they act in other passes only
@@ -290,7 +291,7 @@ class StepGraph:
         if session is None or args or self.off is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         ids = kwargs.get("input_ids")
-        if kwargs.get("past_key_values") is not session.cache or not isinstance(ids, Tensor) or ids.dim() != 2:
+        if cache_in(kwargs) is not session.cache or not isinstance(ids, Tensor) or ids.dim() != 2:
             return None
         if ids.shape[0] != session.cache.batch_size or not session.is_decode(ids.shape[1]):
             return None
@@ -298,7 +299,7 @@ class StepGraph:
 
     def _step(self, run: _Run, inputs: _Inputs) -> Any:
         """The model's own forward on the buffers."""
-        given = {**inputs.constants, **run.buffers, "past_key_values": run.session.cache}
+        given = {**inputs.constants, **run.buffers, cache_name(): run.session.cache}
         if given.get("position_ids") is None:  # the model would count on the host
             given["position_ids"] = run.session.column.long()[None]
         return self._forward(**given)

@@ -149,7 +149,7 @@ class Session:
         if self.in_forward:
             raise RuntimeError(
                 "the last forward pass on this cache did not finish (it raised an error), so its rows are incomplete. "
-                "Start again without past_key_values."
+                "Start again without this cache."
             )
         self.max_length = max_length
         self.frozen = frozen
@@ -176,10 +176,10 @@ class Session:
         if self.in_forward:
             raise RuntimeError(
                 "the last forward pass on this cache did not finish (it raised an error), so its rows are incomplete. "
-                "Start again without past_key_values."
+                "Start again without this cache."
             )
         if cache.is_initialized and cache.batch_size != batch:
-            raise ValueError(f"past_key_values holds {cache.batch_size} sequences, input_ids has {batch}; pass a cache of the same batch")
+            raise ValueError(f"the cache holds {cache.batch_size} sequences, input_ids has {batch}; pass a cache of the same batch")
         if self.turn < 0:  # a plain forward on a fresh cache: its columns are the prompt
             self.begin_turn(length, length, frozen=False)
         if not cache.is_initialized:

@@ -9,6 +9,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyrate_kernels import flops
+from dyrate_kernels.patching.families import cache_name
 from dyrate_kernels.policies.base import ModelShape
 
 SEVEN = flops.named_model("llava-1.5-7b").shape
@@ -118,7 +119,7 @@ def test_exact_count_is_what_torch_counts(kind):
     rotary = [counted(lambda n=n: model.model.rotary_emb(torch.zeros(1, n, 48), torch.arange(n)[None]))[1] for n in (13, 1)]
     output, count = counted(lambda: model(ids, use_cache=True, logits_to_keep=1))
     assert count - rotary[0] == flops.prefill_flops(shape, 13)
-    _, count = counted(lambda: model(ids[:, :1], past_key_values=output.past_key_values, use_cache=True))
+    _, count = counted(lambda: model(ids[:, :1], **{cache_name(): output.past_key_values}, use_cache=True))
     assert count - rotary[1] == flops.decode_flops(shape, 14)
 
 

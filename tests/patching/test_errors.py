@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import dyrate_kernels as dk
+from dyrate_kernels.patching.families import cache_name
 from tests import models
 from tests.checks import greedy
 
@@ -140,10 +141,10 @@ def test_a_cache_of_another_policy_is_refused(model, fields):
     more = {"input_ids": old.sequences, "attention_mask": torch.nn.functional.pad(fields["attention_mask"], (0, 2), value=1)}
     with dk.patch(model, P.Fixed(k=1, rate=0.5)):
         with pytest.raises(ValueError, match="another policy or retention"):
-            model.generate(**more, past_key_values=old.past_key_values, **greedy(2))
+            model.generate(**more, **{cache_name(): old.past_key_values}, **greedy(2))
         assert tokens(model, fields).shape[0] == 2
     with pytest.raises(RuntimeError, match="not patched"):
-        model.generate(**more, past_key_values=old.past_key_values, **greedy(2))
+        model.generate(**more, **{cache_name(): old.past_key_values}, **greedy(2))
 
 
 @RETENTION
@@ -189,7 +190,7 @@ def test_longer_than_was_reserved(model, retention):
         with torch.no_grad():
             for step in range(steps):
                 mask = torch.nn.functional.pad(fields["attention_mask"], (0, step + 2), value=1)
-                out = model(input_ids=first.sequences[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+                out = model(input_ids=first.sequences[:, -1:], attention_mask=mask, **{cache_name(): cache}, use_cache=True)
         assert cache.text_capacity > reserved
     ids = torch.cat([first.sequences, first.sequences[:, -1:].expand(-1, steps - 1)], 1)
     with torch.no_grad():

@@ -16,6 +16,7 @@ import torch
 import dyrate_kernels as dk
 from dyrate_kernels import cache as cache_module
 from dyrate_kernels.patching import graph
+from dyrate_kernels.patching.families import cache_name
 from dyrate_kernels.patching.session import Session
 from dyrate_kernels.policies.base import Decision
 from dyrate_kernels.policies.fixed import Fixed
@@ -230,7 +231,7 @@ def test_chat(make_model, tape, method, retention):
                 new = torch.randint(models.FIRST_WORD, models.IMAGE_TOKEN, (4, 3), generator=generator)
                 ids = torch.cat([output.sequences, new], 1)
                 mask = torch.cat([mask, torch.ones(4, ids.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-                output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=output.past_key_values, **greedy(6))
+                output = model.generate(input_ids=ids, attention_mask=mask, **{cache_name(): output.past_key_values}, **greedy(6))
                 results.append((output, handle.stats()))
         return results, handle
 
@@ -255,7 +256,7 @@ def test_a_second_picture_in_the_chat(make_model, tape, retention):
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 pixel_values=second["pixel_values"],
-                past_key_values=output.past_key_values,
+                **{cache_name(): output.past_key_values},
                 **greedy(6),
             )
 
@@ -274,7 +275,7 @@ def test_an_eager_step_by_hand_after_captured_ones(make_model, tape, retention):
             steps = []
             token = output.sequences[:, -1:]
             for _ in range(4):
-                steps.append(model(input_ids=token, past_key_values=output.past_key_values, use_cache=True).logits)
+                steps.append(model(input_ids=token, **{cache_name(): output.past_key_values}, use_cache=True).logits)
                 token = steps[-1].argmax(-1)
             return torch.stack(steps)
 
@@ -601,7 +602,7 @@ def test_a_replay_that_fails_spoils_the_cache_as_a_forward_would(make_model, tap
                 with pytest.raises(RuntimeError, match="device-side assert"):
                     model.generate(**fields, **greedy(STEPS))
             with torch.no_grad(), pytest.raises(RuntimeError, match="did not finish"):
-                model(input_ids=fields["input_ids"][:, -1:], past_key_values=caches[-1])
+                model(input_ids=fields["input_ids"][:, -1:], **{cache_name(): caches[-1]})
             model.generate(**fields, **greedy(STEPS))
     finally:
         hook.remove()

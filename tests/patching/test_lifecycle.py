@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import dyrate_kernels as dk
 from dyrate_kernels.cache import VisualCache
+from dyrate_kernels.patching.families import cache_name
 from tests import models
 from tests.checks import fingerprint, greedy
 
@@ -172,7 +173,7 @@ def test_other_caches_behave_as_unpatched(make_model, retention, how):
 
     def run():
         if how == "dynamic":
-            return tokens(model, fields, past_key_values=DynamicCache(config=model.config.get_text_config()))
+            return tokens(model, fields, **{cache_name(): DynamicCache(config=model.config.get_text_config())})
         if how == "static":
             return tokens(model, fields, cache_implementation="static")
         if how == "no cache":
@@ -181,9 +182,9 @@ def test_other_caches_behave_as_unpatched(make_model, retention, how):
             return logits(model, fields)
         with torch.no_grad():
             cache = DynamicCache(config=model.config.get_text_config())
-            model(**fields, past_key_values=cache, use_cache=True)
+            model(**fields, **{cache_name(): cache}, use_cache=True)
             mask = torch.cat([fields["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], 1)
-            return model(input_ids=torch.full((3, 1), 7), attention_mask=mask, past_key_values=cache).logits
+            return model(input_ids=torch.full((3, 1), 7), attention_mask=mask, **{cache_name(): cache}).logits
 
     want = run()
     with dk.patch(model, FIXED, retention=retention):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from dyrate_kernels.patching.families import cache_name
 from tests import models
 from tests.checks import (
     METHODS,
@@ -217,7 +218,7 @@ def test_three_turns_of_chat(make_model, family, text, method, retention):
             if cache is None:
                 got = model.generate(**now, **pictures, **greedy(5))
             else:
-                got = model.generate(**now, past_key_values=cache, **greedy(5))
+                got = model.generate(**now, **{cache_name(): cache}, **greedy(5))
             assert_same(got, want)
             turns.append(Turn(start, now["input_ids"].shape[1]))
             start, cache = got.sequences.shape[1] - 1, got.past_key_values
@@ -245,7 +246,7 @@ def test_second_image_in_the_second_turn(make_model, family, text, method, reten
         start = got.sequences.shape[1] - 1
         want = oracle.generate(before=[turn], start=start, input_ids=ids, attention_mask=mask, pixel_values=pixels, **greedy(5))
         got = model.generate(
-            input_ids=ids, attention_mask=mask, pixel_values=second["pixel_values"], past_key_values=got.past_key_values, **greedy(5)
+            input_ids=ids, attention_mask=mask, pixel_values=second["pixel_values"], **{cache_name(): got.past_key_values}, **greedy(5)
         )
     assert_same(got, want)
 
@@ -264,7 +265,7 @@ def test_first_image_in_the_second_turn(make_model, retention):
         turn = Turn(0, first["input_ids"].shape[1])
         pixels = second["pixel_values"]
         want = oracle.generate(before=[turn], start=start, input_ids=ids, attention_mask=mask, pixel_values=pixels, **greedy(5))
-        got = model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, past_key_values=got.past_key_values, **greedy(5))
+        got = model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, **{cache_name(): got.past_key_values}, **greedy(5))
     assert_same(got, want)
 
 
@@ -360,8 +361,29 @@ def test_stats_of_a_second_turn(make_model, retention):
         following = _extend(got, fields, 3, torch.Generator().manual_seed(2))
         turn = Turn(0, fields["input_ids"].shape[1])
         start = got.sequences.shape[1] - 1
-        model.generate(**following, past_key_values=got.past_key_values, **greedy(4))
+        model.generate(**following, **{cache_name(): got.past_key_values}, **greedy(4))
         stats = handle.stats()
     oracle.generate(before=[turn], start=start, **following, pixel_values=fields["pixel_values"], **greedy(4))
     assert len(stats.steps) == 4
     assert_same_decisions(stats, oracle)
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@RETENTION
+def test_the_older_name_of_the_cache(make_model, retention):
+    """``past_key_values=`` goes on working where transformers calls the argument ``cache``, in ``generate`` and in a plain forward."""
+    model = make_model()
+    fields = single(model, ROWS[0])
+    results = []
+    for name in (cache_name(), "past_key_values"):
+        with patched(model, METHODS["fixed"], retention) as handle:
+            got = model.generate(**fields, **greedy(4))
+            following = _extend(got, fields, 3, torch.Generator().manual_seed(2))
+            got = model.generate(**following, **{name: got.past_key_values}, **greedy(4))
+            assert len(handle.stats().steps) == 4
+            mask = torch.ones(1, got.sequences.shape[1], dtype=torch.int64)
+            with torch.no_grad():
+                last = model(input_ids=got.sequences[:, -1:], attention_mask=mask, **{name: got.past_key_values}).logits
+        results.append((got.sequences, last))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
