@@ -1,8 +1,9 @@
-"""Host time of one operator call with the Triton backend: everything up to the driver call, which is left out. Needs no GPU.
+"""Host time of one operator call with the compiled backends: everything up to the driver call, which is left out. Needs no GPU.
 
-    python bench/launch_overhead.py
+    OMP_NUM_THREADS=1 python -m bench.launch_overhead
 
-A captured decode step pays none of it (``patch(model, cuda_graph=True)``).
+Backends that cannot be had here (Triton not installed, no g++ for the emulated extension) are left out, with the reason. A captured decode
+step pays none of it (``patch(model, cuda_graph=True)``).
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from types import ModuleType
+from typing import Any
 
 import torch
-import triton
-
-from dyrate_kernels.triton_kernels import backend, launch
 
 
 class _Driver:
@@ -26,13 +26,37 @@ class _Driver:
         return None
 
 
-def _start(self: launch.Launch, device: torch.device, stream: int, tensors: tuple) -> None:
-    if self._compiled is None:
-        self._compiled = _Driver()
-    self._start(stream, tensors)
+def triton_backend() -> tuple[str, ModuleType]:
+    """(name with version, the backend) with every kernel compiled to nothing."""
+    import triton
+
+    from dyrate_kernels.triton_kernels import backend, launch
+
+    def start(self: Any, device: torch.device, stream: int, tensors: tuple) -> None:
+        if self._compiled is None:
+            self._compiled = _Driver()
+        self._start(stream, tensors)
+
+    launch.Launch.start = start
+    return f"triton {triton.__version__}", backend
 
 
-def measure(call, calls: int = 2000, rounds: int = 9) -> float:
+def cuda_backend() -> tuple[str, ModuleType]:
+    """(name, the backend) over the emulated extension, whose launches check everything and start nothing."""
+    from dyrate_kernels import native
+    from dyrate_kernels.ops import cuda
+    from tests.emulated import build
+
+    reason = build.missing_reason()
+    if reason is not None:
+        raise ImportError(reason)
+    module = build.load()
+    module.configure(3, 0, 1)
+    native._import = lambda: (module, None)
+    return "cuda", cuda
+
+
+def measure(call: Any, calls: int = 2000, rounds: int = 9) -> float:
     """Median over rounds, microseconds a call."""
     times = []
     for _ in range(rounds):
@@ -43,30 +67,41 @@ def measure(call, calls: int = 2000, rounds: int = 9) -> float:
     return statistics.median(times)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    launch.Launch.start = _start
+def calls_of(backend: ModuleType) -> dict[str, Any]:
     batch, heads, dim, visual, text = 1, 32, 128, 576, 128
     query, key = torch.randn(batch, heads, dim), torch.randn(batch, heads, visual + text, dim)
     value = key.clone()
     lengths = torch.full((batch,), 64, dtype=torch.int32)
     types = torch.zeros(batch, text, dtype=torch.uint8)
     kept = torch.zeros(batch, visual, dtype=torch.int32)
-    new = {"new_key": query, "new_value": query}
+    new = {"new_key": torch.randn(batch, heads, dim), "new_value": torch.randn(batch, heads, dim)}
     predictor = {"weight": torch.randn(5, heads * 4), "bias": torch.randn(batch, 5), "rates": torch.rand(5, dtype=torch.float64)}
+    layers = [tensor.clone() for tensor in (key, value) for _ in range(30)]
     rows = (query, key, value, lengths, lengths)
     shared = {"visual_capacity": visual, "scale": 0.1}
-    calls = {
+    return {
         "decode_attention": lambda: backend.decode_attention(*rows, **shared),
         "decode_attention, new row": lambda: backend.decode_attention(*rows, **shared, **new),
         "decode_attention, new row, kept list": lambda: backend.decode_attention(*rows, **shared, **new, kept=kept, n_kept=lengths),
         "decode_step, new row": lambda: backend.decode_step(*rows, **shared, **new, text_type=types, **predictor),
         "select_tokens": lambda: backend.select_tokens(kept.float(), lengths, lengths),
+        "compact_, 60 tensors": lambda: backend.compact_(layers, kept, lengths, lengths),
     }
-    print(f"host time a call, driver excluded; {platform.machine()}, one thread, torch {torch.__version__}, triton {triton.__version__}")
-    for name, call in calls.items():
-        call()
-        print(f"  {name:38} {measure(call):6.1f} us")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"host time a call, driver excluded; {platform.machine()}, one thread, torch {torch.__version__}")
+    for get in (triton_backend, cuda_backend):
+        try:
+            name, backend = get()
+        except ImportError as error:
+            print(f"  {get.__name__}: not measured: {error}")
+            continue
+        print(f"  {name}")
+        for what, call in calls_of(backend).items():
+            call()
+            print(f"    {what:38} {measure(call):6.1f} us")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ namespace {
 
 using namespace dyrate;
 
-std::int64_t integer(py::handle value, const std::string& name) {
-  if (!PyLong_Check(value.ptr())) throw py::type_error(name + ": expected an int, got " + std::string(py::str(py::type::of(value))));
+std::int64_t integer(py::handle value, const char* name) {
+  if (!PyLong_Check(value.ptr())) throw py::type_error(std::string(name) + ": expected an int, got " + std::string(py::str(py::type::of(value))));
   const long long number = PyLong_AsLongLong(value.ptr());
   if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
   return number;
@@ -54,13 +54,19 @@ class Fields {
     expect_range(name, value, INT32_MIN, INT32_MAX);
     return static_cast<int>(value);
   }
+  float real(const char* name) {
+    const py::object value = take(name);
+    const double number = PyFloat_AsDouble(value.ptr());
+    if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    return static_cast<float>(number);
+  }
   Type type(const char* name) { return static_cast<Type>(number(name)); }
   template <std::size_t kCount>
   void strides(const char* name, std::int64_t (&out)[kCount]) {
     const py::object value = take(name);
     if (!py::isinstance<py::tuple>(value)) throw py::type_error(std::string(name) + ": expected a tuple of ints");
     const py::tuple items = value;
-    expect(items.size() == kCount, name, std::to_string(kCount) + " strides", std::to_string(items.size()));
+    expect(items.size() == kCount, name, {"", kCount, " strides"}, items.size());
     for (std::size_t i = 0; i < kCount; ++i) stride(name, items[i], out[i]);
   }
   void stride(const char* name, std::int64_t& out) { stride(name, take(name), out); }
@@ -74,7 +80,7 @@ class Fields {
  private:
   static void stride(const char* name, py::handle value, std::int64_t& out) {
     out = integer(value, name);
-    expect(out >= 0, name, "strides that are not negative", std::to_string(out));
+    expect(out >= 0, name, "strides that are not negative", out);
   }
   py::kwargs given_;
   std::set<std::string> taken_;
@@ -96,8 +102,8 @@ class Addresses {
 
  private:
   std::uint64_t next() {
-    const std::int64_t value = integer(given_[at_], "argument " + std::to_string(at_));
-    expect(value >= 0, "argument " + std::to_string(at_), "an address", std::to_string(value));
+    const std::int64_t value = integer(given_[at_], "an address");
+    if (value < 0) refuse("addresses", "numbers that are not negative", "argument " + std::to_string(at_) + " of " + std::to_string(value));
     ++at_;
     return static_cast<std::uint64_t>(value);
   }
@@ -130,7 +136,7 @@ struct Attention {
     call.list_width = fields.number("list_width");
     call.window = fields.number("window");
     call.write_logits = fields.number("write_logits");
-    call.scale = fields.take("scale").cast<float>();
+    call.scale = fields.real("scale");
     fields.strides("query_stride", call.query_stride);
     fields.strides("key_stride", call.key_stride);
     fields.strides("value_stride", call.value_stride);
@@ -263,67 +269,85 @@ struct Predict {
   }
 };
 
-/// Rows from a tuple of (address, sequence_stride, head_stride, row_stride, heads, row_bytes), strides in bytes.
-int take_rows(const py::tuple& tensors, Rows (&out)[kMostTensors]) {
+/// From a tuple of (address, sequence_stride, head_stride, row_stride, heads, row_bytes, rows), strides in bytes.
+MovingRows take_rows(const py::tuple& tensors, int batch) {
   expect_range("rows", static_cast<std::int64_t>(tensors.size()), 1, kMostTensors);
+  MovingRows all;
+  all.tensors = static_cast<int>(tensors.size());
+  all.sequences = batch;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const py::tuple line = tensors[i].cast<py::tuple>();
-    expect(line.size() == 6, "rows", "6 numbers for each tensor", std::to_string(line.size()));
-    std::int64_t numbers[6];
-    for (int j = 0; j < 6; ++j) {
+    if (!py::isinstance<py::tuple>(tensors[i])) throw py::type_error("rows: expected a tuple of 7 ints for each tensor");
+    const py::tuple line = tensors[i];
+    expect(line.size() == 7, "rows", "7 numbers for each tensor", line.size());
+    std::int64_t numbers[7];
+    for (std::size_t j = 0; j < 7; ++j) {
       numbers[j] = integer(line[j], "rows");
-      expect(numbers[j] >= 0, "rows", "numbers that are not negative", std::to_string(numbers[j]));
+      expect(numbers[j] >= 0, "rows", "numbers that are not negative", numbers[j]);
     }
     expect(numbers[0] > 0, "rows", "the address of a tensor", "0");
-    out[i] = {static_cast<std::uint64_t>(numbers[0]), numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
+    all.rows[i] = {static_cast<std::uint64_t>(numbers[0]), numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
+    all.capacity[i] = numbers[6];
   }
-  return static_cast<int>(tensors.size());
+  return all;
 }
 
-/// Hole filling in fixed tensors.
+/// Hole filling in fixed tensors, which are checked once.
 struct Compact {
+  MovingRows moving;
   CompactCall call{};
   std::int64_t width;
   int movers;
 
-  Compact(const py::tuple& tensors, int batch, std::int64_t kept_width, std::int64_t kept_stride) : width(kept_width) {
-    call.tensors = take_rows(tensors, call.rows);
+  Compact(const py::tuple& tensors, int batch, std::int64_t kept_width, std::int64_t kept_stride)
+      : moving(take_rows(tensors, batch)), width(kept_width) {
+    call.word = word_of(moving.rows, moving.tensors);
+    check(moving, call.word);
+    for (int i = 0; i < moving.tensors; ++i) expect_range("rows: bytes of a row", moving.rows[i].row_bytes, 1, INT32_MAX);
+    expect_range("width", width, 1, kMostRows);
+    expect(kept_stride >= 0, "kept_stride", "a stride that is not negative", kept_stride);
+    std::copy_n(moving.rows, moving.tensors, call.rows);
+    call.tensors = moving.tensors;
     call.batch = batch;
     call.kept_stride = kept_stride;
-    call.word = word_of(call.rows, call.tensors);
-    expect_range("batch", batch, 1, kGridLimit);
-    expect_range("width", width, 1, kMostRows);
     movers = compact_movers(batch, call.tensors, width);
   }
 
   void launch(const py::args& given) {
+    CompactCall now = call;
     Stream stream;
-    Addresses(given, 3) >> call.kept >> call.n_kept >> call.n_visual >> stream;
-    check(call, width);
-    succeed(compact(call, movers, stream), "compact_");
+    Addresses(given, 3) >> now.kept >> now.n_kept >> now.n_visual >> stream;
+    check_addresses(now, width, moving);
+    succeed(compact(now, movers, stream), "compact_");
   }
 };
 
-/// Reordering of fixed tensors.
+/// Reordering of fixed tensors, which are checked once.
 struct Reorder {
+  MovingRows moving;
   ReorderCall call{};
   int blocks;
 
-  Reorder(const py::tuple& tensors, int batch) {
-    call.tensors = take_rows(tensors, call.rows);
-    call.batch = batch;
-    call.word = word_of(call.rows, call.tensors);
+  Reorder(const py::tuple& tensors, int batch) : moving(take_rows(tensors, batch)) {
     expect_range("batch", batch, 1, kMostReorderBatch);
+    call.word = word_of(moving.rows, moving.tensors);
+    check(moving, call.word);
     std::int64_t most = 1;
-    for (int i = 0; i < call.tensors; ++i) most = std::max(most, call.rows[i].row_bytes / call.word);
+    for (int i = 0; i < moving.tensors; ++i) {
+      const Rows& rows = call.rows[i] = moving.rows[i];
+      expect(rows.heads == 1 && moving.capacity[i] == 1, "rows", "one head and one row a sequence", std::max(rows.heads, moving.capacity[i]));
+      most = std::max(most, rows.row_bytes / call.word);
+    }
+    call.tensors = moving.tensors;
+    call.batch = batch;
     blocks = reorder_blocks(batch, most);
   }
 
   void launch(const py::args& given) {
+    ReorderCall now = call;
     Stream stream;
-    Addresses(given, 1) >> call.index >> stream;
-    check(call);
-    succeed(reorder(call, blocks, stream), "reorder_");
+    Addresses(given, 1) >> now.index >> stream;
+    check_addresses(now, moving);
+    succeed(reorder(now, blocks, stream), "reorder_");
   }
 };
 

@@ -17,12 +17,13 @@ import triton
 from torch import Tensor
 
 from dyrate_kernels.ops import reference, workspace
+from dyrate_kernels.ops.forms import Step, empty_step, form, last_contiguous, readable_list, remember, stream_of, strides, vector
 
 from . import interpreted, interpreter, plan
 from . import rows as moving
 from .attention import decide_kernel, decode_attention_kernel
 from .decision import predict_rate_kernel, select_tokens_kernel
-from .launch import Launch, stream_of
+from .launch import Launch
 
 if interpreted():
     interpreter.prepare()
@@ -37,19 +38,6 @@ def _device_facts(device: torch.device) -> tuple[str, int]:
         return plan.INTERPRETED, 4
     facts = torch.cuda.get_device_properties(device)
     return facts.name, facts.multi_processor_count
-
-
-def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
-    return (0,) * count if tensor is None else tensor.stride()
-
-
-def _form(tensor: Tensor | None) -> Hashable:
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
-
-
-def _vector(tensor: Tensor | None) -> Tensor | None:
-    """A ``[B]`` tensor that lies in memory as the kernels read it."""
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,7 @@ def _prepare_attention(
     decision = decide or {}
     weight, score, alive, max_kept = (decision.get(name) for name in ("weight", "score", "alive", "max_kept"))
     features, classes = heads * 4, 0 if weight is None else weight.shape[0]
-    choice = (*_strides(weight, 2), *_strides(bias, 2), *_strides(score, 2), *_strides(alive, 2))
+    choice = (*strides(weight, 2), *strides(bias, 2), *strides(score, 2), *strides(alive, 2))
     wide = score is not None and score.dtype == torch.float64
     flags = (weight is not None, score is not None, alive is not None, max_kept is not None, wide)
     block_h, block_i = plan.importance(heads if second else kv_heads)
@@ -98,8 +86,8 @@ def _prepare_attention(
     rest = (
         scale, window or 0, dim, value_dim, heads, visual_capacity, logit_capacity, how.min_blocks, features, classes,
         *query.stride(), *key.stride(), *value.stride(),
-        _strides(kept, 2)[0], _strides(text_type, 2)[0], _strides(position, 2)[0], _strides(query_position, 1)[0],
-        *_strides(new_key, 3)[:2], *_strides(new_value, 3)[:2], *choice,
+        strides(kept, 2)[0], strides(text_type, 2)[0], strides(position, 2)[0], strides(query_position, 1)[0],
+        *strides(new_key, 3)[:2], *strides(new_value, 3)[:2], *choice,
         heads // kv_heads, how.block_g, how.dot, how.block_n, how.block_d, how.block_v,
         how.max_splits, min(how.max_splits, plan.SPLIT_TILE), how.num_stages,
         output, mass, importance, listed, has_window, new_key is not None, importance and not second,
@@ -127,53 +115,44 @@ def _run_attention(
     query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
     output: bool = True, new_key: Tensor | None = None, new_value: Tensor | None = None,
     decide: dict[str, Tensor | None] | None = None,
-) -> tuple[Any, ...]:  # fmt: skip
-    """One launch of ``decode_attention_kernel``, and of ``decide_kernel`` where the plan says so.
-
-    Returns:
-        (output, mass, importance, kept, n_kept, rate); None for what was not asked for.
-    """
+) -> Step:  # fmt: skip
+    """One launch of ``decode_attention_kernel``, and of ``decide_kernel`` where the plan says so."""
     device = query.device
     batch, heads, _ = query.shape
-    result = query.new_empty(batch, heads, value.shape[-1]) if output else None
-    masses = torch.empty(batch, heads, 4, dtype=torch.float32, device=device) if mass else None
-    scores = torch.empty(batch, visual_capacity, dtype=torch.float32, device=device) if importance else None
-    chosen = chosen_count = rate = None
+    result, masses, scores, chosen, chosen_count, rate = made = empty_step(
+        query, value, visual_capacity, output=output, mass=mass, importance=importance, decide=decide is not None
+    )
+    if batch == 0 or heads == 0:
+        return made
     weight = bias = rates = count = score = alive = max_kept = None
     choice: Hashable = None
     if decide is not None:
-        chosen = torch.empty(batch, visual_capacity, dtype=torch.int32, device=device)
-        chosen_count = torch.empty(batch, dtype=torch.int32, device=device)
-        rate = torch.empty(batch, dtype=torch.float64, device=device)
         weight, bias, score, alive = (decide[name] for name in ("weight", "bias", "score", "alive"))
-        rates, count, max_kept = (_vector(decide[name]) for name in ("rates", "count", "max_kept"))
+        rates, count, max_kept = (vector(decide[name]) for name in ("rates", "count", "max_kept"))
         if bias is not None and bias.dim() == 1:
             bias = bias.expand(batch, -1)
         if alive is not None:
             alive = alive.view(torch.uint8)
-        choice = (_form(weight), _form(bias), _form(score), _form(alive), max_kept is None)
-    if batch == 0 or heads == 0:
-        return result, masses, scores, chosen, chosen_count, rate
-    if kept is not None and kept.shape[1] == 0:  # an empty list has no address
-        kept, n_kept = kept.new_zeros(batch, 1), torch.zeros_like(n_kept)
+        choice = (form(weight), form(bias), form(score), form(alive), max_kept is None)
+    kept, n_kept = readable_list(kept, n_kept)
 
-    form = (
-        device, visual_capacity, scale, window, mass, importance, output, plan.overridden(), _form(query), _form(key), _form(value),
-        _form(kept), _form(text_type), _form(position), _form(query_position), _form(new_key), _form(new_value), choice,
+    forms = (
+        device, visual_capacity, scale, window, mass, importance, output, plan.overridden(), form(query), form(key), form(value),
+        form(kept), form(text_type), form(position), form(query_position), form(new_key), form(new_value), choice,
     )  # fmt: skip
-    known = _attentions.get(form)
+    known = _attentions.get(forms)
     if known is None:
-        known = _attentions[form] = _prepare_attention(
+        known = remember(_attentions, forms, _prepare_attention(
             query, key, value, kept, text_type, position, query_position, new_key, new_value, visual_capacity, scale, window, mass,
             importance, output, decide, bias,
-        )  # fmt: skip
+        ))  # fmt: skip
     stream = stream_of(device)
     part, part_stat, head_stat, counters, logits = workspace.for_stream(device, stream).buffers_for(known.scratch)
-    n_visual, n_text = _vector(n_visual), _vector(n_text)
+    n_visual, n_text = vector(n_visual), vector(n_text)
     known.launch.start(
         device, stream,
         (
-            query, key, value, result, n_visual, n_text, kept, _vector(n_kept), text_type, position, query_position, new_key, new_value,
+            query, key, value, result, n_visual, n_text, kept, vector(n_kept), text_type, position, query_position, new_key, new_value,
             part, part_stat, head_stat, counters, logits, masses, scores,
             weight, bias, rates, count, score, alive, max_kept, chosen, chosen_count, rate,
         ),
@@ -186,7 +165,7 @@ def _run_attention(
                 weight, bias, rates, count, score, alive, max_kept, chosen, chosen_count, rate,
             ),
         )  # fmt: skip
-    return result, masses, scores, chosen, chosen_count, rate
+    return made
 
 
 def _start(kernel: Any, device: torch.device, grid: tuple[int, int, int], rest: tuple, warps: int, tensors: tuple, *forms: Any) -> None:
@@ -194,12 +173,8 @@ def _start(kernel: Any, device: torch.device, grid: tuple[int, int, int], rest: 
     key = (kernel, device, grid, rest, *forms)
     launch = _launches.get(key)
     if launch is None:
-        launch = _launches[key] = Launch(kernel, grid, rest, warps)
+        launch = remember(_launches, key, Launch(kernel, grid, rest, warps))
     launch.start(device, stream_of(device), tensors)
-
-
-def _last_contiguous(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def decode_attention(
@@ -217,10 +192,10 @@ def decode_attention(
             visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
         )  # fmt: skip
     return _run_attention(
-        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=_last_contiguous(kept), n_kept=n_kept,
-        text_type=_last_contiguous(text_type) if mass else None, position=_last_contiguous(position) if window is not None else None,
+        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=last_contiguous(kept), n_kept=n_kept,
+        text_type=last_contiguous(text_type) if mass else None, position=last_contiguous(position) if window is not None else None,
         query_position=query_position, window=window, mass=mass, importance=importance,
-        new_key=_last_contiguous(new_key), new_value=_last_contiguous(new_value),
+        new_key=last_contiguous(new_key), new_value=last_contiguous(new_value),
     )[:3]  # fmt: skip
 
 
@@ -236,8 +211,8 @@ def score_last_query(
             query_position=query_position, window=window, visual_bound=visual_bound, text_bound=text_bound,
         )  # fmt: skip
     _, mass, importance, *_ = _run_attention(
-        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=_last_contiguous(text_type),
-        position=_last_contiguous(position) if window is not None else None, query_position=query_position, window=window,
+        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=last_contiguous(text_type),
+        position=last_contiguous(position) if window is not None else None, query_position=query_position, window=window,
         mass=True, importance=True, output=False,
     )  # fmt: skip
     return mass, importance
@@ -260,9 +235,9 @@ def decode_step(
         )  # fmt: skip
     decide = {"weight": weight, "bias": bias, "rates": rates, "count": count, "score": score, "alive": alive, "max_kept": max_kept}
     return _run_attention(
-        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=_last_contiguous(text_type),
-        position=_last_contiguous(position) if window is not None else None, query_position=query_position, window=window,
-        mass=True, importance=True, new_key=_last_contiguous(new_key), new_value=_last_contiguous(new_value), decide=decide,
+        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=last_contiguous(text_type),
+        position=last_contiguous(position) if window is not None else None, query_position=query_position, window=window,
+        mass=True, importance=True, new_key=last_contiguous(new_key), new_value=last_contiguous(new_value), decide=decide,
     )  # fmt: skip
 
 
@@ -293,9 +268,9 @@ def select_tokens(score: Tensor, count: Tensor, n_visual: Tensor, *, alive: Tens
     alive = None if alive is None else alive.view(torch.uint8)
     block, chunks = plan.select(tokens)
     wide = score.dtype == torch.float64
-    rest = (tokens, *score.stride(), *_strides(alive, 2), alive is not None, wide, block, chunks)
+    rest = (tokens, *score.stride(), *strides(alive, 2), alive is not None, wide, block, chunks)
     if batch:
-        tensors = (score, _vector(count), _vector(n_visual), alive, kept, n_kept)
+        tensors = (score, vector(count), vector(n_visual), alive, kept, n_kept)
         _start(select_tokens_kernel, score.device, (batch, 1, 1), rest, 8, tensors, score.dtype)
     return kept, n_kept
 
@@ -359,7 +334,7 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor)
     rows = [tensor for tensor in rows if tensor.numel()]
     if not rows or batch == 0 or width == 0:
         return
-    kept = _last_contiguous(kept)
+    kept = last_contiguous(kept)
     described, others = [], []
     for tensor in rows:
         line = _describe(tensor)
@@ -374,7 +349,7 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor)
     most = max(min(width, max(t.shape[-1 if t.dim() == 2 else -2] for t in rows) // 2), 1)
     movers = max(min(triton.cdiv(most, block_m), triton.cdiv(8192, batch * len(described))), 1)
     rest = (kept.stride(0), word, aligned, block_m, block_w, max(width.bit_length() + 1, 1))
-    tensors = (table, kept, _vector(n_kept), _vector(n_visual))
+    tensors = (table, kept, vector(n_kept), vector(n_visual))
     _start(moving.compact_kernel, kept.device, (batch, movers, len(described)), rest, 4, tensors)
 
 

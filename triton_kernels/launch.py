@@ -20,13 +20,6 @@ from . import interpreted
 OPTIONS = {"enable_fp_fusion": True}  # Triton's own default until 3.9; named, because a later one changes it
 
 
-def stream_of(device: torch.device) -> int:
-    """The current stream of ``device`` as a number; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if device.index is None else device.index)
-
-
 def _hooked() -> bool:
     """A profiler listens to launches. Triton 3.4 has a hook or None, later ones a chain that may be empty."""
     runtime = knobs.runtime

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from dyrate_kernels import native
 from dyrate_kernels.ops import reference, workspace
+from dyrate_kernels.ops.forms import Step, empty_step, form, last_contiguous, readable_list, remember, stream_of, strides, vector
 
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _EMULATED_MULTIPROCESSORS = 4
 
-_prepared: dict[Hashable, Any] = {}  # the extension's call objects, by everything that they depend on but addresses
 _cut: tuple[int, int] = (0, 0)  # (most splits, least rows of a split); 0: as the extension plans. Tests set it.
 
 
@@ -43,15 +44,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _EMULATED_MULTIPROCESSORS
 
 
-def _stream_of(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if device.index is None else device.index)
-
-
 def _launch(prepared: Any, device: torch.device, stream: int, *tensors: Tensor | None) -> None:
-    """Starts a call with the tensors' addresses, on their device."""
-    addresses = [0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr() for tensor in tensors]
+    """Starts a call with the tensors' addresses, on their device. The address of a tensor without elements is 0."""
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
         prepared.launch(*addresses, stream)
     else:
@@ -59,28 +54,8 @@ def _launch(prepared: Any, device: torch.device, stream: int, *tensors: Tensor |
             prepared.launch(*addresses, stream)
 
 
-def _prepare(name: str, **shape: Any) -> Any:
-    key = (name, *shape.values())
-    found = _prepared.get(key)
-    if found is None:
-        found = _prepared[key] = getattr(native.load(), name)(**shape)
-    return found
-
-
-def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
-    return (0,) * count if tensor is None else tensor.stride()[:count]
-
-
 def _type(tensor: Tensor | None) -> int:
     return 0 if tensor is None else _TYPES[tensor.dtype]
-
-
-def _vector(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
-
-
-def _last_contiguous(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _readable(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -89,79 +64,116 @@ def _readable(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.dtype != torch.float64 and inner and 0 < query.shape[-1] <= most and 0 < value.shape[-1] <= most
 
 
+@dataclass(frozen=True)
+class _Attention:
+    """Everything about an attention call that its tensors' forms decide.
+
+    Attributes:
+        attention: the extension's call object.
+        decide: that of the second launch, where importance is asked for.
+        scratch: elements of each scratch buffer, by name; None where it is not used.
+    """
+
+    attention: Any
+    decide: Any
+    scratch: dict[str, int | None]
+
+
+_attentions: dict[Hashable, _Attention] = {}
+_calls: dict[Hashable, Any] = {}  # call objects of the other operators, by name and forms
+
+
+def _prepare_attention(
+    query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, text_type: Tensor | None, position: Tensor | None,
+    query_position: Tensor | None, new_key: Tensor | None, new_value: Tensor | None, visual_capacity: int, scale: float,
+    window: int | None, logits: bool, importance: bool, output: bool, deciding: bool, weight: Tensor | None, bias: Tensor | None,
+    score: Tensor | None, alive: Tensor | None,
+) -> _Attention:  # fmt: skip
+    batch, heads, dim = query.shape
+    width = 0 if kept is None else kept.shape[1]
+    attention = native.load().Attention(
+        type=_type(query), batch=batch, heads=heads, kv_heads=key.shape[1], dim=dim, value_dim=value.shape[-1], capacity=key.shape[2],
+        visual_capacity=visual_capacity, list_width=width, window=window or 0, write_logits=int(logits), scale=scale,
+        query_stride=(*query.stride()[:2], 1), key_stride=(*key.stride()[:3], 1), value_stride=(*value.stride()[:3], 1),
+        new_key_stride=strides(new_key, 2), new_value_stride=strides(new_value, 2), kept_stride=strides(kept, 1)[0],
+        text_type_stride=strides(text_type, 1)[0], position_stride=strides(position, 1)[0],
+        query_position_stride=strides(query_position, 1)[0], multiprocessors=_multiprocessors(query.device), most_splits=_cut[0],
+        least_rows=_cut[1],
+    )  # fmt: skip
+    decide = None
+    if importance:
+        decide = native.load().Decide(
+            batch=batch, heads=heads, visual_capacity=visual_capacity, list_width=width, logit_capacity=attention.logit_capacity,
+            decide=int(deciding), classes=0 if weight is None else weight.shape[0], weight_type=_type(weight), bias_type=_type(bias),
+            score_type=_type(score), weight_stride=strides(weight, 2), bias_stride=strides(bias, 2), score_stride=strides(score, 2),
+            alive_stride=strides(alive, 2), kept_in_stride=strides(kept, 1)[0],
+        )  # fmt: skip
+    sizes = attention.scratch
+    scratch = {
+        "part": sizes["part"] if output else None,
+        "part_stat": sizes["part_stat"],
+        "head_stat": sizes["head_stat"] if logits else None,
+        "logits": sizes["logits"] if logits else None,
+        "counters": sizes["counters"] + batch,  # the decision's
+    }
+    return _Attention(attention, decide, scratch)
+
+
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_capacity: int, scale: float,
     kept: Tensor | None = None, n_kept: Tensor | None = None, text_type: Tensor | None = None, position: Tensor | None = None,
     query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
     output: bool = True, new_key: Tensor | None = None, new_value: Tensor | None = None,
     decide: dict[str, Tensor | None] | None = None,
-) -> tuple[Any, ...]:  # fmt: skip
-    """One launch of the attention, a second one where importance is asked for.
-
-    Returns:
-        (output, mass, importance, kept, n_kept, rate); None for what was not asked for.
-    """
+) -> Step:  # fmt: skip
+    """One launch of the attention, a second one where importance is asked for."""
     device = query.device
-    batch, heads, dim = query.shape
-    kv_heads, capacity, value_dim = key.shape[1], key.shape[2], value.shape[-1]
-    result = query.new_empty(batch, heads, value_dim) if output else None
-    masses = torch.empty(batch, heads, 4, dtype=torch.float32, device=device) if mass else None
-    scores = torch.empty(batch, visual_capacity, dtype=torch.float32, device=device) if importance else None
-    chosen = chosen_count = rate = None
-    if decide is not None:
-        chosen = torch.empty(batch, visual_capacity, dtype=torch.int32, device=device)
-        chosen_count = torch.empty(batch, dtype=torch.int32, device=device)
-        rate = torch.empty(batch, dtype=torch.float64, device=device)
+    batch, heads, _ = query.shape
+    made = empty_step(query, value, visual_capacity, output=output, mass=mass, importance=importance, decide=decide is not None)
     if batch == 0 or heads == 0:
-        return result, masses, scores, chosen, chosen_count, rate
-    if kept is not None and kept.shape[1] == 0:  # an empty list has no address
-        kept, n_kept = kept.new_zeros(batch, 1), torch.zeros_like(n_kept)
-    query, kept, new_key, new_value = (_last_contiguous(tensor) for tensor in (query, kept, new_key, new_value))
-    text_type = _last_contiguous(text_type) if mass else None
-    position, query_position = (_last_contiguous(position), query_position) if window is not None else (None, None)
-    logits_wanted = mass or importance
-    width = 0 if kept is None else kept.shape[1]
-    attention = _prepare(
-        "Attention", type=_TYPES[query.dtype], batch=batch, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim,
-        capacity=capacity, visual_capacity=visual_capacity, list_width=width, window=window or 0, write_logits=int(logits_wanted),
-        scale=scale, query_stride=(*query.stride()[:2], 1), key_stride=(*key.stride()[:3], 1), value_stride=(*value.stride()[:3], 1),
-        new_key_stride=_strides(new_key, 2), new_value_stride=_strides(new_value, 2), kept_stride=_strides(kept, 1)[0],
-        text_type_stride=_strides(text_type, 1)[0], position_stride=_strides(position, 1)[0],
-        query_position_stride=_strides(query_position, 1)[0], multiprocessors=_multiprocessors(device), most_splits=_cut[0],
-        least_rows=_cut[1],
-    )  # fmt: skip
-    stream = _stream_of(device)
-    sizes = {name: size if size else None for name, size in attention.scratch.items()}
-    sizes["counters"] += batch  # the decision's
-    if not output:
-        sizes["part"] = None
-    buffers = dict(zip(sizes, workspace.for_stream(device, stream).buffers_for(sizes), strict=True))
-    n_visual, n_text, n_kept = _vector(n_visual), _vector(n_text), _vector(n_kept)
-    head_stat = buffers["head_stat"] if logits_wanted else None
-    _launch(
-        attention, device, stream, query, key, value if output else None, result, n_visual, n_text, kept, n_kept, text_type, position,
-        query_position, new_key, new_value, buffers["part"], buffers["part_stat"], head_stat, buffers["logits"], buffers["counters"],
-        masses,
-    )  # fmt: skip
-    if importance:
-        given = decide or {}
-        weight, bias, score, alive = (given.get(name) for name in ("weight", "bias", "score", "alive"))
-        rates, count, max_kept = (_vector(given.get(name)) for name in ("rates", "count", "max_kept"))
+        return made
+    weight = bias = rates = count = score = alive = max_kept = None
+    if decide is not None:
+        weight, bias, score, alive = (decide[name] for name in ("weight", "bias", "score", "alive"))
+        rates, count, max_kept = (vector(decide[name]) for name in ("rates", "count", "max_kept"))
         if bias is not None and bias.dim() == 1:
             bias = bias.expand(batch, -1)
         if alive is not None:
             alive = alive.view(torch.uint8)
-        deciding = _prepare(
-            "Decide", batch=batch, heads=heads, visual_capacity=visual_capacity, list_width=width, logit_capacity=attention.logit_capacity,
-            decide=int(decide is not None), classes=0 if weight is None else weight.shape[0], weight_type=_type(weight),
-            bias_type=_type(bias), score_type=_type(score), weight_stride=_strides(weight, 2), bias_stride=_strides(bias, 2),
-            score_stride=_strides(score, 2), alive_stride=_strides(alive, 2), kept_in_stride=_strides(kept, 1)[0],
-        )  # fmt: skip
+    kept, n_kept = readable_list(last_contiguous(kept), vector(n_kept))
+    query, new_key, new_value = last_contiguous(query), last_contiguous(new_key), last_contiguous(new_value)
+    text_type = last_contiguous(text_type) if mass else None
+    position, query_position = (None, None) if window is None else (last_contiguous(position), query_position)
+    forms = (
+        device, visual_capacity, scale, window, mass, importance, output, decide is not None, _cut, form(query), form(key), form(value),
+        form(kept), form(text_type), form(position), form(query_position), form(new_key), form(new_value), form(weight), form(bias),
+        form(score), form(alive),
+    )  # fmt: skip
+    known = _attentions.get(forms)
+    if known is None:
+        known = remember(_attentions, forms, _prepare_attention(
+            query, key, value, kept, text_type, position, query_position, new_key, new_value, visual_capacity, scale, window,
+            mass or importance, importance, output, decide is not None, weight, bias, score, alive,
+        ))  # fmt: skip
+    stream = stream_of(device)
+    part, part_stat, head_stat, logits, counters = workspace.for_stream(device, stream).buffers_for(known.scratch)
+    n_visual, n_text = vector(n_visual), vector(n_text)
+    _launch(
+        known.attention, device, stream, query, key, value if output else None, made.output, n_visual, n_text, kept, n_kept, text_type,
+        position, query_position, new_key, new_value, part, part_stat, head_stat, logits, counters, made.mass,
+    )  # fmt: skip
+    if known.decide is not None:
         _launch(
-            deciding, device, stream, n_visual, kept, n_kept, head_stat, buffers["logits"], masses, scores, weight, bias, rates, count,
-            max_kept, score, alive, chosen, chosen_count, rate, buffers["counters"],
+            known.decide, device, stream, n_visual, kept, n_kept, head_stat, logits, made.mass, made.importance, weight, bias, rates, count,
+            max_kept, score, alive, made.kept, made.n_kept, made.rate, counters,
         )  # fmt: skip
-    return result, masses, scores, chosen, chosen_count, rate
+    return made
+
+
+def _call(name: str, forms: Hashable, **shape: Any) -> Any:
+    """The extension's call object of that name and shape; ``forms`` decide the shape."""
+    known = _calls.get((name, forms))
+    return remember(_calls, (name, forms), getattr(native.load(), name)(**shape)) if known is None else known
 
 
 def decode_attention(
@@ -211,11 +223,12 @@ def predict_rate(mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor) -> t
     if batch:
         mass, rates = mass.contiguous(), rates.contiguous()
         bias = bias.expand(batch, -1) if bias.dim() == 1 else bias
-        prepared = _prepare(
-            "Predict", batch=batch, features=mass.shape[1] * 4, classes=weight.shape[0], mass_type=_type(mass), weight_type=_type(weight),
-            bias_type=_type(bias), weight_stride=weight.stride(), bias_stride=bias.stride(),
+        prepared = _call(
+            "Predict", (form(mass), form(weight), form(bias)), batch=batch, features=mass.shape[1] * 4, classes=weight.shape[0],
+            mass_type=_type(mass), weight_type=_type(weight), bias_type=_type(bias), weight_stride=weight.stride(),
+            bias_stride=bias.stride(),
         )  # fmt: skip
-        _launch(prepared, device, _stream_of(device), mass, weight, bias, rates, rate, index)
+        _launch(prepared, device, stream_of(device), mass, weight, bias, rates, rate, index)
     return rate, index
 
 
@@ -233,17 +246,18 @@ def select_tokens(score: Tensor, count: Tensor, n_visual: Tensor, *, alive: Tens
         return kept, n_kept.zero_()
     if batch:
         alive = None if alive is None else alive.view(torch.uint8)
-        prepared = _prepare(
-            "Select", batch=batch, tokens=tokens, score_type=_type(score), score_stride=score.stride(), alive_stride=_strides(alive, 2)
-        )
-        _launch(prepared, score.device, _stream_of(score.device), score, alive, _vector(count), _vector(n_visual), kept, n_kept)
+        prepared = _call(
+            "Select", (form(score), form(alive)), batch=batch, tokens=tokens, score_type=_type(score), score_stride=score.stride(),
+            alive_stride=strides(alive, 2),
+        )  # fmt: skip
+        _launch(prepared, score.device, stream_of(score.device), score, alive, vector(count), vector(n_visual), kept, n_kept)
     return kept, n_kept
 
 
 # ---- rows that move ---------------------------------------------------------------------------------------------------------------
 
-# a tensor whose rows move: address, strides of sequence, head and row in bytes, heads, bytes of a row
-_Rows = tuple[int, int, int, int, int, int]
+# a tensor whose rows move: address, strides of sequence, head and row in bytes, heads, bytes of a row, rows of a head
+_Rows = tuple[int, int, int, int, int, int, int]
 
 
 @functools.lru_cache(maxsize=256)
@@ -262,11 +276,11 @@ def _describe(tensor: Tensor) -> _Rows | None:
     """None where a row's elements are not next to each other."""
     size = tensor.element_size()
     if tensor.dim() == 2:
-        return tensor.data_ptr(), tensor.stride(0) * size, 0, tensor.stride(1) * size, 1, size
+        return tensor.data_ptr(), tensor.stride(0) * size, 0, tensor.stride(1) * size, 1, size, tensor.shape[1]
     if tensor.stride(3) != 1 and tensor.shape[3] != 1:
         return None
     sequence, head, row = (stride * size for stride in tensor.stride()[:3])
-    return tensor.data_ptr(), sequence, head, row, tensor.shape[1], tensor.shape[3] * size
+    return tensor.data_ptr(), sequence, head, row, tensor.shape[1], tensor.shape[3] * size, tensor.shape[2]
 
 
 def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor) -> None:
@@ -275,14 +289,14 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor)
     rows = [tensor for tensor in rows if tensor.numel()]
     if not rows or batch == 0 or width == 0:
         return
-    kept = _last_contiguous(kept)
+    kept = last_contiguous(kept)
     lines = [_describe(tensor) for tensor in rows]
     others = [tensor for tensor, line in zip(rows, lines, strict=True) if line is None]
     if others:
         reference.compact_(others, kept, n_kept, n_visual)
-    n_kept, n_visual = _vector(n_kept), _vector(n_visual)
+    n_kept, n_visual = vector(n_kept), vector(n_visual)
     for prepared in _launches("Compact", [line for line in lines if line is not None], batch, width, kept.stride(0)):
-        _launch(prepared, kept.device, _stream_of(kept.device), kept, n_kept, n_visual)
+        _launch(prepared, kept.device, stream_of(kept.device), kept, n_kept, n_visual)
 
 
 def reorder_(rows: list[Tensor], index: Tensor) -> None:
@@ -297,7 +311,7 @@ def reorder_(rows: list[Tensor], index: Tensor) -> None:
     for tensor, fit in zip(rows, fits, strict=True):
         if fit:
             size = tensor[0].numel() * tensor.element_size()
-            lines.append((tensor.data_ptr(), size, 0, 0, 1, size))
+            lines.append((tensor.data_ptr(), size, 0, 0, 1, size, 1))
     index = index.contiguous()
     for prepared in _launches("Reorder", lines, batch):
-        _launch(prepared, index.device, _stream_of(index.device), index)
+        _launch(prepared, index.device, stream_of(index.device), index)
