@@ -150,8 +150,7 @@ struct ReorderKernel {
       for (int i = block.thread(); i < call.batch * width; i += kThreads) {
         const std::int64_t b = i / width, word = start + i % width;
         if (word < words && call.index[b] != b) row(rows, b, static_cast<Word*>(nullptr))[word] = tile[i];
-      }
-      block.sync();
+      }  // no barrier: a thread reads back what it wrote to the tile, and the next words are others
     }
   }
 

@@ -150,10 +150,10 @@ def module_path(variant: str = "plain", sources: Path = CSRC) -> Path:
     return target
 
 
-def program_path(source: Path, variant: str = "plain", sources: Path = CSRC) -> Path:
-    """A program of one file with kernels in it that includes ``simt.h`` alone, compiled as the module is."""
+def program_path(source: Path, variant: str = "plain", sources: Path = CSRC, headers: tuple[str, ...] = ("simt.h",)) -> Path:
+    """A program of one file that includes these ``headers``, compiled as the module's kernels are."""
     how = VARIANTS[variant]
-    files = [sources / "simt.h", *(sources / "emulation").iterdir()]
+    files = [*(sources / name for name in headers), *(sources / "emulation").iterdir()]
     digest = _digest(sources, files, repr(how), *_base_flags(Path()), source.read_text())
     target = _home() / f"{variant}-{digest}" / source.stem
     if target.is_file():

@@ -308,6 +308,19 @@ def test_what_the_reference_does(dim, dtype):
         harness.close(value, expected, harness.TOLERANCE[dtype], "result")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_output_rounds_to_even(dtype):
+    """The mean of two neighbouring numbers lies half way between them."""
+    arguments = problem((1, 1, 1, 16, 2, 0, [2], [0]), dtype)
+    arguments["query"].zero_()
+    whole = 1 + torch.arange(16, dtype=torch.float64) * torch.finfo(dtype).eps
+    pair = torch.stack([whole, whole + torch.finfo(dtype).eps])
+    arguments["value"][0, 0] = pair
+    got = harness.run("decode_attention", **arguments).output
+    assert harness.same(got[0, 0], pair.mean(0).to(dtype))
+    assert len(got.unique()) < 16
+
+
 def test_sequences_do_not_meet():
     case = LENGTHS[0]
     arguments = problem(case, torch.float32)

@@ -227,6 +227,7 @@ def test_step_with_count(case, dtype):
         {"count": int32([9] * batch), "score": torch.randint(0, 4, (batch, capacity), generator=g).double(), "window": 30},
         {"count": int32([9] * batch), "score": torch.randn(batch, capacity, generator=g).to(dtype), "alive": alive},
         {"count": int32([8] * batch), "score": torch.randn(batch, 2 * capacity, generator=g)[:, ::2], "alive": alive[:1].expand(batch, -1)},
+        {"count": int32([7] * batch), "alive": torch.stack([alive, ~alive], 2)[:, :, 0]},
     ):
         with harness.splits(3, 16):
             if how.get("score") is not None:
