@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,6 +263,15 @@ class BuildExt(build_ext):
         except CudaBuildError as error:
             raise SystemExit(f"error: {error}") from None
 
+    def _folder(self) -> Path:
+        """Where objects are kept for the next install: in the checkout, one folder a Python; else where setuptools says."""
+        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return Path(self.build_temp).resolve() / "cmake"
+        return folder
+
     def _cmake(self, target: Path) -> None:
         cmake = _tool("cmake", "cmake", "CMAKE_BIN_DIR")
         if cmake is None:
@@ -270,11 +280,14 @@ class BuildExt(build_ext):
             import pybind11
         except ImportError:
             raise CudaBuildError("building the native extension needs pybind11: pip install pybind11, or set DYRATE_CUDA=0") from None
-        folder = Path(self.build_temp).resolve() / "cmake"
+        folder = self._folder()
+        ninja = _tool("ninja", "ninja", "BIN_DIR")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         configure = [
             cmake,
             f"-S{ROOT}",
             f"-B{folder}",
+            *(["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_CUDA_COMPILER={self.plan.nvcc}",
             f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(self.plan.architectures)}",
@@ -282,20 +295,17 @@ class BuildExt(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
-        if ninja := _tool("ninja", "ninja", "BIN_DIR"):
-            configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        # CMake's cache remembers paths into the isolated build environment of the build that made it. It is of use only
-        # to a build that is configured in the same way.
-        stamp, arguments = folder / "configured.txt", "\n".join(configure)
-        if not stamp.exists() or stamp.read_text(encoding="utf-8") != arguments:
+        build = [cmake, "--build", str(folder), "--parallel", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(cores)]
+        # Tools of an isolated build lie elsewhere each time and may change; what the objects were made with may not.
+        made_with = "\n".join([str(ROOT), str(self.plan.nvcc), str(self.plan.release), sys.version, "ninja" if ninja else "make"])
+        stamp = folder / "made_with.txt"
+        if not stamp.exists() or stamp.read_text(encoding="utf-8") != made_with:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(arguments, encoding="utf-8")
-
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(cores)
-        for command in (configure, [cmake, "--build", str(folder), "--parallel", jobs]):
+        stamp.write_text(made_with, encoding="utf-8")
+        for command in (configure, build):
             if (status := subprocess.run(command, stdin=subprocess.DEVNULL).returncode) != 0:
+                stamp.unlink()  # the next build starts anew
                 raise CudaBuildError(
                     f"the native extension did not build with nvcc {self.plan.release} at {self.plan.nvcc} "
                     f"(cmake exits with {status}; its messages stand above){_WAY_OUT}"

@@ -2,6 +2,8 @@
 
 namespace dyrate {
 
+template Status start_attention<float>(const AttentionCall&, Stream);
+
 Status decode_attention(const AttentionCall& call, Stream stream) {
   switch (call.type) {
     case Type::kFloat16: return start_attention<Float16>(call, stream);

@@ -423,7 +423,7 @@ Status start_attention(const AttentionCall& call, Stream stream) {
   if (!aligned(call)) return start_attention<Element, kMostDim, 8, false>(call, stream);
   if (dim <= 64) return start_attention<Element, 64>(call, stream);
   if (dim <= 128) return start_attention<Element, 128>(call, stream);
-  return start_attention<Element, kMostDim>(call, stream);
+  return start_attention<Element, kMostDim, 8, true>(call, stream);  // no supported model has such heads: one kernel for any group
 }
 
 extern template Status start_attention<Float16>(const AttentionCall&, Stream);

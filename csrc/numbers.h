@@ -8,11 +8,6 @@
 #include "calls.h"
 #include "simt.h"
 
-#ifndef DYRATE_EMULATE
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
-
 namespace dyrate {
 
 template <class To, class From>
@@ -35,7 +30,9 @@ DYRATE_HD float to_float(float x) { return x; }
 DYRATE_HD float to_float(BFloat16 x) { return bits_as<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 DYRATE_HD float to_float(Float16 x) {
 #ifdef __CUDA_ARCH__
-  return __half2float(__ushort_as_half(x.bits));
+  float result;  // by hand: cuda_fp16.h would double what the compiler has to read
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
 #else
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7FFFu;
@@ -53,7 +50,7 @@ DYRATE_HD void from_float(float x, BFloat16* out) {
 }
 DYRATE_HD void from_float(float x, Float16* out) {
 #ifdef __CUDA_ARCH__
-  out->bits = __half_as_ushort(__float2half_rn(x));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
 #else
   const std::uint32_t bits = bits_as<std::uint32_t>(x);
   const std::uint32_t sign = bits >> 16 & 0x8000u;

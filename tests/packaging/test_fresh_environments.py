@@ -109,6 +109,13 @@ def test_with_cuda_then_without(checkout: Path, python: Path, tmp_path: Path, ed
     seen = report(python, tmp_path)
     assert seen["reason"] is None
     assert seen["probe"]["architectures"] == ["80-real", "90"]
+    objects = {path: path.stat().st_mtime_ns for path in (checkout / "build").rglob("*.cu.o")}
+    assert objects
+    (checkout / "csrc" / "rows.cu").touch()
+    done = install(python, "--no-deps", "--force-reinstall", *where, DYRATE_CUDA="1", DYRATE_CUDA_ARCHS="8.0;9.0+PTX")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path, made in objects.items() if path.stat().st_mtime_ns != made} == {"rows.cu.o"}
+    assert report(python, tmp_path)["reason"] is None
     done = install(python, "--no-deps", "--force-reinstall", *where, DYRATE_CUDA="0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert report(python, tmp_path)["reason"] == "built with DYRATE_CUDA=0"

@@ -1,7 +1,0 @@
-#include "attention.h"
-
-namespace dyrate {
-
-template Status start_attention<float>(const AttentionCall&, Stream);
-
-}  // namespace dyrate

@@ -1,0 +1,52 @@
+"""What the compiler made of the kernels (``bench/resources.py``): no spills where speed counts, and blocks that fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import resources
+from dyrate_kernels import native
+
+NAMES = {
+    "15AttentionKernelINS_8BFloat16ELi256ELi8ELb0EEENS_13AttentionCallE": "AttentionKernel bfloat16 D<=256 G=8 unaligned",
+    "15AttentionKernelIfLi64ELi1ELb1EEENS_13AttentionCallE": "AttentionKernel float32 D<=64 G=1 aligned",
+    "12SelectKernelENS_10SelectCallE": "SelectKernel",
+}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[resources.Kernel]:
+    cuobjdump = resources.find_cuobjdump()
+    if native.missing_reason() is not None or cuobjdump is None:
+        pytest.skip(native.missing_reason() or "no cuobjdump")
+    return resources.kernels(Path(native.load().__file__), cuobjdump)
+
+
+def test_every_kernel_is_there(kernels: list[resources.Kernel]) -> None:
+    names = {kernel.name for kernel in kernels}
+    types = ("float16", "bfloat16", "float32")
+    wanted = {f"AttentionKernel {element} D<={dim} G={group} aligned" for element in types for dim in (64, 128) for group in (1, 4, 8)}
+    wanted |= {f"AttentionKernel {element} D<=256 G=8 {how}" for element in types for how in ("aligned", "unaligned")}
+    wanted |= {"DecideKernel", "SelectKernel", "PredictKernel", "CompactKernel", "ReorderKernel", "write_architecture"}
+    assert names == wanted
+    built = {f"sm_{text.removesuffix('-real')}" for text in native.build_info().architectures}
+    assert {kernel.architecture for kernel in kernels} == built
+    assert len(kernels) == len(wanted) * len(built)
+
+
+def test_no_spills_in_the_main_configurations(kernels: list[resources.Kernel]) -> None:
+    """Heads of up to 128 elements whose rows start at multiples of 16 bytes, and everything that follows the attention."""
+    main = [kernel for kernel in kernels if "unaligned" not in kernel.name and "D<=256" not in kernel.name]
+    spilling = [(kernel.name, kernel.architecture, kernel.local) for kernel in main if kernel.local]
+    assert main and not spilling
+
+
+def test_shared_memory_fits_without_being_asked_for(kernels: list[resources.Kernel]) -> None:
+    assert max(kernel.shared for kernel in kernels) <= 48 * 1024
+
+
+@pytest.mark.parametrize("symbol", NAMES)
+def test_readable_names(symbol: str) -> None:
+    assert resources.readable(f"_ZN6dyrate5entryINS_{symbol}EEvT0_") == NAMES[symbol]
