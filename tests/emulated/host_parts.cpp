@@ -115,6 +115,7 @@ void plans_of_rows() {
     const int movers = compact_movers(batch, tensors, size), blocks = reorder_blocks(batch, size);
     require(movers >= 1 && movers <= 8192 && (movers == 1 || int64_t{movers - 1} * 64 < size), "movers");
     require(movers == 1 || int64_t{movers} * batch * tensors <= 8192, "more movers than the machine has use for");
+    require(blocks == 1024 || int64_t{blocks} * (kMostReorderBatch / batch) >= size, "a reorder block works twice");
     require(blocks >= 1 && blocks <= 1024 && (blocks == 1 || int64_t{blocks - 1} * (kMostReorderBatch / batch) < size), "reorder blocks");
   }
 }
@@ -374,6 +375,7 @@ void attention_calls() {
   moved(&AttentionCall::counters, valid.n_text, "counters in n_text");
   moved(&AttentionCall::head_stat, valid.part_stat, "head_stat in part_stat");
   moved(&AttentionCall::new_key, valid.key, "new_key in key");
+  moved(&AttentionCall::new_value, valid.value, "new_value in value");
   moved(&AttentionCall::position, valid.value, "position in value that is written");
   {
     AttentionCall call = valid;
@@ -391,6 +393,9 @@ void attention_calls() {
     call = valid;
     call.n_kept = nullptr;
     refuses([&] { check_addresses(call); }, "n_kept", "a list without lengths");
+    call = valid;
+    call.write_logits = 0;
+    refuses([&] { check_addresses(call); }, "mass", "mass without logits");
     call = valid;
     call.list_width = 0;
     refuses([&] { check_addresses(call); }, "kept", "a list of no columns");

@@ -193,6 +193,7 @@ def test_results_must_not_lie_in_arguments(module: ModuleType) -> None:
     compact = make(module, "Compact")
     refused(lambda: compact.launch(4096 + 640, 1 << 20, 1 << 21, 0), "rows: expected memory apart from kept")
     refused(lambda: compact.launch(1 << 20, 8192 + 636, 1 << 21, 0), "rows: expected memory apart from n_kept")
+    refused(lambda: compact.launch(1 << 20, 1 << 21, 4096, 0), "rows: expected memory apart from n_visual")
     reorder = make(module, "Reorder")
     refused(lambda: reorder.launch(4096 + 120, 0), "rows: expected memory apart from index")
 
