@@ -234,6 +234,10 @@ class VisualCache(Cache):
         self._unread = layer_idx
         return key_states, value_states
 
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """The attention of ``layer`` over the rows stored here (``patching.attention.Carrier``)."""
+        return self.session.attend(layer, query, key, value, scale, window)
+
     def mark_read(self, layer: int) -> None:
         """Tells the cache that the attention of ``layer`` has answered its last ``update``."""
         self._unread = None

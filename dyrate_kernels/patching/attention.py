@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dyrate_kernels.cache import VisualCache
-
 IMPLEMENTATION = "dyrate"  # name of the attention function in transformers' registry
-CARRIER = "dyrate"  # keyword by which the cache reaches the attention function
+CARRIER = "dyrate"  # keyword by which a carrier reaches the attention function
+
+
+class Carrier(Protocol):
+    """What answers in place of a patched module's attention: ``VisualCache`` in a generation, ``MaskedPass`` in training."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """query ``[B, Hq, q, D]``, key and value as the module made them -> ``[B, q, Hq, D]``."""
+        ...
 
 
 class ConfigView:
@@ -91,14 +97,14 @@ def attention_function(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query ``[B, Hq, q, D]`` -> (``[B, q, Hq, D]``, weights or None).
 
-    With a ``VisualCache`` in the call it reads that; otherwise it does what the unpatched module would have done.
+    With a carrier in the call that answers; otherwise it does what the unpatched module would have done.
     """
-    cache: VisualCache | None = kwargs.pop(CARRIER, None)
-    if cache is None:
+    carrier: Carrier | None = kwargs.pop(CARRIER, None)
+    if carrier is None:
         original = _original_function(module)
         return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return cache.session.attend(module.layer_idx, query, key, value, scale, kwargs.get("sliding_window")), None
+    return carrier.attend(module.layer_idx, query, key, value, scale, kwargs.get("sliding_window")), None
 
 
 def _original_function(module: nn.Module):
