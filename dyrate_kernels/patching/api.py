@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import logging
 import warnings
 from typing import Any
@@ -16,7 +15,16 @@ from dyrate_kernels import policies
 from dyrate_kernels.cache import VisualCache
 from dyrate_kernels.ops import dispatch
 from dyrate_kernels.patching import attention
-from dyrate_kernels.patching.families import cache_in, cache_name, check_supported, decoder_layers, text_model, visual_columns
+from dyrate_kernels.patching.families import (
+    by_name,
+    cache_in,
+    cache_name,
+    check_supported,
+    decoder_layers,
+    positional_names,
+    text_model,
+    visual_columns,
+)
 from dyrate_kernels.patching.graph import StepGraph
 from dyrate_kernels.patching.session import Session
 from dyrate_kernels.patching.shrink import ShrinkHooks
@@ -141,8 +149,8 @@ class Handle:
     def _install(self) -> None:
         model = self.model
         vars(model)[_HANDLE] = self
-        self._decoder_names = _positional(text_model(model).forward)
-        self._base_names = _positional(model.base_model.forward)
+        self._decoder_names = positional_names(text_model(model).forward)
+        self._base_names = positional_names(model.base_model.forward)
         for layer in decoder_layers(model):
             attention.swap(layer.self_attn)
         self._hooks += [
@@ -273,13 +281,13 @@ class Handle:
     # ---- forward ----------------------------------------------------------------------------------------------------------------
 
     def _before_base(self, module: Any, args: tuple, kwargs: dict) -> None:
-        bound = _bind(self._base_names, args, kwargs)
+        bound = by_name(self._base_names, args, kwargs)
         cache = cache_in(bound)
         if isinstance(cache, VisualCache) and cache.session is not None and not _is_step(cache.session, bound):
             cache.session.stage(visual_columns(self.model, self.family, bound.get("input_ids"), bound.get("inputs_embeds")))
 
     def _before_decoder(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        bound = _bind(self._decoder_names, args, kwargs)
+        bound = by_name(self._decoder_names, args, kwargs)
         cache = cache_in(bound)
         if not isinstance(cache, VisualCache):
             return None
@@ -305,17 +313,6 @@ def _is_step(session: Session, bound: dict[str, Any]) -> bool:
     """A decode step: its column is text, whatever its id."""
     ids = bound.get("input_ids")
     return ids is not None and session.is_decode(ids.shape[1])
-
-
-def _positional(forward: Any) -> tuple[str, ...]:
-    """Names of the arguments that may be given by position. Read once: torch.compile cannot look into a signature."""
-    parameters = inspect.signature(forward).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-
-def _bind(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, Any]:
-    """All arguments by name, whether they were given by position or not."""
-    return dict(zip(names, args, strict=False)) | kwargs if args else dict(kwargs)
 
 
 def _refuse_batching(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -105,3 +105,14 @@ def visual_columns(model: Any, family: Family, input_ids: Tensor | None, inputs_
             hit = (inputs_embeds == weight[token_id].to(inputs_embeds.device, inputs_embeds.dtype)).all(-1)
         mask = hit if mask is None else mask | hit
     return mask
+
+
+def positional_names(forward: Any) -> tuple[str, ...]:
+    """Names of the arguments that may be given by position. Read once: torch.compile cannot look into a signature."""
+    parameters = inspect.signature(forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def by_name(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, Any]:
+    """All arguments by name, whether they were given by position or not."""
+    return dict(zip(names, args, strict=False)) | kwargs if args else dict(kwargs)
