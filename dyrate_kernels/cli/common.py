@@ -104,11 +104,9 @@ def prepare(processor: Any, image: Any, prompt: str, device: Any) -> dict[str, A
     """Model inputs for one picture and one question."""
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what to do with the picture")
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    else:  # LLaVA-1.5's own format
-        text = f"USER: <image>\n{prompt} ASSISTANT:"
+    from dyrate_kernels import chat
+
+    text = chat.render(processor, [chat.user(prompt, images=1)])
     return dict(processor(images=image, text=text, return_tensors="pt").to(device))
 
 

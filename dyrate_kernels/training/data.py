@@ -1,0 +1,337 @@
+"""What a predictor is trained on: questions about pictures with their answers, from LLaVA's JSON, Hugging Face datasets or drawn scenes.
+
+A source is a sequence of examples. Reading one may fail (a corrupt picture, a turn with no answer): ``Rows`` reports it, counts it and
+goes on with the next one, so that one bad file in a million does not end a run. Which example takes its place depends on the source
+alone, so a resumed run sees the same data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dyrate_kernels import chat
+
+logger = logging.getLogger(__name__)
+
+_MOST_WARNINGS = 20
+
+
+class Unreadable(ValueError):
+    """This example cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation up to a question, and the answer.
+
+    Attributes:
+        name: for reports.
+        messages: as ``chat.render`` takes them.
+        images: PIL pictures, in the order of the messages' image parts.
+        answer: plain text.
+    """
+
+    name: str
+    messages: list[chat.Message]
+    images: list[Any]
+    answer: str
+
+
+class ShapesSource(Sequence[Example]):
+    """Drawn scenes (``dyrate_kernels.shapes``): sample i is scene ``seed * 10**6 + i``, descriptions and short questions in turn.
+
+    Args:
+        count: examples.
+        seed: where the scenes begin; the same seed gives the same examples everywhere. Scenes below 0 are held out for evaluation.
+        describe: share of descriptions; the rest are short questions.
+        size: of the pictures.
+    """
+
+    def __init__(self, count: int, seed: int = 0, describe: float = 0.5, size: int = 96) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        self.count, self.seed, self.describe, self.size = count, seed, describe, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        import random
+
+        from dyrate_kernels import shapes
+
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        scene = self.seed * 10**6 + index
+        rng = random.Random(f"training {scene}")
+        drawn = shapes.make_scene(scene)
+        task = "describe" if rng.random() < self.describe or not drawn.things else rng.choice(shapes.SHORT_TASKS)
+        sample = shapes.make_sample(scene, task, drawn)
+        return Example(f"scene {scene}", [chat.user(sample.prompt, images=1)], [sample.image(self.size)], sample.answer)
+
+
+class ConversationSource(Sequence[Example]):
+    """LLaVA's format: a JSON list of ``{"image": file, "conversations": [{"from": "human", "value": ..}, {"from": "gpt", ..}, ..]}``.
+
+    Every answer of a conversation is an example, with the turns before it as its prompt.
+
+    Args:
+        path: the JSON (or JSON-lines) file.
+        images: folder that the ``image`` entries are relative to.
+
+    Raises:
+        ValueError: the file is not such a list, or holds no answer.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> None:
+        self.path, self.folder = Path(path), Path(images) if images is not None else Path(path).parent
+        self.entries = _read_json(self.path)
+        self.places = [
+            (entry, turn)
+            for entry, content in enumerate(self.entries)
+            for turn, line in enumerate(_lines(content))
+            if _speaker(line) == "gpt"
+        ]
+        if not self.places:
+            raise ValueError(f"{self.path} holds no answer: expected entries with conversations of 'human' and 'gpt' turns")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        entry, turn = self.places[index]
+        content = self.entries[entry]
+        name = f"{self.path.name}[{entry}] turn {turn}"
+        files = content.get("image")
+        files = [] if files is None else [files] if isinstance(files, str) else list(files)
+        images = [read_image(self.folder / file) for file in files]
+        return conversation(name, _lines(content)[: turn + 1], images)
+
+
+class DatasetSource(Sequence[Example]):
+    """A Hugging Face dataset with a column ``image`` (or ``images``) and ``question`` / ``answer``, or LLaVA's ``conversations``.
+
+    Args:
+        data: a ``datasets.Dataset``, or anything indexed with rows of dicts.
+
+    Raises:
+        ValueError: it has none of these columns.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        names = set(data.column_names) if hasattr(data, "column_names") else set(data[0])
+        if not ({"question", "answer"} <= names or "conversations" in names):
+            raise ValueError(f"the dataset must have the columns 'question' and 'answer', or 'conversations'; it has {sorted(names)}")
+        self.turns = "conversations" in names
+
+    @classmethod
+    def load(cls, name: str, split: str = "train") -> DatasetSource:
+        """A folder made by ``save_to_disk``, or the name of a dataset on the hub."""
+        try:
+            import datasets
+        except ImportError:
+            raise RuntimeError("reading a dataset needs the package datasets: pip install 'dyrate-kernels[train]'") from None
+        if not Path(name).is_dir():
+            return cls(datasets.load_dataset(name, split=split))
+        loaded = datasets.load_from_disk(name)
+        if isinstance(loaded, datasets.DatasetDict):
+            if split not in loaded:
+                raise ValueError(f"{name} has the splits {sorted(loaded)}, not {split!r}")
+            loaded = loaded[split]
+        return cls(loaded)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        try:
+            row = self.data[index]
+        except Exception as error:  # the picture is decoded here, by a codec that raises what it likes
+            if isinstance(error, IndexError):
+                raise
+            raise Unreadable(f"row {index} cannot be read ({error})") from error
+        pictures = row.get("images") or row.get("image")
+        pictures = [] if pictures is None else list(pictures) if isinstance(pictures, list | tuple) else [pictures]
+        images = [read_image(picture) for picture in pictures]
+        if self.turns:
+            return conversation(f"row {index}", _lines(row), images)
+        answer = row["answer"]
+        answer = answer[0] if isinstance(answer, list) and answer else answer
+        if not isinstance(row["question"], str) or not isinstance(answer, str) or not answer.strip():
+            raise Unreadable(f"row {index} has no question or no answer")
+        return Example(f"row {index}", [chat.user(row["question"], images=len(images))], images, answer)
+
+
+def conversation(name: str, lines: list[dict[str, str]], images: list[Any]) -> Example:
+    """Turns of LLaVA's format up to an answer, the last one of them.
+
+    Raises:
+        Unreadable: turns do not alternate, the answer is empty, or its ``<image>`` marks are not as many as the pictures.
+    """
+    while lines and _speaker(lines[-1]) != "gpt":
+        lines = lines[:-1]
+    if not lines:
+        raise Unreadable("the conversation has no answer")
+    messages, marks = [], 0
+    for place, line in enumerate(lines):
+        wanted, text = ("human", "gpt")[place % 2], line.get("value")
+        if _speaker(line) != wanted or not isinstance(text, str):
+            raise Unreadable(f"turn {place} must be a text of {wanted!r}, got {str(line)[:80]}")
+        if wanted == "gpt":
+            messages.append(chat.assistant(text))
+            continue
+        marks += text.count("<image>")
+        messages.append(chat.user(text.replace("<image>", "").strip(), images=text.count("<image>")))
+    if marks == 0 and images:  # some sets leave the mark out
+        messages[0] = chat.user(messages[0]["content"][-1]["text"], images=len(images))
+    elif marks != len(images):
+        raise Unreadable(f"{marks} <image> marks for {len(images)} pictures")
+    answer = messages.pop()["content"][0]["text"]
+    if not answer.strip():
+        raise Unreadable("the answer is empty")
+    return Example(name, messages, images, answer)
+
+
+def read_image(source: Any) -> Any:
+    """A picture as RGB, decoded to its last byte.
+
+    Raises:
+        Unreadable: it is missing or damaged.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        if isinstance(source, dict):  # an undecoded datasets.Image
+            import io
+
+            source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
+        picture = source if isinstance(source, Image.Image) else Image.open(source)
+        return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:  # Pillow raises many kinds for a broken file
+        shown = source if isinstance(source, str | Path) else type(source).__name__
+        raise Unreadable(f"the picture {shown} cannot be read ({error})") from error
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        entries = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path} must be a JSON list of objects with 'conversations', got {str(entries)[:80]}")
+    return entries
+
+
+def _lines(content: dict[str, Any]) -> list[dict[str, str]]:
+    lines = content.get("conversations")
+    return [line for line in lines if isinstance(line, dict)] if isinstance(lines, list) else []
+
+
+def _speaker(line: dict[str, str]) -> str:
+    return {"user": "human", "assistant": "gpt"}.get(str(line.get("from")), str(line.get("from")))
+
+
+@dataclass
+class Row:
+    """An example, ready for a batch: its prompt as text, its pictures, the token ids of its answer."""
+
+    text: str
+    images: list[Any]
+    answer: list[int]
+
+
+@dataclass
+class Rows(Dataset[Row]):
+    """A source as rows of a data loader. An example that cannot be read, or is too long, is skipped: the next one takes its place.
+
+    Attributes:
+        source: the examples.
+        processor: of the model.
+        max_length: the most tokens of prompt (visual tokens included) and answer together; None: any.
+        max_answer: the most tokens of an answer; longer ones are cut (a description may be as long as it likes); None: any.
+        skipped: reason by the example's place.
+    """
+
+    source: Sequence[Example]
+    processor: Any
+    max_length: int | None = None
+    max_answer: int | None = None
+    skipped: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Row:
+        for place in self._from(index):
+            if place in self.skipped:
+                continue
+            try:
+                return self.encode(self.source[place])
+            except Unreadable as error:
+                self.skipped[place] = str(error)
+                if len(self.skipped) <= _MOST_WARNINGS:
+                    more = "; further ones are only counted" if len(self.skipped) == _MOST_WARNINGS else ""
+                    logger.warning("example %d is skipped: %s%s", place, error, more)
+        raise ValueError(f"none of the {len(self)} examples can be used; the last reason: {self.skipped[index]}")
+
+    def _from(self, index: int) -> Iterator[int]:
+        return ((index + step) % len(self) for step in range(len(self)))
+
+    def encode(self, example: Example) -> Row:
+        """Raises Unreadable where the example is too long."""
+        text = chat.render(self.processor, example.messages)
+        answer = chat.answer_ids(self.processor, example.messages, example.answer)[: self.max_answer]
+        if len(answer) < 2:
+            raise Unreadable(f"{example.name}: an answer of {len(answer)} token leaves no step to choose a rate for")
+        if self.max_length is not None:
+            ids = self.processor(images=example.images or None, text=text, return_tensors="pt")["input_ids"]
+            if ids.shape[1] + len(answer) > self.max_length:
+                raise Unreadable(f"{example.name}: {ids.shape[1]} + {len(answer)} tokens are more than {self.max_length}")
+        return Row(text, example.images, answer)
+
+
+@dataclass
+class Collator:
+    """Rows -> a batch: ``prompt`` (what the processor makes, padded on the left), ``answer`` and ``answer_mask`` int64 ``[B, T]``."""
+
+    processor: Any
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        tokenizer = self.processor.tokenizer
+        side, tokenizer.padding_side = tokenizer.padding_side, "left"
+        try:
+            images = [row.images for row in rows if row.images]
+            prompt = self.processor(images=images or None, text=[row.text for row in rows], padding=True, return_tensors="pt")
+        finally:
+            tokenizer.padding_side = side
+        longest = max(len(row.answer) for row in rows)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        answer = torch.tensor([row.answer + [pad] * (longest - len(row.answer)) for row in rows])
+        mask = torch.tensor([[1] * len(row.answer) + [0] * (longest - len(row.answer)) for row in rows])
+        return {
+            "prompt": {name: value for name, value in prompt.items() if isinstance(value, Tensor)},
+            "answer": answer,
+            "answer_mask": mask,
+        }
+
+
+def open_source(text: str, images: str | None, count: int, seed: int, split: str = "train") -> Sequence[Example]:
+    """What a command line names: ``shapes``, a ``.json`` / ``.jsonl`` file, a saved dataset's folder, or a dataset on the hub."""
+    if text == "shapes":
+        return ShapesSource(count, seed)
+    if text.endswith((".json", ".jsonl")):
+        return ConversationSource(text, images)
+    return DatasetSource.load(text, split)

@@ -1,0 +1,438 @@
+"""Training of the rate predictor: the model frozen, only ``K x (4 Hq + 1)`` numbers learn (methods.md, section 1).
+
+    loss = cross-entropy of the answer under pruning + budget_weight * (mean cost - target)^2
+
+The rate of every row is drawn with Gumbel noise and its gradient passes straight through (``masked_pass``); the budget is counted on the
+rates that the argmax takes, since that is what runs. ``transformers.Trainer`` does the rest: one CPU, one GPU or several, checkpoints,
+resuming, TensorBoard. At the end one number is added to the logits along the rates, so that the budget is met on the training data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dyrate_kernels.flops import fastv_layer
+from dyrate_kernels.policies.base import ModelShape, check_fraction, check_k_range
+from dyrate_kernels.predictor import DyRatePredictor, check_rates, named_rates
+from dyrate_kernels.training.data import Collator, Example, Rows
+from dyrate_kernels.training.masked_pass import Answer, gumbel, take_likeliest, training_hooks
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+SUMMARY = "training.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a predictor is trained.
+
+    Attributes:
+        k: first pruned layer.
+        rates: ``"half_open"``, ``"closed"`` or a list of fractions removed.
+        num_rates: K for the two named sets.
+        target_keep: mean fraction of the visual tokens that stays, over decode steps. One of the two targets is given.
+        target_cost: mean paper cost (FastV's formula on the whole sequence, the prompt's own unpruned step included), 1 = unpruned.
+        steps: optimiser steps.
+        batch_size: sequences a step and device.
+        learning_rate: of Adam, on standardised mass; it warms up over a twentieth of the steps and falls to 0 along a cosine.
+        budget_weight: lambda.
+        tau_start, tau_end: temperature of the Gumbel-Softmax, geometric in between.
+        seed: of data order and noise.
+        max_length: tokens of prompt and answer together beyond which an example is skipped.
+        max_answer: tokens after which an answer is cut.
+        save_every: steps between checkpoints.
+        log_every: steps between log lines.
+        calibrate: shift the logits at the end until the budget is met.
+    """
+
+    k: int = 3
+    rates: str | Sequence[float] = "half_open"
+    num_rates: int = 5
+    target_keep: float | None = None
+    target_cost: float | None = None
+    steps: int = 1000
+    batch_size: int = 8
+    learning_rate: float = 2e-2
+    budget_weight: float = 100.0
+    tau_start: float = 1.0
+    tau_end: float = 0.1
+    seed: int = 0
+    max_length: int | None = 4096
+    max_answer: int | None = 512
+    save_every: int = 200
+    log_every: int = 20
+    calibrate: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.target_keep is None) == (self.target_cost is None):
+            raise ValueError(
+                "one of target_keep and target_cost must be given: what the trained predictor should keep, or cost, on average"
+            )
+        for name in ("target_keep", "target_cost"):
+            if getattr(self, name) is not None:
+                check_fraction(name, getattr(self, name), "a share of the unpruned model's")
+        for name in ("steps", "batch_size", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("tau_start", "tau_end", "learning_rate"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0.0 <= self.budget_weight < math.inf:
+            raise ValueError(f"budget_weight must not be negative, got {self.budget_weight}")
+
+    @property
+    def rate_values(self) -> tuple[float, ...]:
+        """The K rates."""
+        return named_rates(self.rates, self.num_rates) if isinstance(self.rates, str) else check_rates("rates", self.rates, ascending=True)
+
+    def tau(self, step: int) -> float:
+        """Temperature of a step."""
+        share = min(step / max(self.steps - 1, 1), 1.0)
+        return self.tau_start * (self.tau_end / self.tau_start) ** share
+
+
+class PredictorModule(nn.Module):
+    """What the Trainer trains and saves: a linear layer on standardised mass. The frozen model is held outside of the module tree.
+
+    Attributes:
+        mean, scale: of each of the ``4 Hq`` features, measured on the first batches; kept with the weights.
+    """
+
+    def __init__(self, shape: ModelShape, options: Options) -> None:
+        super().__init__()
+        self.options, self.shape = options, shape
+        features, count = shape.num_heads * 4, len(options.rate_values)
+        self.linear = nn.Linear(features, count)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+        self.register_buffer("rates", torch.tensor(options.rate_values, dtype=torch.float64))
+        self.run: Callable[..., Answer] | None = None  # set for the time of the training
+        self.tau = options.tau_start
+
+    def logits(self, mass: Tensor) -> Tensor:
+        """mass ``[.., Hq, 4]`` -> ``[.., K]``."""
+        return self.linear((mass.flatten(-2).to(self.mean.dtype) - self.mean) / self.scale)
+
+    def answer(self, batch: dict[str, Any], choose: Callable[[Tensor], Tensor]) -> Answer:
+        """A training pass over a batch of ``data.Collator``."""
+        assert self.run is not None
+        return self.run(batch["prompt"], batch["answer"], batch["answer_mask"], self.logits, self.options.k, self.rates, choose)
+
+    def forward(self, prompt: dict[str, Tensor], answer: Tensor, answer_mask: Tensor) -> dict[str, Tensor]:
+        """Losses and what is logged of one batch."""
+        batch = {"prompt": prompt, "answer": answer, "answer_mask": answer_mask}
+        out = self.answer(batch, gumbel(self.tau))
+        real = answer_mask[:, 1:].bool()
+        losses = nn.functional.cross_entropy(out.logits.float().transpose(1, 2), answer[:, 1:], reduction="none")
+        entropy = (losses * real).sum() / real.sum().clamp(min=1)
+        pruned = real & (out.choice.n_visual > 0)[:, None]
+        likeliest = take_likeliest(out.choice.logits)
+        prompt_rows = prompt["attention_mask"].sum(1)
+        cost = self.budget(likeliest, pruned, out.choice.n_visual, prompt_rows)
+        target = self.options.target_keep if self.options.target_cost is None else self.options.target_cost
+        loss = entropy + self.options.budget_weight * (cost - target) ** 2
+        weight = pruned.float()[..., None]
+        total = weight.sum().clamp(min=1)
+        return {
+            "loss": loss,
+            "entropy": entropy.detach(),
+            "cost": cost.detach(),
+            "keep": ((likeliest * weight).sum((0, 1)) / total @ (1 - self.rates).float()).detach(),
+            "taken": ((likeliest * weight).sum((0, 1)) / total).detach(),
+        }
+
+    def budget(self, share: Tensor, real: Tensor, n_visual: Tensor, prompt_rows: Tensor) -> Tensor:
+        """The mean kept fraction or paper cost of the rows of ``real`` (bool ``[B, T]``) under a one-hot ``share`` of the rates."""
+        if self.options.target_cost is None:
+            each = (share * (1 - self.rates).to(share.dtype)).sum(-1)
+            return (each * real).sum() / real.sum().clamp(min=1)
+        length = prompt_rows[:, None, None] + 1.0 + torch.arange(real.shape[1], device=real.device)[:, None]
+        each = (share * step_cost(self.shape, self.options.k, length, n_visual[:, None, None], self.rates).to(share.dtype)).sum(-1)
+        rows = real.any(1)
+        return ((each * real).sum() + rows.sum()) / (real.sum() + rows.sum()).clamp(min=1)  # the prompt's own step costs 1
+
+    def predictor(self, shift: float = 0.0, notes: dict[str, Any] | None = None) -> DyRatePredictor:
+        """As inference takes it: standardisation folded in, ``shift * rate`` added to each logit."""
+        made = DyRatePredictor.for_model(self.shape, self.options.rate_values, self.options.k)
+        with torch.no_grad():
+            weight = self.linear.weight.double().cpu() / self.scale.double().cpu()
+            made.weight.copy_(weight)
+            made.bias.copy_(self.linear.bias.double().cpu() - weight @ self.mean.double().cpu() + shift * self.rates.cpu())
+        made.notes = dict(notes or {})
+        return made
+
+
+def step_cost(shape: ModelShape, k: int, length: Tensor, n_visual: Tensor, rates: Tensor) -> Tensor:
+    """FastV's ``[k f(n) + (L-k) f(n - N r)] / (L f(n))`` for sequences of ``length`` tokens with ``n_visual`` visual ones."""
+    length = length.double()
+    full = fastv_layer(length, shape.hidden_size, shape.intermediate_size)
+    after = fastv_layer(length - n_visual.double() * rates, shape.hidden_size, shape.intermediate_size)
+    return (k * full + (shape.num_layers - k) * after) / (shape.num_layers * full)
+
+
+class _PredictorTrainer(Trainer):
+    """Logs what was chosen beside the loss."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[dict[str, Tensor]] = []
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        result = model(**inputs)
+        self.seen.append({name: value for name, value in result.items() if name != "loss"})
+        return (result["loss"], result) if return_outputs else result["loss"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.seen and "loss" in logs:
+            mean = {name: torch.stack([entry[name].float() for entry in self.seen]).mean(0) for name in self.seen[0]}
+            self.seen.clear()
+            rates = self.model.options.rate_values
+            logs |= {name: mean[name].item() for name in ("entropy", "cost", "keep")}
+            logs |= {f"rate {rate:g}": share for rate, share in zip(rates, mean["taken"].tolist(), strict=True)}
+            logs["tau"] = self.model.tau
+        super().log(logs, *args, **kwargs)
+
+
+class _Temperature(TrainerCallback):
+    def __init__(self, module: PredictorModule) -> None:
+        self.module = module
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.module.tau = self.module.options.tau(state.global_step)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Result of ``train_predictor``.
+
+    Attributes:
+        predictor: saved in ``out``.
+        summary: what was measured; also in ``out/training.json`` and the predictor's notes.
+    """
+
+    predictor: DyRatePredictor
+    summary: dict[str, Any]
+
+
+def train_predictor(
+    model: Any,
+    processor: Any,
+    source: Sequence[Example],
+    out: str | Path,
+    options: Options,
+    *,
+    resume: bool = True,
+    quiet: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trained:
+    """Trains a predictor for a frozen model and saves it (safetensors and JSON).
+
+    Args:
+        model: a supported vision-language model, not patched; unchanged when this returns.
+        processor: its processor.
+        source: examples (``training.data``).
+        out: folder of the run; checkpoints lie below it.
+        options: how.
+        resume: go on from the newest checkpoint in ``out`` where there is one. It must have been made with the same options.
+        quiet: no progress bar and no log lines.
+        callbacks: given to the Trainer.
+
+    Raises:
+        ValueError: a bad option, a source with nothing usable, or a checkpoint of another run.
+        TypeError: the model is not supported.
+    """
+    shape = ModelShape.from_config(model.config)
+    check_k_range(options.k, shape.num_layers)
+    out = Path(out)
+    checkpoint = _checkpoint(out, options) if resume else None
+    rows = Rows(source, processor, options.max_length, options.max_answer)
+    collate = Collator(processor)
+    torch.manual_seed(options.seed)
+    module = PredictorModule(shape, options)
+    arguments = TrainingArguments(
+        output_dir=str(out / CHECKPOINTS), max_steps=options.steps, per_device_train_batch_size=options.batch_size,
+        learning_rate=options.learning_rate, lr_scheduler_type="cosine", warmup_steps=max(options.steps // 20, 1), weight_decay=0.0,
+        max_grad_norm=1.0, seed=options.seed, data_seed=options.seed, logging_steps=options.log_every, save_steps=options.save_every,
+        save_total_limit=2, report_to=_reports(), remove_unused_columns=False, dataloader_num_workers=0,
+        use_cpu=model.device.type == "cpu", disable_tqdm=quiet, logging_first_step=True, ddp_find_unused_parameters=False,
+        label_names=["answer"],
+    )  # fmt: skip
+    trainer = _PredictorTrainer(
+        model=module, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[_Temperature(module), *callbacks]
+    )
+    if quiet:
+        from transformers.trainer_callback import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+    (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    _write_options(out, options)
+    with training_hooks(model) as run:
+        module.run = run
+        try:
+            first = [
+                trainer._prepare_inputs(collate([rows[i] for i in range(start, start + options.batch_size)]))
+                for start in _starts(rows, options)
+            ]
+            _standardise(module, first)
+            saved = _saved_bytes(module, first[0])
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            shift, cost = _calibrate(module, first) if options.calibrate else (0.0, _cost(module, first, 0.0))
+        finally:
+            module.run = None
+    summary = {
+        "options": {**dataclasses.asdict(options), "rates": list(options.rate_values)},
+        "examples": len(rows),
+        "skipped": len(rows.skipped),
+        "reasons": sorted(set(rows.skipped.values()))[:20],
+        "saved_bytes_per_answer_token": saved,
+        "shift": shift,
+        "cost_on_calibration": cost,
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    notes = {name: summary[name] for name in ("options", "examples", "skipped", "shift", "cost_on_calibration")}
+    predictor = module.predictor(shift, notes)
+    if trainer.is_world_process_zero():
+        predictor.save_pretrained(out)
+        _write_json(out / SUMMARY, summary)
+    if rows.skipped:
+        logger.warning("%d of %d examples were skipped", len(rows.skipped), len(rows))
+    predictor.source = str(out)
+    return Trained(predictor, summary)
+
+
+CALIBRATION = 64  # examples that the standardisation and the final shift are measured on
+
+
+def _starts(rows: Rows, options: Options) -> range:
+    size = min(options.batch_size, len(rows))
+    return range(0, max(min(CALIBRATION, len(rows)) - size + 1, 1), size)
+
+
+@torch.no_grad()
+def _standardise(module: PredictorModule, batches: list[dict[str, Any]]) -> None:
+    found = []
+    for batch in batches:
+        mass = module.answer(batch, take_likeliest).choice.mass
+        found.append(mass[batch["answer_mask"][:, 1:].bool()].flatten(1))
+    features = torch.cat(found).float()
+    module.mean.copy_(features.mean(0))
+    module.scale.copy_(features.std(0).clamp(min=1e-4) if features.shape[0] > 1 else torch.ones_like(module.scale))
+
+
+def _saved_bytes(module: PredictorModule, batch: dict[str, Any]) -> int:
+    """Bytes that autograd keeps for the backward pass, an answer token: every storage once, the frozen model's left out."""
+    frozen = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and tensor.untyped_storage().data_ptr() not in frozen:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    state = torch.random.get_rng_state()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        module(**batch)
+    torch.random.set_rng_state(state)
+    return sum(storages.values()) // max(int(batch["answer_mask"].sum()), 1)
+
+
+@torch.no_grad()
+def _cost(module: PredictorModule, batches: list[dict[str, Any]], shift: float, cache: list | None = None) -> float:
+    """The mean budget over batches when ``shift * rate`` is added to the logits. The mass does not depend on what was chosen."""
+    passes = cache if cache is not None else []
+    if not passes:
+        for batch in batches:
+            choice = module.answer(batch, take_likeliest).choice
+            real = batch["answer_mask"][:, 1:].bool() & (choice.n_visual > 0)[:, None]
+            passes.append((choice.logits, real, choice.n_visual, batch["prompt"]["attention_mask"].sum(1)))
+    total = weight = 0.0
+    for logits, real, n_visual, prompt_rows in passes:
+        share = take_likeliest(logits + shift * module.rates.to(logits.dtype))
+        rows = float(real.sum())
+        total += float(module.budget(share, real, n_visual, prompt_rows)) * rows
+        weight += rows
+    return total / max(weight, 1.0)
+
+
+def _calibrate(module: PredictorModule, batches: list[dict[str, Any]]) -> tuple[float, float]:
+    """(shift, cost with it): the shift along the rates at which the budget is met as nearly as the logits allow."""
+    target = module.options.target_keep if module.options.target_cost is None else module.options.target_cost
+    passes: list = []
+    before = _cost(module, batches, 0.0, passes)
+    spread = max(float(logits.abs().max()) for logits, *_ in passes) + 1.0
+    low, high = -100.0 * spread, 100.0 * spread  # the cost falls as the shift grows
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _cost(module, batches, middle, passes) > target:
+            low = middle
+        else:
+            high = middle
+    best = min((0.0, low, high), key=lambda shift: (abs(_cost(module, batches, shift, passes) - target), abs(shift)))
+    after = _cost(module, batches, best, passes)
+    logger.info("calibrated: mean cost %.4f -> %.4f (target %.4f), shift %.4f", before, after, target, best)
+    return best, after
+
+
+def _reports() -> list[str]:
+    import importlib.util
+
+    return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+
+
+def _write_json(path: Path, value: Any) -> None:
+    import json
+    import os
+
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+_OPTIONS = "options.json"
+
+
+def _write_options(out: Path, options: Options) -> None:
+    _write_json(out / CHECKPOINTS / _OPTIONS, {**dataclasses.asdict(options), "rates": list(options.rate_values)})
+
+
+def _checkpoint(out: Path, options: Options) -> Path | None:
+    """The newest whole checkpoint in ``out``.
+
+    Raises:
+        ValueError: it was made with other options.
+    """
+    import json
+
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = out / CHECKPOINTS
+    if not folder.is_dir():
+        return None
+    found = get_last_checkpoint(str(folder))
+    if found is None:
+        return None
+    wanted = json.loads(json.dumps({**dataclasses.asdict(options), "rates": list(options.rate_values)}))
+    try:
+        made = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        made = wanted
+    other = sorted(name for name in wanted if made.get(name) != wanted[name])
+    if other:
+        raise ValueError(
+            f"{folder} holds a run with other {', '.join(other)}: "
+            f"{', '.join(f'{name} {made.get(name)!r}, now {wanted[name]!r}' for name in other)}; give another folder, or resume=False"
+        )
+    return Path(found)
