@@ -246,6 +246,15 @@ class DyRatePredictor(nn.Module):
             self.bias.copy_(tensors["bias"])
 
 
+def predictor_beside(folder: str | None, k: int) -> DyRatePredictor | None:
+    """The predictor saved in a model's folder, if there is one and it is for this k."""
+    if folder is None or not (Path(folder) / CONFIG_FILE).is_file():
+        return None
+    predictor = DyRatePredictor.from_pretrained(folder)
+    predictor.source = f"trained, k={predictor.k}"
+    return predictor if predictor.k == k else None
+
+
 def _check_finite(weight: Tensor, bias: Tensor, where: str) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
         wrong = int((~torch.isfinite(tensor.detach())).sum())

@@ -20,14 +20,19 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options that name the model."""
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="folder or hub id of a LLaVA-type model; default: the bundled one")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on a CPU, else the model's own")
+
+
 def add_input(parser: argparse.ArgumentParser) -> None:
     """Options that name the model and what it is shown."""
     parser.add_argument("--image", required=True, metavar="FILE", help="a picture in any format that Pillow reads")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help=f"default: {DEFAULT_PROMPT!r}")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="folder or hub id of a LLaVA-type model; default: the bundled one")
+    add_model(parser)
     parser.add_argument("--max-new-tokens", type=_positive, default=160, metavar="N", help="default: 160")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on a CPU, else the model's own")
     parser.add_argument("--retention", choices=("recoverable", "evict"), default="recoverable", help="default: recoverable")
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     parser.add_argument("--cuda-graph", action="store_true", help="capture a decode step once and replay it (on one CUDA device)")

@@ -26,7 +26,9 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", default="dyrate", metavar="NAME", help="default: dyrate; `dyrate info` lists them")
     parser.add_argument("--k", type=int, help="first layer that sees the pruned set")
     parser.add_argument("--rate", type=float, help="fraction of the visual tokens removed, 0 .. 1, for policies with a constant rate")
-    parser.add_argument("--predictor", metavar="DIR_OR_ID", help="a trained predictor for policy dyrate; default: closed form")
+    parser.add_argument(
+        "--predictor", metavar="DIR_OR_ID", help="of policy dyrate; default: the one in the model's folder, else closed-form"
+    )
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="any other option, e.g. ranking=mean; repeatable"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -39,6 +40,7 @@ class ModelShape:
         tied_embeddings: the output head shares the embedding's weights.
         qkv_bias, output_bias, mlp_bias: which projections have a bias.
         qk_norm: queries and keys are normalised per head (qwen3).
+        folder: where the model was loaded from, if that is a folder here; a predictor saved beside it is found there.
     """
 
     num_layers: int
@@ -55,6 +57,7 @@ class ModelShape:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    folder: str | None = None
 
     @classmethod
     def from_config(cls, config: Any, dtype: torch.dtype | None = None) -> ModelShape:
@@ -85,6 +88,7 @@ class ModelShape:
         if isinstance(found, str):
             found = getattr(torch, found.removeprefix("torch."), torch.float32)
         tied = getattr(config, "tie_word_embeddings", None)
+        place = getattr(config, "_name_or_path", None)
         return cls(
             num_layers=read("num_hidden_layers"),
             num_heads=heads,
@@ -100,6 +104,7 @@ class ModelShape:
             output_bias=bias and not _is_qwen2(kind),
             mlp_bias=bool(getattr(text, "mlp_bias", False)),
             qk_norm=kind.startswith("qwen3"),
+            folder=place if place and os.path.isdir(place) else None,
         )
 
     def replace(self, **changes: Any) -> ModelShape:

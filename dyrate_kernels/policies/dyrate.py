@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from dyrate_kernels import ops
 from dyrate_kernels.policies.base import IMAGE, Decision, ModelShape, Policy, View, bound_for_rate
-from dyrate_kernels.predictor import ClosedForm, DyRatePredictor, check_rates, named_rates
+from dyrate_kernels.predictor import ClosedForm, DyRatePredictor, check_rates, named_rates, predictor_beside
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class DyRate(Policy):
 
     Attributes:
         k: first pruned layer; mass and importance come from layer k-1.
-        predictor: a :class:`~dyrate_kernels.DyRatePredictor`, a folder or hub id to load one from, or None for the
-            closed form (:class:`~dyrate_kernels.predictor.ClosedForm`), which needs no training.
+        predictor: a :class:`~dyrate_kernels.DyRatePredictor`, a folder or hub id to load one from, ``"closed-form"``
+            for the one that needs no training (:class:`~dyrate_kernels.predictor.ClosedForm`), or None: the predictor
+            saved in the model's own folder if it is for this k, else the closed form.
         rates: fractions removed to choose from: ``"half_open"``: i/K (0, .2, .4, .6, .8: never blinds the model);
             ``"closed"``: linspace(0, 1, K); or an ascending list. A trained predictor has its own rates, and these
             must not contradict them.
@@ -69,6 +70,10 @@ class DyRate(Policy):
         """
         super().bind(shape)
         predictor = self.predictor
+        if predictor is None and self.rates == "half_open" and self.num_rates == 5:  # nothing was said about rates
+            predictor = predictor_beside(shape.folder, self.k)
+        elif isinstance(predictor, str) and predictor == ClosedForm.source:
+            predictor = None
         if predictor is not None:
             if not isinstance(predictor, DyRatePredictor):
                 predictor = DyRatePredictor.from_pretrained(predictor)

@@ -1,0 +1,216 @@
+"""Sources of training examples: formats, and what cannot be used is skipped, counted and reported."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from PIL import Image
+
+import dyrate_kernels as dk
+from dyrate_kernels import chat
+from dyrate_kernels.shapes import draw, make_scene
+from dyrate_kernels.training.data import (
+    Collator,
+    ConversationSource,
+    DatasetSource,
+    Rows,
+    ShapesSource,
+    Unreadable,
+    open_source,
+    read_image,
+)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return dk.load_demo()[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A LLaVA data set of seven entries: good ones, and one of each kind of damage."""
+    for seed in range(3):
+        draw(make_scene(seed)).save(tmp_path / f"{seed}.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:-200])
+    (tmp_path / "text.png").write_text("no picture")
+    entries = [
+        {"image": "0.png", "conversations": [_human("<image>\nWhat is this?"), _gpt("A square."), _human("And?"), _gpt("A circle.")]},
+        {"image": "gone.png", "conversations": [_human("<image>\nWhat?"), _gpt("Lost.")]},
+        {"image": "cut.png", "conversations": [_human("<image>\nWhat?"), _gpt("Cut.")]},
+        {"image": "text.png", "conversations": [_human("<image>\nWhat?"), _gpt("Text.")]},
+        {"image": ["1.png", "2.png"], "conversations": [_human("<image>\n<image>\nCompare."), _gpt("Two.")]},
+        {"image": "1.png", "conversations": [_human("<image>\nWhat?"), _gpt("  ")]},
+        {"conversations": [_human("No picture at all."), _gpt("Words alone.")]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def _human(text):
+    return {"from": "human", "value": text}
+
+
+def _gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+def test_conversations(folder):
+    source = ConversationSource(folder / "data.json")
+    assert len(source) == 8  # every answer is an example
+    first, second = source[0], source[1]
+    assert first.answer == "A square." and first.messages == [chat.user("What is this?", images=1)]
+    assert second.answer == "A circle." and [message["role"] for message in second.messages] == ["user", "assistant", "user"]
+    assert first.images[0].mode == "RGB"
+    assert len(source[5].images) == 2 and source[7].images == []
+    for place, words in {2: "gone.png", 3: "cut.png", 4: "text.png", 6: "empty"}.items():
+        with pytest.raises(Unreadable, match=words):
+            source[place]
+
+
+def test_what_cannot_be_used_is_skipped(folder, processor, caplog):
+    rows = Rows(ConversationSource(folder / "data.json"), processor)
+    with caplog.at_level(logging.WARNING):
+        answers = [processor.tokenizer.decode(rows[i].answer, skip_special_tokens=True).strip() for i in range(len(rows))]
+    assert answers == ["A square.", "A circle.", "Two.", "Two.", "Two.", "Two.", "Words alone.", "Words alone."]
+    assert set(rows.skipped) == {2, 3, 4, 6}
+    assert len(caplog.records) == 4 and "gone.png" in caplog.text
+    assert rows[2].answer == rows[5].answer and len(caplog.records) == 4  # told once
+
+
+def test_rows_that_are_too_long(processor, caplog):
+    source = ShapesSource(6, seed=3, describe=1.0)
+    lengths = [processor(images=source[i].images, text=chat.render(processor, source[i].messages))["input_ids"] for i in range(6)]
+    assert all(len(ids[0]) > 100 for ids in lengths)
+    rows = Rows(source, processor, max_length=100)
+    with pytest.raises(ValueError, match=r"none of the 6 examples can be used.*more than 100"):
+        rows[2]
+    assert len(rows.skipped) == 6
+    assert all(len(Rows(source, processor, max_answer=7)[i].answer) == 7 for i in range(6))
+
+
+def test_batches(processor):
+    source = ShapesSource(40, seed=2)
+    rows = Rows(source, processor)
+    batch = Collator(processor)([rows[i] for i in range(5)])
+    assert batch["prompt"]["input_ids"].shape[0] == 5 and batch["prompt"]["pixel_values"].shape[0] == 5
+    assert (batch["prompt"]["attention_mask"][:, -1] == 1).all()  # padded on the left
+    for index in range(5):
+        length = int(batch["answer_mask"][index].sum())
+        ids = batch["answer"][index, :length].tolist()
+        assert ids[-1] == processor.tokenizer.eos_token_id
+        assert processor.tokenizer.decode(ids[:-1]).strip() == source[index].answer
+        assert (batch["answer_mask"][index, length:] == 0).all()
+    words = [chat.render(processor, [chat.user("Hello.")])]
+    alone = Collator(processor)([Rows([], processor).encode(_words())])
+    assert "pixel_values" not in alone["prompt"] and words
+
+
+def _words():
+    from dyrate_kernels.training.data import Example
+
+    return Example("words", [chat.user("Hello.")], [], "Good day to you.")
+
+
+def test_answers_are_what_a_generation_would_give():
+    """The model that was trained on such answers gives them, end of sequence included."""
+    model, processor = dk.load_demo()
+    example = next(e for e in (ShapesSource(9, seed=4, describe=1.0)[i] for i in range(9)) if len(e.answer) > 100)
+    inputs = processor(images=example.images, text=chat.render(processor, example.messages), return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=200, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    said = processor.decode(tokens, skip_special_tokens=True).strip()
+    assert tokens.tolist() == chat.answer_ids(processor, example.messages, said)
+
+
+def test_shapes_are_the_same_everywhere():
+    one, two = ShapesSource(30, seed=5), ShapesSource(30, seed=5)
+    assert [one[i].answer for i in range(30)] == [two[i].answer for i in range(30)]
+    assert [one[i].answer for i in range(30)] != [ShapesSource(30, seed=6)[i].answer for i in range(30)]
+    assert {len(one[i].answer) > 40 for i in range(30)} == {True, False}
+    with pytest.raises(IndexError):
+        one[30]
+
+
+def test_datasets(tmp_path, processor):
+    datasets = pytest.importorskip("datasets")
+    pictures = [draw(make_scene(seed)) for seed in range(3)]
+    plain = datasets.Dataset.from_dict({"image": pictures, "question": ["What?"] * 3, "answer": ["One.", "", "Three."]})
+    plain = plain.cast_column("image", datasets.Image())
+    plain.save_to_disk(str(tmp_path / "plain"))
+    rows = Rows(DatasetSource.load(str(tmp_path / "plain")), processor)
+    assert [processor.tokenizer.decode(rows[i].answer, skip_special_tokens=True).strip() for i in range(3)] == ["One.", "Three.", "Three."]
+    assert rows.skipped == {1: "row 1 has no question or no answer"}
+    turns = {"image": pictures[:1], "conversations": [[_human("<image>\nWhat?"), _gpt("This.")]]}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(turns).cast_column("image", datasets.Image())}).save_to_disk(
+        str(tmp_path / "turns")
+    )
+    assert DatasetSource.load(str(tmp_path / "turns"))[0].answer == "This."
+    with pytest.raises(ValueError, match="splits"):
+        DatasetSource.load(str(tmp_path / "turns"), "test")
+    with pytest.raises(ValueError, match="must have the columns"):
+        DatasetSource(datasets.Dataset.from_dict({"text": ["a"]}))
+
+
+def test_a_damaged_picture_in_a_dataset():
+    rows = [{"image": {"bytes": b"no picture", "path": None}, "question": "What?", "answer": "This."}]
+    with pytest.raises(Unreadable, match="cannot be read"):
+        DatasetSource(rows)[0]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "cannot be read as JSON"),
+        ('{"a": 1}', "must be a JSON list"),
+        ("[]", "holds no answer"),
+        ('[{"conversations": []}]', "holds no answer"),
+    ],
+)
+def test_files_that_are_no_conversations(tmp_path, text, words):
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        ConversationSource(path)
+
+
+def test_json_lines(folder):
+    entries = json.loads((folder / "data.json").read_text())
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries) + "\n")
+    assert len(open_source(str(folder / "data.jsonl"), None, 0, 0)) == 8
+    assert len(open_source("shapes", None, 7, 0)) == 7
+
+
+def test_marks_and_turns_that_do_not_fit(folder):
+    entries = [
+        {"image": "0.png", "conversations": [_human("<image> <image> What?"), _gpt("Two marks, one picture.")]},
+        {"image": "0.png", "conversations": [_gpt("An answer first.")]},
+        {"image": "0.png", "conversations": [_human("No mark."), _gpt("The picture comes first.")]},
+        {"image": "0.png", "conversations": [_human(7), _gpt("No text.")]},
+    ]
+    (folder / "odd.json").write_text(json.dumps(entries))
+    source = ConversationSource(folder / "odd.json")
+    for place in (0, 1, 3):
+        with pytest.raises(Unreadable):
+            source[place]
+    assert source[2].messages == [chat.user("No mark.", images=1)]
+
+
+def test_pictures_of_many_kinds(tmp_path):
+    Image.new("L", (5, 5)).save(tmp_path / "grey.png")
+    Image.new("RGBA", (5, 5)).save(tmp_path / "clear.png")
+    assert all(read_image(tmp_path / name).mode == "RGB" for name in ("grey.png", "clear.png"))
+    assert read_image(Image.new("P", (4, 4))).mode == "RGB"
+
+
+def test_processors_without_a_template(processor):
+    class Plain:
+        chat_template = None
+        tokenizer = processor.tokenizer
+
+    messages = [chat.user("One?", images=2), chat.assistant("Two."), chat.user("Three?")]
+    assert chat.render(Plain(), messages) == "USER: <image>\n<image>\nOne? ASSISTANT: Two. USER: Three? ASSISTANT:"
+    ids = chat.answer_ids(Plain(), messages, "Four.")
+    assert processor.tokenizer.decode(ids[:-1]) == " Four." and ids[-1] == processor.tokenizer.eos_token_id
+    assert torch.tensor(ids).dim() == 1
