@@ -219,33 +219,43 @@ def snapshot(session: Session) -> Snapshot:
     )
 
 
-def collect(source: Snapshot) -> Stats:
+def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | None = None) -> Stats:
     """Reads a record from the device.
+
+    Args:
+        sequence: only this one of the batch; None: all.
+        new_tokens: only its first steps: an answer that ended before others of its batch. None: all.
 
     Raises:
         RuntimeError: nothing was generated yet.
+        ValueError: there is no such sequence or step.
     """
     record, policy = source.record, source.policy
     if record is None or record.steps == 0:
         raise RuntimeError("nothing was generated yet: call model.generate(...) on the patched model, then stats()")
-    steps = record.steps
-    rate, mass = record.rate[:steps].tolist(), record.mass[:steps].tolist()
-    kept = record.kept[:steps].cpu()
-    visual = source.n_visual[0].cpu()
-    text = source.n_text.cpu()
+    if sequence is not None and not 0 <= sequence < record.batch:
+        raise ValueError(f"sequence must be in [0, {record.batch - 1}], got {sequence}")
+    if new_tokens is not None and not 1 <= new_tokens <= record.steps:
+        raise ValueError(f"new_tokens must be in [1, {record.steps}], got {new_tokens}")
+    of = slice(None) if sequence is None else slice(sequence, sequence + 1)
+    steps = record.steps if new_tokens is None else new_tokens
+    rate, mass = record.rate[:steps, of].tolist(), record.mass[:steps, of].tolist()
+    kept = record.kept[:steps, :, of].cpu()
+    visual = source.n_visual[0][of].cpu()
+    text = source.n_text[of].cpu() - (record.steps - steps)
     sizes = torch.tensor([len(layers) for layers in (source.group_layers[1:] or source.group_layers)], dtype=torch.float64)
     mean_kept = (kept.double() * sizes[None, :, None]).sum(1) / sizes.sum()
     entries = []
     for index in range(steps):
         importance = kept_tokens = None
         if record.keep_importance:
-            importance = [row[:n].tolist() for row, n in zip(record.importance[index].cpu(), visual.tolist(), strict=True)]
-            kept_tokens = [row.nonzero().flatten().tolist() for row in record.chosen[index].cpu()]
+            importance = [row[:n].tolist() for row, n in zip(record.importance[index, of].cpu(), visual.tolist(), strict=True)]
+            kept_tokens = [row.nonzero().flatten().tolist() for row in record.chosen[index, of].cpu()]
         entries.append(Step(index, mean_kept[index].round().int().tolist(), rate[index], mass[index], importance, kept_tokens))
     with_image = visual > 0
     share = (mean_kept[:, with_image] / visual[with_image]).mean().item() if bool(with_image.any()) else 1.0
     per_row = source.bytes_per_row
-    rows = [int((n.cpu() + text).sum()) for n in source.n_visual]
+    rows = [int((n[of].cpu() + text).sum()) for n in source.n_visual]
     live = sum(per_row[layer] * held for held, layers in zip(rows, source.group_layers, strict=True) for layer in layers)
     decoded = steps - 1
     cost = flops.generation_cost(
@@ -256,8 +266,8 @@ def collect(source: Snapshot) -> Stats:
         kept=_kept_by_group(kept, visual, len(source.group_layers)),
         prefill_shrunk=source.retention == "evict",
         bytes_per_row=[per_row[layers[0]] for layers in source.group_layers],
-        cached_visual=record.cached[0].tolist(),
-        cached_text=record.cached[1].tolist(),
+        cached_visual=record.cached[0][of].tolist(),
+        cached_text=record.cached[1][of].tolist(),
     )
     return Stats(
         policy=policy.name,

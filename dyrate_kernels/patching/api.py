@@ -200,16 +200,21 @@ class Handle:
             f"{', cuda_graph=True' if self.graph is not None else ''})"
         )
 
-    def stats(self) -> Stats:
+    def stats(self, sequence: int | None = None, new_tokens: int | None = None) -> Stats:
         """What the last generation really did. Reads the device once.
+
+        Args:
+            sequence: of this sequence of the batch alone; None: of all.
+            new_tokens: of its first tokens alone, where it ended before others of its batch; None: of all steps.
 
         Raises:
             RuntimeError: nothing was generated yet.
+            ValueError: there is no such sequence or step.
         """
         last = self._last if self.session is None else snapshot(self.session)
         if last is None:
             raise RuntimeError("nothing was generated yet: call model.generate(...) on the patched model, then stats()")
-        return collect(last)
+        return collect(last, sequence, new_tokens)
 
     # ---- generate ---------------------------------------------------------------------------------------------------------------
 

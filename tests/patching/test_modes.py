@@ -387,3 +387,21 @@ def test_the_older_name_of_the_cache(make_model, retention):
         results.append((got.sequences, last))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+@RETENTION
+def test_stats_of_one_sequence(make_model, retention):
+    """The parts sum to the whole; an answer's first tokens are counted as if it had ended there."""
+    model = make_model()
+    fields = models.inputs(model, ROWS)
+    with patched(model, METHODS["dyrate"], retention) as handle:
+        model.generate(**fields, **greedy(6, min_new_tokens=6))
+        whole, parts, short = handle.stats(), [handle.stats(b) for b in range(4)], handle.stats(1, 3)
+        for wrong in ({"sequence": 4}, {"new_tokens": 7}, {"new_tokens": 0}):
+            with pytest.raises(ValueError, match="must be in"):
+                handle.stats(**wrong)
+        model.generate(**fields, **greedy(3, min_new_tokens=3))
+        assert short == handle.stats(1)
+    assert sum(part.kv_bytes_live for part in parts) == whole.kv_bytes_live
+    assert sum(part.flops for part in parts) == pytest.approx(whole.flops, rel=1e-12)
+    assert [[part.steps[i].kept[0] for part in parts] for i in range(6)] == [step.kept for step in whole.steps]

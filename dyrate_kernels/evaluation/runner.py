@@ -1,0 +1,200 @@
+"""Runs policies over a suite. Every answer is written as it comes, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dyrate_kernels import chat
+from dyrate_kernels.evaluation.suite import Item, Suite
+from dyrate_kernels.patching.api import patch
+from dyrate_kernels.policies.base import Policy
+from dyrate_kernels.stats import Stats
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy as it is compared.
+
+    Attributes:
+        label: its row in the table; also its file's name.
+        policy: what runs; ``policies.KeepAll()`` is the unpruned model.
+        retention: ``"recoverable"`` or ``"evict"``.
+    """
+
+    label: str
+    policy: Policy
+    retention: str = "recoverable"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and what it cost.
+
+    Attributes:
+        item, group: of the question.
+        right, total: points, and points that could be had.
+        tokens: ids, end of sequence included where it was reached.
+        kept: mean fraction of the visual tokens that layers >= k read.
+        n: tokens of the sequence when its prompt ended.
+        paper_cost: FastV's formula, a fraction of unpruned, mean over steps.
+        flops, flops_unpruned: executed.
+        kv_bytes: of the rows held at the end.
+        read: bytes that the decode steps read, as if the sequence ran alone.
+        seconds: of its batch, divided by the tokens of the batch, times its own.
+        text: the answer.
+        predictor: what predicted the rate, for policies that have one.
+    """
+
+    item: str
+    group: str
+    right: float
+    total: float
+    tokens: list[int]
+    kept: float
+    n: int
+    paper_cost: float
+    flops: float
+    flops_unpruned: float
+    kv_bytes: int
+    read: float
+    seconds: float
+    text: str
+    predictor: str | None = None
+
+
+def run(
+    model: Any,
+    processor: Any,
+    suite: Suite,
+    contender: Contender,
+    folder: Path,
+    *,
+    batch_size: int = 8,
+    backend: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Answer]:
+    """The contender's answers to the whole suite, in the suite's order; those that ``folder`` holds already are not asked again.
+
+    Raises:
+        ValueError: the file in ``folder`` is of another suite or setting.
+        Whatever the model raises: an answer that cannot be had is an error, never a zero.
+    """
+    names = [suite[index].name for index in range(len(suite))]
+    path = folder / f"{contender.label}.jsonl"
+    setting = {"suite": suite.name, "policy": str(contender.policy), "retention": contender.retention, "model": _model_name(model)}
+    done = _read(path, setting, set(names))
+    todo = [index for index, name in enumerate(names) if name not in done]
+    if todo:
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = not path.exists()
+        with (
+            path.open("a", encoding="utf-8") as file,
+            patch(model, contender.policy, retention=contender.retention, backend=backend) as handle,
+        ):
+            if fresh:
+                print(json.dumps({"setting": setting}), file=file, flush=True)
+            for part in _batches(suite, todo, batch_size):
+                for answer in _ask(model, processor, handle, suite, part):
+                    done[answer.item] = answer
+                    print(json.dumps(asdict(answer)), file=file)
+                file.flush()
+                if progress is not None:
+                    progress(len(done), len(names))
+    return [done[name] for name in names]
+
+
+def _batches(suite: Suite, todo: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Questions of one group together: their answers are of like length."""
+    by_group: dict[tuple[str, int], list[int]] = {}
+    for index in todo:
+        by_group.setdefault((suite[index].group, suite[index].most), []).append(index)
+    for group in by_group.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+@torch.no_grad()
+def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int]) -> list[Answer]:
+    items = [suite[index] for index in part]
+    inputs = encode(processor, items).to(model.device)
+    started = time.perf_counter()
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=items[0].most)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    seconds = time.perf_counter() - started
+    rows = [_until_end(row, processor.tokenizer.eos_token_id) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+    each = seconds / max(sum(len(row) for row in rows), 1)
+    answers = []
+    for place, (index, item, row) in enumerate(zip(part, items, rows, strict=True)):
+        text = processor.decode(row, skip_special_tokens=True).strip()
+        right, total = suite.score(index, text)
+        stats: Stats = handle.stats(place, len(row))
+        length = int(inputs["attention_mask"][place].sum())
+        answers.append(
+            Answer(
+                item.name,
+                item.group,
+                right,
+                total,
+                row,
+                stats.kept_mean,
+                length,
+                stats.paper_cost,
+                stats.flops,
+                stats.flops_unpruned,
+                stats.kv_bytes_live,
+                stats.bytes_read,
+                each * len(row),
+                text,
+                stats.predictor,
+            )  # fmt: skip
+        )
+    return answers
+
+
+def encode(processor: Any, items: Sequence[Item]) -> Any:
+    """Model inputs of several questions, padded on the left."""
+    side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
+    try:
+        images = [item.images for item in items if item.images]
+        texts = [chat.render(processor, item.messages) for item in items]
+        return processor(images=images or None, text=texts, padding=True, return_tensors="pt")
+    finally:
+        processor.tokenizer.padding_side = side
+
+
+def _until_end(row: list[int], end: int | None) -> list[int]:
+    return row[: row.index(end) + 1] if end in row else row
+
+
+def _model_name(model: Any) -> str:
+    """Enough to tell one model from another."""
+    config = model.config.get_text_config()
+    return (
+        f"{type(model).__name__} {Path(str(model.config._name_or_path)).name} {config.num_hidden_layers}x{config.hidden_size} {model.dtype}"
+    )
+
+
+def _read(path: Path, setting: dict[str, str], names: set[str]) -> dict[str, Answer]:
+    """Answers of an earlier run; a last line that a kill cut in two is dropped."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        path.write_text("".join(lines), encoding="utf-8")
+    if not lines:
+        path.unlink()
+        return {}
+    made = json.loads(lines[0]).get("setting")
+    if made != setting:
+        raise ValueError(f"{path} holds answers of {made}, this run is of {setting}; give another folder, or remove the file")
+    found = [Answer(**json.loads(line)) for line in lines[1:]]
+    return {answer.item: answer for answer in found if answer.item in names}

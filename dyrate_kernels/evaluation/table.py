@@ -1,0 +1,96 @@
+"""From answers to a table: scores with paired bootstrap intervals against the unpruned model, agreement, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dyrate_kernels.evaluation.runner import Answer
+
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Line:
+    """A contender over a set of questions.
+
+    Attributes:
+        label, group: whose, over what; ``"short"`` and ``"long"`` are sets of groups.
+        score, low, high: points over points that could be had, with its 95 % bootstrap interval.
+        retained, retained_low, retained_high: score / unpruned score, resampled in pairs.
+        agreement: share of token positions where the answer equals the unpruned one.
+        kept, n, paper_cost, flops_share, kv_bytes: means over questions; ``flops_share`` is executed over unpruned, summed.
+        time_per_token: seconds, of the batch's tokens together.
+        questions: how many.
+    """
+
+    label: str
+    group: str
+    score: float
+    low: float
+    high: float
+    retained: float
+    retained_low: float
+    retained_high: float
+    agreement: float
+    kept: float
+    n: float
+    paper_cost: float
+    flops_share: float
+    kv_bytes: float
+    time_per_token: float
+    questions: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def summarise(label: str, group: str, answers: Sequence[Answer], unpruned: Sequence[Answer], seed: int = 0) -> Line:
+    """One line. ``answers`` and ``unpruned`` are to the same questions, in the same order.
+
+    Raises:
+        ValueError: they are not, or there are none.
+    """
+    if not answers or [a.item for a in answers] != [b.item for b in unpruned]:
+        raise ValueError(f"{label}: needs answers to the same questions as the unpruned model's, got {len(answers)} and {len(unpruned)}")
+    points = np.array([[a.right, a.total, b.right, b.total] for a, b in zip(answers, unpruned, strict=True)])
+    score, low, high = bootstrap(points[:, 0], points[:, 1], seed)
+    retained, retained_low, retained_high = paired_bootstrap(points, seed)
+    tokens = sum(len(a.tokens) for a in answers)
+    same = [agreement(a.tokens, b.tokens) for a, b in zip(answers, unpruned, strict=True)]
+    return Line(
+        label, group, score, low, high, retained, retained_low, retained_high, float(np.mean(same)),
+        float(np.mean([a.kept for a in answers])), float(np.mean([a.n for a in answers])), float(np.mean([a.paper_cost for a in answers])),
+        sum(a.flops for a in answers) / sum(a.flops_unpruned for a in answers), float(np.mean([a.kv_bytes for a in answers])),
+        sum(a.seconds for a in answers) / max(tokens, 1), len(answers),
+    )  # fmt: skip
+
+
+def agreement(tokens: Sequence[int], other: Sequence[int]) -> float:
+    """Share of positions with equal tokens; of the longer one's positions."""
+    return sum(a == b for a, b in zip(tokens, other, strict=False)) / max(len(tokens), len(other), 1)
+
+
+def _draws(count: int, seed: int) -> np.ndarray:
+    """``[RESAMPLES, count]``: how often each question is drawn."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+
+
+def bootstrap(right: np.ndarray, total: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """(ratio, low, high): sum of right over sum of total, questions resampled, 95 %."""
+    draws = _draws(len(right), seed)
+    low, high = np.quantile(draws @ right / np.maximum(draws @ total, 1e-12), (0.025, 0.975))
+    return float(right.sum() / total.sum()), float(low), float(high)
+
+
+def paired_bootstrap(points: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """(ratio, low, high) of two scores over the same questions, resampled together: columns right, total, right, total."""
+    sums = _draws(len(points), seed) @ points
+    ratio = (sums[:, 0] / np.maximum(sums[:, 1], 1e-12)) / np.maximum(sums[:, 2] / np.maximum(sums[:, 3], 1e-12), 1e-12)
+    whole = points.sum(0)
+    low, high = np.quantile(ratio, (0.025, 0.975))
+    return float((whole[0] / whole[1]) / max(whole[2] / whole[3], 1e-12)), float(low), float(high)
