@@ -122,6 +122,30 @@ def make_policy(name: str, options: dict[str, Any]) -> Any:
     return policies.get(name, **{key: value for key, value in options.items() if value is not None})
 
 
+def split_list(text: str) -> list[str]:
+    """``a,b:kept=[(0, 5), (2, 3)]`` -> two parts: commas inside of brackets do not part."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def parse_policy(text: str) -> Any:
+    """``fastv:k=2:rate=0.75`` -> the policy."""
+    name, *options = text.split(":")
+    pairs = {}
+    for option in options:
+        key, separator, value = option.partition("=")
+        if not separator:
+            raise ValueError(f"--policies: options are NAME=VALUE, got {option!r} in {text!r}")
+        pairs[key] = parse_value(value)
+    return make_policy(name.strip(), pairs)
+
+
 def generation_arguments(given: argparse.Namespace) -> dict[str, Any]:
     """What ``generate`` receives besides the inputs."""
     import torch
@@ -133,6 +157,13 @@ def generation_arguments(given: argparse.Namespace) -> dict[str, Any]:
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file that is whole or not there."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def console() -> Any:

@@ -24,25 +24,13 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def parse_policy(text: str) -> Any:
-    """``fastv:k=2:rate=0.75`` -> the policy."""
-    name, *options = text.split(":")
-    pairs = {}
-    for option in options:
-        key, separator, value = option.partition("=")
-        if not separator:
-            raise ValueError(f"--policies: options are NAME=VALUE, got {option!r} in {text!r}")
-        pairs[key] = common.parse_value(value)
-    return common.make_policy(name.strip(), pairs)
-
-
 def run(given: argparse.Namespace) -> int:
     """Does it."""
     image = common.load_image(given.image)
-    names = [name for name in given.policies.split(",") if name.strip()]
+    names = common.split_list(given.policies)
     if not names:
         raise ValueError("--policies is empty; name at least one, e.g. none,dyrate,fastv")
-    chosen = [(name.strip(), parse_policy(name)) for name in names]
+    chosen = [(name, common.parse_policy(name)) for name in names]
     model, processor = common.load_model(given)
     inputs = common.prepare(processor, image, given.prompt, model.device)
     prompt = inputs["input_ids"].shape[1]

@@ -1,0 +1,104 @@
+"""The runner: right answers at the right cost, whatever the batch; nothing that was computed is lost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import dyrate_kernels as dk
+from dyrate_kernels.evaluation import runner
+from dyrate_kernels.evaluation.runner import Contender, run
+from dyrate_kernels.evaluation.suite import ShapesSuite
+
+P = dk.policies
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return dk.load_demo()
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return ShapesSuite(4, tasks=("describe", "colour"))
+
+
+def test_answers_do_not_depend_on_the_batch(demo, suite, tmp_path):
+    contender = Contender("fixed", P.Fixed(k=2, rate=0.6), "evict")
+    one = run(*demo, suite, contender, tmp_path / "one", batch_size=1)
+    all_ = run(*demo, suite, contender, tmp_path / "all", batch_size=4)
+    assert len({len(answer.tokens) for answer in one if answer.group == "describe"}) > 1  # some end before others
+    for a, b in zip(one, all_, strict=True):
+        assert (a.item, a.tokens, a.right, a.kept, a.n, a.kv_bytes, a.read) == (b.item, b.tokens, b.right, b.kept, b.n, b.kv_bytes, b.read)
+        assert a.flops == pytest.approx(b.flops, rel=1e-12) and a.paper_cost == pytest.approx(b.paper_cost, rel=1e-12)
+
+
+def test_unpruned_is_the_model_itself(demo, suite, tmp_path):
+    model, processor = demo
+    answers = run(*demo, suite, Contender("none", P.KeepAll()), tmp_path)
+    for index in (0, 5):
+        item = suite[index]
+        inputs = runner.encode(processor, [item])
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=item.most)[0, inputs["input_ids"].shape[1] :].tolist()
+        assert answers[index].tokens == tokens and (answers[index].right, answers[index].total) == suite.score(index, answers[index].text)
+        assert answers[index].kept == 1.0 and answers[index].paper_cost == 1.0 and answers[index].flops == answers[index].flops_unpruned
+    assert sum(a.right for a in answers) / sum(a.total for a in answers) > 0.9
+
+
+def test_a_killed_run_goes_on(demo, suite, tmp_path, monkeypatch):
+    contender = Contender("fastv", P.FastV(k=2, rate=0.5))
+    whole = run(*demo, suite, contender, tmp_path / "whole", batch_size=2)
+    asked = []
+    original = runner._ask
+
+    def ask(model, processor, handle, suite, part):
+        asked.append(len(part))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return original(model, processor, handle, suite, part)
+
+    monkeypatch.setattr(runner, "_ask", ask)
+    with pytest.raises(KeyboardInterrupt):
+        run(*demo, suite, contender, tmp_path / "killed", batch_size=2)
+    path = tmp_path / "killed" / "fastv.jsonl"
+    assert len(path.read_text().splitlines()) == 5  # the setting and two batches
+    with path.open("a") as file:
+        file.write('{"item": "cut')  # a kill in the middle of a line
+    asked.clear()
+    asked += [0, 0, 0]
+    again = run(*demo, suite, contender, tmp_path / "killed", batch_size=2)
+    assert asked[3:] == [2, 2]
+    assert [a.tokens for a in again] == [a.tokens for a in whole]
+    assert [json.loads(line)["item"] for line in path.read_text().splitlines()[1:]] == [suite[i].name for i in range(8)]
+    assert run(*demo, suite, contender, tmp_path / "killed") == again and len(asked) == 5  # nothing left to ask
+    with pytest.raises(ValueError, match="holds answers of"):
+        run(*demo, suite, Contender("fastv", P.FastV(k=2, rate=0.25)), tmp_path / "killed")
+
+
+def test_errors_are_raised_not_counted_as_wrong(demo, tmp_path):
+    class Broken(ShapesSuite):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            if index == 3:
+                item.images.clear()
+            return item
+
+    with pytest.raises(Exception, match=r"(?i)image"):
+        run(*demo, Broken(4, tasks=("colour",)), Contender("none", P.KeepAll()), tmp_path, batch_size=1)
+    assert len((tmp_path / "none.jsonl").read_text().splitlines()) == 4  # three answers are kept
+    assert not hasattr(demo[0], "_dyrate_handle")
+
+
+def test_suites():
+    one, two = ShapesSuite(3), ShapesSuite(3, seed=1)
+    assert len(one) == 18 and len({one[i].name for i in range(18)}) == 18
+    assert not {one[i].name for i in range(18)} & {two[i].name for i in range(18)}
+    assert all(one.samples[i].scene.seed < 0 for i in range(18))
+    right, total = one.score(0, one.samples[0].answer)
+    assert right == total > 1 and one.score(0, "Nothing.")[0] == 0
+    for wrong in ({"scenes": 0}, {"seed": -1}, {"tasks": ("poem",)}, {"tasks": ()}):
+        with pytest.raises(ValueError, match="must be"):
+            ShapesSuite(**{"scenes": 2, **wrong})
+    assert torch.is_grad_enabled()
