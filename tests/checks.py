@@ -35,6 +35,9 @@ METHODS: dict[str, Rule] = {
     "schedule": Rule("schedule", k=2, kept=((0, 12), (3, 7), (6, 3))),
     "schedule-grows": Rule("schedule", k=2, kept=((1, 5), (4, 11), (6, 2))),
     "uniform": Rule("uniform", k=1, rate=0.6),
+    "threshold": Rule("threshold", k=2, share=0.6),
+    "st3": Rule("st3", k=2, rate=0.2, growth=0.4, least=0.3, horizon=5, stages=2),
+    "dycoke": Rule("dycoke", k=2, rate=0.6, similarity=0.8),
 }
 FEW = ("dyrate", "fixed", "fastv-mean", "vtw", "depth", "schedule")
 
@@ -68,12 +71,18 @@ def policy(rule: Rule) -> Any:
     import dyrate_kernels as dk
 
     options: dict[str, Any] = {} if rule.k is None else {"k": rule.k}
-    if rule.name in ("fixed", "fastv", "uniform"):
+    if rule.name in ("fixed", "fastv", "uniform", "st3", "dycoke"):
         options["rate"] = rule.rate
     if rule.name == "fastv":
         options["ranking"] = rule.ranking
     if rule.name == "depth":
         options |= {"prune": rule.prune, "growth": rule.growth}
+    if rule.name == "threshold":
+        options["share"] = rule.share
+    if rule.name == "st3":
+        options |= {name: getattr(rule, name) for name in ("growth", "least", "horizon", "stages")}
+    if rule.name == "dycoke":
+        options["similarity"] = rule.similarity
     if rule.name == "schedule":
         options["kept"] = list(rule.kept)
     if rule.name == "dyrate":

@@ -31,12 +31,15 @@ class Rule:
     """One method's options, as methods.md words them.
 
     Attributes:
-        name: none, fixed, fastv, vtw, depth, schedule, uniform or dyrate.
+        name: none, fixed, fastv, vtw, depth, schedule, uniform, dyrate, threshold, st3 or dycoke.
         k: first layer that sees the pruned set; None: the method's own default.
         rate: fraction removed (fixed, fastv, uniform).
         ranking: which prompt rows FastV ranks by, ``last`` or ``mean``.
         kept: (step, count) pairs of a schedule.
-        prune, growth: of depth.
+        prune, growth: of depth; growth of st3 too.
+        share: of threshold.
+        least, horizon, stages: of st3.
+        similarity: of dycoke.
         rates: ``half_open`` or ``closed`` (dyrate).
         buckets: K (dyrate).
         weight, bias: a linear predictor ``[K, Hq*4]``, ``[K]``; None: the closed form.
@@ -49,6 +52,11 @@ class Rule:
     kept: Sequence[tuple[int, int]] = ()
     prune: float = 0.5
     growth: float = 0.25
+    share: float = 0.9
+    least: float = 0.25
+    horizon: int = 64
+    stages: int = 3
+    similarity: float = 0.9
     rates: str = "half_open"
     buckets: int = 5
     weight: Tensor | None = None
@@ -61,7 +69,7 @@ class Rule:
 
     @property
     def decides_while_decoding(self) -> bool:
-        return self.name in ("fixed", "schedule", "uniform", "dyrate")
+        return self.name in ("fixed", "schedule", "uniform", "dyrate", "threshold", "st3", "dycoke")
 
 
 @dataclass(frozen=True)
@@ -84,16 +92,17 @@ class Step:
 
     @property
     def count(self) -> int:
-        """How many stay in the first pruned layer."""
-        return len(self.kept[min(self.kept)])
+        """How many stay, the mean over pruned layers, rounded."""
+        return round(sum(len(kept) for kept in self.kept.values()) / len(self.kept))
 
 
 @dataclass
 class _Sequence:
     """The state of one sequence within one generation."""
 
-    survivors: list[int] = field(default_factory=list)
+    survivors: dict[int, list[int]] = field(default_factory=dict)  # by layer
     first_mass: float = 0.0
+    selected_by: dict[int, float] = field(default_factory=dict)  # dycoke: the importance that it last selected by
 
 
 def keep_count(n: int, rate: float) -> int:
@@ -121,6 +130,21 @@ def top(columns: Sequence[int], scores: Sequence[float], count: int) -> list[int
     """The ``count`` columns of highest score, ascending; ties to the earlier one."""
     order = sorted(range(len(columns)), key=lambda i: (-scores[i], i))
     return sorted(columns[i] for i in order[:count])
+
+
+def holding(scores: Sequence[float], share: float) -> int:
+    """The size of the smallest set of the highest scores that sums to ``share`` of the total."""
+    held, count = 0.0, 0
+    for score in sorted(scores, reverse=True):
+        if held >= share * sum(scores) * (1 - 1e-9):
+            break
+        held, count = held + score, count + 1
+    return count
+
+
+def cosine(a: dict[int, float], b: dict[int, float]) -> float:
+    dot = sum(a[c] * b[c] for c in a)
+    return dot / math.sqrt(sum(x * x for x in a.values()) * sum(x * x for x in b.values()))
 
 
 def evenly(columns: Sequence[int], count: int) -> list[int]:
@@ -212,12 +236,14 @@ class Oracle:
         if not visual:
             return []
         new = [c for c in visual if c >= turn.start]
-        candidates = visual if self.retention == "recoverable" else sorted({*state.survivors, *new})
+        layers = range(self.k, self.num_layers)
+        alive = {layer: sorted({*state.survivors.get(layer, []), *new}) for layer in layers}
+        candidates = dict.fromkeys(layers, visual) if self.retention == "recoverable" else alive
         rows = [r for r in range(turn.start, turn.end) if self.real[b, r]] if self.rule.ranking == "mean" else [turn.end - 1]
         at_prompt = self._choose(b, 0, turn, probabilities, rows, visual, candidates, state)
         if self.retention == "evict":
             self._hide(b, range(turn.start, turn.end), visual, at_prompt)
-            state.survivors = at_prompt.kept[self.k]
+            state.survivors = at_prompt.kept
         steps = [at_prompt]
         for row in range(turn.end, until):
             step = row - turn.end + 1
@@ -226,10 +252,10 @@ class Oracle:
                 importance = probabilities[:, row][..., list(visual)].mean(0)
                 chosen = replace(at_prompt, step=step, mass=mass, importance=importance)
             else:
-                able = visual if self.retention == "recoverable" else state.survivors
+                able = dict.fromkeys(layers, visual) if self.retention == "recoverable" else state.survivors
                 chosen = self._choose(b, step, turn, probabilities, [row], visual, able, state)
                 if self.retention == "evict":
-                    state.survivors = chosen.kept[self.k]
+                    state.survivors = chosen.kept
             self._hide(b, [row], visual, chosen)
             steps.append(chosen)
         return steps
@@ -250,7 +276,7 @@ class Oracle:
         probabilities: Tensor,
         rows: Sequence[int],
         visual: Sequence[int],
-        candidates: Sequence[int],
+        candidates: dict[int, Sequence[int]],
         state: _Sequence,
     ) -> Step:
         rule, last = self.rule, rows[-1]
@@ -260,15 +286,22 @@ class Oracle:
         total = float(mass[:, IMAGE].mean())
         if step == 0:
             state.first_mass = total
-        rates = self._rates(step, n, mass, total, state)
         score = dict(zip(visual, importance.tolist(), strict=True))
+        rates = self._rates(step, n, mass, total, state)
+        if rule.name == "threshold":
+            rates = dict.fromkeys(rates, 1.0 - holding([score[c] for c in candidates[self.k]], rule.share) / n)
+        if rule.name == "dycoke":
+            if step == 0 or set(state.selected_by) != set(score) or cosine(score, state.selected_by) < rule.similarity:
+                state.selected_by = score
+            score = state.selected_by
         kept = {}
         for layer, rate in rates.items():
-            count = min(keep_count(n, rate), len(candidates))
+            able = candidates[layer]
+            count = min(keep_count(n, rate), len(able))
             if rule.name == "uniform":
-                kept[layer] = evenly(candidates, count) if candidates else []
+                kept[layer] = evenly(able, count) if able else []
             else:
-                kept[layer] = top(candidates, [score[c] for c in candidates], count)
+                kept[layer] = top(able, [score[c] for c in able], count)
         return Step(step, sum(rates.values()) / len(rates), kept, mass.mean(0), importance)
 
     def _rates(self, step: int, n: int, mass: Tensor, total: float, state: _Sequence) -> dict[int, float]:
@@ -277,6 +310,12 @@ class Oracle:
         if rule.name == "depth":
             span = max(self.num_layers - 1 - self.k, 1)
             return {layer: min(rule.prune + rule.growth * (layer - self.k) / span, 1.0) for layer in layers}
+        if rule.name == "st3":
+            stages = min(rule.stages, len(layers))
+            firsts = [self.k + len(layers) * stage // stages for stage in range(stages)]
+            fading = max(rule.least, 1 - (1 - rule.least) * step / rule.horizon)
+            stage_of = {layer: sum(first <= layer for first in firsts) - 1 for layer in layers}
+            return {layer: 1 - max(1 - rule.rate - rule.growth * stage_of[layer] / max(stages - 1, 1), 0) * fading for layer in layers}
         if rule.name == "none":
             rate = 0.0
         elif rule.name == "vtw":

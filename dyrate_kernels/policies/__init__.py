@@ -2,7 +2,7 @@
 
 >>> import dyrate_kernels as dk
 >>> dk.policies.names()
-['none', 'dyrate', 'fastv', 'fixed', 'random', 'uniform', 'vtw', 'depth', 'schedule']
+['none', 'dyrate', 'fastv', 'fixed', 'random', 'uniform', 'vtw', 'depth', 'schedule', 'threshold', 'st3', 'dycoke']
 >>> dk.policies.get("fastv", k=2, rate=0.75)
 FastV(k=2, rate=0.75, ranking='last')
 """
@@ -14,21 +14,25 @@ from typing import Any
 
 from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View
 from dyrate_kernels.policies.depth import Depth
+from dyrate_kernels.policies.dycoke import DyCoke
 from dyrate_kernels.policies.dyrate import DyRate
 from dyrate_kernels.policies.fastv import FastV
 from dyrate_kernels.policies.fixed import Fixed
 from dyrate_kernels.policies.none import KeepAll
 from dyrate_kernels.policies.random import Random
 from dyrate_kernels.policies.schedule import Schedule
+from dyrate_kernels.policies.st3 import ST3
+from dyrate_kernels.policies.threshold import Threshold
 from dyrate_kernels.policies.uniform import Uniform
 from dyrate_kernels.policies.vtw import VTW
 
-_CLASSES: tuple[type[Policy], ...] = (KeepAll, DyRate, FastV, Fixed, Random, Uniform, VTW, Depth, Schedule)
+_CLASSES: tuple[type[Policy], ...] = (KeepAll, DyRate, FastV, Fixed, Random, Uniform, VTW, Depth, Schedule, Threshold, ST3, DyCoke)
 _BY_NAME = {cls.name: cls for cls in _CLASSES}
 
 __all__ = [
     "Decision",
     "Depth",
+    "DyCoke",
     "DyRate",
     "FastV",
     "Fixed",
@@ -36,7 +40,9 @@ __all__ = [
     "ModelShape",
     "Policy",
     "Random",
+    "ST3",
     "Schedule",
+    "Threshold",
     "Uniform",
     "VTW",
     "View",

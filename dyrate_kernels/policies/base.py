@@ -165,6 +165,8 @@ class Policy:
             ``recoverable`` it binds the decode steps if the policy does not decide again there.
         at_decode: decides again at every decode step.
         constant: the count never changes after prefill, so under ``evict`` a decode step has nothing to decide.
+        remembers: a decode step may change the state (in place), and so what later steps decide. Tokens that are drafted
+            for assisted decoding all decide by the state that the last plain step left.
     """
 
     k: int = 3
@@ -173,6 +175,7 @@ class Policy:
     at_prefill: ClassVar[bool] = True
     at_decode: ClassVar[bool] = True
     constant: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_k(self.k)
@@ -223,7 +226,7 @@ class Policy:
         return {}
 
     def decide(self, view: View) -> Decision:
-        """One step's decision. Tensor operations only; state changes only in rows whose step is 0."""
+        """One step's decision. Tensor operations only; state changes in rows whose step is 0, and where ``remembers``."""
         raise NotImplementedError(f"{type(self).__name__} must define decide(view)")
 
     def predictor_tensors(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
