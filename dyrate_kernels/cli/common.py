@@ -27,6 +27,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on a CPU, else the model's own")
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Options that name examples with answers."""
+    parser.add_argument(
+        "--data", default="shapes", metavar="SOURCE",
+        help="shapes (drawn scenes), a LLaVA .json / .jsonl file, the folder of a saved dataset, or a dataset on the hub; default: shapes",
+    )  # fmt: skip
+    parser.add_argument("--images", metavar="DIR", help="folder of the pictures that the .json names; default: where it lies")
+    parser.add_argument("--split", default="train", help="of a dataset; default: train")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes, order and noise; default: 0")
+
+
 def add_input(parser: argparse.ArgumentParser) -> None:
     """Options that name the model and what it is shown."""
     parser.add_argument("--image", required=True, metavar="FILE", help="a picture in any format that Pillow reads")

@@ -16,12 +16,7 @@ def add_parser(commands: Any) -> None:
     common.add_common(parser)
     common.add_model(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the predictor is saved there")
-    parser.add_argument(
-        "--data", default="shapes", metavar="SOURCE",
-        help="shapes (drawn scenes), a LLaVA .json / .jsonl file, the folder of a saved dataset, or a dataset on the hub; default: shapes",
-    )  # fmt: skip
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures that the .json names; default: where it lies")
-    parser.add_argument("--split", default="train", help="of a dataset; default: train")
+    common.add_data(parser)
     parser.add_argument("--examples", type=int, default=4000, metavar="N", help="scenes drawn for shapes; default: 4000")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--target-keep", type=float, metavar="SHARE", help="mean share of the visual tokens that decode steps keep")
@@ -38,7 +33,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-answer", type=int, default=512, metavar="N", help="longer answers are cut; default: 512")
     parser.add_argument("--save-every", type=int, default=200, metavar="N", help="steps between checkpoints; default: 200")
     parser.add_argument("--log-every", type=int, default=20, metavar="N", help="steps between log lines; default: 20")
-    parser.add_argument("--seed", type=int, default=0, help="of data, order and noise; default: 0")
     parser.add_argument("--fresh", action="store_true", help="do not go on from a checkpoint in --out")
     parser.set_defaults(run=run)
 

@@ -1,0 +1,54 @@
+"""``dyrate calibrate``: from which layer on the visual tokens may leave a model (VTW's search), on a few examples."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from dyrate_kernels.cli import common
+
+
+def add_parser(commands: Any) -> None:
+    """Registers the command."""
+    parser = commands.add_parser("calibrate", help="find the layer for policy vtw", description=__doc__)
+    common.add_common(parser)
+    common.add_model(parser)
+    common.add_data(parser)
+    parser.add_argument("--samples", type=int, default=20, metavar="N", help="examples; default: 20")
+    parser.add_argument("--eta", type=float, default=0.003, help="largest mean KL divergence of the next token, in nats; default: 0.003")
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Does it."""
+    from dyrate_kernels.training.data import open_source
+    from dyrate_kernels.training.layer_search import search_layer
+
+    source = open_source(given.data, given.images, max(given.samples, 1), given.seed, given.split)
+    model, processor = common.load_model(given)
+    shows = not given.json and sys.stderr.isatty()
+
+    def progress(done: int, total: int) -> None:
+        if shows:
+            print(f"\r{done} of {total} examples", end="" if done < total else "\r", file=sys.stderr, flush=True)
+
+    found = search_layer(model, processor, source, eta=given.eta, samples=given.samples, progress=progress)
+    if given.json:
+        common.print_json(
+            {"k": found.k, "divergence": found.divergence, "eta": found.eta, "samples": found.samples, "skipped": found.skipped}
+        )
+        return 0
+    from rich.table import Table
+
+    table = Table(title=f"visual tokens gone from layer k on: {found.samples} examples, {found.skipped} skipped", title_justify="left")
+    for heading in ("k", "KL divergence of the next token"):
+        table.add_column(heading, justify="right")
+    for k, value in found.divergence.items():
+        table.add_row(str(k), f"{value:.5f}" + (" <=" if value <= found.eta else ""))
+    common.console().print(table)
+    if found.k is None:
+        print(f"no layer stays within {found.eta}: these examples need the picture in every layer")
+    else:
+        print(f"use it: dyrate generate --image FILE --policy vtw --k {found.k}")
+    return 0
