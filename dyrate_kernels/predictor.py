@@ -111,6 +111,7 @@ class DyRatePredictor(nn.Module):
         model: fingerprint of the text model it was trained for: any of ``model_type``, ``hidden_size``,
             ``num_layers``, ``num_heads``.
         notes: anything JSON, e.g. how it was trained; saved and loaded, never used.
+        spread: the ranking it was trained with (``policies.DyRate.spread``).
 
     Attributes:
         weight: float32 parameter ``[K, Hq*4]``, zero at first.
@@ -125,6 +126,7 @@ class DyRatePredictor(nn.Module):
         k: int = 3,
         model: dict[str, Any] | None = None,
         notes: dict[str, Any] | None = None,
+        spread: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("num_heads", num_heads), ("k", k)):
@@ -134,17 +136,20 @@ class DyRatePredictor(nn.Module):
         self.rates = check_rates("rates", rates)
         self.model = {} if model is None else dict(model)
         self.notes = {} if notes is None else dict(notes)
+        if isinstance(spread, bool) or not isinstance(spread, Real) or not 0.0 <= spread <= 1.0:
+            raise ValueError(f"spread must be a number in [0, 1], got {spread!r}")
+        self.spread = float(spread)
         self.source = "in memory"
         self.weight = nn.Parameter(torch.zeros(len(self.rates), self.num_heads * _TYPES))
         self.bias = nn.Parameter(torch.zeros(len(self.rates)))
 
     @classmethod
-    def for_model(cls, shape: ModelShape, rates: Iterable[float], k: int = 3) -> DyRatePredictor:
+    def for_model(cls, shape: ModelShape, rates: Iterable[float], k: int = 3, spread: float = 0.0) -> DyRatePredictor:
         """An untrained predictor for a model, with its fingerprint."""
-        return cls(shape.num_heads, rates, k, model={name: getattr(shape, name) for name in _FINGERPRINT})
+        return cls(shape.num_heads, rates, k, model={name: getattr(shape, name) for name in _FINGERPRINT}, spread=spread)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, rates={list(self.rates)}, k={self.k}, source={self.source!r}"
+        return f"num_heads={self.num_heads}, rates={list(self.rates)}, k={self.k}, spread={self.spread}, source={self.source!r}"
 
     def forward(self, mass: Tensor) -> Tensor:
         """mass ``[B, Hq, 4]`` -> logits ``[B, K]`` in the parameters' dtype."""
@@ -190,6 +195,7 @@ class DyRatePredictor(nn.Module):
             "num_heads": self.num_heads,
             "k": self.k,
             "rates": list(self.rates),
+            "spread": self.spread,
             "model": self.model,
             "notes": self.notes,
         }
@@ -213,7 +219,7 @@ class DyRatePredictor(nn.Module):
         config_path, weights_path = _locate(source, hub_options)
         config = _read_config(config_path)
         try:
-            predictor = cls(config["num_heads"], config["rates"], config["k"], config["model"], config["notes"])
+            predictor = cls(config["num_heads"], config["rates"], config["k"], config["model"], config["notes"], config.get("spread", 0.0))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{config_path}: {error}") from None
         predictor._load(weights_path)

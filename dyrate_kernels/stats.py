@@ -45,7 +45,8 @@ class Stats:
         policy, predictor, backend, retention, k: what ran. ``predictor`` is None for policies that have none.
         visual_tokens: N of each sequence.
         steps: one entry a step, the prefill first.
-        kept_mean: mean over steps and sequences with an image of kept / N; 1.0 without any image.
+        kept_mean: mean over steps and sequences with an image of kept / N in layers >= k; 1.0 without any image.
+        visual_share: the same over all layers: FastV's formula for the visual tokens alone, linear in their number (paper_cost counts the text).
         kv_bytes_live, kv_bytes_reserved: bytes of the rows held, and of the buffers they lie in.
         flops, flops_unpruned: executed by the text model, and what it would have been with every token (exact SwiGLU count).
         paper_cost: FastV's formula over the whole sequence, mean over steps, as a fraction of unpruned (methods.md, section 4, axis 1).
@@ -60,6 +61,7 @@ class Stats:
     visual_tokens: list[int]
     steps: list[Step]
     kept_mean: float
+    visual_share: float
     kv_bytes_live: int
     kv_bytes_reserved: int
     flops: float
@@ -254,6 +256,7 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
         entries.append(Step(index, mean_kept[index].round().int().tolist(), rate[index], mass[index], importance, kept_tokens))
     with_image = visual > 0
     share = (mean_kept[:, with_image] / visual[with_image]).mean().item() if bool(with_image.any()) else 1.0
+    pruned = float(sizes.sum()) / source.shape.num_layers if len(source.group_layers) > 1 else 1.0
     per_row = source.bytes_per_row
     rows = [int((n[of].cpu() + text).sum()) for n in source.n_visual]
     live = sum(per_row[layer] * held for held, layers in zip(rows, source.group_layers, strict=True) for layer in layers)
@@ -278,6 +281,7 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
         visual_tokens=visual.tolist(),
         steps=entries,
         kept_mean=share,
+        visual_share=1.0 - pruned + pruned * share,
         kv_bytes_live=live,
         kv_bytes_reserved=source.bytes_reserved,
         flops=cost.flops,

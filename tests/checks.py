@@ -24,6 +24,7 @@ METHODS: dict[str, Rule] = {
     "none": Rule("none"),
     "dyrate": Rule("dyrate", k=3),
     "dyrate-closed-k1": Rule("dyrate", k=1, rates="closed"),
+    "dyrate-spread": Rule("dyrate", k=2, rates="closed", spread=0.5),
     "dyrate-trained": Rule("dyrate", k=2, weight=WEIGHT, bias=BIAS),
     "fixed": Rule("fixed", k=2, rate=0.5),
     "fixed-last-layer": Rule("fixed", k=models.LAYERS - 1, rate=0.8),
@@ -86,7 +87,7 @@ def policy(rule: Rule) -> Any:
     if rule.name == "schedule":
         options["kept"] = list(rule.kept)
     if rule.name == "dyrate":
-        options["rates"] = rule.rates
+        options |= {"rates": rule.rates, "spread": rule.spread}
         if rule.weight is not None:
             options["predictor"] = trained_predictor(rule)
     return dk.policies.get(rule.name, **options)

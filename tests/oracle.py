@@ -42,6 +42,7 @@ class Rule:
         similarity: of dycoke.
         rates: ``half_open`` or ``closed`` (dyrate).
         buckets: K (dyrate).
+        spread: of what is kept, evenly spaced (dyrate).
         weight, bias: a linear predictor ``[K, Hq*4]``, ``[K]``; None: the closed form.
     """
 
@@ -59,6 +60,7 @@ class Rule:
     similarity: float = 0.9
     rates: str = "half_open"
     buckets: int = 5
+    spread: float = 0.0
     weight: Tensor | None = None
     bias: Tensor | None = None
 
@@ -300,6 +302,10 @@ class Oracle:
             count = min(keep_count(n, rate), len(able))
             if rule.name == "uniform":
                 kept[layer] = evenly(able, count) if able else []
+            elif rule.spread:
+                spaced = evenly(able, math.floor(rule.spread * count + 1e-6)) if able else []
+                rest = [c for c in able if c not in spaced]
+                kept[layer] = sorted({*spaced, *top(rest, [score[c] for c in rest], count - len(spaced))})
             else:
                 kept[layer] = top(able, [score[c] for c in able], count)
         return Step(step, sum(rates.values()) / len(rates), kept, mass.mean(0), importance)

@@ -42,6 +42,7 @@ class Answer:
         right, total: points, and points that could be had.
         tokens: ids, end of sequence included where it was reached.
         kept: mean fraction of the visual tokens that layers >= k read.
+        visual_share: the same over all layers.
         n: tokens of the sequence when its prompt ended.
         paper_cost: FastV's formula, a fraction of unpruned, mean over steps.
         flops, flops_unpruned: executed.
@@ -58,6 +59,7 @@ class Answer:
     total: float
     tokens: list[int]
     kept: float
+    visual_share: float
     n: int
     paper_cost: float
     flops: float
@@ -145,6 +147,7 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int])
                 total,
                 row,
                 stats.kept_mean,
+                stats.visual_share,
                 length,
                 stats.paper_cost,
                 stats.flops,

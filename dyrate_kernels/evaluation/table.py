@@ -22,7 +22,7 @@ class Line:
         score, low, high: points over points that could be had, with its 95 % bootstrap interval.
         retained, retained_low, retained_high: score / unpruned score, resampled in pairs.
         agreement: share of token positions where the answer equals the unpruned one.
-        kept, n, paper_cost, flops_share, kv_bytes: means over questions; ``flops_share`` is executed over unpruned, summed.
+        kept, visual_share, n, paper_cost, flops_share, kv_bytes: means over questions; ``flops_share`` is executed over unpruned, summed.
         time_per_token: seconds, of the batch's tokens together.
         questions: how many.
     """
@@ -37,6 +37,7 @@ class Line:
     retained_high: float
     agreement: float
     kept: float
+    visual_share: float
     n: float
     paper_cost: float
     flops_share: float
@@ -64,7 +65,7 @@ def summarise(label: str, group: str, answers: Sequence[Answer], unpruned: Seque
     same = [agreement(a.tokens, b.tokens) for a, b in zip(answers, unpruned, strict=True)]
     return Line(
         label, group, score, low, high, retained, retained_low, retained_high, float(np.mean(same)),
-        float(np.mean([a.kept for a in answers])), float(np.mean([a.n for a in answers])), float(np.mean([a.paper_cost for a in answers])),
+        *(float(np.mean([getattr(a, name) for a in answers])) for name in ("kept", "visual_share", "n", "paper_cost")),
         sum(a.flops for a in answers) / sum(a.flops_unpruned for a in answers), float(np.mean([a.kv_bytes for a in answers])),
         sum(a.seconds for a in answers) / max(tokens, 1), len(answers),
     )  # fmt: skip

@@ -13,14 +13,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dyrate_kernels import ops
-from dyrate_kernels.policies.base import IMAGE, Decision, ModelShape, Policy, View, bound_for_rate
+from dyrate_kernels.policies.base import IMAGE, Decision, ModelShape, Policy, View, bound_for_rate, check_fraction
+from dyrate_kernels.policies.uniform import able_tokens, evenly_spaced
 from dyrate_kernels.predictor import ClosedForm, DyRatePredictor, check_rates, named_rates, predictor_beside
 
 
 @dataclass(frozen=True)
 class DyRate(Policy):
     """Rate = ``rates[argmax(weight @ mass + bias)]`` at prefill and at every decode step; the ranking is the step's
-    own importance.
+    own importance, or evenly spaced tokens for a part of the kept ones.
 
     Attributes:
         k: first pruned layer; mass and importance come from layer k-1.
@@ -31,11 +32,16 @@ class DyRate(Policy):
             ``"closed"``: linspace(0, 1, K); or an ascending list. A trained predictor has its own rates, and these
             must not contradict them.
         num_rates: K for the two named sets.
+        spread: fraction of the kept tokens that are evenly spaced over the picture, whatever their importance; the others are the most
+            important of the rest. 0 is the paper's ranking; a step with more takes an operator call in place of the fused step. None:
+            what a trained predictor was trained with, else 0 [choice: where attention to the picture is flat, importance ranks no better
+            than chance, and the tokens it leaves out lie together].
     """
 
     predictor: DyRatePredictor | str | os.PathLike[str] | None = None
     rates: str | Sequence[float] = "half_open"
     num_rates: int = 5
+    spread: float | None = None
     _on_device: _DeviceTensors | None = field(default=None, repr=False, compare=False, metadata={"bound": True})
 
     name: ClassVar[str] = "dyrate"
@@ -50,6 +56,8 @@ class DyRate(Policy):
             named_rates(self.rates, self.num_rates)
         else:
             object.__setattr__(self, "rates", check_rates("rates", self.rates, ascending=True))
+        if self.spread is not None:
+            check_fraction("spread", self.spread, "the fraction of the kept tokens that are evenly spaced")
         if self.predictor is not None and not isinstance(self.predictor, DyRatePredictor | str | os.PathLike):
             raise TypeError(f"predictor must be a DyRatePredictor, a folder, a hub id or None, got {type(self.predictor).__name__}")
 
@@ -83,7 +91,8 @@ class DyRate(Policy):
                 wanted = named_rates(asked, len(predictor.rates)) if isinstance(asked, str) else tuple(asked)
                 if wanted != predictor.rates:
                     raise ValueError(f"rates must be those of the predictor, {list(predictor.rates)}, got {asked!r}; leave rates out")
-        bound = replace(self, predictor=predictor)
+        spread = self.spread if self.spread is not None else predictor.spread if predictor is not None else 0.0
+        bound = replace(self, predictor=predictor, spread=spread)
         linear = ClosedForm(shape.num_heads, bound.rate_values) if predictor is None else predictor
         object.__setattr__(bound, "_on_device", _DeviceTensors(linear))
         return bound
@@ -110,13 +119,16 @@ class DyRate(Policy):
         first = view.state["first_mass"]
         now = view.mass.detach()[:, :, IMAGE].mean(1).to(first.dtype)
         first.copy_(torch.where(view.step == 0, now, first))
-        weight, bias, rates = self.predictor_tensors(view.state)
-        rate, _ = ops.predict_rate(view.mass, weight, bias, rates)
-        return Decision(rate, ops.keep_count(view.n_visual, rate))
+        rate, _ = ops.predict_rate(view.mass, *self._linear(view.state))
+        count = ops.keep_count(view.n_visual, rate)
+        return Decision(rate, count, spread_score(count, view.importance, able_tokens(view), self.spread) if self.spread else None)
 
-    def predictor_tensors(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the fused decode step takes.
+    def predictor_tensors(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What the fused decode step takes; None with ``spread``, which that step does not know."""
+        return None if self.spread else self._linear(state)
 
+    def _linear(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """
         Returns:
             weight float32 ``[K, Hq*4]``, bias float32 ``[B, K]`` (stride 0 over sequences for a trained predictor),
             rates float64 ``[K]``.
@@ -131,6 +143,20 @@ class DyRate(Policy):
         if self._on_device is None:
             raise RuntimeError("DyRate must be bound to a model first: policy.bind(shape)")
         return self._on_device
+
+
+def spread_score(count: Tensor, importance: Tensor, able: Tensor, spread: float) -> Tensor:
+    """Scores whose ``count`` highest are ``floor(spread count)`` evenly spaced tokens and the most important of the others.
+
+    Args:
+        count: int ``[B]``.
+        importance: ``[B, N]``, at most 1.
+        able: bool ``[B, N]``, the tokens that can be chosen.
+        spread: in [0, 1].
+    """
+    able_count = torch.minimum(count.long(), able.sum(1))
+    spaced = evenly_spaced((able_count.double() * spread + 1e-6).long(), able)
+    return importance.detach().nan_to_num(0.0).masked_fill(spaced, 2.0)
 
 
 class _DeviceTensors:

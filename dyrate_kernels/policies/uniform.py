@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from dyrate_kernels.policies.base import Decision, View
 from dyrate_kernels.policies.fixed import Fixed
@@ -24,14 +25,21 @@ class Uniform(Fixed):
 
     def decide(self, view: View) -> Decision:
         decision = super().decide(view)
-        token = torch.arange(view.importance.shape[1], device=view.n_visual.device)
-        able = token < view.n_visual[:, None]
-        if view.alive is not None:  # spread over the survivors: what a constant rate left is kept whole
-            able = able & view.alive
-        rank = able.cumsum(1)  # 1-based among those that can be chosen
-        able_count = rank[:, -1:] if rank.shape[1] else rank.new_zeros(rank.shape[0], 1)
-        count = torch.minimum(decision.count[:, None].long(), able_count)
-        total = able_count.clamp(min=1)
-        chosen = (rank * count).div(total, rounding_mode="floor") > ((rank - 1) * count).div(total, rounding_mode="floor")
-        decision.score = (chosen & able).to(torch.float32)
+        decision.score = evenly_spaced(decision.count, able_tokens(view)).to(torch.float32)
         return decision
+
+
+def able_tokens(view: View) -> Tensor:
+    """bool ``[B, N]``: the tokens that can be chosen."""
+    able = torch.arange(view.importance.shape[1], device=view.n_visual.device) < view.n_visual[:, None]
+    return able if view.alive is None else able & view.alive[:, : able.shape[1]]
+
+
+def evenly_spaced(count: Tensor, able: Tensor) -> Tensor:
+    """``count`` (int ``[B]``) of the ``able`` tokens (bool ``[B, N]``), as evenly apart as can be among those: bool ``[B, N]``."""
+    rank = able.cumsum(1)  # 1-based among those that can be chosen
+    total = rank[:, -1:] if rank.shape[1] else rank.new_zeros(rank.shape[0], 1)
+    wanted = torch.minimum(count[:, None].long(), total)
+    total = total.clamp(min=1)
+    chosen = (rank * wanted).div(total, rounding_mode="floor") > ((rank - 1) * wanted).div(total, rounding_mode="floor")
+    return chosen & able

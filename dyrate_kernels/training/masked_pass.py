@@ -28,6 +28,7 @@ from dyrate_kernels.patching.families import (
     text_model,
     visual_columns,
 )
+from dyrate_kernels.policies.dyrate import spread_score
 from dyrate_kernels.training.masked_attention import accumulator, masked_attention, row_chunks, scores
 
 
@@ -91,13 +92,15 @@ class MaskedPass:
         types: uint8 ``[B, S]`` of all columns.
         valid: bool ``[B, S]``: not padding.
         columns: int64 ``[B, N]``, column of each visual token, -1 past the last.
+        spread: of the ranking (``policies.DyRate.spread``).
     """
 
     def __init__(
-        self, predictor: nn.Module, k: int, rates: Tensor, choose: Chooser, types: Tensor, valid: Tensor, columns: Tensor
+        self, predictor: nn.Module, k: int, rates: Tensor, choose: Chooser, types: Tensor, valid: Tensor, columns: Tensor,
+        spread: float = 0.0,
     ) -> None:  # fmt: skip
         self.predictor, self.k, self.rates, self.choose = predictor, k, rates, choose
-        self.types, self.valid, self.columns = types, valid, columns
+        self.types, self.valid, self.columns, self.spread = types, valid, columns, spread
         self.choice: Choice | None = None
         self._mask: Tensor | None = None
         self._allowed: dict[tuple[int, int | None], Tensor] = {}
@@ -133,7 +136,7 @@ class MaskedPass:
         logits = self.predictor(mass.flatten(0, 1)).float().view(*mass.shape[:2], -1)
         share = self.choose(logits)
         self.choice = Choice(mass, importance, logits, share, n_visual)
-        self._mask = mask_for(share, importance, n_visual, self.rates)
+        self._mask = mask_for(share, importance, n_visual, self.rates, self.spread)
 
 
 def statistics(query: Tensor, key: Tensor, scale: float, allowed: Tensor, types: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,17 +156,28 @@ def statistics(query: Tensor, key: Tensor, scale: float, allowed: Tensor, types:
     return mass, importance.masked_fill((columns < 0)[:, None], 0.0)
 
 
-def mask_for(share: Tensor, importance: Tensor, n_visual: Tensor, rates: Tensor) -> Tensor:
-    """The K masks of the most important tokens, mixed by a one-hot: float ``[B, T, N]`` with the gradient of ``share``."""
+def mask_for(share: Tensor, importance: Tensor, n_visual: Tensor, rates: Tensor, spread: float = 0.0) -> Tensor:
+    """The K masks of the tokens that each rate keeps, mixed by a one-hot: float ``[B, T, N]`` with the gradient of ``share``."""
     batch, rows, tokens = importance.shape
-    real = torch.arange(tokens, device=importance.device) < n_visual[:, None, None]
-    order = importance.masked_fill(~real, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(2, order, torch.arange(tokens, device=order.device).expand(batch, rows, -1))
+    real = (torch.arange(tokens, device=importance.device) < n_visual[:, None, None]).expand(-1, rows, -1)
     mask = importance.new_zeros(batch, rows, tokens)
+    rank = None
     for place in range(rates.shape[0]):
         count = ops.keep_count(n_visual, rates[place].expand(batch).to(torch.float64))
+        if rank is None or spread > 0:  # with a spread, each count has a ranking of its own
+            score = importance
+            if spread > 0:
+                each = count.repeat_interleave(rows)
+                score = spread_score(each, importance.flatten(0, 1), real.flatten(0, 1), spread).view_as(importance)
+            rank = _ranks(score.masked_fill(~real, float("-inf")))
         mask = mask + share[..., place, None] * (rank < count[:, None, None])
     return mask
+
+
+def _ranks(score: Tensor) -> Tensor:
+    """The place of each value among its row's, the highest first, ties in order: int64, as ``score``."""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
 
 
 @dataclass
@@ -205,7 +219,8 @@ def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
         return (), given
 
     def run(
-        prompt: dict[str, Tensor], answer: Tensor, answer_mask: Tensor, predictor: nn.Module, k: int, rates: Tensor, choose: Chooser
+        prompt: dict[str, Tensor], answer: Tensor, answer_mask: Tensor, predictor: nn.Module, k: int, rates: Tensor, choose: Chooser,
+        spread: float = 0.0,
     ) -> Answer:  # fmt: skip
         ids, prompt_mask = prompt["input_ids"], prompt["attention_mask"].bool()
         visual = visual_columns(model, family, ids, None)
@@ -217,7 +232,7 @@ def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
             given = {**prompt, "position_ids": position[:, : ids.shape[1]], cache_name(): cache}
             first = model(**given, use_cache=True, logits_to_keep=1)
         types = column_types(visual, prompt_mask, answer.shape[1] - 1)
-        passing = MaskedPass(predictor, k, rates, choose, types, valid, _places(visual))
+        passing = MaskedPass(predictor, k, rates, choose, types, valid, _places(visual), spread)
         carrier.append(passing)
         try:
             given = {"input_ids": answer[:, :-1], "position_ids": position[:, ids.shape[1] :], cache_name(): cache}

@@ -41,6 +41,7 @@ class Options:
         k: first pruned layer.
         rates: ``"half_open"``, ``"closed"`` or a list of fractions removed.
         num_rates: K for the two named sets.
+        spread: fraction of the kept tokens that are evenly spaced (``policies.DyRate.spread``).
         target_keep: mean fraction of the visual tokens that stays, over decode steps. One of the two targets is given.
         target_cost: mean paper cost (FastV's formula on the whole sequence, the prompt's own unpruned step included), 1 = unpruned.
         steps: optimiser steps.
@@ -59,6 +60,7 @@ class Options:
     k: int = 3
     rates: str | Sequence[float] = "half_open"
     num_rates: int = 5
+    spread: float = 0.0
     target_keep: float | None = None
     target_cost: float | None = None
     steps: int = 1000
@@ -82,6 +84,7 @@ class Options:
         for name in ("target_keep", "target_cost"):
             if getattr(self, name) is not None:
                 check_fraction(name, getattr(self, name), "a share of the unpruned model's")
+        check_fraction("spread", self.spread, "the fraction of the kept tokens that are evenly spaced")
         for name in ("steps", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -129,7 +132,8 @@ class PredictorModule(nn.Module):
     def answer(self, batch: dict[str, Any], choose: Callable[[Tensor], Tensor]) -> Answer:
         """A training pass over a batch of ``data.Collator``."""
         assert self.run is not None
-        return self.run(batch["prompt"], batch["answer"], batch["answer_mask"], self.logits, self.options.k, self.rates, choose)
+        given = batch["prompt"], batch["answer"], batch["answer_mask"]
+        return self.run(*given, self.logits, self.options.k, self.rates, choose, self.options.spread)
 
     def forward(self, prompt: dict[str, Tensor], answer: Tensor, answer_mask: Tensor) -> dict[str, Tensor]:
         """Losses and what is logged of one batch."""
@@ -166,7 +170,7 @@ class PredictorModule(nn.Module):
 
     def predictor(self, shift: float = 0.0, notes: dict[str, Any] | None = None) -> DyRatePredictor:
         """As inference takes it: standardisation folded in, ``shift * rate`` added to each logit."""
-        made = DyRatePredictor.for_model(self.shape, self.options.rate_values, self.options.k)
+        made = DyRatePredictor.for_model(self.shape, self.options.rate_values, self.options.k, self.options.spread)
         with torch.no_grad():
             weight = self.linear.weight.double().cpu() / self.scale.double().cpu()
             made.weight.copy_(weight)

@@ -343,7 +343,7 @@ def test_unknown_names_and_options():
         policies.get("fixed", ranking="last")
     with pytest.raises(TypeError, match="has no option 'num_layers'"):
         policies.get("depth", num_layers=6)
-    assert policies.options("dyrate") == ["k", "predictor", "rates", "num_rates"]
+    assert policies.options("dyrate") == ["k", "predictor", "rates", "num_rates", "spread"]
 
 
 # ---- one by one ----------------------------------------------------------------------------------------------------

@@ -411,3 +411,19 @@ def test_constructor_is_checked():
     with pytest.raises(ValueError, match="rates must"):
         DyRatePredictor(8, [2.0])
     assert predictor.DyRatePredictor is DyRatePredictor
+
+
+def test_spread_is_saved_and_used_by_default(tmp_path):
+    made = DyRatePredictor.for_model(SHAPE, (0.0, 0.5), k=2, spread=0.25)
+    made.save_pretrained(tmp_path)
+    assert DyRatePredictor.from_pretrained(tmp_path).spread == 0.25
+    assert policies.DyRate(k=2, predictor=str(tmp_path)).bind(SHAPE).spread == 0.25
+    asked = policies.DyRate(k=2, predictor=str(tmp_path), spread=0.0).bind(SHAPE)
+    state = asked.start(torch.tensor([4], dtype=torch.int32))
+    assert asked.spread == 0.0 and asked.predictor_tensors(state) is not None  # the fused step ranks by importance
+    assert policies.DyRate(k=2).bind(SHAPE).spread == 0.0
+    for wrong in (-0.1, 1.1, True, "0.5"):
+        with pytest.raises((TypeError, ValueError), match="spread"):
+            policies.DyRate(spread=wrong)
+        with pytest.raises(ValueError, match="spread"):
+            DyRatePredictor(2, (0.0,), spread=wrong)

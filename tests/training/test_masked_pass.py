@@ -33,16 +33,16 @@ def generated(model, fields, policy):
 
 
 @pytest.mark.parametrize(("family", "text"), models.VARIANTS)
-@pytest.mark.parametrize("k", [1, 3])
-def test_it_is_the_pruned_generation(make_model, family, text, k):
+@pytest.mark.parametrize(("k", "spread"), [(1, 0.0), (3, 0.0), (2, 0.6)])
+def test_it_is_the_pruned_generation(make_model, family, text, k, spread):
     model = make_model(family, text)
     rows = rows_for(family)
     fields = models.inputs(model, rows)
     predictor = predictor_for(model, k)
-    output, stats = generated(model, fields, dk.policies.DyRate(k=k, predictor=predictor))
+    output, stats = generated(model, fields, dk.policies.DyRate(k=k, predictor=predictor, spread=spread))
     answer = output.sequences[:, fields["input_ids"].shape[1] :]
     with training_hooks(model) as run:
-        got = run(fields, answer, torch.ones_like(answer), predictor, k, rates_of(predictor), take_likeliest)
+        got = run(fields, answer, torch.ones_like(answer), predictor, k, rates_of(predictor), take_likeliest, spread)
     logits = torch.stack(output.logits, 1)
     scale = logits.abs().max()
     torch.testing.assert_close(got.first_logits / scale, logits[:, 0] / scale, rtol=0, atol=2e-5)
