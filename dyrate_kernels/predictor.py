@@ -155,6 +155,22 @@ class DyRatePredictor(nn.Module):
         """mass ``[B, Hq, 4]`` -> logits ``[B, K]`` in the parameters' dtype."""
         return nn.functional.linear(mass.flatten(1).to(self.weight.dtype), self.weight, self.bias)
 
+    def shifted(self, amount: float) -> DyRatePredictor:
+        """A copy that prunes more (``amount`` > 0) or less: ``amount * rate`` is added to the logit of each rate, which moves its mean
+        rate and leaves its order of steps. Training ends with such a shift, to meet its budget; this one is for another budget.
+
+        Raises:
+            ValueError: ``amount`` is not finite.
+        """
+        if not math.isfinite(amount):
+            raise ValueError(f"amount must be a finite number, got {amount}")
+        made = DyRatePredictor(self.num_heads, self.rates, self.k, self.model, {**self.notes, "shifted": amount}, self.spread)
+        with torch.no_grad():
+            made.weight.copy_(self.weight)
+            made.bias.copy_(self.bias.double() + amount * torch.tensor(self.rates, dtype=torch.float64))
+        made.source = f"{self.source}, shifted by {amount:g}" if amount else self.source
+        return made
+
     def check(self, shape: ModelShape, k: int) -> None:
         """The predictor must have been made for this model and this k.
 
@@ -252,13 +268,13 @@ class DyRatePredictor(nn.Module):
             self.bias.copy_(tensors["bias"])
 
 
-def predictor_beside(folder: str | None, k: int) -> DyRatePredictor | None:
-    """The predictor saved in a model's folder, if there is one and it is for this k."""
+def predictor_beside(folder: str | None, k: int | None = None) -> DyRatePredictor | None:
+    """The predictor saved in a model's folder, if there is one and it is for this k (None: for any)."""
     if folder is None or not (Path(folder) / CONFIG_FILE).is_file():
         return None
     predictor = DyRatePredictor.from_pretrained(folder)
     predictor.source = f"trained, k={predictor.k}"
-    return predictor if predictor.k == k else None
+    return predictor if k in (None, predictor.k) else None
 
 
 def _check_finite(weight: Tensor, bias: Tensor, where: str) -> None:

@@ -46,7 +46,7 @@ class Stats:
         visual_tokens: N of each sequence.
         steps: one entry a step, the prefill first.
         kept_mean: mean over steps and sequences with an image of kept / N in layers >= k; 1.0 without any image.
-        visual_share: the same over all layers: FastV's formula for the visual tokens alone, linear in their number (paper_cost counts the text).
+        visual_share: the same over all layers: what visual tokens cost where text costs nothing and cost is linear.
         kv_bytes_live, kv_bytes_reserved: bytes of the rows held, and of the buffers they lie in.
         flops, flops_unpruned: executed by the text model, and what it would have been with every token (exact SwiGLU count).
         paper_cost: FastV's formula over the whole sequence, mean over steps, as a fraction of unpruned (methods.md, section 4, axis 1).

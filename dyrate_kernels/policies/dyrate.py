@@ -13,9 +13,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dyrate_kernels import ops
-from dyrate_kernels.policies.base import IMAGE, Decision, ModelShape, Policy, View, bound_for_rate, check_fraction
+from dyrate_kernels.policies.base import IMAGE, Decision, ModelShape, Policy, View, bound_for_rate, check_fraction, check_k_range
 from dyrate_kernels.policies.uniform import able_tokens, evenly_spaced
 from dyrate_kernels.predictor import ClosedForm, DyRatePredictor, check_rates, named_rates, predictor_beside
+
+DEFAULT_K = 3  # FastV's and the paper's
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,10 @@ class DyRate(Policy):
     own importance, or evenly spaced tokens for a part of the kept ones.
 
     Attributes:
-        k: first pruned layer; mass and importance come from layer k-1.
+        k: first pruned layer; mass and importance come from layer k-1. None: the predictor's own, else 3.
         predictor: a :class:`~dyrate_kernels.DyRatePredictor`, a folder or hub id to load one from, ``"closed-form"``
             for the one that needs no training (:class:`~dyrate_kernels.predictor.ClosedForm`), or None: the predictor
-            saved in the model's own folder if it is for this k, else the closed form.
+            saved in the model's own folder, if there is one (and, where k is given, for this k), else the closed form.
         rates: fractions removed to choose from: ``"half_open"``: i/K (0, .2, .4, .6, .8: never blinds the model);
             ``"closed"``: linspace(0, 1, K); or an ascending list. A trained predictor has its own rates, and these
             must not contradict them.
@@ -38,6 +40,7 @@ class DyRate(Policy):
             than chance, and the tokens it leaves out lie together].
     """
 
+    k: int | None = None  # type: ignore[assignment]
     predictor: DyRatePredictor | str | os.PathLike[str] | None = None
     rates: str | Sequence[float] = "half_open"
     num_rates: int = 5
@@ -47,7 +50,8 @@ class DyRate(Policy):
     name: ClassVar[str] = "dyrate"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.k is not None:
+            super().__post_init__()
         if isinstance(self.num_rates, bool) or not isinstance(self.num_rates, Integral):
             raise TypeError(f"num_rates must be an integer, got {self.num_rates!r}")
         if self.num_rates < 1:
@@ -76,7 +80,8 @@ class DyRate(Policy):
                 rates.
             OSError: nothing can be loaded from ``predictor``.
         """
-        super().bind(shape)
+        if self.k is not None:
+            check_k_range(self.k, shape.num_layers)
         predictor = self.predictor
         if predictor is None and self.rates == "half_open" and self.num_rates == 5:  # nothing was said about rates
             predictor = predictor_beside(shape.folder, self.k)
@@ -85,17 +90,22 @@ class DyRate(Policy):
         if predictor is not None:
             if not isinstance(predictor, DyRatePredictor):
                 predictor = DyRatePredictor.from_pretrained(predictor)
-            predictor.check(shape, self.k)
+            predictor.check(shape, predictor.k if self.k is None else self.k)
             asked = self.rates
             if asked != "half_open":  # the default says nothing about what was wanted
                 wanted = named_rates(asked, len(predictor.rates)) if isinstance(asked, str) else tuple(asked)
                 if wanted != predictor.rates:
                     raise ValueError(f"rates must be those of the predictor, {list(predictor.rates)}, got {asked!r}; leave rates out")
         spread = self.spread if self.spread is not None else predictor.spread if predictor is not None else 0.0
-        bound = replace(self, predictor=predictor, spread=spread)
+        k = self.k if self.k is not None else predictor.k if predictor is not None else DEFAULT_K
+        bound = replace(self, k=k, predictor=predictor, spread=spread)
+        check_k_range(k, shape.num_layers)
         linear = ClosedForm(shape.num_heads, bound.rate_values) if predictor is None else predictor
         object.__setattr__(bound, "_on_device", _DeviceTensors(linear))
         return bound
+
+    def layer_groups(self, num_layers: int) -> list[int]:
+        return [DEFAULT_K if self.k is None else self.k]
 
     @property
     def drops(self) -> bool:

@@ -11,7 +11,8 @@ from dyrate_kernels.evaluation.table import agreement, bootstrap, paired_bootstr
 
 def answer(item, right, total=1.0, tokens=(1, 2), **changes):
     given = {
-        "group": "g", "kept": 0.5, "visual_share": 0.75, "n": 100, "paper_cost": 0.6, "flops": 60.0, "flops_unpruned": 100.0, "kv_bytes": 10, "read": 5.0,
+        "group": "g", "kept": 0.5, "visual_share": 0.7,
+        "n": 100, "paper_cost": 0.6, "flops": 60.0, "flops_unpruned": 100.0, "kv_bytes": 10, "read": 5.0,
         "seconds": 0.2, "text": "",
     }  # fmt: skip
     return Answer(item=item, right=right, total=total, tokens=list(tokens), **{**given, **changes})
