@@ -238,6 +238,10 @@ class VisualCache(Cache):
         """The attention of ``layer`` over the rows stored here (``patching.attention.Carrier``)."""
         return self.session.attend(layer, query, key, value, scale, window)
 
+    def see(self, layer: int, hidden: Tensor) -> None:
+        """What goes into the attention of ``layer`` (``patching.attention.Carrier``)."""
+        self.session.see(layer, hidden)
+
     def mark_read(self, layer: int) -> None:
         """Tells the cache that the attention of ``layer`` has answered its last ``update``."""
         self._unread = None

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +102,8 @@ class ClosedForm:
 
 
 class DyRatePredictor(nn.Module):
-    """A trained predictor: ``logits = mass.flatten(1) @ weight.T + bias`` over K rates.
+    """A trained predictor: ``logits = mass.flatten(1) @ weight.T + bias`` over K rates; a text-aware one adds
+    ``hidden @ hidden_weight.T``, of the normalised hidden state that goes into layer k-1's attention.
 
     Args:
         num_heads: Hq of the model it reads.
@@ -112,10 +113,12 @@ class DyRatePredictor(nn.Module):
             ``num_layers``, ``num_heads``.
         notes: anything JSON, e.g. how it was trained; saved and loaded, never used.
         spread: the ranking it was trained with (``policies.DyRate.spread``).
+        text_size: d of the hidden state that a text-aware predictor reads; 0: it reads mass alone, as in the paper.
 
     Attributes:
         weight: float32 parameter ``[K, Hq*4]``, zero at first.
         bias: float32 parameter ``[K]``, zero at first.
+        hidden_weight: float32 parameter ``[K, text_size]``, zero at first, or None.
         source: where it was loaded from.
     """
 
@@ -127,11 +130,12 @@ class DyRatePredictor(nn.Module):
         model: dict[str, Any] | None = None,
         notes: dict[str, Any] | None = None,
         spread: float = 0.0,
+        text_size: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("num_heads", num_heads), ("k", k)):
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name, value, least in (("num_heads", num_heads, 1), ("k", k, 1), ("text_size", text_size, 0)):
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} must be {'a positive integer' if least else 'an integer of at least 0'}, got {value!r}")
         self.num_heads, self.k = int(num_heads), int(k)
         self.rates = check_rates("rates", rates)
         self.model = {} if model is None else dict(model)
@@ -142,18 +146,32 @@ class DyRatePredictor(nn.Module):
         self.source = "in memory"
         self.weight = nn.Parameter(torch.zeros(len(self.rates), self.num_heads * _TYPES))
         self.bias = nn.Parameter(torch.zeros(len(self.rates)))
+        self.text_size = int(text_size)
+        self.hidden_weight = nn.Parameter(torch.zeros(len(self.rates), self.text_size)) if text_size else None
 
     @classmethod
-    def for_model(cls, shape: ModelShape, rates: Iterable[float], k: int = 3, spread: float = 0.0) -> DyRatePredictor:
-        """An untrained predictor for a model, with its fingerprint."""
-        return cls(shape.num_heads, rates, k, model={name: getattr(shape, name) for name in _FINGERPRINT}, spread=spread)
+    def for_model(
+        cls, shape: ModelShape, rates: Iterable[float], k: int = 3, spread: float = 0.0, text: bool = False
+    ) -> DyRatePredictor:  # fmt: skip
+        """An untrained predictor for a model, with its fingerprint; text-aware with ``text``."""
+        fingerprint = {name: getattr(shape, name) for name in _FINGERPRINT}
+        return cls(shape.num_heads, rates, k, fingerprint, spread=spread, text_size=shape.hidden_size if text else 0)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, rates={list(self.rates)}, k={self.k}, spread={self.spread}, source={self.source!r}"
 
-    def forward(self, mass: Tensor) -> Tensor:
-        """mass ``[B, Hq, 4]`` -> logits ``[B, K]`` in the parameters' dtype."""
-        return nn.functional.linear(mass.flatten(1).to(self.weight.dtype), self.weight, self.bias)
+    def forward(self, mass: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """mass ``[B, Hq, 4]``, and hidden ``[B, d]`` for a text-aware predictor -> logits ``[B, K]`` in the parameters' dtype."""
+        logits = nn.functional.linear(mass.flatten(1).to(self.weight.dtype), self.weight, self.bias)
+        if self.hidden_weight is None:
+            return logits
+        if hidden is None:
+            raise ValueError(f"this predictor is text-aware: it needs hidden [B, {self.text_size}], got None")
+        return logits + nn.functional.linear(hidden.to(self.weight.dtype), self.hidden_weight)
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """What is saved."""
+        return dict(self.named_parameters())
 
     def shifted(self, amount: float) -> DyRatePredictor:
         """A copy that prunes more (``amount`` > 0) or less: ``amount * rate`` is added to the logit of each rate, which moves its mean
@@ -164,9 +182,12 @@ class DyRatePredictor(nn.Module):
         """
         if not math.isfinite(amount):
             raise ValueError(f"amount must be a finite number, got {amount}")
-        made = DyRatePredictor(self.num_heads, self.rates, self.k, self.model, {**self.notes, "shifted": amount}, self.spread)
+        made = DyRatePredictor(
+            self.num_heads, self.rates, self.k, self.model, {**self.notes, "shifted": amount}, self.spread, self.text_size
+        )
         with torch.no_grad():
-            made.weight.copy_(self.weight)
+            for name, tensor in self._named().items():
+                made.get_parameter(name).copy_(tensor)
             made.bias.copy_(self.bias.double() + amount * torch.tensor(self.rates, dtype=torch.float64))
         made.source = f"{self.source}, shifted by {amount:g}" if amount else self.source
         return made
@@ -188,9 +209,11 @@ class DyRatePredictor(nn.Module):
                 raise ValueError(
                     f"{where} was trained for a model with {name} {self.model[name]!r}, this model has {getattr(shape, name)!r}; {_OTHER}"
                 )
+        if self.text_size not in (0, shape.hidden_size):
+            raise ValueError(f"{where} reads a hidden state of {self.text_size} numbers, the model has {shape.hidden_size}; {_OTHER}")
         if self.k != k:
             raise ValueError(f"{where} was trained for k={self.k} (it reads layer {self.k - 1}), got k={k}; pass k={self.k}")
-        _check_finite(self.weight, self.bias, where)
+        _check_finite(self._named(), where)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``dyrate_predictor.safetensors`` and ``dyrate_predictor.json`` into ``folder``, which is made if
@@ -202,7 +225,7 @@ class DyRatePredictor(nn.Module):
         """
         from safetensors.torch import save_file
 
-        _check_finite(self.weight, self.bias, "the predictor")
+        _check_finite(self._named(), "the predictor")
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         config = {
@@ -212,10 +235,11 @@ class DyRatePredictor(nn.Module):
             "k": self.k,
             "rates": list(self.rates),
             "spread": self.spread,
+            "text_size": self.text_size,
             "model": self.model,
             "notes": self.notes,
         }
-        tensors = {name: getattr(self, name).detach().to("cpu", torch.float32).contiguous() for name in ("weight", "bias")}
+        tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in self._named().items()}
         text = json.dumps(config, indent=2) + "\n"  # before anything is written: notes may not be JSON
         save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
         (path / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -235,7 +259,15 @@ class DyRatePredictor(nn.Module):
         config_path, weights_path = _locate(source, hub_options)
         config = _read_config(config_path)
         try:
-            predictor = cls(config["num_heads"], config["rates"], config["k"], config["model"], config["notes"], config.get("spread", 0.0))
+            predictor = cls(
+                config["num_heads"],
+                config["rates"],
+                config["k"],
+                config["model"],
+                config["notes"],
+                config.get("spread", 0.0),
+                config.get("text_size", 0),
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{config_path}: {error}") from None
         predictor._load(weights_path)
@@ -250,7 +282,7 @@ class DyRatePredictor(nn.Module):
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read as safetensors ({error}); save it again with save_pretrained") from None
-        expected = {"weight": list(self.weight.shape), "bias": list(self.bias.shape)}
+        expected = {name: list(tensor.shape) for name, tensor in self._named().items()}
         if set(tensors) != set(expected):
             raise ValueError(f"{path} must hold the tensors {sorted(expected)}, got {sorted(tensors)}")
         for name, shape in expected.items():
@@ -262,10 +294,10 @@ class DyRatePredictor(nn.Module):
                 )
             if not tensor.is_floating_point():
                 raise ValueError(f"{path}: {name} must be a floating point tensor, got {tensor.dtype}")
-        _check_finite(tensors["weight"], tensors["bias"], str(path))
+        _check_finite(tensors, str(path))
         with torch.no_grad():
-            self.weight.copy_(tensors["weight"])
-            self.bias.copy_(tensors["bias"])
+            for name, tensor in self._named().items():
+                tensor.copy_(tensors[name])
 
 
 def predictor_beside(folder: str | None, k: int | None = None) -> DyRatePredictor | None:
@@ -277,8 +309,8 @@ def predictor_beside(folder: str | None, k: int | None = None) -> DyRatePredicto
     return predictor if k in (None, predictor.k) else None
 
 
-def _check_finite(weight: Tensor, bias: Tensor, where: str) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias)):
+def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
         wrong = int((~torch.isfinite(tensor.detach())).sum())
         if wrong:
             raise ValueError(f"{where}: {name} must be finite, got {wrong} NaN or infinite values of {tensor.numel()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -25,8 +26,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the questions; default: 0")
     parser.add_argument(
         "--policies", default=DEFAULT_POLICIES, metavar="A,B,..",
-        help=f"names, with options and retention if wanted: fastv:k=2:rate=0.75@evict; default: {DEFAULT_POLICIES}",
+        help=f"names, with options and retention if wanted: fastv:k=2:rate=0.75@evict; also downsample:side=7; default: {DEFAULT_POLICIES}",
     )  # fmt: skip
+    parser.add_argument(
+        "--cost", metavar="A,B,..",
+        help="percentages of the unpruned model's visual rows: each policy is tuned, on other scenes, to cost that much",
+    )  # fmt: skip
+    parser.add_argument("--report", metavar="DIR", help="write table (Markdown, JSON) and plots there too")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     parser.set_defaults(run=run)
@@ -45,12 +51,24 @@ def contenders(text: str) -> list[Any]:
         if retention not in ("", "recoverable", "evict"):
             raise ValueError(f"--policies: retention must be recoverable or evict, got {retention!r} in {part!r}")
         label = re.sub(r"[^\w.=@+-]+", "_", part)
-        found.append(Contender(label, common.parse_policy(name), retention or "recoverable"))
+        if name.split(":")[0] == "downsample":
+            found.append(Contender(label, policies.KeepAll(), side=_side(name)))
+        else:
+            found.append(Contender(label, common.parse_policy(name), retention or "recoverable"))
     if len(found) == 1:
         raise ValueError("--policies is empty; name at least one, e.g. dyrate,fastv")
     if len({contender.label for contender in found}) < len(found):
         raise ValueError(f"--policies names one twice: {text}")
     return found
+
+
+def _side(name: str) -> int:
+    """``downsample:side=7`` -> 7; ``downsample`` -> 6."""
+    value = name.partition(":")[2] or "side=6"
+    side = value.removeprefix("side=")
+    if not side.isdigit() or int(side) < 1:
+        raise ValueError(f"--policies: downsample takes one option, side (an integer of at least 1), got {name!r}")
+    return int(side)
 
 
 def run(given: argparse.Namespace) -> int:
@@ -61,32 +79,138 @@ def run(given: argparse.Namespace) -> int:
 
     tasks = shapes.TASKS if given.tasks is None else tuple(task.strip() for task in given.tasks.split(","))
     chosen = contenders(given.policies)
+    costs = costs_in(given.cost)
     if given.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {given.batch_size}")
     model, processor = common.load_model(given)
     suite = ShapesSuite(given.scenes, given.seed, tasks)
     folder = Path(given.out)
+    say = _silent if given.json else _progress
+    tuned: dict[str, dict[str, float]] = {}
+    if costs:
+        others = ShapesSuite(CALIBRATION, (given.seed + 500_000) % 10**6, ("describe",))
+        chosen, tuned = _at_costs(model, processor, others, chosen, costs, folder, given, say)
     answers = {}
     for number, contender in enumerate(chosen, 1):
 
         def progress(done: int, total: int, number: int = number, label: str = contender.label) -> None:
-            if not given.json and sys.stderr.isatty():
-                print(f"\r{number} of {len(chosen)}: {label}: {done} of {total} {'':<20}", end="", file=sys.stderr, flush=True)
+            say(f"{number} of {len(chosen)}: {label}: {done} of {total}")
 
         answers[contender.label] = ask(
             model, processor, suite, contender, folder, batch_size=given.batch_size, backend=given.backend, progress=progress
         )
-    if not given.json and sys.stderr.isatty():
-        print(f"\r{'':<70}\r", end="", file=sys.stderr)
+    say("")
     lines = _lines(answers)
     table = {"suite": suite.name, "seed": given.seed, "scenes": given.scenes, "lines": [line.to_dict() for line in lines]}
+    if tuned:
+        table["tuned"] = tuned
     common.write_json(folder / "table.json", table)
+    if given.report is not None:
+        _report(Path(given.report), given, table, lines, model, processor, _long_part(suite))
     if given.json:
         common.print_json(table)
     else:
         _print_table(lines)
-        print(f"answers: {folder}/*.jsonl, table: {folder / 'table.json'}")
+        print(f"answers: {folder}/*.jsonl, table: {folder / 'table.json'}" + (f", report: {given.report}" if given.report else ""))
     return 0
+
+
+CALIBRATION = 24  # descriptions that costs are tuned on
+
+
+def costs_in(text: str | None) -> list[float]:
+    """``57.9,33.3`` (percent) -> fractions."""
+    found = []
+    for part in common.split_list(text or ""):
+        try:
+            cost = float(part) / 100
+        except ValueError:
+            cost = -1.0
+        if not 0.0 < cost <= 1.0:
+            raise ValueError(f"--cost must be percentages in (0, 100], e.g. 57.9,33.3,20, got {part!r}")
+        found.append(cost)
+    if len(set(found)) < len(found):
+        raise ValueError(f"--cost names one twice: {text}")
+    return found
+
+
+def _at_costs(
+    model: Any, processor: Any, suite: Any, chosen: list[Any], costs: list[float], folder: Path, given: argparse.Namespace, say: Any
+) -> tuple[list[Any], dict[str, dict[str, float]]]:  # fmt: skip
+    """The unpruned model, and every other contender at every cost. What was found is kept in ``tuned.json`` for the next run."""
+    import json
+    from dataclasses import replace
+
+    from dyrate_kernels.evaluation.equal_cost import tune
+    from dyrate_kernels.policies.base import ModelShape
+
+    path = folder / "tuned.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    shape = ModelShape.from_config(model.config)
+    found, tuned = [chosen[0]], {}
+    for cost in costs:
+        for contender in chosen[1:]:
+            label = f"{contender.label}@{100 * cost:g}"
+            if contender.policy.name == "none":  # a coarser picture: the nearest square
+                tokens = processor(text=processor.image_token, images=[suite[0].images[0]])["input_ids"][0] == model.config.image_token_id
+                side = max(round(math.sqrt(cost * int(sum(tokens)))), 1)
+                found.append(replace(contender, label=label, side=side))
+                continue
+            policy = contender.policy.bind(shape)
+            if known.get(label, {}).get("policy") != str(contender.policy):
+                say(f"tuning {label}")
+                result = tune(model, processor, suite, contender, cost, batch_size=CALIBRATION, backend=given.backend)
+                known[label] = {"policy": str(contender.policy), "strength": result.strength, "cost": result.cost}
+                common.write_json(path, known)
+            tuned[label] = known[label]
+            found.append(replace(contender, label=label, policy=policy.at_strength(known[label]["strength"], shape.num_layers)))
+    return found, tuned
+
+
+def _report(folder: Path, given: argparse.Namespace, table: dict[str, Any], lines: list[Any], *measured: Any) -> None:
+    """Tables in Markdown and JSON, plots. ``measured``: model, processor and suite, for the curves."""
+    from dyrate_kernels.evaluation import curves, report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = table["suite"]
+    groups = {group: [line for line in lines if line.group == group] for group in ("long", "short")}
+    groups = {group: rows for group, rows in groups.items() if rows}
+    common.write_json(folder / f"{name}.json", table)
+    text = [f"# {name}, seed {given.seed}, {given.scenes} questions a task\n", f"`{_command()}`\n"]
+    for group, rows in groups.items():
+        text += [f"## {group} answers ({rows[0].questions} questions, n = {rows[0].n:.0f} tokens)\n", report.markdown(rows)]
+    (folder / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
+    if table.get("tuned"):
+        report.draw_scores(folder / f"{name}.png", {f"{group} answers": rows for group, rows in groups.items()})
+    model, processor, suite = measured
+    layers = range(model.config.get_text_config().num_hidden_layers - 1)
+    picked = range(0, len(layers), max(len(layers) // 5, 1))
+    found = curves.measure(model, processor, suite, [layers[i] for i in picked], batch_size=given.batch_size)
+    common.write_json(folder / f"{name}-curves.json", [each.to_dict() for each in found])
+    report.draw_curves(folder / f"{name}-curves.png", found)
+
+
+def _long_part(suite: Any) -> Any:
+    """The suite's descriptions, up to 100 of them."""
+    from dyrate_kernels.evaluation.suite import ShapesSuite
+
+    return ShapesSuite(min(suite.scenes, 100), suite.seed, ("describe",))
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["dyrate", *sys.argv[1:]])
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text:<78}" + ("" if text else "\r"), end="", file=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _lines(answers: dict[str, list[Any]]) -> list[Any]:
@@ -109,20 +233,13 @@ def _lines(answers: dict[str, list[Any]]) -> list[Any]:
 def _print_table(lines: list[Any]) -> None:
     from rich.table import Table
 
+    from dyrate_kernels.evaluation.report import HEADINGS, cells
+
     for group in dict.fromkeys(line.group for line in lines):
         rows = [line for line in lines if line.group == group]
         table = Table(title=f"{group} answers ({rows[0].questions} questions, n = {rows[0].n:.0f} tokens)", title_justify="left")
-        headings = ("policy", "score [95 %]", "of unpruned [95 %]", "same tokens", "kept", "paper cost", "FLOPs", "KV", "ms/token")
-        for number, heading in enumerate(headings):
+        for number, heading in enumerate(HEADINGS):
             table.add_column(heading, justify="left" if number == 0 else "right")
         for line in rows:
-            table.add_row(
-                line.label, _interval(line.score, line.low, line.high), _interval(line.retained, line.retained_low, line.retained_high),
-                f"{100 * line.agreement:.1f} %", f"{100 * line.kept:.1f} %", f"{100 * line.paper_cost:.1f} %",
-                f"{100 * line.flops_share:.1f} %", common.bytes_text(line.kv_bytes), f"{1000 * line.time_per_token:.2f}",
-            )  # fmt: skip
+            table.add_row(*cells(line))
         common.console().print(table)
-
-
-def _interval(value: float, low: float, high: float) -> str:
-    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

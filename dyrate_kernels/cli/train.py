@@ -24,6 +24,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--k", type=int, default=3, help="first layer that sees the pruned set; default: 3")
     parser.add_argument("--rates", default="half_open", help="half_open, closed, or a list such as [0,.5,.9]; default: half_open")
     parser.add_argument("--num-rates", type=int, default=5, metavar="K", help="for half_open and closed; default: 5")
+    parser.add_argument("--text-aware", action="store_true", help="read the hidden state of the text beside the attention mass")
     parser.add_argument("--spread", type=float, default=0.0, metavar="SHARE", help="of the kept tokens, evenly spaced; default: 0")
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps; default: 1000")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step and device; default: 8")
@@ -48,7 +49,8 @@ def run(given: argparse.Namespace) -> int:
     from dyrate_kernels.training.predictor import Options, train_predictor
 
     options = Options(
-        k=given.k, rates=common.parse_value(given.rates), num_rates=given.num_rates, spread=given.spread, target_keep=given.target_keep,
+        k=given.k, rates=common.parse_value(given.rates), num_rates=given.num_rates, text=given.text_aware, spread=given.spread,
+        target_keep=given.target_keep,
         target_cost=given.target_cost, steps=given.steps, batch_size=given.batch_size, learning_rate=given.learning_rate,
         budget_weight=given.budget_weight, tau_start=given.tau[0], tau_end=given.tau[1], seed=given.seed, max_length=given.max_length,
         max_answer=given.max_answer, save_every=given.save_every, log_every=given.log_every,

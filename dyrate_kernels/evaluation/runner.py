@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from dyrate_kernels import chat
+from dyrate_kernels import chat, flops
+from dyrate_kernels.evaluation.downsample import downsampled, thin
 from dyrate_kernels.evaluation.suite import Item, Suite
 from dyrate_kernels.patching.api import patch
-from dyrate_kernels.policies.base import Policy
+from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.stats import Stats
 
 
@@ -26,11 +29,13 @@ class Contender:
         label: its row in the table; also its file's name.
         policy: what runs; ``policies.KeepAll()`` is the unpruned model.
         retention: ``"recoverable"`` or ``"evict"``.
+        side: the picture is first averaged to ``side`` x ``side`` tokens (``evaluation.downsample``); None: not.
     """
 
     label: str
     policy: Policy
     retention: str = "recoverable"
+    side: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,25 +96,44 @@ def run(
     names = [suite[index].name for index in range(len(suite))]
     path = folder / f"{contender.label}.jsonl"
     setting = {"suite": suite.name, "policy": str(contender.policy), "retention": contender.retention, "model": _model_name(model)}
+    if contender.side is not None:
+        setting["side"] = str(contender.side)
     done = _read(path, setting, set(names))
     todo = [index for index, name in enumerate(names) if name not in done]
     if todo:
         folder.mkdir(parents=True, exist_ok=True)
         fresh = not path.exists()
-        with (
-            path.open("a", encoding="utf-8") as file,
-            patch(model, contender.policy, retention=contender.retention, backend=backend) as handle,
-        ):
+        with path.open("a", encoding="utf-8") as file:
             if fresh:
                 print(json.dumps({"setting": setting}), file=file, flush=True)
-            for part in _batches(suite, todo, batch_size):
-                for answer in _ask(model, processor, handle, suite, part):
+            for answers in _parts(model, processor, suite, contender, todo, batch_size, backend):
+                for answer in answers:
                     done[answer.item] = answer
                     print(json.dumps(asdict(answer)), file=file)
                 file.flush()
                 if progress is not None:
                     progress(len(done), len(names))
     return [done[name] for name in names]
+
+
+def ask_all(
+    model: Any, processor: Any, suite: Suite, contender: Contender, *, batch_size: int = 8, backend: str = "auto"
+) -> list[Answer]:  # fmt: skip
+    """The contender's answers, not written anywhere; in no particular order."""
+    parts = _parts(model, processor, suite, contender, range(len(suite)), batch_size, backend)
+    return [answer for answers in parts for answer in answers]
+
+
+def _parts(
+    model: Any, processor: Any, suite: Suite, contender: Contender, todo: Sequence[int], batch_size: int, backend: str
+) -> Iterator[list[Answer]]:  # fmt: skip
+    """Answers, a batch at a time."""
+    with contextlib.ExitStack() as stack:
+        if contender.side is not None:
+            stack.enter_context(downsampled(model, contender.side))
+        handle = stack.enter_context(patch(model, contender.policy, retention=contender.retention, backend=backend))
+        for part in _batches(suite, todo, batch_size):
+            yield _ask(model, processor, handle, suite, part, contender.side)
 
 
 def _batches(suite: Suite, todo: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -123,9 +147,17 @@ def _batches(suite: Suite, todo: Sequence[int], size: int) -> Iterator[list[int]
 
 
 @torch.no_grad()
-def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int]) -> list[Answer]:
+def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int], side: int | None) -> list[Answer]:
     items = [suite[index] for index in part]
-    inputs = encode(processor, items).to(model.device)
+    inputs = encode(processor, items)
+    n_visual = lengths = None
+    if side is not None:
+        placeholder = model.config.image_token_id
+        n_visual = (inputs["input_ids"] == placeholder).sum(1)
+        lengths = inputs["attention_mask"].sum(1)
+        pictures = sum(len(item.images) for item in items)
+        inputs = thin(inputs, placeholder, int(n_visual.sum()) // max(pictures, 1), side)
+    inputs = inputs.to(model.device)
     started = time.perf_counter()
     output = model.generate(**inputs, do_sample=False, max_new_tokens=items[0].most)
     if model.device.type == "cuda":
@@ -138,28 +170,29 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int])
         text = processor.decode(row, skip_special_tokens=True).strip()
         right, total = suite.score(index, text)
         stats: Stats = handle.stats(place, len(row))
-        length = int(inputs["attention_mask"][place].sum())
-        answers.append(
-            Answer(
-                item.name,
-                item.group,
-                right,
-                total,
-                row,
-                stats.kept_mean,
-                stats.visual_share,
-                length,
-                stats.paper_cost,
-                stats.flops,
-                stats.flops_unpruned,
-                stats.kv_bytes_live,
-                stats.bytes_read,
-                each * len(row),
-                text,
-                stats.predictor,
-            )  # fmt: skip
-        )
+        answer = Answer(
+            item.name, item.group, right, total, row, stats.kept_mean, stats.visual_share, int(inputs["attention_mask"][place].sum()),
+            stats.paper_cost, stats.flops, stats.flops_unpruned, stats.kv_bytes_live, stats.bytes_read, each * len(row), text,
+            stats.predictor,
+        )  # fmt: skip
+        if n_visual is not None and n_visual[place]:
+            answer = _beside_whole(answer, handle.shape, int(n_visual[place]), int(lengths[place]))
+        answers.append(answer)
     return answers
+
+
+def _beside_whole(answer: Answer, shape: ModelShape, n_visual: int, length: int) -> Answer:
+    """An answer to a thinned picture, its costs as fractions of those with all ``n_visual`` tokens."""
+    seen = n_visual - (length - answer.n)
+    steps, text = len(answer.tokens), length - n_visual
+    cost = flops.generation_cost(
+        shape, text_rows=[text], visual_tokens=[n_visual], group_layers=[shape.num_layers], kept=np.full((steps, 1, 1), float(seen)),
+        prefill_shrunk=True,
+    )  # fmt: skip
+    share = seen / n_visual
+    return replace(
+        answer, n=length, kept=share, visual_share=share, paper_cost=cost.paper_cost, flops=cost.flops, flops_unpruned=cost.flops_unpruned
+    )
 
 
 def encode(processor: Any, items: Sequence[Item]) -> Any:

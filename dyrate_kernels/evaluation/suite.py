@@ -61,7 +61,7 @@ class ShapesSuite:
         unknown = [task for task in tasks if task not in shapes.TASKS]
         if unknown or not tasks:
             raise ValueError(f"tasks must be some of {', '.join(shapes.TASKS)}, got {', '.join(unknown) or 'none'}")
-        self.size = size
+        self.scenes, self.seed, self.size = scenes, seed, size
         first = -1 - seed * 10**6
         self.samples = [shapes.make_sample(first - i, task) for task in tasks for i in range(scenes)]
 

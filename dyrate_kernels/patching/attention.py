@@ -6,6 +6,7 @@ do not flip together, and ``print(model)`` shows the swap (design.md, section 5)
 
 from __future__ import annotations
 
+import functools
 import sys
 from functools import cache
 from typing import Any, Protocol
@@ -23,6 +24,10 @@ class Carrier(Protocol):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """query ``[B, Hq, q, D]``, key and value as the module made them -> ``[B, q, Hq, D]``."""
+        ...
+
+    def see(self, layer: int, hidden: Tensor) -> None:
+        """``[B, q, d]``, the normalised hidden states that go into the layer's attention; comes before ``attend``."""
         ...
 
 
@@ -53,7 +58,14 @@ def _set_config(module: nn.Module, config: Any) -> None:
 
 @cache
 def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        carrier: Carrier | None = kwargs.get(CARRIER)
+        if carrier is not None:
+            carrier.see(self.layer_idx, hidden_states)
+        return original.forward(self, hidden_states, *args, **kwargs)
+
     members = {
+        "forward": functools.wraps(original.forward)(forward),
         "config": property(_get_config, _set_config),
         "_dyrate_original": original,
         "__module__": __name__,

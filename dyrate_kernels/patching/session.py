@@ -123,6 +123,7 @@ class Session:
         self.waiting: list[Any] = []  # early chunks of a prompt, patching.shrink.Waiting
         self.staged: Tensor | None = None
         self.forward: Forward | None = None
+        self.hidden: Tensor | None = None  # [B, q, d] of this pass at the score layer, for policies that read it
         self.windows: set[int] = set()
 
     def part_from_cache(self) -> None:
@@ -360,7 +361,7 @@ class Session:
             self.step.fill_(max(self.cache.length - self.turn_end + 1, 0))
             self.column.fill_(self.cache.length)
         self.in_forward = False
-        self.forward = None
+        self.forward = self.hidden = None
 
     def rewind(self, columns: int) -> None:
         """The newest ``columns`` were cropped away."""
@@ -389,6 +390,15 @@ class Session:
         slot = forward.slots.get(self._group_index(layer))
         if slot is not None:  # None: a deferred chunk, whose rows come with the last one
             cache.write(layer, key, value, slot.row)
+
+    def see(self, layer: int, hidden: Tensor) -> None:
+        """Keeps the hidden states that go into the score layer's attention (called by ``VisualCache.see``)."""
+        if layer == self.score_layer and self.policy.reads_hidden:
+            self.hidden = hidden
+
+    def _hidden_of(self, rows: slice) -> Tensor | None:
+        """``[B, r, d]`` of these rows of the pass, where the text's metadata are."""
+        return None if self.hidden is None else self.hidden[:, rows].detach().to(self.cache.n_text.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one layer: query ``[B, Hq, q, D]`` -> output ``[B, q, Hq, D]``. At the score layer the policy decides."""
@@ -443,7 +453,9 @@ class Session:
             self._write_record(result.mass, result.importance)
             return result.output
         pruned = cache.groups[1]
-        tensors = policy.predictor_tensors(self.state) if len(cache.groups) == 2 else None
+        hidden = self._hidden_of(slice(-1, None))
+        hidden = None if hidden is None else hidden[:, 0]
+        tensors = policy.predictor_tensors(self.state, hidden) if len(cache.groups) == 2 else None
         if tensors is not None:
             weight, bias, rates = tensors
             step = ops.decode_step(
@@ -456,7 +468,7 @@ class Session:
             result = ops.decode_attention(**rows, mass=True, importance=True)
             output, mass, importance = result.output, result.mass, result.importance
             batch = mass.shape[0]
-            view = View(self.step.expand(batch), mass, importance, cache.full.n_visual, self._alive(pruned), self.state)
+            view = View(self.step.expand(batch), mass, importance, cache.full.n_visual, self._alive(pruned), self.state, hidden)
             self._select_and_apply(policy.decide(view), importance)
         self._write_record(mass, importance)
         return output
@@ -548,12 +560,13 @@ class Session:
             added = sum_of_all_rows(query[:, :, prompt], rows, mask[:, prompt], real, scale, tokens).to(home)
             self.column_sum = added if self.column_sum is None else _resize_like(self.column_sum, added) + added
         if forward.ends_prompt:
+            hidden = self._hidden_of(slice(last, last + 1))
             if forward.drafted or window is not None:
                 mass, importance = row_statistics(query[:, :, last : last + 1], rows, mask[:, last : last + 1], scale, tokens)
                 mass, importance = mass[:, 0].to(home), importance[:, 0].to(home)
             else:
                 mass, importance = self._score_last_query(layer, query[:, :, last], scale)
-            self._decide_prompt(mass, importance)
+            self._decide_prompt(mass, importance, None if hidden is None else hidden[:, 0])
         if forward.drafted:
             first = forward.length - forward.drafted
             mass, importance = row_statistics(query[:, :, first:], rows, mask[:, first:], scale, tokens)
@@ -569,7 +582,7 @@ class Session:
         )  # fmt: skip
         return mass.to(home), importance.to(home)
 
-    def _decide_prompt(self, mass: Tensor, importance: Tensor) -> None:
+    def _decide_prompt(self, mass: Tensor, importance: Tensor, hidden: Tensor | None) -> None:
         """Step 0: the last prompt row's statistics, the policy's first decision, and what follows from it for the pruned layers."""
         cache, policy = self.cache, self.policy
         batch = mass.shape[0]
@@ -586,7 +599,7 @@ class Session:
             if not self.state or self.new_images:
                 self.state = policy.start(n_visual)
             step = torch.zeros(batch, dtype=torch.int64, device=n_visual.device)
-            decision = policy.decide(View(step, mass, importance, n_visual, alive, self.state))
+            decision = policy.decide(View(step, mass, importance, n_visual, alive, self.state, hidden))
             score = importance if decision.score is None else decision.score
             groups = cache.groups[1:]
             counts = decision.count if decision.count.dim() == 2 else decision.count[None].expand(len(groups), -1)
@@ -681,7 +694,9 @@ class Session:
             if policy.at_decode:
                 each = n_visual.repeat_interleave(drafted)
                 state = {name: tensor.repeat_interleave(drafted, 0) for name, tensor in self.state.items()}
-                view = View(steps.repeat(batch), mass.flatten(0, 1), importance.flatten(0, 1), each, None, state)
+                hidden = self._hidden_of(slice(forward.length - drafted, forward.length))
+                hidden = None if hidden is None else hidden.flatten(0, 1)
+                view = View(steps.repeat(batch), mass.flatten(0, 1), importance.flatten(0, 1), each, None, state, hidden)
                 decision = policy.decide(view)
                 score = view.importance if decision.score is None else decision.score
                 counts = decision.count if decision.count.dim() == 2 else decision.count[None].expand(len(groups), -1)

@@ -129,6 +129,7 @@ class View:
         n_visual: int32 ``[B]``, all visual tokens of the sequence, dropped ones included.
         alive: bool ``[B, N]`` or None: the tokens that can still be chosen (retention ``evict``); None: all.
         state: the dict that :meth:`Policy.start` made. Tensors with first dimension B, updated in place.
+        hidden: ``[B, d]``, what goes into the attention of layer ``k-1``, normalised, for policies that read it (``reads_hidden``).
     """
 
     step: Tensor
@@ -137,6 +138,7 @@ class View:
     n_visual: Tensor
     alive: Tensor | None
     state: dict[str, Tensor]
+    hidden: Tensor | None = None
 
 
 @dataclass
@@ -199,6 +201,11 @@ class Policy:
         return "last"
 
     @property
+    def reads_hidden(self) -> bool:
+        """Whether ``View.hidden`` is wanted."""
+        return False
+
+    @property
     def drops(self) -> bool:
         """Whether these options ask for any token to be dropped at all."""
         return True
@@ -207,6 +214,21 @@ class Policy:
     def predictor_name(self) -> str | None:
         """What predicts the rate, for ``stats()``; None for methods without a predictor."""
         return None
+
+    def at_strength(self, strength: float, num_layers: int) -> Self:
+        """The same method pruning more or less, for comparisons at equal cost: its one knob in place of what it was set to.
+
+        Args:
+            strength: in [0, 1]: 0 prunes as little as the method can, 1 as much; the cost never rises with it.
+            num_layers: L.
+
+        Raises:
+            ValueError: the method has no such knob.
+        """
+        check_fraction("strength", strength, "how much to prune")
+        if "rate" not in {field.name for field in dataclasses.fields(self)}:
+            raise ValueError(f"policy {self.name!r} has no one knob to tune to a cost")
+        return dataclasses.replace(self, rate=float(strength))
 
     def kept_bound(self, n_visual: int) -> int:
         """The most tokens this policy ever keeps of ``n_visual`` (host integers): how wide a kept list must be. At
@@ -229,9 +251,9 @@ class Policy:
         """One step's decision. Tensor operations only; state changes in rows whose step is 0, and where ``remembers``."""
         raise NotImplementedError(f"{type(self).__name__} must define decide(view)")
 
-    def predictor_tensors(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+    def predictor_tensors(self, state: dict[str, Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
         """(weight, bias, rates) for the fused decode step if the policy is a linear rate predictor ranked by
-        importance; else None.
+        importance; else None. ``hidden`` as in :class:`View`.
         """
         return None
 

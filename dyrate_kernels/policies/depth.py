@@ -56,6 +56,10 @@ class Depth(Policy):
         pruned = [min(self.prune + self.growth * step / deeper, 1.0) for step in range(num_layers - self.k)]
         return [0.0] * min(self.k, num_layers) + pruned
 
+    def at_strength(self, strength: float, num_layers: int) -> Self:
+        check_fraction("strength", strength, "how much to prune")
+        return replace(self, prune=float(strength), growth=min(self.growth, 1.0 - strength))
+
     def layer_groups(self, num_layers: int) -> list[int]:
         rates = self.rates(num_layers)
         rest = range(self.k + 1, num_layers)

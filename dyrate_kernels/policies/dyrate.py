@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from dyrate_kernels.policies.uniform import able_tokens, evenly_spaced
 from dyrate_kernels.predictor import ClosedForm, DyRatePredictor, check_rates, named_rates, predictor_beside
 
 DEFAULT_K = 3  # FastV's and the paper's
+_SHIFT = 10.0  # logits of a predictor differ by some units between rates 0 and 1
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,20 @@ class DyRate(Policy):
         object.__setattr__(bound, "_on_device", _DeviceTensors(linear))
         return bound
 
+    @property
+    def reads_hidden(self) -> bool:
+        return isinstance(self.predictor, DyRatePredictor) and self.predictor.text_size > 0
+
+    def at_strength(self, strength: float, num_layers: int) -> Self:
+        """Of a bound policy: a trained predictor is shifted (``DyRatePredictor.shifted``), the closed form's rates are stretched."""
+        check_fraction("strength", strength, "how much to prune")
+        if isinstance(self.predictor, DyRatePredictor):
+            inside = min(max(float(strength), 1e-6), 1.0 - 1e-6)
+            return replace(self, predictor=self.predictor.shifted(_SHIFT * math.log(inside / (1.0 - inside))), _on_device=None)
+        less, more = min(2.0 * strength, 1.0), max(2.0 * strength - 1.0, 0.0) * (1.0 - 1e-6)  # 0.5 leaves the rates; 1 removes all
+        rates = [rate * less + (1.0 - rate) * more for rate in self.rate_values] if strength > 0 else [0.0]
+        return replace(self, predictor=ClosedForm.source, rates=rates, _on_device=None)
+
     def layer_groups(self, num_layers: int) -> list[int]:
         return [DEFAULT_K if self.k is None else self.k]
 
@@ -129,24 +145,28 @@ class DyRate(Policy):
         first = view.state["first_mass"]
         now = view.mass.detach()[:, :, IMAGE].mean(1).to(first.dtype)
         first.copy_(torch.where(view.step == 0, now, first))
-        rate, _ = ops.predict_rate(view.mass, *self._linear(view.state))
+        rate, _ = ops.predict_rate(view.mass, *self._linear(view.state, view.hidden))
         count = ops.keep_count(view.n_visual, rate)
         return Decision(rate, count, spread_score(count, view.importance, able_tokens(view), self.spread) if self.spread else None)
 
-    def predictor_tensors(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+    def predictor_tensors(self, state: dict[str, Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
         """What the fused decode step takes; None with ``spread``, which that step does not know."""
-        return None if self.spread else self._linear(state)
+        return None if self.spread else self._linear(state, hidden)
 
-    def _linear(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _linear(self, state: dict[str, Tensor], hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """
         Returns:
-            weight float32 ``[K, Hq*4]``, bias float32 ``[B, K]`` (stride 0 over sequences for a trained predictor),
+            weight float32 ``[K, Hq*4]``, bias float32 ``[B, K]`` (stride 0 over sequences for a predictor that reads mass alone),
             rates float64 ``[K]``.
         """
         first = state["first_mass"]
-        weight, offset, rates = self._tensors().on[first.device]
+        weight, offset, rates, for_hidden = self._tensors().on[first.device]
         if self.predictor is None:
             return weight, first[:, None] * offset, rates
+        if for_hidden is not None:
+            if hidden is None:
+                raise RuntimeError("this predictor reads the text's hidden state, which a decision outside of a patched model has not")
+            return weight, torch.nn.functional.linear(hidden.float(), for_hidden, offset), rates
         return weight, offset.expand(first.shape[0], -1), rates
 
     def _tensors(self) -> _DeviceTensors:
@@ -174,16 +194,18 @@ class _DeviceTensors:
 
     def __init__(self, linear: ClosedForm | DyRatePredictor) -> None:
         self.linear = linear
-        self.on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self.on: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
 
     def prepare(self, device: torch.device) -> None:
         """Copies the predictor's present values to ``device``."""
         with torch.inference_mode(False), torch.no_grad():
             rates = torch.tensor(self.linear.rates, dtype=torch.float64)
+            hidden = getattr(self.linear, "hidden_weight", None)
             fresh = (self.linear.weight.detach().float(), self.linear.bias.detach().float(), rates)
+            fresh += (None if hidden is None else hidden.detach().float(),)
             if device in self.on:
                 for old, new in zip(self.on[device], fresh, strict=True):
-                    old.copy_(new)
+                    if new is not None:
+                        old.copy_(new)
             else:
-                weight, bias, rates = (tensor.to(device, copy=True).contiguous() for tensor in fresh)
-                self.on[device] = weight, bias, rates
+                self.on[device] = tuple(None if new is None else new.to(device, copy=True).contiguous() for new in fresh)

@@ -56,6 +56,10 @@ class ST3(Policy):
     def drops(self) -> bool:
         return self.rate > 0 or self.growth > 0 or self.least < 1
 
+    def at_strength(self, strength: float, num_layers: int) -> Self:
+        check_fraction("strength", strength, "how much to prune")
+        return replace(self, rate=float(strength), growth=min(self.growth, 1.0 - strength))
+
     def layer_groups(self, num_layers: int) -> list[int]:
         depth = num_layers - self.k
         stages = min(self.stages, depth)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from dyrate_kernels.policies.base import Decision, Policy, View, bound_for_rate, check_fraction
 
@@ -32,6 +33,10 @@ class Threshold(Policy):
         check_fraction("share", self.share, "the share of the visual attention that is kept")
         if self.quantile is not None:
             check_fraction("quantile", self.quantile, "the quantile of importance that tokens must exceed")
+
+    def at_strength(self, strength: float, num_layers: int) -> Self:
+        check_fraction("strength", strength, "how much to prune")
+        return replace(self, share=1.0 - strength) if self.quantile is None else replace(self, quantile=float(strength))
 
     def kept_bound(self, n_visual: int) -> int:
         return n_visual if self.quantile is None else bound_for_rate(n_visual, 0.0)

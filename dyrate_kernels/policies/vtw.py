@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import Self
 
-from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View, check_k, check_k_range, constant_rate
+from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View, check_fraction, check_k, check_k_range, constant_rate
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class VTW(Policy):
         bound = replace(self, k=self._first(shape.num_layers))
         check_k_range(bound.k, shape.num_layers)
         return bound
+
+    def at_strength(self, strength: float, num_layers: int) -> Self:
+        check_fraction("strength", strength, "how much to prune")
+        return replace(self, k=num_layers - 1 - round(strength * (num_layers - 2)))
 
     def layer_groups(self, num_layers: int) -> list[int]:
         return [self._first(num_layers)]

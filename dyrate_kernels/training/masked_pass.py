@@ -38,6 +38,7 @@ class Choice:
 
     Attributes:
         mass: float32 ``[B, T, Hq, 4]`` at layer ``k-1``.
+        hidden: ``[B, T, d]``, what goes into the attention of layer ``k-1``.
         importance: float32 ``[B, T, N]``.
         logits: float32 ``[B, T, K]``, with gradient.
         share: float32 ``[B, T, K]``: one-hot, the gradient straight through to the logits.
@@ -45,6 +46,7 @@ class Choice:
     """
 
     mass: Tensor
+    hidden: Tensor
     importance: Tensor
     logits: Tensor
     share: Tensor
@@ -85,7 +87,7 @@ class MaskedPass:
     """The attention of one pass over an answer (``patching.attention.Carrier``).
 
     Args:
-        predictor: mass ``[.., Hq, 4]`` flattened -> logits.
+        predictor: mass ``[n, Hq, 4]`` and hidden states ``[n, d]`` -> logits ``[n, K]``.
         k: first pruned layer.
         rates: float64 ``[K]``, fractions removed.
         choose: makes a one-hot of the logits.
@@ -103,7 +105,12 @@ class MaskedPass:
         self.types, self.valid, self.columns, self.spread = types, valid, columns, spread
         self.choice: Choice | None = None
         self._mask: Tensor | None = None
+        self._hidden: Tensor | None = None
         self._allowed: dict[tuple[int, int | None], Tensor] = {}
+
+    def see(self, layer: int, hidden: Tensor) -> None:
+        if layer == self.k - 1:
+            self._hidden = hidden.detach()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         allowed = self._allowed_columns(query.shape[2], window)
@@ -133,9 +140,10 @@ class MaskedPass:
         with torch.no_grad():
             mass, importance = statistics(query, key, scale, allowed, self.types, self.columns)
         n_visual = (self.columns >= 0).sum(1, dtype=torch.int32)
-        logits = self.predictor(mass.flatten(0, 1)).float().view(*mass.shape[:2], -1)
+        assert self._hidden is not None
+        logits = self.predictor(mass.flatten(0, 1), self._hidden.flatten(0, 1)).float().view(*mass.shape[:2], -1)
         share = self.choose(logits)
-        self.choice = Choice(mass, importance, logits, share, n_visual)
+        self.choice = Choice(mass, self._hidden, importance, logits, share, n_visual)
         self._mask = mask_for(share, importance, n_visual, self.rates, self.spread)
 
 

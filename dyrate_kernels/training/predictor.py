@@ -41,6 +41,7 @@ class Options:
         k: first pruned layer.
         rates: ``"half_open"``, ``"closed"`` or a list of fractions removed.
         num_rates: K for the two named sets.
+        text: text-aware: the predictor reads the hidden state of the text beside the mass (``DyRatePredictor``); not the paper's.
         spread: fraction of the kept tokens that are evenly spaced (``policies.DyRate.spread``).
         target_keep: mean fraction of the visual tokens that stays, over decode steps. One of the two targets is given.
         target_cost: mean paper cost (FastV's formula on the whole sequence, the prompt's own unpruned step included), 1 = unpruned.
@@ -60,6 +61,7 @@ class Options:
     k: int = 3
     rates: str | Sequence[float] = "half_open"
     num_rates: int = 5
+    text: bool = False
     spread: float = 0.0
     target_keep: float | None = None
     target_cost: float | None = None
@@ -109,25 +111,32 @@ class PredictorModule(nn.Module):
     """What the Trainer trains and saves: a linear layer on standardised mass. The frozen model is held outside of the module tree.
 
     Attributes:
-        mean, scale: of each of the ``4 Hq`` features, measured on the first batches; kept with the weights.
+        mean, scale: of each of the ``4 Hq`` features, or ``4 Hq + d``, measured on the first batches; kept with the weights.
     """
 
     def __init__(self, shape: ModelShape, options: Options) -> None:
         super().__init__()
         self.options, self.shape = options, shape
-        features, count = shape.num_heads * 4, len(options.rate_values)
+        features = shape.num_heads * 4 + (shape.hidden_size if options.text else 0)
+        count = len(options.rate_values)
         self.linear = nn.Linear(features, count)
         nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        with torch.no_grad():  # at first every step takes the constant rate that meets the target
+            self.linear.bias.copy_(_bias_for(options, shape))
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
         self.register_buffer("rates", torch.tensor(options.rate_values, dtype=torch.float64))
         self.run: Callable[..., Answer] | None = None  # set for the time of the training
         self.tau = options.tau_start
 
-    def logits(self, mass: Tensor) -> Tensor:
-        """mass ``[.., Hq, 4]`` -> ``[.., K]``."""
-        return self.linear((mass.flatten(-2).to(self.mean.dtype) - self.mean) / self.scale)
+    def features(self, mass: Tensor, hidden: Tensor) -> Tensor:
+        """mass ``[n, Hq, 4]``, hidden ``[n, d]`` -> what the linear layer reads, float32."""
+        flat = mass.flatten(1).to(self.mean.dtype)
+        return torch.cat([flat, hidden.to(self.mean.dtype)], 1) if self.options.text else flat
+
+    def logits(self, mass: Tensor, hidden: Tensor) -> Tensor:
+        """mass ``[n, Hq, 4]``, hidden ``[n, d]`` -> ``[n, K]``."""
+        return self.linear((self.features(mass, hidden) - self.mean) / self.scale)
 
     def answer(self, batch: dict[str, Any], choose: Callable[[Tensor], Tensor]) -> Answer:
         """A training pass over a batch of ``data.Collator``."""
@@ -170,13 +179,29 @@ class PredictorModule(nn.Module):
 
     def predictor(self, shift: float = 0.0, notes: dict[str, Any] | None = None) -> DyRatePredictor:
         """As inference takes it: standardisation folded in, ``shift * rate`` added to each logit."""
-        made = DyRatePredictor.for_model(self.shape, self.options.rate_values, self.options.k, self.options.spread)
+        made = DyRatePredictor.for_model(self.shape, self.options.rate_values, self.options.k, self.options.spread, self.options.text)
         with torch.no_grad():
             weight = self.linear.weight.double().cpu() / self.scale.double().cpu()
-            made.weight.copy_(weight)
+            of_mass = made.weight.shape[1]
+            made.weight.copy_(weight[:, :of_mass])
+            if made.hidden_weight is not None:
+                made.hidden_weight.copy_(weight[:, of_mass:])
             made.bias.copy_(self.linear.bias.double().cpu() - weight @ self.mean.double().cpu() + shift * self.rates.cpu())
         made.notes = dict(notes or {})
         return made
+
+
+_SHARPNESS = 2.0  # logits between the first rate and one that is as far from it as the rates are apart on average
+
+
+def _bias_for(options: Options, shape: ModelShape) -> Tensor:
+    """A bias ``[K]`` that peaks at the constant rate of the target, and lets the Gumbel noise try its neighbours."""
+    rates = torch.tensor(options.rate_values, dtype=torch.float64)
+    keep = options.target_keep
+    if keep is None:  # the cost is nearly linear in what is kept
+        keep = (options.target_cost * shape.num_layers - options.k) / (shape.num_layers - options.k)
+    gap = float(rates.max() - rates.min()) / max(len(rates) - 1, 1) or 1.0
+    return (-_SHARPNESS * ((rates - (1.0 - keep)) / gap) ** 2).float()
 
 
 def step_cost(shape: ModelShape, k: int, length: Tensor, n_visual: Tensor, rates: Tensor) -> Tensor:
@@ -329,8 +354,8 @@ def _starts(rows: Rows, options: Options) -> range:
 def _standardise(module: PredictorModule, batches: list[dict[str, Any]]) -> None:
     found = []
     for batch in batches:
-        mass = module.answer(batch, take_likeliest).choice.mass
-        found.append(mass[batch["answer_mask"][:, 1:].bool()].flatten(1))
+        choice, real = module.answer(batch, take_likeliest).choice, batch["answer_mask"][:, 1:].bool()
+        found.append(module.features(choice.mass[real], choice.hidden[real]))
     features = torch.cat(found).float()
     module.mean.copy_(features.mean(0))
     module.scale.copy_(features.std(0).clamp(min=1e-4) if features.shape[0] > 1 else torch.ones_like(module.scale))

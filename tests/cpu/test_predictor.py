@@ -416,6 +416,7 @@ def test_constructor_is_checked():
 def test_spread_is_saved_and_used_by_default(tmp_path):
     made = DyRatePredictor.for_model(SHAPE, (0.0, 0.5), k=2, spread=0.25)
     made.save_pretrained(tmp_path)
+    assert policies.DyRate(predictor=str(tmp_path)).bind(SHAPE).k == 2
     assert DyRatePredictor.from_pretrained(tmp_path).spread == 0.25
     assert policies.DyRate(k=2, predictor=str(tmp_path)).bind(SHAPE).spread == 0.25
     asked = policies.DyRate(k=2, predictor=str(tmp_path), spread=0.0).bind(SHAPE)
@@ -427,3 +428,40 @@ def test_spread_is_saved_and_used_by_default(tmp_path):
             policies.DyRate(spread=wrong)
         with pytest.raises(ValueError, match="spread"):
             DyRatePredictor(2, (0.0,), spread=wrong)
+
+
+def test_text_aware(tmp_path):
+    made = DyRatePredictor.for_model(SHAPE, (0.0, 0.5, 0.9), k=2, text=True)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    made.save_pretrained(tmp_path)
+    loaded = DyRatePredictor.from_pretrained(tmp_path)
+    mass, hidden = torch.rand(6, SHAPE.num_heads, 4), torch.randn(6, SHAPE.hidden_size)
+    want = mass.flatten(1).double() @ made.weight.double().T + made.bias.double() + hidden.double() @ made.hidden_weight.double().T
+    torch.testing.assert_close(loaded(mass, hidden).double(), want, rtol=1e-5, atol=1e-4)
+    policy = policies.DyRate(predictor=loaded).bind(SHAPE)
+    assert policy.reads_hidden and not policies.DyRate().bind(SHAPE).reads_hidden
+    weight, bias, _ = policy.predictor_tensors(policy.start(torch.full((6,), 9, dtype=torch.int32)), hidden)
+    torch.testing.assert_close(mass.flatten(1) @ weight.T + bias, want.float(), rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="hidden"):
+        loaded(mass)
+    with pytest.raises(RuntimeError, match="hidden state"):
+        policy.predictor_tensors(policy.start(torch.ones(6, dtype=torch.int32)))
+    with pytest.raises(ValueError, match="hidden state of"):
+        DyRatePredictor(SHAPE.num_heads, (0.0,), text_size=SHAPE.hidden_size + 1).check(SHAPE, 3)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_shifted_prunes_more_or_less(text):
+    made = DyRatePredictor.for_model(SHAPE, (0.0, 0.5, 0.9), text=text)
+    mass, hidden = torch.rand(50, SHAPE.num_heads, 4), torch.randn(50, SHAPE.hidden_size)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+        rates = torch.tensor(made.rates)
+        mean = [rates[made.shifted(amount)(mass, hidden).argmax(1)].mean().item() for amount in (-1e3, -3.0, 0.0, 3.0, 1e3)]
+        assert mean == sorted(mean) and mean[0] == 0.0 and mean[-1] == pytest.approx(0.9) and len(set(mean)) > 3
+        assert made.shifted(0.0)(mass, hidden).equal(made(mass, hidden))
+    with pytest.raises(ValueError, match="finite"):
+        made.shifted(float("nan"))

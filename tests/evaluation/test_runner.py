@@ -53,11 +53,11 @@ def test_a_killed_run_goes_on(demo, suite, tmp_path, monkeypatch):
     asked = []
     original = runner._ask
 
-    def ask(model, processor, handle, suite, part):
+    def ask(model, processor, handle, suite, part, side):
         asked.append(len(part))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return original(model, processor, handle, suite, part)
+        return original(model, processor, handle, suite, part, side)
 
     monkeypatch.setattr(runner, "_ask", ask)
     with pytest.raises(KeyboardInterrupt):

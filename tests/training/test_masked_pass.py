@@ -13,12 +13,14 @@ from tests.checks import ROWS, fingerprint, greedy, rows_for
 STEPS = 7
 
 
-def predictor_for(model, k, seed=3, rates=(0.0, 0.3, 0.6, 0.9)):
-    predictor = dk.DyRatePredictor.for_model(dk.policies.ModelShape.from_config(model.config), rates, k=k)
+def predictor_for(model, k, seed=3, rates=(0.0, 0.3, 0.6, 0.9), text=False):
+    predictor = dk.DyRatePredictor.for_model(dk.policies.ModelShape.from_config(model.config), rates, k=k, text=text)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         predictor.weight.copy_(torch.randn(predictor.weight.shape, generator=g) * 6)
         predictor.bias.copy_(torch.randn(predictor.bias.shape, generator=g))
+        if text:
+            predictor.hidden_weight.copy_(torch.randn(predictor.hidden_weight.shape, generator=g))
     return predictor
 
 
@@ -33,12 +35,12 @@ def generated(model, fields, policy):
 
 
 @pytest.mark.parametrize(("family", "text"), models.VARIANTS)
-@pytest.mark.parametrize(("k", "spread"), [(1, 0.0), (3, 0.0), (2, 0.6)])
-def test_it_is_the_pruned_generation(make_model, family, text, k, spread):
+@pytest.mark.parametrize(("k", "spread", "text_aware"), [(1, 0.0, False), (3, 0.0, True), (2, 0.6, False), (1, 0.6, True)])
+def test_it_is_the_pruned_generation(make_model, family, text, k, spread, text_aware):
     model = make_model(family, text)
     rows = rows_for(family)
     fields = models.inputs(model, rows)
-    predictor = predictor_for(model, k)
+    predictor = predictor_for(model, k, text=text_aware)
     output, stats = generated(model, fields, dk.policies.DyRate(k=k, predictor=predictor, spread=spread))
     answer = output.sequences[:, fields["input_ids"].shape[1] :]
     with training_hooks(model) as run:
@@ -148,8 +150,9 @@ def test_masks_are_the_selection_of_the_operators():
             assert mask[b, row].nonzero()[:, 0].tolist() == kept[b, : n_kept[b]].tolist()
 
 
-def test_everything_is_put_back(make_model):
+def test_everything_is_put_back(make_model, request):
     model = make_model("llava", "llama")
+    request.addfinalizer(lambda: model.eval().requires_grad_(True))
     model.train()
     model.lm_head.weight.requires_grad_(False)
     before = fingerprint(model)

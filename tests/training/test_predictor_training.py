@@ -105,16 +105,17 @@ def test_what_is_written(demo, tmp_path):
     assert list((tmp_path / "checkpoints").rglob("events.out.tfevents.*"))
 
 
-def test_standardisation_is_folded_in(demo):
+@pytest.mark.parametrize("text", [False, True])
+def test_standardisation_is_folded_in(demo, text):
     shape = ModelShape.from_config(demo[0].config)
-    made = PredictorModule(shape, Options(k=2, target_keep=0.5))
+    made = PredictorModule(shape, Options(k=2, target_keep=0.5, text=text))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_()
         made.mean.uniform_(), made.scale.uniform_(0.01, 0.1)
-    mass = torch.rand(5, shape.num_heads, 4)
-    folded = made.predictor(shift=0.7)(mass)
-    torch.testing.assert_close(folded, made.logits(mass) + 0.7 * made.rates.float(), rtol=1e-4, atol=1e-3)
+    mass, hidden = torch.rand(5, shape.num_heads, 4), torch.randn(5, shape.hidden_size)
+    folded = made.predictor(shift=0.7)(mass, hidden)
+    torch.testing.assert_close(folded, made.logits(mass, hidden) + 0.7 * made.rates.float(), rtol=1e-4, atol=1e-3)
 
 
 def test_cost_is_the_papers(demo):

@@ -1,0 +1,117 @@
+"""Writes a comparison down: tables in Markdown, everything in JSON, plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dyrate_kernels.evaluation.curves import Curves
+from dyrate_kernels.evaluation.table import Line
+
+HEADINGS = ("policy", "score [95 %]", "of unpruned [95 %]", "same tokens", "kept", "visual", "paper cost", "FLOPs", "KV", "ms/token")
+
+
+def cells(line: Line) -> list[str]:
+    """A line of a table, in the order of ``HEADINGS``."""
+    return [
+        line.label, interval(line.score, line.low, line.high), interval(line.retained, line.retained_low, line.retained_high),
+        *(f"{100 * value:.1f} %" for value in (line.agreement, line.kept, line.visual_share, line.paper_cost, line.flops_share)),
+        size(line.kv_bytes), f"{1000 * line.time_per_token:.2f}",
+    ]  # fmt: skip
+
+
+def interval(value: float, low: float, high: float) -> str:
+    """``99.1 [98.0, 99.9]`` of fractions."""
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def size(count: float) -> str:
+    """Bytes for reading."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """Lines of one group as a table."""
+    rows = [HEADINGS, ["---"] * len(HEADINGS), *(cells(line) for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def draw_scores(path: Path, groups: dict[str, list[Line]]) -> None:
+    """Score against cost, a panel a group: each method a line through its levels, the unpruned model a dot at (1, 1).
+
+    Args:
+        groups: name of a panel -> its lines.
+            Lines of one method have the same label but for the cost that they were tuned to, ``@33.3``; others are left out.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.2 * len(groups), 4.8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = [*matplotlib.colormaps["tab20"].colors]
+    methods = list(dict.fromkeys(method_of(line.label) for lines in groups.values() for line in lines))
+    methods.remove("none")
+    for place, (title, lines) in enumerate(groups.items()):
+        axes = figure.add_subplot(1, len(groups), place + 1)
+        for number, method in enumerate(methods):
+            points = sorted((line for line in lines if method_of(line.label) == method), key=lambda line: line.visual_share)
+            x, y = [100 * line.visual_share for line in points], [100 * line.retained for line in points]
+            low = [max(100 * (line.retained - line.retained_low), 0.0) for line in points]
+            high = [max(100 * (line.retained_high - line.retained), 0.0) for line in points]
+            strong = method.startswith("dyrate")
+            axes.errorbar(
+                x, y, [low, high], label=method, color=colours[number % 20], marker="o" if strong else ".",
+                linewidth=2 if strong else 1, capsize=2, elinewidth=0.7,
+            )  # fmt: skip
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("visual rows read, % of unpruned", fontsize=9)
+        axes.set_ylabel("score, % of unpruned", fontsize=9)
+        axes.grid(True, color="#e5e5e5", linewidth=0.6)
+    figure.axes[-1].legend(fontsize=7, frameon=False, loc="lower right", ncols=2)
+    figure.savefig(path)
+
+
+def method_of(label: str) -> str:
+    """``fastv@evict@33.3`` -> ``fastv@evict``: the label without the cost it was tuned to."""
+    head, _, tail = label.rpartition("@")
+    return head if head and tail.replace(".", "", 1).isdigit() else label
+
+
+def draw_curves(path: Path, found: Sequence[Curves]) -> None:
+    """Mass by type, and overlap of the important tokens, a column a layer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from dyrate_kernels.plots import COLOURS
+
+    figure = Figure(figsize=(3.4 * len(found), 5.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, len(found), squeeze=False, sharex=True, sharey=True)
+    for column, curves in enumerate(found):
+        steps = range(len(curves.answers))
+        top, bottom = grid[0][column], grid[1][column]
+        for name, values in curves.mass.items():
+            top.plot(steps, values, color=COLOURS[name], linewidth=1.3, label=name)
+        top.set_title(f"layer {curves.layer}", fontsize=9)
+        for values, name in (
+            (curves.with_first, "also in the prefill"),
+            (curves.with_last, "also in the step before"),
+            (curves.returned, "came back"),
+        ):
+            bottom.plot(steps, values, linewidth=1.3, label=name)
+        bottom.axhline(curves.share, color="#888888", linestyle="--", linewidth=0.8, label="chance of the first two")
+        bottom.set_xlabel("generation step", fontsize=8)
+        for axes in (top, bottom):
+            axes.set_ylim(0, 1)
+            axes.tick_params(labelsize=7)
+            axes.grid(True, color="#e5e5e5", linewidth=0.6)
+    grid[0][0].set_ylabel("attention mass", fontsize=8)
+    grid[1][0].set_ylabel(f"of the top {100 * found[0].share:g} % of tokens", fontsize=8)
+    grid[0][-1].legend(fontsize=7, frameon=False)
+    grid[1][-1].legend(fontsize=7, frameon=False)
+    figure.savefig(path)

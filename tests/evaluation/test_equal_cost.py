@@ -1,0 +1,138 @@
+"""Tuning to a cost, the coarser picture, and the curves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import dyrate_kernels as dk
+from dyrate_kernels.evaluation import curves
+from dyrate_kernels.evaluation.downsample import check_square, downsampled, thin
+from dyrate_kernels.evaluation.equal_cost import TOLERANCE, Tuned, mean_cost, search, tune
+from dyrate_kernels.evaluation.runner import Contender, ask_all, encode
+from dyrate_kernels.evaluation.suite import ShapesSuite
+from dyrate_kernels.policies import ModelShape
+
+P = dk.policies
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return dk.load_demo()
+
+
+@pytest.mark.parametrize("policy", [P.Fixed(k=1), P.Depth(k=2), P.ST3(k=1), P.Threshold(k=1), P.DyRate(k=2, predictor="closed-form")])
+def test_tuned_to_a_cost(demo, policy):
+    suite = ShapesSuite(4, seed=3, tasks=("describe",))
+    found = tune(*demo, suite, Contender("it", policy), 0.6, batch_size=4)
+    assert found.cost == pytest.approx(0.6, abs=0.02) and found.contender.label == "it@60"
+    assert mean_cost(*demo, suite, found.contender, 4) == found.cost
+
+
+def test_a_method_of_few_costs_takes_the_nearest(demo):
+    suite = ShapesSuite(2, tasks=("describe",))
+    found = tune(*demo, suite, Contender("vtw", P.VTW(), "evict"), 0.36, batch_size=2)
+    assert found.contender.policy.k == 2 and found.cost == pytest.approx(2 / 6)
+    with pytest.raises(ValueError, match="no one knob"):
+        tune(*demo, suite, Contender("schedule", P.Schedule()), 0.5)
+    with pytest.raises(ValueError, match="cost must be"):
+        tune(*demo, suite, Contender("fixed", P.Fixed()), 0.0)
+
+
+def test_search_of_a_steep_and_of_a_stepped_cost():
+    asked = []
+
+    def at(cost):
+        def tried(strength):
+            asked.append(strength)
+            return Tuned(None, cost(strength), strength)
+
+        return tried
+
+    assert search(at(lambda x: 0.2 + 0.8 / (1 + np.exp(80 * (x - 0.31)))), 0.4).cost == pytest.approx(0.4, abs=TOLERANCE)
+    assert search(at(lambda x: 1.0 - 0.25 * np.floor(4 * x)), 0.45).cost == 0.5
+    assert search(at(lambda x: 0.5 - 0.1 * x), 0.9).strength == 0.0 and search(at(lambda x: 0.5 - 0.1 * x), 0.1).strength == 1.0
+    assert len(asked) < 50
+
+
+@pytest.mark.parametrize("name", [name for name in P.names() if name not in ("none", "schedule")])
+def test_cost_falls_with_strength(demo, name):
+    shape = ModelShape.from_config(demo[0].config)
+    policy = P.get(name).bind(shape)
+    suite = ShapesSuite(1, seed=8, tasks=("describe",))
+    costs = [mean_cost(*demo, suite, Contender("it", policy.at_strength(strength, 6)), 2) for strength in (0.0, 0.5, 1.0)]
+    assert all(later <= earlier + 1e-9 for earlier, later in zip(costs, costs[1:], strict=False)), costs
+    assert costs[-1] < costs[0] - 0.1
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="strength"):
+            policy.at_strength(wrong, 6)
+
+
+def test_a_coarser_picture(demo):
+    model, processor = demo
+    suite = ShapesSuite(3, tasks=("describe",))
+    whole = ask_all(model, processor, suite, Contender("none", P.KeepAll()), batch_size=3)
+    same = ask_all(model, processor, suite, Contender("none", P.KeepAll(), side=12), batch_size=3)
+    assert [a.tokens for a in whole] == [a.tokens for a in same]
+    coarse = ask_all(model, processor, suite, Contender("none", P.KeepAll(), side=6), batch_size=3)
+    for a, b in zip(whole, coarse, strict=True):
+        assert (b.n, b.kept, b.visual_share) == (a.n, 0.25, 0.25)
+        assert b.flops < b.flops_unpruned and b.paper_cost < 0.5
+    blurred = ask_all(model, processor, suite, Contender("none", P.KeepAll(), side=2), batch_size=3)
+    assert sum(a.right for a in blurred) < 0.9 * sum(a.right for a in whole)
+    before = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    with downsampled(model, 4):
+        pass
+    assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == before
+
+
+def test_averaging_and_thinning(demo):
+    model, processor = demo
+    captured = []
+    handle = model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: captured.append(output))
+    inputs = encode(processor, [ShapesSuite(1)[0]])
+    try:
+        model.model.get_image_features(pixel_values=inputs["pixel_values"])
+        with downsampled(model, 3), torch.no_grad():
+            model.model.get_image_features(pixel_values=inputs["pixel_values"])
+            got = model.model.multi_modal_projector(torch.zeros(1, 144, model.config.vision_config.hidden_size))
+    finally:
+        handle.remove()
+    assert got.shape[1] == 9
+    grid = captured[0].view(12, 12, -1)
+    with downsampled(model, 3):
+        hook = list(model.model.multi_modal_projector._forward_hooks.values())[-1]
+        averaged = hook(None, (), captured[0])
+    torch.testing.assert_close(averaged[0, 4], grid[4:8, 4:8].mean((0, 1)))
+    ids = torch.tensor([[0, 7, 3, 3, 3, 3, 8, 3, 3, 3, 3, 9], [7, 3, 3, 3, 3, 8, 8, 8, 8, 8, 8, 9]])
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    thinned = thin({"input_ids": ids, "attention_mask": mask}, 3, 4, 1)
+    assert thinned["input_ids"][0].tolist()[-5:] == [7, 3, 8, 3, 9] and thinned["attention_mask"].sum(1).tolist() == [5, 9]
+    assert thinned["input_ids"][1].tolist() == [7, 3, 8, 8, 8, 8, 8, 8, 9]
+    for tokens, side in ((10, 2), (16, 5), (16, 0)):
+        with pytest.raises(ValueError, match="cannot be averaged"):
+            check_square(tokens, side)
+    with pytest.raises(TypeError, match="multi_modal_projector"), downsampled(torch.nn.Linear(2, 2), 3):
+        pass
+
+
+def test_curves_are_those_of_the_statistics(demo):
+    model, processor = demo
+    suite = ShapesSuite(3, seed=4, tasks=("describe",))
+    (found,) = curves.measure(model, processor, suite, [2], share=0.25, batch_size=2, least=1)
+    with dk.patch(model, P.KeepAll(k=3), record_importance=True) as handle:
+        alone = []
+        for index in range(3):
+            model.generate(**encode(processor, [suite[index]]), do_sample=False, max_new_tokens=160)
+            alone.append(handle.stats())
+    assert found.answers[0] == 3 and found.answers == sorted(found.answers, reverse=True)
+    assert len(found.answers) == max(len(stats.steps) for stats in alone)
+    tops = [[set(np.argsort(-np.array(step.importance[0]), kind="stable")[:36]) for step in stats.steps] for stats in alone]
+    assert found.mass["image"][1] == pytest.approx(np.mean([stats.steps[1].mass[0][1] for stats in alone]), abs=1e-5)
+    assert found.with_first[:1] == [1.0] and found.returned[:2] == [0.0, 0.0]
+    assert found.with_first[4] == pytest.approx(np.mean([len(top[4] & top[0]) / 36 for top in tops]), abs=0.02)
+    assert found.with_last[4] == pytest.approx(np.mean([len(top[4] & top[3]) / 36 for top in tops]), abs=0.02)
+    back = [len((top[4] - top[3]) & (top[0] | top[1] | top[2])) / 36 for top in tops]
+    assert found.returned[4] == pytest.approx(np.mean(back), abs=0.02) and max(found.returned) > 0
