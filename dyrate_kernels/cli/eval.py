@@ -157,7 +157,7 @@ def _at_costs(
                 side = max(round(math.sqrt(cost * int(sum(tokens)))), 1)
                 found.append(replace(contender, label=label, side=side))
                 continue
-            policy = contender.policy.bind(shape)
+            policy = contender.bound(model)
             if known.get(label, {}).get("policy") != str(contender.policy):
                 say(f"tuning {label}")
                 result = tune(model, processor, suite, contender, cost, batch_size=CALIBRATION, backend=given.backend)

@@ -15,6 +15,7 @@ from dyrate_kernels.policies.base import ModelShape
 
 TOLERANCE = 0.004
 ROUNDS = 14
+RESOLUTION = 0.002  # of the strength, where the cost is a step
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ def tune(
     """
     if not 0.0 < target <= 1.0:
         raise ValueError(f"cost must be in (0, 1], got {target}")
-    shape = ModelShape.from_config(model.config)
-    policy = contender.policy.bind(shape)
+    layers = ModelShape.from_config(model.config).num_layers
+    policy = contender.bound(model)
 
     def at(strength: float) -> Tuned:
-        made = replace(contender, label=f"{contender.label}@{100 * target:g}", policy=policy.at_strength(strength, shape.num_layers))
+        made = replace(contender, label=f"{contender.label}@{100 * target:g}", policy=policy.at_strength(strength, layers))
         return Tuned(made, mean_cost(model, processor, suite, made, batch_size, backend), strength)
 
     return search(at, target)
@@ -74,7 +75,7 @@ def search(at: Callable[[float], Tuned], target: float) -> Tuned:
     if target >= dear.cost or target <= cheap.cost:
         return best
     for number in range(ROUNDS):
-        if abs(best.cost - target) <= TOLERANCE:
+        if abs(best.cost - target) <= TOLERANCE or cheap.strength - dear.strength < RESOLUTION:
             break
         share = (dear.cost - target) / (dear.cost - cheap.cost) if number % 2 == 0 else 0.5
         middle = at(dear.strength + min(max(share, 0.02), 0.98) * (cheap.strength - dear.strength))

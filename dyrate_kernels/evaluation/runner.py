@@ -16,7 +16,7 @@ import torch
 from dyrate_kernels import chat, flops
 from dyrate_kernels.evaluation.downsample import downsampled, thin
 from dyrate_kernels.evaluation.suite import Item, Suite
-from dyrate_kernels.patching.api import patch
+from dyrate_kernels.patching.api import patch, shape_for
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.stats import Stats
 
@@ -36,6 +36,10 @@ class Contender:
     policy: Policy
     retention: str = "recoverable"
     side: int | None = None
+
+    def bound(self, model: Any) -> Policy:
+        """The policy as ``patch`` would bind it to the model."""
+        return self.policy.bind(shape_for(model, self.retention))
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ def patch(
         retention: ``"recoverable"`` (every row stays; layers >= k read only the chosen ones, which may come back) or ``"evict"`` (dropped
             rows are gone, the prompt is shrunk in layers >= k).
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``; see ``dyrate_kernels.backends()``.
-        predictor: for the policy name ``"dyrate"``: a ``DyRatePredictor``, a folder or a hub id; None is the one in the model's own folder (with
-            retention ``recoverable``, which it was trained for), else the closed form.
+        predictor: for the policy name ``"dyrate"``: a ``DyRatePredictor``, a folder or a hub id; None is the
+            one in the model's own folder (with retention ``recoverable``, which it was trained for), else the closed form.
         k: for a policy given by name: first layer that sees the pruned set, 1 .. L-1.
         record_importance: keep importance and kept tokens of every step for ``stats()`` (costs ``5 * N`` bytes a step and sequence).
         cuda_graph: capture a decode step once in every ``generate()`` and replay it for the tokens that follow (``patching.graph``). Needs
@@ -86,10 +86,7 @@ def patch(
         raise TypeError(f"policy must be a name ({', '.join(policies.names())}) or a Policy object, got {type(policy).__name__}")
     elif predictor is not None or k is not None:
         raise ValueError("k and predictor go with a policy given by name; this policy object holds its own: set them there")
-    shape = ModelShape.from_config(model.config)
-    if retention == "evict":  # a predictor is trained for tokens that can come back: here its boldest step would be the last word
-        shape = shape.replace(folder=None)
-    bound = policy.bind(shape)
+    bound = policy.bind(shape_for(model, retention))
     dispatch.name_for(backend, next(model.parameters()).device)  # raises now, not in the middle of a generation
     handle = Handle(model, family, bound, retention, backend, record_importance, cuda_graph)
     logger.info("%s", handle)
@@ -106,6 +103,14 @@ def unpatch(model: Any) -> None:
     if handle is None:
         raise RuntimeError("model is not patched; nothing to undo")
     handle.unpatch()
+
+
+def shape_for(model: Any, retention: str) -> ModelShape:
+    """What policies are bound to. Under ``evict`` the predictor in the model's folder is not looked for: it was trained for tokens that can
+    come back, and here its boldest step would be the last word.
+    """
+    shape = ModelShape.from_config(model.config)
+    return shape if retention == "recoverable" else shape.replace(folder=None)
 
 
 class Handle:
