@@ -100,6 +100,12 @@ class ClosedForm:
         weight[:, :, _IMAGE] = torch.arange(count - 1, -1, -1)[:, None] / num_heads
         self.weight = weight.flatten(1)
 
+    @staticmethod
+    def stretched(rates: Iterable[float], strength: float) -> tuple[float, ...]:
+        """Rates to prune less or more by: 0 removes nothing, 0.5 is ``rates``, 1 removes all."""
+        less, more = min(2.0 * strength, 1.0), max(2.0 * strength - 1.0, 0.0) * (1.0 - 1e-6)  # ascending still
+        return tuple(rate * less + (1.0 - rate) * more for rate in rates) if strength > 0 else (0.0,)
+
 
 class DyRatePredictor(nn.Module):
     """A trained predictor: ``logits = mass.flatten(1) @ weight.T + bias`` over K rates; a text-aware one adds

@@ -39,6 +39,9 @@ METHODS: dict[str, Rule] = {
     "threshold": Rule("threshold", k=2, share=0.6),
     "st3": Rule("st3", k=2, rate=0.2, growth=0.4, least=0.3, horizon=5, stages=2),
     "dycoke": Rule("dycoke", k=2, rate=0.6, similarity=0.8),
+    "pyramiddrop": Rule("pyramiddrop", keep=0.6),
+    "pyramiddrop-k2": Rule("pyramiddrop", k=2, keep=0.7, stages=2),
+    "layerwise": Rule("layerwise", k=1, stages=3),
 }
 FEW = ("dyrate", "fixed", "fastv-mean", "vtw", "depth", "schedule")
 
@@ -82,6 +85,10 @@ def policy(rule: Rule) -> Any:
         options["share"] = rule.share
     if rule.name == "st3":
         options |= {name: getattr(rule, name) for name in ("growth", "least", "horizon", "stages")}
+    if rule.name == "pyramiddrop":
+        options |= {"keep": rule.keep, "stages": rule.stages}
+    if rule.name == "layerwise":
+        options |= {"groups": rule.stages, "rates": rule.rates, "num_rates": rule.buckets}
     if rule.name == "dycoke":
         options["similarity"] = rule.similarity
     if rule.name == "schedule":

@@ -31,14 +31,15 @@ class Rule:
     """One method's options, as methods.md words them.
 
     Attributes:
-        name: none, fixed, fastv, vtw, depth, schedule, uniform, dyrate, threshold, st3 or dycoke.
+        name: none, fixed, fastv, vtw, depth, schedule, uniform, dyrate, threshold, st3, dycoke, pyramiddrop or layerwise.
         k: first layer that sees the pruned set; None: the method's own default.
         rate: fraction removed (fixed, fastv, uniform).
         ranking: which prompt rows FastV ranks by, ``last`` or ``mean``.
         kept: (step, count) pairs of a schedule.
         prune, growth: of depth; growth of st3 too.
         share: of threshold.
-        least, horizon, stages: of st3.
+        least, horizon, stages: of st3; stages of pyramiddrop and layerwise too.
+        keep: of pyramiddrop.
         similarity: of dycoke.
         rates: ``half_open`` or ``closed`` (dyrate).
         buckets: K (dyrate).
@@ -57,6 +58,7 @@ class Rule:
     least: float = 0.25
     horizon: int = 64
     stages: int = 3
+    keep: float = 0.5
     similarity: float = 0.9
     rates: str = "half_open"
     buckets: int = 5
@@ -67,11 +69,17 @@ class Rule:
     def first_layer(self, num_layers: int) -> int:
         if self.k is not None:
             return self.k
-        return {"vtw": max(num_layers // 2, 1), "depth": 4}.get(self.name, 3)
+        return {"vtw": max(num_layers // 2, 1), "depth": 4, "pyramiddrop": max(num_layers // 4, 1)}.get(self.name, 3)
+
+    def stage_starts(self, num_layers: int) -> list[int]:
+        """First layers of the stages that are decided one by one; one entry for methods that decide once for all layers."""
+        first = self.first_layer(num_layers)
+        count = min(self.stages, num_layers - first) if self.name in ("pyramiddrop", "layerwise") else 1
+        return [first + (num_layers - first) * i // count for i in range(count)]
 
     @property
     def decides_while_decoding(self) -> bool:
-        return self.name in ("fixed", "schedule", "uniform", "dyrate", "threshold", "st3", "dycoke")
+        return self.name in ("layerwise", "fixed", "schedule", "uniform", "dyrate", "threshold", "st3", "dycoke")
 
 
 @dataclass(frozen=True)
@@ -87,10 +95,15 @@ class Step:
     """What one step of one sequence decided: the columns that stay, by layer, and why."""
 
     step: int
-    rate: float
+    rates: dict[int, float]  # by layer
     kept: dict[int, list[int]]
     mass: Tensor  # float64 [4], mean over heads
     importance: Tensor  # float64 [N]
+
+    @property
+    def rate(self) -> float:
+        """The mean over pruned layers."""
+        return sum(self.rates.values()) / len(self.rates)
 
     @property
     def count(self) -> int:
@@ -177,6 +190,8 @@ class Oracle:
             layer.self_attn.oracle = self
         self.num_layers = len(text.layers)
         self.k = rule.first_layer(self.num_layers)
+        starts = rule.stage_starts(self.num_layers)
+        self.stages = {start - 1: range(start, end) for start, end in zip(starts, [*starts[1:], self.num_layers], strict=True)}
         config = self.model.config
         self.visual_ids = [i for i in (getattr(config, "image_token_id", None), getattr(config, "video_token_id", None)) if i is not None]
         self.turns: list[Turn] | None = None
@@ -218,29 +233,41 @@ class Oracle:
         self.visual = torch.isin(ids, torch.tensor(self.visual_ids)) & self.real
         self.hidden: dict[int, Tensor] = {}
 
-    def decide(self, probabilities: Tensor) -> None:
-        """Works out which columns each row of layers >= k may not read. ``probabilities`` float ``[B, Hq, S, S]`` are of layer k-1."""
+    def decide(self, probabilities: Tensor, layer: int) -> None:
+        """Works out which columns each row of the layers that ``layer`` decides for may not read. ``probabilities``: its own, float
+        ``[B, Hq, S, S]``.
+        """
         assert self.turns is not None
         batch, _, length, _ = probabilities.shape
-        pruned = range(self.k, self.num_layers)
-        self.hidden = {layer: torch.zeros(batch, length, length, dtype=torch.bool) for layer in pruned}
-        self.trace = []
+        layers = self.stages[layer]
+        if layer == self.k - 1:
+            self.hidden = {each: torch.zeros(batch, length, length, dtype=torch.bool) for each in range(self.k, self.num_layers)}
+            self.decided: list[list[list[Step]]] = [[[] for _ in self.turns] for _ in range(batch)]
         for b in range(batch):
-            steps: list[Step] = []
             state = _Sequence()
             for i, turn in enumerate(self.turns):
                 until = self.turns[i + 1].start if i + 1 < len(self.turns) else length
-                steps = self._turn(b, turn, until, probabilities[b].double(), state)
-            self.trace.append(steps)
+                before = self.decided[b][i]
+                steps = self._turn(b, turn, until, probabilities[b].double(), state, layers, before)
+                if before:
+                    for step, more in zip(before, steps, strict=True):
+                        step.rates |= more.rates
+                        step.kept |= more.kept
+                else:
+                    self.decided[b][i] = steps
+        self.trace = [turns[-1] for turns in self.decided]
 
-    def _turn(self, b: int, turn: Turn, until: int, probabilities: Tensor, state: _Sequence) -> list[Step]:
+    def _turn(
+        self, b: int, turn: Turn, until: int, probabilities: Tensor, state: _Sequence, layers: range, before: list[Step]
+    ) -> list[Step]:  # fmt: skip
+        """The steps of a turn for these layers; ``before``: the same steps for the stages before them."""
         visual = [c for c in self.visual[b].nonzero()[:, 0].tolist() if c < turn.end]
         if not visual:
             return []
         new = [c for c in visual if c >= turn.start]
-        layers = range(self.k, self.num_layers)
         alive = {layer: sorted({*state.survivors.get(layer, []), *new}) for layer in layers}
         candidates = dict.fromkeys(layers, visual) if self.retention == "recoverable" else alive
+        candidates = self._within(candidates, before, 0)
         rows = [r for r in range(turn.start, turn.end) if self.real[b, r]] if self.rule.ranking == "mean" else [turn.end - 1]
         at_prompt = self._choose(b, 0, turn, probabilities, rows, visual, candidates, state)
         if self.retention == "evict":
@@ -252,9 +279,10 @@ class Oracle:
             if not self.rule.decides_while_decoding or (self.retention == "evict" and self.frozen):
                 mass = self._mass(b, turn, probabilities[:, row], visual).mean(0)
                 importance = probabilities[:, row][..., list(visual)].mean(0)
-                chosen = replace(at_prompt, step=step, mass=mass, importance=importance)
+                chosen = replace(at_prompt, step=step, mass=mass, importance=importance, rates={**at_prompt.rates}, kept={**at_prompt.kept})
             else:
                 able = dict.fromkeys(layers, visual) if self.retention == "recoverable" else state.survivors
+                able = self._within(able, before, step)
                 chosen = self._choose(b, step, turn, probabilities, [row], visual, able, state)
                 if self.retention == "evict":
                     state.survivors = chosen.kept
@@ -262,13 +290,21 @@ class Oracle:
             steps.append(chosen)
         return steps
 
+    @staticmethod
+    def _within(candidates: dict[int, Sequence[int]], before: list[Step], step: int) -> dict[int, Sequence[int]]:
+        """What the stage before keeps in the same step."""
+        if not before:
+            return candidates
+        kept = {*before[step].kept[min(candidates) - 1]}
+        return {layer: [c for c in columns if c in kept] for layer, columns in candidates.items()}
+
     def _hide(self, b: int, rows: Sequence[int], visual: Sequence[int], step: Step) -> None:
         if not rows:
             return
-        for layer, mask in self.hidden.items():
-            gone = sorted({*visual} - {*step.kept[layer]})
+        for layer, kept in step.kept.items():
+            gone = sorted({*visual} - {*kept})
             if gone:
-                mask[b][torch.tensor(list(rows))[:, None], torch.tensor(gone)] = True
+                self.hidden[layer][b][torch.tensor(list(rows))[:, None], torch.tensor(gone)] = True
 
     def _choose(
         self,
@@ -289,7 +325,7 @@ class Oracle:
         if step == 0:
             state.first_mass = total
         score = dict(zip(visual, importance.tolist(), strict=True))
-        rates = self._rates(step, n, mass, total, state)
+        rates = {layer: rate for layer, rate in self._rates(step, n, mass, total, state).items() if layer in candidates}
         if rule.name == "threshold":
             rates = dict.fromkeys(rates, 1.0 - holding([score[c] for c in candidates[self.k]], rule.share) / n)
         if rule.name == "dycoke":
@@ -308,7 +344,7 @@ class Oracle:
                 kept[layer] = sorted({*spaced, *top(rest, [score[c] for c in rest], count - len(spaced))})
             else:
                 kept[layer] = top(able, [score[c] for c in able], count)
-        return Step(step, sum(rates.values()) / len(rates), kept, mass.mean(0), importance)
+        return Step(step, rates, kept, mass.mean(0), importance)
 
     def _rates(self, step: int, n: int, mass: Tensor, total: float, state: _Sequence) -> dict[int, float]:
         rule = self.rule
@@ -322,6 +358,8 @@ class Oracle:
             fading = max(rule.least, 1 - (1 - rule.least) * step / rule.horizon)
             stage_of = {layer: sum(first <= layer for first in firsts) - 1 for layer in layers}
             return {layer: 1 - max(1 - rule.rate - rule.growth * stage_of[layer] / max(stages - 1, 1), 0) * fading for layer in layers}
+        if rule.name == "pyramiddrop":
+            return {layer: 1 - rule.keep ** (stage + 1) for stage, group in enumerate(self.stages.values()) for layer in group}
         if rule.name == "none":
             rate = 0.0
         elif rule.name == "vtw":
@@ -329,7 +367,7 @@ class Oracle:
         elif rule.name == "schedule":
             counts = [count for first, count in rule.kept if first <= step]
             rate = 1.0 - min(counts[-1], n) / n if counts else 0.0
-        elif rule.name == "dyrate":
+        elif rule.name in ("dyrate", "layerwise"):
             if rule.weight is None:
                 index = closed_form_index(total, state.first_mass, rule.buckets)
             else:
@@ -373,6 +411,6 @@ def _attention(
         allowed = allowed & ~oracle.hidden[module.layer_idx][:, None]
     scores = scores.masked_fill(~allowed, -math.inf)
     probabilities = torch.softmax(scores, -1).masked_fill(~allowed.any(-1, keepdim=True), 0.0)  # rows of padding read nothing
-    if module.layer_idx == oracle.k - 1:
-        oracle.decide(probabilities)
+    if module.layer_idx in oracle.stages:
+        oracle.decide(probabilities, module.layer_idx)
     return (probabilities @ value).to(query.dtype).transpose(1, 2).contiguous(), None

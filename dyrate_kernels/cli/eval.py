@@ -153,8 +153,8 @@ def _at_costs(
         for contender in chosen[1:]:
             label = f"{contender.label}@{100 * cost:g}"
             if contender.policy.name == "none":  # a coarser picture: the nearest square
-                tokens = processor(text=processor.image_token, images=[suite[0].images[0]])["input_ids"][0] == model.config.image_token_id
-                side = max(round(math.sqrt(cost * int(sum(tokens)))), 1)
+                ids = processor(text=processor.image_token, images=[suite[0].images[0]])["input_ids"][0]
+                side = max(round(math.sqrt(cost * list(ids).count(model.config.image_token_id))), 1)
                 found.append(replace(contender, label=label, side=side))
                 continue
             policy = contender.bound(model)

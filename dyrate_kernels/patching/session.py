@@ -16,7 +16,7 @@ come alone, so assisted decoding with retention ``recoverable`` gives the tokens
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dyrate_kernels import ops
 from dyrate_kernels.cache import INSTRUCTION, RESPONSE, SYSTEM, RowGroup, VisualCache
+from dyrate_kernels.patching.stages import Noted, Stages
 from dyrate_kernels.patching.wide import KeyRows, attend_wide, row_statistics, sum_of_all_rows, visibility
 from dyrate_kernels.policies.base import ModelShape, Policy, View
 from dyrate_kernels.stats import Record
@@ -72,6 +73,9 @@ class Forward:
     shrunk: bool = False  # pruned layers receive fewer columns; then, by group:
     source: dict[int, Tensor] = field(default_factory=dict)  # int64 [B, s], which columns (of this and the waiting chunks) stay
     filled: dict[int, Tensor] = field(default_factory=dict)  # bool [B, s], False for the filler of shorter sequences
+    noted: Noted | None = None  # where groups decide one by one: what the first one saw
+    drafts: Noted | None = None  # likewise, for drafted rows
+    joined: tuple[Tensor, ...] | None = None  # column, stored, token, text and type of this and the waiting chunks
     joined_length: int = 0  # columns of this and the waiting chunks
     joined_positions: dict[str, Any] = field(default_factory=dict)
     positions: tuple = ()
@@ -90,6 +94,8 @@ class Session:
     Attributes:
         bounds_at_capacity: decode steps tell the operators no bound of the text rows, which changes from step to step (patching.graph).
         windows: sliding windows of the layers seen so far.
+        score_layer: layer ``k-1``, which decides for all pruned layers, or for the first group of them where there are ``stages``.
+        stages: what decides for the later groups, each at the layer before it (``Policy.rescores``), or None.
     """
 
     bounds_at_capacity: bool = False
@@ -98,7 +104,9 @@ class Session:
         self.policy, self.shape, self.retention, self.backend = policy, shape, retention, backend
         self.evict = retention == "evict"
         self.score_layer = policy.k - 1
-        self.cache = VisualCache(shape.num_layers, policy.layer_groups(shape.num_layers), shared_rows=not self.evict)
+        starts = policy.layer_groups(shape.num_layers)
+        self.stages = Stages(self, starts) if policy.rescores and len(starts) > 1 else None
+        self.cache = VisualCache(shape.num_layers, starts, shared_rows=not self.evict)
         self.cache.session = self
         self.record_importance = record_importance
         self.record: Record | None = None
@@ -115,6 +123,7 @@ class Session:
         self.frozen = False
         self.evicted_while_decoding = False
         self.decided = False  # the policy has decided at a prefill of this conversation
+        self.had_decided = False  # before the prefill that is under way
         self.new_images = False  # this turn brought visual tokens
         self.step: Tensor | None = None  # int64 [1]: step of the next token (0 = the prompt)
         self.column: Tensor | None = None  # int32 [1]: column of the next token
@@ -387,16 +396,16 @@ class Session:
             else:
                 cache.write(layer, key, value, cache.group_of[layer].capacity + forward.row)
             return
-        slot = forward.slots.get(self._group_index(layer))
+        slot = forward.slots.get(self.group_index(layer))
         if slot is not None:  # None: a deferred chunk, whose rows come with the last one
             cache.write(layer, key, value, slot.row)
 
     def see(self, layer: int, hidden: Tensor) -> None:
         """Keeps the hidden states that go into the score layer's attention (called by ``VisualCache.see``)."""
-        if layer == self.score_layer and self.policy.reads_hidden:
+        if self.policy.reads_hidden and (layer == self.score_layer or (self.stages is not None and layer in self.stages.groups)):
             self.hidden = hidden
 
-    def _hidden_of(self, rows: slice) -> Tensor | None:
+    def hidden_of(self, rows: slice) -> Tensor | None:
         """``[B, r, d]`` of these rows of the pass, where the text's metadata are."""
         return None if self.hidden is None else self.hidden[:, rows].detach().to(self.cache.n_text.device)
 
@@ -409,7 +418,7 @@ class Session:
             return self._attend_decode(layer, query[:, :, 0], scale, window)[:, None]
         return self._attend_wide(layer, query, key, value, scale, window)
 
-    def _group_index(self, layer: int) -> int:
+    def group_index(self, layer: int) -> int:
         return self.cache.groups.index(self.cache.group_of[layer])
 
     # ---- decode step ------------------------------------------------------------------------------------------------------------
@@ -442,38 +451,50 @@ class Session:
             return self._score_decode(rows)
         if group.kept is not None:
             rows["kept"], rows["n_kept"] = group.kept.to(device), group.n_kept.to(device)
+        if self.stages is not None and layer in self.stages.groups and self._decides_now:
+            rows["text_type"] = cache.text_type.to(device)
+            return self.stages.decode(layer, rows)
         return ops.decode_attention(**rows).output
+
+    @property
+    def _decides_now(self) -> bool:
+        """A decode step chooses."""
+        policy = self.policy
+        return policy.at_decode and self.cache.full.bound > 0 and not (self.evict and (self.frozen or policy.constant))
 
     def _score_decode(self, rows: dict) -> Tensor:
         cache, policy = self.cache, self.policy
         rows["text_type"] = cache.text_type.to(rows["query"].device)
-        decides = policy.at_decode and cache.full.bound > 0 and not (self.evict and (self.frozen or policy.constant))
-        if not decides:
+        if not self._decides_now:
             result = ops.decode_attention(**rows, mass=True, importance=self.record_importance)
-            self._write_record(result.mass, result.importance)
+            self.write_record(result.mass, result.importance)
             return result.output
         pruned = cache.groups[1]
-        hidden = self._hidden_of(slice(-1, None))
+        hidden = self.hidden_of(slice(-1, None))
         hidden = None if hidden is None else hidden[:, 0]
         tensors = policy.predictor_tensors(self.state, hidden) if len(cache.groups) == 2 else None
         if tensors is not None:
             weight, bias, rates = tensors
             step = ops.decode_step(
                 **rows, weight=weight, bias=bias, rates=rates,
-                alive=self._alive(pruned), max_kept=pruned.n_visual if self.evict else None,
+                alive=self.alive_of(pruned), max_kept=pruned.n_visual if self.evict else None,
             )  # fmt: skip
             output, mass, importance, self.last_rate = step.output, step.mass, step.importance, step.rate
-            self._apply(pruned, step.kept, step.n_kept)
+            self.apply(pruned, step.kept, step.n_kept)
         else:
             result = ops.decode_attention(**rows, mass=True, importance=True)
             output, mass, importance = result.output, result.mass, result.importance
             batch = mass.shape[0]
-            view = View(self.step.expand(batch), mass, importance, cache.full.n_visual, self._alive(pruned), self.state, hidden)
-            self._select_and_apply(policy.decide(view), importance)
-        self._write_record(mass, importance)
+            view = View(self.step.expand(batch), mass, importance, cache.full.n_visual, self.alive_of(pruned), self.state, hidden)
+            decision = policy.decide(view)
+            if self.stages is not None:
+                self.stages.first(mass, importance, decision)
+                return output
+            self._select_and_apply(decision, importance)
+        self.write_record(mass, importance)
         return output
 
-    def _alive(self, group: RowGroup) -> Tensor | None:
+    def alive_of(self, group: RowGroup) -> Tensor | None:
         return None if group.alive is None else group.alive[:, : self.cache.full.capacity]
 
     def _select_and_apply(self, decision, importance: Tensor) -> None:
@@ -484,10 +505,10 @@ class Session:
         for group, count in zip(cache.groups[1:], counts, strict=True):
             if self.evict:
                 count = torch.minimum(count, group.n_visual)
-            kept, n_kept = ops.select_tokens(score, count, cache.full.n_visual, alive=self._alive(group), backend=self.backend)
-            self._apply(group, kept, n_kept)
+            kept, n_kept = ops.select_tokens(score, count, cache.full.n_visual, alive=self.alive_of(group), backend=self.backend)
+            self.apply(group, kept, n_kept)
 
-    def _apply(self, group: RowGroup, kept: Tensor, n_kept: Tensor) -> None:
+    def apply(self, group: RowGroup, kept: Tensor, n_kept: Tensor) -> None:
         """The choice of a step takes effect: a list to read through, or rows that move."""
         cache = self.cache
         if self.evict:
@@ -521,7 +542,7 @@ class Session:
 
     def _attend_wide(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         forward = self.forward
-        index = self._group_index(layer)
+        index = self.group_index(layer)
         slot = forward.slots.get(index)
         if slot is None:  # a deferred chunk: nobody reads this
             return torch.zeros_like(query).transpose(1, 2)
@@ -529,13 +550,16 @@ class Session:
         column = slot.column.to(query.device)
         plain = slot.plain and index not in forward.allowed and (window is None or forward.start + forward.length <= window)
         mask = None
-        if not plain or layer == self.score_layer:
+        scores = layer == self.score_layer or (self.stages is not None and layer in self.stages.groups)
+        if not plain or scores:
             mask = visibility(rows, column, window)
             if index in forward.allowed:
                 mask = self._restrict(mask, rows, forward.allowed[index].to(query.device))
         output = attend_wide(query, rows, None if plain else mask, scale)
         if layer == self.score_layer:
             self._score_wide(layer, query, rows, mask, column, scale, window)
+        elif scores:
+            self.stages.wide(layer, query, rows, mask, scale)
         return output
 
     @staticmethod
@@ -560,7 +584,7 @@ class Session:
             added = sum_of_all_rows(query[:, :, prompt], rows, mask[:, prompt], real, scale, tokens).to(home)
             self.column_sum = added if self.column_sum is None else _resize_like(self.column_sum, added) + added
         if forward.ends_prompt:
-            hidden = self._hidden_of(slice(last, last + 1))
+            hidden = self.hidden_of(slice(last, last + 1))
             if forward.drafted or window is not None:
                 mass, importance = row_statistics(query[:, :, last : last + 1], rows, mask[:, last : last + 1], scale, tokens)
                 mass, importance = mass[:, 0].to(home), importance[:, 0].to(home)
@@ -595,32 +619,48 @@ class Session:
                 importance = self.column_sum
             alive = None
             if self.evict:
-                alive = self._candidates(cache.groups[1])
+                alive = self.candidates(cache.groups[1])
             if not self.state or self.new_images:
                 self.state = policy.start(n_visual)
             step = torch.zeros(batch, dtype=torch.int64, device=n_visual.device)
             decision = policy.decide(View(step, mass, importance, n_visual, alive, self.state, hidden))
             score = importance if decision.score is None else decision.score
-            groups = cache.groups[1:]
+            groups = cache.groups[1:] if self.stages is None else cache.groups[1:2]
             counts = decision.count if decision.count.dim() == 2 else decision.count[None].expand(len(groups), -1)
-            if self.evict:
+            if self.evict or not policy.at_decode:
                 self.last_rate = decision.rate
-                self._shrink_prompt(score, counts)
-            elif not policy.at_decode:
-                self.last_rate = decision.rate
-                for group, count in zip(groups, counts, strict=True):
-                    kept, n_kept = ops.select_tokens(score, count, n_visual, backend=self.backend)
-                    width = policy.kept_bound(cache.full.bound)
-                    kept = kept[:, :width]
-                    if group.kept is not None and self.decided:  # sequences without new images keep their old choice
-                        kept, n_kept = self._keep_old_choice(group, kept, n_kept)
-                    group.kept, group.n_kept = kept, n_kept
+            if self.stages is not None:
+                self.forward.noted = Noted(mass, importance, [decision.rate])
+            self.had_decided = self.decided
+            self.choose_for_prompt(groups, score, counts)
             self.decided = True
         elif self.prunes_prompt:
-            self._shrink_prompt(importance, n_visual[None].expand(len(cache.groups) - 1, -1))
-        self._write_record(mass, importance, step=0)
+            self.shrink_prompt(cache.groups[1:], importance, n_visual[None].expand(len(cache.groups) - 1, -1))
+        if self.forward.noted is None:  # else more groups decide first
+            self.write_record(mass, importance, step=0)
 
-    def _keep_old_choice(self, group: RowGroup, kept: Tensor, n_kept: Tensor) -> tuple[Tensor, Tensor]:
+    def choose_for_prompt(self, groups: list[RowGroup], score: Tensor, counts: Tensor, within: Tensor | None = None) -> None:
+        """What these groups keep of the prompt: rows under ``evict``, else a list, if nothing is decided again.
+
+        Args:
+            score: ``[B, N]``.
+            counts: ``[len(groups), B]``.
+            within: bool ``[B, N]``, what can be chosen; None: all.
+        """
+        cache = self.cache
+        if self.evict:
+            self.shrink_prompt(groups, score, counts, within)
+            return
+        if self.policy.at_decode:
+            return
+        for group, count in zip(groups, counts, strict=True):
+            kept, n_kept = ops.select_tokens(score, count, cache.full.n_visual, alive=within, backend=self.backend)
+            kept = kept[:, : self.policy.kept_bound(cache.full.bound)]
+            if group.kept is not None and self.had_decided:  # sequences without new images keep their old choice
+                kept, n_kept = self.keep_old_choice(group, kept, n_kept)
+            group.kept, group.n_kept = kept, n_kept
+
+    def keep_old_choice(self, group: RowGroup, kept: Tensor, n_kept: Tensor) -> tuple[Tensor, Tensor]:
         fresh = (self.forward.slots[0].token >= 0).any(1)
         width = max(kept.shape[1], group.kept.shape[1])
         old = torch.full((kept.shape[0], width), -1, dtype=torch.int32, device=kept.device)
@@ -628,26 +668,30 @@ class Session:
         old[:, : group.kept.shape[1]], new[:, : kept.shape[1]] = group.kept, kept
         return torch.where(fresh[:, None], new, old), torch.where(fresh, n_kept, group.n_kept)
 
-    def _candidates(self, group: RowGroup) -> Tensor:
+    def candidates(self, group: RowGroup) -> Tensor:
         """bool ``[B, N]``: tokens a pruned group holds already or would receive in this turn."""
         cache = self.cache
         columns = cache.token_column[:, : cache.full.capacity]
         live = torch.arange(columns.shape[1], device=columns.device) < cache.full.n_visual[:, None]
-        return (self._alive(group) | (columns >= self.turn_start)) & live
+        return (self.alive_of(group) | (columns >= self.turn_start)) & live
 
-    def _shrink_prompt(self, score: Tensor, counts: Tensor) -> None:
-        """Evict at prefill: each pruned group keeps ``counts`` of its candidates; old rows are compacted, new columns get their slots."""
+    def shrink_prompt(self, groups: list[RowGroup], score: Tensor, counts: Tensor, within: Tensor | None = None) -> None:
+        """Evict at prefill: each of these groups keeps ``counts`` of its candidates; old rows are compacted, new columns get slots."""
         cache, forward = self.cache, self.forward
-        slots = [waiting.slot for waiting in self.waiting] + [forward.slots[0]]
-        column, stored, token, text, kind = (
-            torch.cat([getattr(slot, name) for slot in slots], dim=1) for name in ("column", "stored", "token", "text", "type")
-        )
+        if forward.joined is None:
+            slots = [waiting.slot for waiting in self.waiting] + [forward.slots[0]]
+            forward.joined = tuple(
+                torch.cat([getattr(slot, name) for slot in slots], dim=1) for name in ("column", "stored", "token", "text", "type")
+            )
+        column, stored, token, text, kind = forward.joined
         visual = stored & (token >= 0)
         tokens = cache.token_column.shape[1]
         batch, width = column.shape
         chosen, keeps = [], []
-        for group, count in zip(cache.groups[1:], counts, strict=True):
-            kept, n_kept = ops.select_tokens(score, count, cache.full.n_visual, alive=self._candidates(group), backend=self.backend)
+        for group, count in zip(groups, counts, strict=True):
+            able = self.candidates(group)
+            able = able if within is None else able & within
+            kept, n_kept = ops.select_tokens(score, count, cache.full.n_visual, alive=able, backend=self.backend)
             chosen.append((kept, n_kept))
             mark = torch.zeros(batch, tokens + 1, dtype=torch.bool, device=column.device)
             mark.scatter_(1, torch.where(kept < 0, tokens, kept).long(), True)
@@ -661,9 +705,8 @@ class Session:
         sizes = torch.stack(
             [torch.stack([s.sum(1).max(), s.sum(1).min(), k.sum(1).min()]) for s, k in zip(stays, keeps, strict=True)]
         ).tolist()
-        for index, (group, (kept, n_kept), keep, stay, (size, least, real)) in enumerate(
-            zip(cache.groups[1:], chosen, keeps, stays, sizes, strict=True), 1
-        ):
+        for group, (kept, n_kept), keep, stay, (size, least, real) in zip(groups, chosen, keeps, stays, sizes, strict=True):
+            index = cache.groups.index(group)
             if self.turn_start > 0:
                 cache.evict(group, kept, n_kept, self.backend)
             place = stay.cumsum(1) - 1 + (size - stay.sum(1, keepdim=True))
@@ -684,42 +727,67 @@ class Session:
     def _decide_drafts(self, mass: Tensor, importance: Tensor) -> None:
         """Drafted rows: each decides for itself (recoverable); under evict the kept set stays as it is (compaction is frozen)."""
         cache, policy, forward = self.cache, self.policy, self.forward
-        batch, drafted = mass.shape[:2]
-        first = forward.start + forward.length - drafted - self.turn_end + 1
-        n_visual = cache.full.n_visual
-        steps = torch.arange(first, first + drafted, device=n_visual.device)
-        groups = cache.groups[1:]
-        shares = None
+        drafted = mass.shape[1]
+        forward.drafts = Noted(mass, importance)
         if not self.evict and cache.full.bound > 0:
             if policy.at_decode:
-                each = n_visual.repeat_interleave(drafted)
-                state = {name: tensor.repeat_interleave(drafted, 0) for name, tensor in self.state.items()}
-                hidden = self._hidden_of(slice(forward.length - drafted, forward.length))
-                hidden = None if hidden is None else hidden.flatten(0, 1)
-                view = View(steps.repeat(batch), mass.flatten(0, 1), importance.flatten(0, 1), each, None, state, hidden)
-                decision = policy.decide(view)
-                score = view.importance if decision.score is None else decision.score
-                counts = decision.count if decision.count.dim() == 2 else decision.count[None].expand(len(groups), -1)
-                lists = [ops.select_tokens(score, count, each, backend=self.backend) for count in counts]
-                rate = decision.rate.view(batch, drafted)
-                self.last_rate = rate[:, -1].contiguous()
-                shares = torch.stack([n for _, n in lists]).view(len(groups), batch, drafted)
-                for index, (group, (kept, n_kept)) in enumerate(zip(groups, lists, strict=True), 1):
-                    forward.allowed[index] = self._mark(kept).view(batch, drafted, -1)
-                    width = policy.kept_bound(cache.full.bound)
-                    group.kept = kept.view(batch, drafted, -1)[:, -1, :width].contiguous()
-                    group.n_kept = n_kept.view(batch, drafted)[:, -1].contiguous()
+                hidden = self.hidden_of(slice(forward.length - drafted, forward.length))
+                indices = range(1, len(cache.groups)) if self.stages is None else range(1, 2)
+                self.choose_for_drafts(indices, mass, importance, hidden)
             else:
-                for index, group in enumerate(groups, 1):
+                for index, group in enumerate(cache.groups[1:], 1):
                     if group.kept is not None:
-                        forward.allowed[index] = self._mark(group.kept)[:, None].expand(-1, drafted, -1)
-        if self.record is None:
-            self.record = Record(self, batch)
-        for row in range(drafted):
-            kept = None if shares is None else shares[:, :, row]
-            self.record.write(self, first + row, mass[:, row], importance[:, row], kept)
+                        forward.allowed[index] = self.mark(group.kept)[:, None].expand(-1, drafted, -1)
+        if self.stages is None:
+            kept = forward.drafts.kept
+            self.write_drafts(mass, importance, torch.stack(kept) if kept else None)
 
-    def _mark(self, kept: Tensor) -> Tensor:
+    def choose_for_drafts(
+        self, indices: Sequence[int], mass: Tensor, importance: Tensor, hidden: Tensor | None, within: Tensor | None = None, stage: int = 0
+    ) -> None:  # fmt: skip
+        """What each drafted row may read in these groups: one decision, for all of them.
+
+        Args:
+            indices: of the groups.
+            mass: ``[B, d, Hq, 4]``, importance: ``[B, d, N]``, hidden: ``[B, d, D]`` or None.
+            within: bool ``[B * d, N]``, what can be chosen; None: all.
+            stage: ``View.group``.
+        """
+        cache, policy, forward = self.cache, self.policy, self.forward
+        batch, drafted = mass.shape[:2]
+        first = self._first_draft(drafted)
+        each = cache.full.n_visual.repeat_interleave(drafted)
+        steps = torch.arange(first, first + drafted, device=each.device)
+        state = {name: tensor.repeat_interleave(drafted, 0) for name, tensor in self.state.items()}
+        hidden = None if hidden is None else hidden.flatten(0, 1)
+        view = View(steps.repeat(batch), mass.flatten(0, 1), importance.flatten(0, 1), each, within, state, hidden, stage)
+        decision = policy.decide(view)
+        score = view.importance if decision.score is None else decision.score
+        counts = decision.count if decision.count.dim() == 2 else decision.count[None].expand(len(indices), -1)
+        rate = decision.rate.view(batch, drafted)
+        self.last_rate = rate[:, -1].contiguous()
+        forward.drafts.rates.append(rate)
+        width = policy.kept_bound(cache.full.bound)
+        for index, count in zip(indices, counts, strict=True):
+            kept, n_kept = ops.select_tokens(score, count, each, alive=within, backend=self.backend)
+            forward.allowed[index] = self.mark(kept).view(batch, drafted, -1)
+            forward.drafts.kept.append(n_kept.view(batch, drafted))
+            cache.groups[index].kept = kept.view(batch, drafted, -1)[:, -1, :width].contiguous()
+            cache.groups[index].n_kept = n_kept.view(batch, drafted)[:, -1].contiguous()
+
+    def _first_draft(self, drafted: int) -> int:
+        """Step of the first drafted row of this pass."""
+        return self.forward.start + self.forward.length - drafted - self.turn_end + 1
+
+    def write_drafts(self, mass: Tensor, importance: Tensor, kept: Tensor | None) -> None:
+        """Notes drafted rows: ``[B, d, ..]`` each; kept ``[G, B, d]`` or None."""
+        if self.record is None:
+            self.record = Record(self, mass.shape[0])
+        first = self._first_draft(mass.shape[1])
+        for row in range(mass.shape[1]):
+            self.record.write(self, first + row, mass[:, row], importance[:, row], None if kept is None else kept[:, :, row])
+
+    def mark(self, kept: Tensor) -> Tensor:
         """A list of tokens (-1 past its end) as bool ``[.., N]``."""
         tokens = self.cache.full.capacity
         mark = torch.zeros(kept.shape[0], tokens + 1, dtype=torch.bool, device=kept.device)
@@ -727,7 +795,7 @@ class Session:
 
     # ---- what stats() reads -----------------------------------------------------------------------------------------------------
 
-    def _write_record(self, mass: Tensor, importance: Tensor | None, step: int | None = None) -> None:
+    def write_record(self, mass: Tensor, importance: Tensor | None, step: int | None = None) -> None:
         if self.record is None:
             self.record = Record(self, mass.shape[0])
         self.record.write(self, step, mass, importance)

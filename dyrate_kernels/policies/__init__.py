@@ -2,7 +2,8 @@
 
 >>> import dyrate_kernels as dk
 >>> dk.policies.names()
-['none', 'dyrate', 'fastv', 'fixed', 'random', 'uniform', 'vtw', 'depth', 'schedule', 'threshold', 'st3', 'dycoke']
+['none', 'dyrate', 'fastv', 'fixed', 'random', 'uniform', 'vtw', 'depth', 'schedule', 'threshold', 'st3', 'dycoke', 'pyramiddrop',
+'layerwise']
 >>> dk.policies.get("fastv", k=2, rate=0.75)
 FastV(k=2, rate=0.75, ranking='last')
 """
@@ -18,7 +19,9 @@ from dyrate_kernels.policies.dycoke import DyCoke
 from dyrate_kernels.policies.dyrate import DyRate
 from dyrate_kernels.policies.fastv import FastV
 from dyrate_kernels.policies.fixed import Fixed
+from dyrate_kernels.policies.layerwise import LayerWise
 from dyrate_kernels.policies.none import KeepAll
+from dyrate_kernels.policies.pyramiddrop import PyramidDrop
 from dyrate_kernels.policies.random import Random
 from dyrate_kernels.policies.schedule import Schedule
 from dyrate_kernels.policies.st3 import ST3
@@ -26,7 +29,22 @@ from dyrate_kernels.policies.threshold import Threshold
 from dyrate_kernels.policies.uniform import Uniform
 from dyrate_kernels.policies.vtw import VTW
 
-_CLASSES: tuple[type[Policy], ...] = (KeepAll, DyRate, FastV, Fixed, Random, Uniform, VTW, Depth, Schedule, Threshold, ST3, DyCoke)
+_CLASSES: tuple[type[Policy], ...] = (
+    KeepAll,
+    DyRate,
+    FastV,
+    Fixed,
+    Random,
+    Uniform,
+    VTW,
+    Depth,
+    Schedule,
+    Threshold,
+    ST3,
+    DyCoke,
+    PyramidDrop,
+    LayerWise,
+)
 _BY_NAME = {cls.name: cls for cls in _CLASSES}
 
 __all__ = [
@@ -37,8 +55,10 @@ __all__ = [
     "FastV",
     "Fixed",
     "KeepAll",
+    "LayerWise",
     "ModelShape",
     "Policy",
+    "PyramidDrop",
     "Random",
     "ST3",
     "Schedule",

@@ -130,6 +130,8 @@ class View:
         alive: bool ``[B, N]`` or None: the tokens that can still be chosen (retention ``evict``); None: all.
         state: the dict that :meth:`Policy.start` made. Tensors with first dimension B, updated in place.
         hidden: ``[B, d]``, what goes into the attention of layer ``k-1``, normalised, for policies that read it (``reads_hidden``).
+        group: which group of layers is decided for, where each is for itself (``Policy.rescores``); mass, importance and hidden are then
+            of the layer before that group, and alive what the group before it keeps.
     """
 
     step: Tensor
@@ -139,6 +141,7 @@ class View:
     alive: Tensor | None
     state: dict[str, Tensor]
     hidden: Tensor | None = None
+    group: int = 0
 
 
 @dataclass
@@ -169,6 +172,7 @@ class Policy:
         constant: the count never changes after prefill, so under ``evict`` a decode step has nothing to decide.
         remembers: a decode step may change the state (in place), and so what later steps decide. Tokens that are drafted
             for assisted decoding all decide by the state that the last plain step left.
+        rescores: each group of layers (``layer_groups``) is decided for at the layer before it, in a call of its own.
     """
 
     k: int = 3
@@ -178,6 +182,7 @@ class Policy:
     at_decode: ClassVar[bool] = True
     constant: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    rescores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_k(self.k)

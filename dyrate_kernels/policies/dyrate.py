@@ -116,8 +116,7 @@ class DyRate(Policy):
         if isinstance(self.predictor, DyRatePredictor):
             inside = min(max(float(strength), 1e-6), 1.0 - 1e-6)
             return replace(self, predictor=self.predictor.shifted(_SHIFT * math.log(inside / (1.0 - inside))), _on_device=None)
-        less, more = min(2.0 * strength, 1.0), max(2.0 * strength - 1.0, 0.0) * (1.0 - 1e-6)  # 0.5 leaves the rates; 1 removes all
-        rates = [rate * less + (1.0 - rate) * more for rate in self.rate_values] if strength > 0 else [0.0]
+        rates = ClosedForm.stretched(self.rate_values, strength)
         return replace(self, predictor=ClosedForm.source, rates=rates, _on_device=None)
 
     def layer_groups(self, num_layers: int) -> list[int]:

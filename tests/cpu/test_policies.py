@@ -102,6 +102,8 @@ def test_registry_lists_the_methods_of_the_issue():
         "threshold",
         "st3",
         "dycoke",
+        "pyramiddrop",
+        "layerwise",
     }
 
 
@@ -112,6 +114,7 @@ def test_when_it_decides(name):
         "random": (True, True),
         "uniform": (True, True), "vtw": (True, False), "depth": (True, False), "schedule": (True, True),
         "threshold": (True, True), "st3": (True, True), "dycoke": (True, True),
+        "pyramiddrop": (True, False), "layerwise": (True, True),
     }  # fmt: skip
     policy = make(name)
     assert (policy.at_prefill, policy.at_decode) == stages[name]
@@ -641,3 +644,40 @@ def test_dycoke_reuses_its_selection_until_attention_moves():
         view.step.fill_(step)
         view.importance = importance
         assert select(view, loose.decide(view))[0] == [[0, 1, 2], [0, 1, 2]]
+
+
+# ---- policies that decide group by group ------------------------------------------------------------------------------------------------
+
+
+def test_pyramiddrop_is_the_published_pyramid():
+    deep = SHAPE.replace(num_layers=32)
+    policy = policies.get("pyramiddrop").bind(deep)
+    assert (policy.k, policy.layer_groups(32)) == (8, [8, 16, 24])
+    view = started(policy, random_view([576, 64, 0]))
+    counts = [policy.decide(dataclasses.replace(view, group=group)).count.tolist() for group in range(3)]
+    assert counts == [[288, 32, 0], [144, 16, 0], [72, 8, 0]]
+    assert policies.get("pyramiddrop", k=31).bind(deep).layer_groups(32) == [31]
+    assert not policies.get("pyramiddrop", keep=1.0).drops
+    for wrong in ({"keep": 1.5}, {"stages": 0}, {"stages": 1.5}, {"k": 0}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+            policies.get("pyramiddrop", **wrong)
+
+
+def test_layerwise_is_the_closed_form_of_each_group():
+    policy = make("layerwise", k=1, groups=2, num_rates=4)
+    alone = make("dyrate", k=1, num_rates=4, predictor="closed-form")
+    states = [alone.start(torch.tensor([40, 40], dtype=torch.int32)) for _ in range(2)]
+    view = started(policy, random_view([40, 40]))
+    chosen = set()
+    for step in range(6):
+        for group in range(2):
+            now = random_view([40, 40], seed=10 * step + group, step=step)
+            now.mass[:, :, 1] *= 0.3 + step / 4
+            got = policy.decide(dataclasses.replace(now, state=view.state, group=group))
+            want = alone.decide(dataclasses.replace(now, state=states[group]))
+            assert got.rate.tolist() == want.rate.tolist() and got.count.tolist() == want.count.tolist()
+            chosen |= set(got.rate.tolist())
+    assert len(chosen) > 2
+    for wrong in ({"groups": 0}, {"groups": True}, {"num_rates": 0}, {"rates": "poem"}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+            policies.get("layerwise", **wrong)

@@ -49,7 +49,7 @@ def test_mode(make_model, family, text, method, retention, mode):
 
 
 @RETENTION
-@pytest.mark.parametrize("method", ["dyrate", "vtw", "uniform"])
+@pytest.mark.parametrize("method", ["dyrate", "vtw", "uniform", "pyramiddrop", "layerwise"])
 @pytest.mark.parametrize("mode", ["sampled-beams", "several-beams"])
 def test_more_modes(make_model, method, retention, mode):
     _mode(make_model(), ROWS, METHODS[method], retention, MODES[mode])
@@ -99,7 +99,7 @@ def test_chunked_prefill(make_model, family, text, retention, chunk):
 
 
 @RETENTION
-@pytest.mark.parametrize("method", ["fixed", "fastv", "vtw", "depth", "schedule", "uniform"])
+@pytest.mark.parametrize("method", ["fixed", "fastv", "vtw", "depth", "schedule", "uniform", "pyramiddrop", "layerwise"])
 def test_chunked_prefill_of_every_method(make_model, method, retention):
     _chunked(make_model(), ROWS, METHODS[method], retention, 10)
 
@@ -141,7 +141,9 @@ def test_prompt_lookup(make_model, family, text, retention):
 
 
 @RETENTION
-@pytest.mark.parametrize("method", ["none", "fixed", "fastv", "vtw", "depth", "schedule", "uniform", "dyrate-closed-k1"])
+@pytest.mark.parametrize(
+    "method", ["none", "fixed", "fastv", "vtw", "depth", "schedule", "uniform", "dyrate-closed-k1", "pyramiddrop", "layerwise"]
+)
 def test_prompt_lookup_with_every_method(make_model, method, retention):
     _drafted(make_model(), METHODS[method], retention, prompt_lookup_num_tokens=4, eos_token_id=-1)
 
