@@ -251,6 +251,7 @@ def generation_cost(
     group_layers: Sequence[int],
     kept: Any,
     prefill_shrunk: bool,
+    again: Any = None,
     bytes_per_row: Sequence[float] | None = None,
     cached_text: Sequence[int] | None = None,
     cached_visual: Sequence[int] | None = None,
@@ -263,6 +264,7 @@ def generation_cost(
         visual_tokens: ``[B]`` visual tokens N.
         group_layers: ``[G]`` layers in each group; they sum to L.
         kept: ``[T, G, B]`` visual tokens that the layers of a group read in a step.
+        again: ``[T, G, B]``, likewise of a first pass of a decode step that ran twice; -1 where it did not. None: none did.
         prefill_shrunk: the prompt itself was shrunk to ``kept[0]`` in each group (else it ran unpruned).
         bytes_per_row: ``[G]`` bytes of one token's key and value in one layer; by default from ``shape``.
         cached_text, cached_visual: ``[B]`` how many of the tokens were in the cache before this prompt (earlier
@@ -302,20 +304,26 @@ def generation_cost(
     def read(count: np.ndarray) -> float:
         return float(steps * weights + (row_bytes * (count[1:] + text_at[1:, None])).sum())
 
+    twice = np.zeros(kept.shape, dtype=bool) if again is None else np.asarray(again) >= 0
+    first_pass = np.where(twice, 0.0 if again is None else again, 0.0) + text_at[:, None]
+    flops_again = float((twice * layers * layer_flops(shape, 1.0, first_pass)).sum()) + float(twice[:, 0].sum()) * head_flops(shape)
+    read_again = float(twice.any((1, 2)).sum() * weights + (twice * row_bytes * first_pass).sum())
+
     prompt, total = executed(kept, kept[0] if prefill_shrunk else full[0])
     prompt_unpruned, total_unpruned = executed(full, full[0])
     length = visual[None] + text_at
     whole = fastv_layer(length, shape.hidden_size, shape.intermediate_size)
     passes = fastv_layer(kept + text_at[:, None], shape.hidden_size, shape.intermediate_size)
+    passes = passes + twice * fastv_layer(first_pass, shape.hidden_size, shape.intermediate_size)
     ratio = (layers * passes).sum(1) / (shape.num_layers * np.where(length > 0, whole, 1.0))
     return GenerationCost(
         n=tuple(int(value) for value in length[0]),
         paper_cost=float(np.where(length > 0, ratio, 1.0).mean()),
-        flops=total,
+        flops=total + flops_again,
         flops_unpruned=total_unpruned,
         prefill_flops=prompt,
         prefill_flops_unpruned=prompt_unpruned,
-        bytes_read=read(kept),
+        bytes_read=read(kept) + read_again,
         bytes_read_unpruned=read(full),
     )
 

@@ -46,7 +46,9 @@ class Stats:
         visual_tokens: N of each sequence.
         steps: one entry a step, the prefill first.
         kept_mean: mean over steps and sequences with an image of kept / N in layers >= k; 1.0 without any image.
-        visual_share: the same over all layers: what visual tokens cost where text costs nothing and cost is linear.
+        visual_share: the same over all layers, passes that were run again included: what visual tokens cost where text costs nothing and
+            cost is linear.
+        checks: steps that ran once more unpruned, for the policy to compare; ``steps`` tells what their second pass read.
         kv_bytes_live, kv_bytes_reserved: bytes of the rows held, and of the buffers they lie in.
         flops, flops_unpruned: executed by the text model, and what it would have been with every token (exact SwiGLU count).
         paper_cost: FastV's formula over the whole sequence, mean over steps, as a fraction of unpruned (methods.md, section 4, axis 1).
@@ -62,6 +64,7 @@ class Stats:
     steps: list[Step]
     kept_mean: float
     visual_share: float
+    checks: int
     kv_bytes_live: int
     kv_bytes_reserved: int
     flops: float
@@ -93,7 +96,8 @@ class Record:
         self.batch = batch
         self.capacity = 0
         self.steps = 0  # one more than the newest step written
-        self.rate = self.mass = self.kept = self.text = self.importance = self.chosen = None
+        self.rate = self.mass = self.kept = self.again = self.importance = self.chosen = None
+        self.counts_again = session.policy.reads_logits
         self.keep_importance = session.record_importance
         self.tokens = cache.full.capacity
         self.cached = session.cached
@@ -111,6 +115,8 @@ class Record:
         self.rate = wider(self.rate, self.batch, dtype=torch.float64)
         self.mass = wider(self.mass, self.batch, 4, dtype=torch.float32)
         self.kept = wider(self.kept, self.groups, self.batch, dtype=torch.int32)
+        if self.counts_again:  # what a pass read before the step ran again, plus 1; 0: it did not
+            self.again = wider(self.again, self.groups, self.batch, dtype=torch.int32)
         if self.keep_importance:
             self.importance = wider(self.importance, self.batch, self.tokens, dtype=torch.float32)
             self.chosen = wider(self.chosen, self.batch, self.tokens, dtype=torch.bool)
@@ -118,7 +124,7 @@ class Record:
 
     def tensors(self) -> list[Tensor]:
         """Those that a step writes."""
-        return [tensor for tensor in (self.rate, self.mass, self.kept, self.importance, self.chosen) if tensor is not None]
+        return [tensor for tensor in (self.rate, self.mass, self.kept, self.again, self.importance, self.chosen) if tensor is not None]
 
     def reserve(self, step: int) -> None:
         """Makes room for ``step``."""
@@ -144,18 +150,20 @@ class Record:
         index = session.step if step is None else torch.full((1,), step, dtype=torch.int64, device=self.device)
         self.reserve(number)
         self.note(number)
-        prefill_reads_all = step == 0 and not session.evict
+        reads_all = (step == 0 and not session.evict) or session.unpruned
         groups = cache.groups[1:] or cache.groups
         if kept is None:
-            kept = torch.stack([g.n_visual if g.n_kept is None or prefill_reads_all else g.n_kept for g in groups])
-        rate = torch.zeros_like(session.last_rate) if prefill_reads_all else session.last_rate
+            kept = torch.stack([g.n_visual if g.n_kept is None or reads_all else g.n_kept for g in groups])
+        if session.unpruned:
+            self.again.index_copy_(0, index, self.kept.index_select(0, index) + 1)
+        rate = torch.zeros_like(session.last_rate) if reads_all else session.last_rate
         if rate is not None:
             self.rate.index_copy_(0, index, rate.to(self.rate.dtype)[None])
         self.mass.index_copy_(0, index, mass.to(self.device, torch.float32).mean(1)[None])
         self.kept.index_copy_(0, index, kept[None])
         if self.keep_importance and importance is not None:
             self.importance.index_copy_(0, index, importance.to(self.device, torch.float32)[None, :, : self.tokens])
-            self.chosen.index_copy_(0, index, self._chosen(session, prefill_reads_all)[None, :, : self.tokens])
+            self.chosen.index_copy_(0, index, self._chosen(session, reads_all)[None, :, : self.tokens])
 
     def _chosen(self, session: Session, all_tokens: bool) -> Tensor:
         group = (session.cache.groups[1:] or session.cache.groups)[0]
@@ -169,10 +177,10 @@ class Record:
     def select_sequences(self, pick: Callable[[Tensor], Tensor]) -> None:
         """Sequences were reordered: their records follow, in place where the batch keeps its size."""
         self.cached = tuple(pick(tensor) for tensor in self.cached)
-        for name in ("rate", "mass", "kept", "importance", "chosen"):
+        for name in ("rate", "mass", "kept", "again", "importance", "chosen"):
             tensor = getattr(self, name)
             if tensor is not None:
-                batch_dim = 2 if name == "kept" else 1
+                batch_dim = 2 if name in ("kept", "again") else 1
                 picked = pick(tensor.movedim(batch_dim, 0).contiguous()).movedim(0, batch_dim)
                 setattr(self, name, tensor.copy_(picked) if picked.shape == tensor.shape else picked.contiguous())
         self.batch = self.rate.shape[1]
@@ -257,6 +265,12 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
     with_image = visual > 0
     share = (mean_kept[:, with_image] / visual[with_image]).mean().item() if bool(with_image.any()) else 1.0
     pruned = float(sizes.sum()) / source.shape.num_layers if len(source.group_layers) > 1 else 1.0
+    again = (record.again[:steps, :, of].cpu() if record.again is not None else torch.zeros_like(kept)) - 1
+    checked = (again[:, 0] >= 0)[:, with_image]
+    read_again = (again.double() * sizes[None, :, None]).sum(1)[:, with_image] / sizes.sum() / visual[with_image]
+    whole = 1.0 - pruned + pruned * share
+    if bool(checked.any()):
+        whole += ((1.0 - pruned + pruned * read_again) * checked).sum(0).mean().item() / steps
     per_row = source.bytes_per_row
     rows = [int((n[of].cpu() + text).sum()) for n in source.n_visual]
     live = sum(per_row[layer] * held for held, layers in zip(rows, source.group_layers, strict=True) for layer in layers)
@@ -267,6 +281,7 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
         visual_tokens=visual.tolist(),
         group_layers=[len(layers) for layers in source.group_layers],
         kept=_kept_by_group(kept, visual, len(source.group_layers)),
+        again=_kept_by_group(again, visual, len(source.group_layers)) if record.again is not None else None,
         prefill_shrunk=source.retention == "evict",
         bytes_per_row=[per_row[layers[0]] for layers in source.group_layers],
         cached_visual=record.cached[0][of].tolist(),
@@ -281,7 +296,8 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
         visual_tokens=visual.tolist(),
         steps=entries,
         kept_mean=share,
-        visual_share=1.0 - pruned + pruned * share,
+        visual_share=whole,
+        checks=int((again[:, 0] >= 0).any(1).sum()),
         kv_bytes_live=live,
         kv_bytes_reserved=source.bytes_reserved,
         flops=cost.flops,
@@ -293,6 +309,6 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
 
 
 def _kept_by_group(kept: Tensor, visual: Tensor, groups: int) -> Any:
-    """``[steps, groups, B]``, the full group first."""
-    full = visual[None, None].expand(kept.shape[0], 1, -1)
+    """``[steps, groups, B]``, the full group first; a step that was not (-1) stays so."""
+    full = torch.where(kept[:, :1] < 0, -1, visual[None, None])
     return (kept if groups == 1 else torch.cat([full, kept], dim=1)).numpy()

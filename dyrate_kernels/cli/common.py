@@ -133,12 +133,12 @@ def make_policy(name: str, options: dict[str, Any]) -> Any:
     return policies.get(name, **{key: value for key, value in options.items() if value is not None})
 
 
-def split_list(text: str) -> list[str]:
-    """``a,b:kept=[(0, 5), (2, 3)]`` -> two parts: commas inside of brackets do not part."""
+def split_list(text: str, mark: str = ",") -> list[str]:
+    """``a,b:kept=[(0, 5), (2, 3)]`` -> two parts: commas (or other marks) inside of brackets do not part."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([") - (character in ")]")
-        if character == "," and depth == 0:
+        if character == mark and depth == 0:
             parts.append("")
         else:
             parts[-1] += character
@@ -146,14 +146,15 @@ def split_list(text: str) -> list[str]:
 
 
 def parse_policy(text: str) -> Any:
-    """``fastv:k=2:rate=0.75`` -> the policy."""
-    name, *options = text.split(":")
+    """``fastv:k=2:rate=0.75`` -> the policy; one inside of another in brackets: ``recycle:policy=(fastv:k=2):share=1``."""
+    name, *options = split_list(text, ":") or [""]
     pairs = {}
     for option in options:
         key, separator, value = option.partition("=")
         if not separator:
             raise ValueError(f"--policies: options are NAME=VALUE, got {option!r} in {text!r}")
-        pairs[key] = parse_value(value)
+        nested = key == "policy" and value.startswith("(") and value.endswith(")")
+        pairs[key] = parse_policy(value[1:-1]) if nested else parse_value(value)
     return make_policy(name.strip(), pairs)
 
 

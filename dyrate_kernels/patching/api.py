@@ -86,6 +86,8 @@ def patch(
         raise TypeError(f"policy must be a name ({', '.join(policies.names())}) or a Policy object, got {type(policy).__name__}")
     elif predictor is not None or k is not None:
         raise ValueError("k and predictor go with a policy given by name; this policy object holds its own: set them there")
+    if policy.needs_recoverable and retention != "recoverable":
+        raise ValueError(f"policy {policy.name!r} brings tokens back, which retention={retention!r} cannot; use retention='recoverable'")
     bound = policy.bind(shape_for(model, retention))
     dispatch.name_for(backend, next(model.parameters()).device)  # raises now, not in the middle of a generation
     handle = Handle(model, family, bound, retention, backend, record_importance, cuda_graph)
@@ -174,6 +176,8 @@ class Handle:
         for name in _NO_BATCHING:
             if hasattr(type(model), name):
                 vars(model)[name] = functools.partial(_refuse_batching, name)
+        if self.policy.reads_logits:
+            self._hooks.append(model.register_forward_hook(self._after_model, with_kwargs=True))
         if self.graph is not None:
             self.graph.install()
 
@@ -321,6 +325,24 @@ class Handle:
         cache = kwargs.get(attention.CARRIER)
         if cache is not None:
             cache.session.finish_forward()
+
+
+    def _after_model(self, module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Shows the policy what came of the pass; where it asks for it, the step runs once more unpruned, and that is its result."""
+        cache = cache_in(kwargs)
+        session = cache.session if isinstance(cache, VisualCache) else None
+        if session is None or session.frozen or not session.state or cache.length < session.turn_end:
+            return None
+        step, logits = cache.length - session.turn_end, output.logits[:, -1]
+        if step > 0 and cache.full.bound > 0 and self.policy.checks(step):
+            graphed = self.graph is not None and vars(module).get("forward") is self.graph
+            forward = self.graph.eager if graphed else module.forward
+            with session.again():
+                output = forward(*args, **kwargs)
+            self.policy.see_unpruned(logits, output.logits[:, -1], session.state)
+            logits = output.logits[:, -1]
+        self.policy.see_logits(logits, session.state)
+        return output
 
 
 def _is_step(session: Session, bound: dict[str, Any]) -> bool:

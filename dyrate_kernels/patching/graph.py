@@ -223,10 +223,11 @@ class StepGraph:
 
     @property
     def __signature__(self) -> inspect.Signature:  # transformers looks up which arguments forward takes
-        return inspect.signature(self._forward)
+        return inspect.signature(self.eager)
 
     @property
-    def _forward(self) -> Callable[..., Any]:
+    def eager(self) -> Callable[..., Any]:
+        """The model's own forward."""
         model = self.handle.model
         return type(model).forward.__get__(model)
 
@@ -246,7 +247,7 @@ class StepGraph:
         if attributes.get("forward") is self:
             del attributes["forward"]
         if attributes.get("_old_forward") is self:
-            attributes["_old_forward"] = self._forward
+            attributes["_old_forward"] = self.eager
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[None]:
@@ -263,12 +264,12 @@ class StepGraph:
         session = self._session_of_step(args, kwargs)
         inputs = None if session is None else _split(kwargs)
         if session is None or inputs is None:
-            return self._forward(*args, **kwargs)
+            return self.eager(*args, **kwargs)
         run = self._run
         if run is None or run.session is not session:
             run = self._run = _Run(session, self._recorder())
         if run.recorder is None:
-            return self._forward(**kwargs)
+            return self.eager(**kwargs)
         session.reserve_step()
         key = (inputs.key, *_state(session))
         if run.captured is not None:
@@ -279,7 +280,7 @@ class StepGraph:
             return self._capture(run, key, inputs, kwargs)
         if run.warm_ups == _MOST_WARM_UPS:
             self._give_up(run, CannotCapture(_REPLACED))
-            return self._forward(**kwargs)
+            return self.eager(**kwargs)
         run.warm_ups += 1
         run.warmed, run.buffers = key, {name: value.clone() for name, value in inputs.tensors.items()}
         with run.recorder.warm_up(), _whole_regions(session):
@@ -302,7 +303,7 @@ class StepGraph:
         given = {**inputs.constants, **run.buffers, cache_name(): run.session.cache}
         if given.get("position_ids") is None:  # the model would count on the host
             given["position_ids"] = run.session.column.long()[None]
-        return self._forward(**given)
+        return self.eager(**given)
 
     def _replay(self, run: _Run, captured: _Captured, inputs: _Inputs) -> Any:
         session = run.session
@@ -331,7 +332,7 @@ class StepGraph:
         except Exception as error:
             saved.restore()
             self._give_up(run, error)
-            return self._forward(**kwargs)
+            return self.eager(**kwargs)
         except BaseException:
             saved.restore()  # nothing happened on the device
             raise

@@ -15,8 +15,9 @@ come alone, so assisted decoding with retention ``recoverable`` gives the tokens
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,12 +93,14 @@ class Session:
         record_importance: keep importance and kept tokens of every step for ``stats()``.
 
     Attributes:
+        unpruned: the decode step under way is the newest one once more, with all visual tokens (``again``).
         bounds_at_capacity: decode steps tell the operators no bound of the text rows, which changes from step to step (patching.graph).
         windows: sliding windows of the layers seen so far.
         score_layer: layer ``k-1``, which decides for all pruned layers, or for the first group of them where there are ``stages``.
         stages: what decides for the later groups, each at the layer before it (``Policy.rescores``), or None.
     """
 
+    unpruned: bool = False
     bounds_at_capacity: bool = False
 
     def __init__(self, policy: Policy, shape: ModelShape, retention: str, backend: str, record_importance: bool = False) -> None:
@@ -225,6 +228,20 @@ class Session:
         cache.text_bound += 1
         cache.length += 1
         self.in_forward = False
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Within: the newest decode step can run once more; it reads all visual tokens, decides nothing and is what counts in the end."""
+        cache = self.cache
+        cache.length -= 1
+        cache.text_bound -= 1
+        cache.n_text.sub_(1)
+        self.rewind(1)
+        self.unpruned = True
+        try:
+            yield
+        finally:
+            self.unpruned = False
 
     def _begin_decode(self, start: int) -> None:
         cache = self.cache
@@ -449,7 +466,7 @@ class Session:
             rows["window"] = window
         if layer == self.score_layer:
             return self._score_decode(rows)
-        if group.kept is not None:
+        if group.kept is not None and not self.unpruned:
             rows["kept"], rows["n_kept"] = group.kept.to(device), group.n_kept.to(device)
         if self.stages is not None and layer in self.stages.groups and self._decides_now:
             rows["text_type"] = cache.text_type.to(device)
@@ -460,7 +477,8 @@ class Session:
     def _decides_now(self) -> bool:
         """A decode step chooses."""
         policy = self.policy
-        return policy.at_decode and self.cache.full.bound > 0 and not (self.evict and (self.frozen or policy.constant))
+        able = policy.at_decode and not self.unpruned and self.cache.full.bound > 0
+        return able and not (self.evict and (self.frozen or policy.constant))
 
     def _score_decode(self, rows: dict) -> Tensor:
         cache, policy = self.cache, self.policy

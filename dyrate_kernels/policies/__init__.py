@@ -3,7 +3,7 @@
 >>> import dyrate_kernels as dk
 >>> dk.policies.names()
 ['none', 'dyrate', 'fastv', 'fixed', 'random', 'uniform', 'vtw', 'depth', 'schedule', 'threshold', 'st3', 'dycoke', 'pyramiddrop',
-'layerwise']
+'layerwise', 'recycle', 'klguard']
 >>> dk.policies.get("fastv", k=2, rate=0.75)
 FastV(k=2, rate=0.75, ranking='last')
 """
@@ -19,10 +19,12 @@ from dyrate_kernels.policies.dycoke import DyCoke
 from dyrate_kernels.policies.dyrate import DyRate
 from dyrate_kernels.policies.fastv import FastV
 from dyrate_kernels.policies.fixed import Fixed
+from dyrate_kernels.policies.klguard import KLGuard
 from dyrate_kernels.policies.layerwise import LayerWise
 from dyrate_kernels.policies.none import KeepAll
 from dyrate_kernels.policies.pyramiddrop import PyramidDrop
 from dyrate_kernels.policies.random import Random
+from dyrate_kernels.policies.recycle import Recycle
 from dyrate_kernels.policies.schedule import Schedule
 from dyrate_kernels.policies.st3 import ST3
 from dyrate_kernels.policies.threshold import Threshold
@@ -44,6 +46,8 @@ _CLASSES: tuple[type[Policy], ...] = (
     DyCoke,
     PyramidDrop,
     LayerWise,
+    Recycle,
+    KLGuard,
 )
 _BY_NAME = {cls.name: cls for cls in _CLASSES}
 
@@ -54,12 +58,14 @@ __all__ = [
     "DyRate",
     "FastV",
     "Fixed",
+    "KLGuard",
     "KeepAll",
     "LayerWise",
     "ModelShape",
     "Policy",
     "PyramidDrop",
     "Random",
+    "Recycle",
     "ST3",
     "Schedule",
     "Threshold",

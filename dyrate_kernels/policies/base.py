@@ -173,6 +173,7 @@ class Policy:
         remembers: a decode step may change the state (in place), and so what later steps decide. Tokens that are drafted
             for assisted decoding all decide by the state that the last plain step left.
         rescores: each group of layers (``layer_groups``) is decided for at the layer before it, in a call of its own.
+        needs_recoverable: tokens that it dropped must be able to come back, so retention ``evict`` is refused.
     """
 
     k: int = 3
@@ -183,6 +184,7 @@ class Policy:
     constant: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
     rescores: ClassVar[bool] = False
+    needs_recoverable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_k(self.k)
@@ -209,6 +211,21 @@ class Policy:
     def reads_hidden(self) -> bool:
         """Whether ``View.hidden`` is wanted."""
         return False
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether ``see_logits``, ``checks`` and ``see_unpruned`` are wanted."""
+        return False
+
+    def see_logits(self, logits: Tensor, state: dict[str, Tensor]) -> None:
+        """``[B, V]`` of the prompt's last row and of every decode step, after it. Changes the state in place; tensor operations only."""
+
+    def checks(self, step: int) -> bool:
+        """Whether this decode step (1 = the first) is to run once more with all visual tokens, for ``see_unpruned``. Host numbers."""
+        return False
+
+    def see_unpruned(self, pruned: Tensor, unpruned: Tensor, state: dict[str, Tensor]) -> None:
+        """Logits ``[B, V]`` of a step that ``checks`` asked for, without and with all visual tokens. As ``see_logits``."""
 
     @property
     def drops(self) -> bool:
@@ -310,6 +327,18 @@ def check_fraction(name: str, value: Any, meaning: str) -> None:
         raise TypeError(f"{name} must be a number in [0, 1] ({meaning}), got {value!r}")
     if not 0.0 <= float(value) <= 1.0:  # also refuses NaN
         raise ValueError(f"{name} must be in [0, 1] ({meaning}), got {value!r}")
+
+
+def check_positive(name: str, value: Any, meaning: str) -> None:
+    """``value`` must be a number of at least 0.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number of at least 0 ({meaning}), got {value!r}")
+    if not float(value) >= 0.0:  # also refuses NaN
+        raise ValueError(f"{name} must be at least 0 ({meaning}), got {value!r}")
 
 
 def check_rate(rate: Any) -> None:

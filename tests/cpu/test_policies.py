@@ -104,6 +104,8 @@ def test_registry_lists_the_methods_of_the_issue():
         "dycoke",
         "pyramiddrop",
         "layerwise",
+        "recycle",
+        "klguard",
     }
 
 
@@ -115,6 +117,7 @@ def test_when_it_decides(name):
         "uniform": (True, True), "vtw": (True, False), "depth": (True, False), "schedule": (True, True),
         "threshold": (True, True), "st3": (True, True), "dycoke": (True, True),
         "pyramiddrop": (True, False), "layerwise": (True, True),
+        "recycle": (True, True), "klguard": (True, True),
     }  # fmt: skip
     policy = make(name)
     assert (policy.at_prefill, policy.at_decode) == stages[name]

@@ -1,0 +1,61 @@
+"""KL guard: now and then a pruned step is compared with the unpruned one, and the rate follows (methods.md, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dyrate_kernels.policies.base import check_fraction, check_positive
+from dyrate_kernels.policies.wrapper import Wrapper
+
+
+@dataclass(frozen=True)
+class KLGuard(Wrapper):
+    """Every ``every``-th decode step runs once more with all visual tokens. Where KL(unpruned, pruned) of the next token exceeds ``limit``
+    nats, the rate is multiplied by ``1 - back`` from the next step on; where it does not, divided by it, up to the wrapped policy's own.
+
+    The unpruned distribution, which is at hand then, is the step's result. Such a step costs an unpruned one on top of the pruned one;
+    ``stats()`` counts both. The numbers are [choice].
+
+    Attributes:
+        k: first pruned layer; None: the wrapped policy's.
+        policy: the wrapped policy, or its registry name.
+        every: decode steps from one check to the next; at least 1.
+        limit: nats, 0 or more.
+        back: in (0, 1): the share of the dropped tokens that a failed check brings back.
+    """
+
+    every: int = 8
+    limit: float = 0.05
+    back: float = 0.5
+
+    name: ClassVar[str] = "klguard"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.every, bool) or not isinstance(self.every, Integral):
+            raise TypeError(f"every must be an integer, got {self.every!r}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
+        check_positive("limit", self.limit, "nats above which the rate is lowered")
+        check_fraction("back", self.back, "the share of the dropped tokens that a failed check brings back")
+        if self.back in (0, 1):
+            raise ValueError(f"back must lie between 0 and 1, got {self.back!r}")
+
+    @property
+    def reads_logits(self) -> bool:
+        return True
+
+    def checks(self, step: int) -> bool:
+        return step % self.every == 0
+
+    def see_unpruned(self, pruned: Tensor, unpruned: Tensor, state: dict[str, Tensor]) -> None:
+        q, p = pruned.detach().double().log_softmax(-1), unpruned.detach().double().log_softmax(-1)
+        divergence = torch.where(p == float("-inf"), 0.0, p.exp() * (p - q)).sum(-1).to(state["relief"].device)
+        left = 1.0 - state["relief"]
+        lowered, raised = left * (1.0 - self.back), (left / (1.0 - self.back)).clamp(max=1.0)
+        state["relief"].copy_(1.0 - torch.where(divergence <= self.limit, raised, lowered))  # NaN lowers
