@@ -17,7 +17,7 @@ Numbers are floats or NumPy arrays; nothing here touches a device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,6 +228,7 @@ class GenerationCost:
         n: tokens of each sequence when its prompt ended, visual and text: what ``paper_cost`` starts from (it grows
             by one a step).
         paper_cost: mean over steps and sequences of FastV's ratio.
+        exact_cost: the same with the real layer (:func:`layer_flops`: a gated MLP, grouped key/value heads) in place of FastV's formula.
         flops, flops_unpruned: executed FLOPs, prefill and decode steps.
         prefill_flops, prefill_flops_unpruned: the prefill's part of them.
         bytes_read, bytes_read_unpruned: of all decode steps.
@@ -235,6 +236,7 @@ class GenerationCost:
 
     n: tuple[int, ...]
     paper_cost: float
+    exact_cost: float
     flops: float
     flops_unpruned: float
     prefill_flops: float
@@ -312,13 +314,17 @@ def generation_cost(
     prompt, total = executed(kept, kept[0] if prefill_shrunk else full[0])
     prompt_unpruned, total_unpruned = executed(full, full[0])
     length = visual[None] + text_at
-    whole = fastv_layer(length, shape.hidden_size, shape.intermediate_size)
-    passes = fastv_layer(kept + text_at[:, None], shape.hidden_size, shape.intermediate_size)
-    passes = passes + twice * fastv_layer(first_pass, shape.hidden_size, shape.intermediate_size)
-    ratio = (layers * passes).sum(1) / (shape.num_layers * np.where(length > 0, whole, 1.0))
+
+    def whole_passes(layer: Callable[[np.ndarray], np.ndarray]) -> float:
+        """Mean ratio of passes over the whole sequence, for the cost of a layer over so many tokens."""
+        passes = layer(kept + text_at[:, None]) + twice * layer(first_pass)
+        ratio = (layers * passes).sum(1) / (shape.num_layers * np.where(length > 0, layer(length), 1.0))
+        return float(np.where(length > 0, ratio, 1.0).mean())
+
     return GenerationCost(
         n=tuple(int(value) for value in length[0]),
-        paper_cost=float(np.where(length > 0, ratio, 1.0).mean()),
+        paper_cost=whole_passes(lambda n: fastv_layer(n, shape.hidden_size, shape.intermediate_size)),
+        exact_cost=whole_passes(lambda n: layer_flops(shape, n, n)),
         flops=total + flops_again,
         flops_unpruned=total_unpruned,
         prefill_flops=prompt,

@@ -52,6 +52,7 @@ class Stats:
         kv_bytes_live, kv_bytes_reserved: bytes of the rows held, and of the buffers they lie in.
         flops, flops_unpruned: executed by the text model, and what it would have been with every token (exact SwiGLU count).
         paper_cost: FastV's formula over the whole sequence, mean over steps, as a fraction of unpruned (methods.md, section 4, axis 1).
+        exact_cost: the same with the real layer in place of FastV's formula, whose MLP lacks the gate.
         bytes_read, bytes_read_unpruned: weights and key/value rows that the decode steps read.
     """
 
@@ -70,6 +71,7 @@ class Stats:
     flops: float
     flops_unpruned: float
     paper_cost: float
+    exact_cost: float
     bytes_read: float
     bytes_read_unpruned: float
 
@@ -303,6 +305,7 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
         flops=cost.flops,
         flops_unpruned=cost.flops_unpruned,
         paper_cost=cost.paper_cost,
+        exact_cost=cost.exact_cost,
         bytes_read=cost.bytes_read,
         bytes_read_unpruned=cost.bytes_read_unpruned,
     )

@@ -8,15 +8,20 @@ from pathlib import Path
 from dyrate_kernels.evaluation.curves import Curves
 from dyrate_kernels.evaluation.table import Line
 
-HEADINGS = ("policy", "score [95 %]", "of unpruned [95 %]", "same tokens", "kept", "visual", "paper cost", "FLOPs", "KV", "ms/token")
+HEADINGS = (
+    "policy", "score [95 %]", "of unpruned [95 %]", "same tokens", "kept", "visual", "paper cost", "exact cost", "FLOPs", "KV", "ms/token",
+    "floor",
+)  # fmt: skip
 
 
 def cells(line: Line) -> list[str]:
     """A line of a table, in the order of ``HEADINGS``."""
     return [
         line.label, interval(line.score, line.low, line.high), interval(line.retained, line.retained_low, line.retained_high),
-        *(f"{100 * value:.1f} %" for value in (line.agreement, line.kept, line.visual_share, line.paper_cost, line.flops_share)),
-        size(line.kv_bytes), f"{1000 * line.time_per_token:.2f}",
+        *(f"{100 * value:.1f} %" for value in (
+            line.agreement, line.kept, line.visual_share, line.paper_cost, line.exact_cost, line.flops_share,
+        )),
+        size(line.kv_bytes), f"{1000 * line.time_per_token:.2f}", "" if line.floor is None else f"{1000 * line.floor:.3f}",
     ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LogitsProcessor
 
 from dyrate_kernels import chat, flops
 from dyrate_kernels.evaluation.downsample import downsampled, thin
@@ -53,11 +54,13 @@ class Answer:
         kept: mean fraction of the visual tokens that layers >= k read.
         visual_share: the same over all layers.
         n: tokens of the sequence when its prompt ended.
-        paper_cost: FastV's formula, a fraction of unpruned, mean over steps.
+        paper_cost, exact_cost: FastV's formula and the exact one over the whole sequence, a fraction of unpruned, mean over steps.
         flops, flops_unpruned: executed.
         kv_bytes: of the rows held at the end.
-        read: bytes that the decode steps read, as if the sequence ran alone.
-        seconds: of its batch, divided by the tokens of the batch, times its own.
+        read: bytes that its batch's decode steps read (weights once a step), divided by the batch's decode tokens, times its own.
+        seconds: of its batch's decode steps, likewise.
+        first: seconds to the batch's first token.
+        batch: how many were asked together.
         text: the answer.
         predictor: what predicted the rate, for policies that have one.
     """
@@ -71,11 +74,14 @@ class Answer:
     visual_share: float
     n: int
     paper_cost: float
+    exact_cost: float
     flops: float
     flops_unpruned: float
     kv_bytes: int
     read: float
     seconds: float
+    first: float
+    batch: int
     text: str
     predictor: str | None = None
 
@@ -162,22 +168,25 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int],
         pictures = sum(len(item.images) for item in items)
         inputs = thin(inputs, placeholder, int(n_visual.sum()) // max(pictures, 1), side)
     inputs = inputs.to(model.device)
-    started = time.perf_counter()
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=items[0].most)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    seconds = time.perf_counter() - started
+    clock = _Clock(model.device)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=items[0].most, logits_processor=[clock])
+    first, seconds = clock.stop()
     rows = [_until_end(row, processor.tokenizer.eos_token_id) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
-    each = seconds / max(sum(len(row) for row in rows), 1)
+    decoded = max(sum(len(row) - 1 for row in rows), 1)
+    weights = flops.weight_bytes(handle.shape)
+    every = [handle.stats(place, len(row)) for place, row in enumerate(rows)]
+    read = max(map(len, rows)) - 1  # steps that read the weights, all sequences together
+    read = weights * read + sum(stats.bytes_read - weights * (len(row) - 1) for stats, row in zip(every, rows, strict=True))
     answers = []
     for place, (index, item, row) in enumerate(zip(part, items, rows, strict=True)):
         text = processor.decode(row, skip_special_tokens=True).strip()
         right, total = suite.score(index, text)
-        stats: Stats = handle.stats(place, len(row))
+        stats: Stats = every[place]
+        share = (len(row) - 1) / decoded
         answer = Answer(
             item.name, item.group, right, total, row, stats.kept_mean, stats.visual_share, int(inputs["attention_mask"][place].sum()),
-            stats.paper_cost, stats.flops, stats.flops_unpruned, stats.kv_bytes_live, stats.bytes_read, each * len(row), text,
-            stats.predictor,
+            stats.paper_cost, stats.exact_cost, stats.flops, stats.flops_unpruned, stats.kv_bytes_live, read * share, seconds * share,
+            first, len(part), text, stats.predictor,
         )  # fmt: skip
         if n_visual is not None and n_visual[place]:
             answer = _beside_whole(answer, handle.shape, int(n_visual[place]), int(lengths[place]))
@@ -195,8 +204,30 @@ def _beside_whole(answer: Answer, shape: ModelShape, n_visual: int, length: int)
     )  # fmt: skip
     share = seen / n_visual
     return replace(
-        answer, n=length, kept=share, visual_share=share, paper_cost=cost.paper_cost, flops=cost.flops, flops_unpruned=cost.flops_unpruned
-    )
+        answer, n=length, kept=share, visual_share=share, paper_cost=cost.paper_cost, exact_cost=cost.exact_cost, flops=cost.flops,
+        flops_unpruned=cost.flops_unpruned,
+    )  # fmt: skip
+
+
+class _Clock(LogitsProcessor):
+    """Time to the first token, and from there to the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.first = device, 0.0
+        self.started = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.first = self.first or self._now()
+        return scores
+
+    def stop(self) -> tuple[float, float]:
+        """(seconds to the first token, seconds of all others)."""
+        return self.first - self.started, self._now() - self.first
 
 
 def encode(processor: Any, items: Sequence[Item]) -> Any:

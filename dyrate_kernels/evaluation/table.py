@@ -22,8 +22,11 @@ class Line:
         score, low, high: points over points that could be had, with its 95 % bootstrap interval.
         retained, retained_low, retained_high: score / unpruned score, resampled in pairs.
         agreement: share of token positions where the answer equals the unpruned one.
-        kept, visual_share, n, paper_cost, flops_share, kv_bytes: means over questions; ``flops_share`` is executed over unpruned, summed.
-        time_per_token: seconds, of the batch's tokens together.
+        kept, visual_share, n, paper_cost, exact_cost, kv_bytes: means over questions.
+        flops_share: executed over unpruned, summed.
+        time_per_token, first: seconds a decoded token, all of a batch together, and to its first one.
+        floor: of ``time_per_token``: bytes read over the copy bandwidth; None where that was not measured.
+        batch: the largest.
         questions: how many.
     """
 
@@ -40,9 +43,13 @@ class Line:
     visual_share: float
     n: float
     paper_cost: float
+    exact_cost: float
     flops_share: float
     kv_bytes: float
     time_per_token: float
+    floor: float | None
+    first: float
+    batch: int
     questions: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,8 +57,10 @@ class Line:
         return asdict(self)
 
 
-def summarise(label: str, group: str, answers: Sequence[Answer], unpruned: Sequence[Answer], seed: int = 0) -> Line:
-    """One line. ``answers`` and ``unpruned`` are to the same questions, in the same order.
+def summarise(
+    label: str, group: str, answers: Sequence[Answer], unpruned: Sequence[Answer], bandwidth: float | None = None, seed: int = 0
+) -> Line:  # fmt: skip
+    """One line. ``answers`` and ``unpruned`` are to the same questions, in the same order; ``bandwidth`` in bytes a second.
 
     Raises:
         ValueError: they are not, or there are none.
@@ -61,13 +70,14 @@ def summarise(label: str, group: str, answers: Sequence[Answer], unpruned: Seque
     points = np.array([[a.right, a.total, b.right, b.total] for a, b in zip(answers, unpruned, strict=True)])
     score, low, high = bootstrap(points[:, 0], points[:, 1], seed)
     retained, retained_low, retained_high = paired_bootstrap(points, seed)
-    tokens = sum(len(a.tokens) for a in answers)
+    decoded = max(sum(len(a.tokens) - 1 for a in answers), 1)
     same = [agreement(a.tokens, b.tokens) for a, b in zip(answers, unpruned, strict=True)]
     return Line(
         label, group, score, low, high, retained, retained_low, retained_high, float(np.mean(same)),
-        *(float(np.mean([getattr(a, name) for a in answers])) for name in ("kept", "visual_share", "n", "paper_cost")),
+        *(float(np.mean([getattr(a, name) for a in answers])) for name in ("kept", "visual_share", "n", "paper_cost", "exact_cost")),
         sum(a.flops for a in answers) / sum(a.flops_unpruned for a in answers), float(np.mean([a.kv_bytes for a in answers])),
-        sum(a.seconds for a in answers) / max(tokens, 1), len(answers),
+        sum(a.seconds for a in answers) / decoded, sum(a.read for a in answers) / decoded / bandwidth if bandwidth else None,
+        float(np.mean([a.first for a in answers])), max(a.batch for a in answers), len(answers),
     )  # fmt: skip
 
 

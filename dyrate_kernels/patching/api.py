@@ -108,11 +108,10 @@ def unpatch(model: Any) -> None:
 
 
 def shape_for(model: Any, retention: str) -> ModelShape:
-    """What policies are bound to. Under ``evict`` the predictor in the model's folder is not looked for: it was trained for tokens that can
+    """What policies are bound to. Under ``evict`` the predictor in the model's folder is no default: it was trained for tokens that can
     come back, and here its boldest step would be the last word.
     """
-    shape = ModelShape.from_config(model.config)
-    return shape if retention == "recoverable" else shape.replace(folder=None)
+    return ModelShape.from_config(model.config).replace(trained_by_default=retention == "recoverable")
 
 
 class Handle:

@@ -41,6 +41,7 @@ class ModelShape:
         qkv_bias, output_bias, mlp_bias: which projections have a bias.
         qk_norm: queries and keys are normalised per head (qwen3).
         folder: where the model was loaded from, if that is a folder here; a predictor saved beside it is found there.
+        trained_by_default: that predictor is taken where none is named.
     """
 
     num_layers: int
@@ -58,6 +59,7 @@ class ModelShape:
     mlp_bias: bool = False
     qk_norm: bool = False
     folder: str | None = None
+    trained_by_default: bool = True
 
     @classmethod
     def from_config(cls, config: Any, dtype: torch.dtype | None = None) -> ModelShape:

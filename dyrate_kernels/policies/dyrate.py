@@ -18,6 +18,7 @@ from dyrate_kernels.policies.base import IMAGE, Decision, ModelShape, Policy, Vi
 from dyrate_kernels.policies.uniform import able_tokens, evenly_spaced
 from dyrate_kernels.predictor import ClosedForm, DyRatePredictor, check_rates, named_rates, predictor_beside
 
+TRAINED = "trained"
 DEFAULT_K = 3  # FastV's and the paper's
 _SHIFT = 10.0  # logits of a predictor differ by some units between rates 0 and 1
 
@@ -30,8 +31,9 @@ class DyRate(Policy):
     Attributes:
         k: first pruned layer; mass and importance come from layer k-1. None: the predictor's own, else 3.
         predictor: a :class:`~dyrate_kernels.DyRatePredictor`, a folder or hub id to load one from, ``"closed-form"``
-            for the one that needs no training (:class:`~dyrate_kernels.predictor.ClosedForm`), or None: the predictor
-            saved in the model's own folder, if there is one (and, where k is given, for this k), else the closed form.
+            for the one that needs no training (:class:`~dyrate_kernels.predictor.ClosedForm`), ``"trained"`` for the one saved in the
+            model's own folder, or None: that one with retention ``recoverable``, if there is one (and, where k is given, for this k),
+            else the closed form.
         rates: fractions removed to choose from: ``"half_open"``: i/K (0, .2, .4, .6, .8: never blinds the model);
             ``"closed"``: linspace(0, 1, K); or an ascending list. A trained predictor has its own rates, and these
             must not contradict them.
@@ -85,8 +87,14 @@ class DyRate(Policy):
         if self.k is not None:
             check_k_range(self.k, shape.num_layers)
         predictor = self.predictor
-        if predictor is None and self.rates == "half_open" and self.num_rates == 5:  # nothing was said about rates
+        unsaid = predictor is None and self.rates == "half_open" and self.num_rates == 5  # nor was anything said about rates
+        if (unsaid and shape.trained_by_default) or predictor == TRAINED:
             predictor = predictor_beside(shape.folder, self.k)
+            if predictor is None and not unsaid:
+                raise ValueError(
+                    f"predictor='trained' needs one in the model's folder, and {shape.folder or 'that of this model'} holds none"
+                    f"{'' if self.k is None else f' for k={self.k}'}; train one (dyrate train) and name its folder, or use 'closed-form'"
+                )
         elif isinstance(predictor, str) and predictor == ClosedForm.source:
             predictor = None
         if predictor is not None:
