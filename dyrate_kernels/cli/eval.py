@@ -32,6 +32,8 @@ def add_parser(commands: Any) -> None:
         "--cost", metavar="A,B,..",
         help="percentages of the unpruned model's visual rows: each policy is tuned, on other scenes, to cost that much",
     )  # fmt: skip
+    parser.add_argument("--also", default="", metavar="A,B,..", help="with --cost: policies that are not tuned, in the same table")
+    parser.add_argument("--against", metavar="FILE", help="JSON of an earlier table: says which scores come out again")
     parser.add_argument("--report", metavar="DIR", help="write table (Markdown, JSON) and plots there too")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
@@ -74,12 +76,17 @@ def _side(name: str) -> int:
 def run(given: argparse.Namespace) -> int:
     """Does it."""
     from dyrate_kernels import shapes
+    from dyrate_kernels.evaluation import against
+    from dyrate_kernels.evaluation.floor import copy_bandwidth
     from dyrate_kernels.evaluation.runner import run as ask
     from dyrate_kernels.evaluation.suite import ShapesSuite
 
     tasks = shapes.TASKS if given.tasks is None else tuple(task.strip() for task in given.tasks.split(","))
     chosen = contenders(given.policies)
     costs = costs_in(given.cost)
+    if given.also and not costs:
+        raise ValueError("--also goes with --cost; without it --policies names all of them")
+    before = None if given.against is None else against.read_lines(Path(given.against))
     if given.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {given.batch_size}")
     model, processor = common.load_model(given)
@@ -90,6 +97,7 @@ def run(given: argparse.Namespace) -> int:
     if costs:
         others = ShapesSuite(CALIBRATION, (given.seed + 500_000) % 10**6, ("describe",))
         chosen, tuned = _at_costs(model, processor, others, chosen, costs, folder, given, say)
+        chosen += contenders(given.also)[1:] if given.also else []
     answers = {}
     for number, contender in enumerate(chosen, 1):
 
@@ -100,10 +108,13 @@ def run(given: argparse.Namespace) -> int:
             model, processor, suite, contender, folder, batch_size=given.batch_size, backend=given.backend, progress=progress
         )
     say("")
-    lines = _lines(answers)
+    lines = _lines(answers, copy_bandwidth(model.device))
     table = {"suite": suite.name, "seed": given.seed, "scenes": given.scenes, "lines": [line.to_dict() for line in lines]}
     if tuned:
         table["tuned"] = tuned
+    found = against.pairs(lines, before, ("long", "short")) if before is not None else []
+    if before is not None:
+        table["against"] = {f"{pair.label}, {pair.group}": [*pair.now, *pair.before, pair.agrees] for pair in found}
     common.write_json(folder / "table.json", table)
     if given.report is not None:
         _report(Path(given.report), given, table, lines, model, processor, _long_part(suite))
@@ -111,6 +122,8 @@ def run(given: argparse.Namespace) -> int:
         common.print_json(table)
     else:
         _print_table(lines)
+        if before is not None:
+            _print_pairs(found, given.against)
         print(f"answers: {folder}/*.jsonl, table: {folder / 'table.json'}" + (f", report: {given.report}" if given.report else ""))
     return 0
 
@@ -213,7 +226,7 @@ def _silent(text: str) -> None:
     pass
 
 
-def _lines(answers: dict[str, list[Any]]) -> list[Any]:
+def _lines(answers: dict[str, list[Any]], bandwidth: float) -> list[Any]:
     """Long answers, short answers, and each task."""
     from dyrate_kernels.evaluation.table import summarise
 
@@ -224,10 +237,20 @@ def _lines(answers: dict[str, list[Any]]) -> list[Any]:
             groups.setdefault(name, []).append(index)
     order = sorted(groups, key=lambda name: ("long", "short").index(name) if name in ("long", "short") else 2)
     return [
-        summarise(label, group, [each[index] for index in groups[group]], [unpruned[index] for index in groups[group]])
+        summarise(label, group, [each[index] for index in groups[group]], [unpruned[index] for index in groups[group]], bandwidth)
         for group in order
         for label, each in answers.items()
     ]
+
+
+def _print_pairs(found: list[Any], path: str) -> None:
+    from dyrate_kernels.evaluation.report import interval
+
+    same = sum(pair.agrees for pair in found)
+    print(f"{same} of {len(found)} scores agree with {path} (their 95 % intervals overlap)" + (":" if same < len(found) else ""))
+    for pair in found:
+        if not pair.agrees:
+            print(f"  {pair.label}, {pair.group}: {interval(*pair.now)}, before {interval(*pair.before)}")
 
 
 def _print_table(lines: list[Any]) -> None:

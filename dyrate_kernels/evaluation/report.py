@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dyrate_kernels.evaluation.curves import Curves
-from dyrate_kernels.evaluation.table import Line
+from dyrate_kernels.evaluation.runner import Answer
+from dyrate_kernels.evaluation.table import Line, lead
 
 HEADINGS = (
     "policy", "score [95 %]", "of unpruned [95 %]", "same tokens", "kept", "visual", "paper cost", "exact cost", "FLOPs", "KV", "ms/token",
@@ -42,6 +43,25 @@ def size(count: float) -> str:
 def markdown(lines: Sequence[Line]) -> str:
     """Lines of one group as a table."""
     rows = [HEADINGS, ["---"] * len(HEADINGS), *(cells(line) for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def leads(answers: dict[str, Sequence[Answer]]) -> str:
+    """What the first method of each cost scores more than every other one of the same cost, in points of the score: a table in Markdown,
+    a row a method, a column a cost. ``answers`` of one group, by label.
+    """
+    levels: dict[str, list[str]] = {}
+    for label in answers:
+        if method_of(label) != label:
+            levels.setdefault(label.rpartition("@")[2], []).append(label)
+    if not levels:
+        return ""
+    firsts = {level: labels[0] for level, labels in levels.items()}
+    methods = list(dict.fromkeys(method_of(label) for labels in levels.values() for label in labels[1:]))
+    rows = [[f"{method_of(next(iter(firsts.values())))} less ..", *(f"at {level} %" for level in levels)], ["---"] * (len(levels) + 1)]
+    for method in methods:
+        found = (lead(answers[first], answers[f"{method}@{level}"]) for level, first in firsts.items())
+        rows.append([method, *(f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for value, low, high in found)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 

@@ -86,6 +86,17 @@ def agreement(tokens: Sequence[int], other: Sequence[int]) -> float:
     return sum(a == b for a, b in zip(tokens, other, strict=False)) / max(len(tokens), len(other), 1)
 
 
+def lead(first: Sequence[Answer], other: Sequence[Answer], seed: int = 0) -> tuple[float, float, float]:
+    """(difference, low, high): one contender's score less another's to the same questions, resampled together, 95 %."""
+    if [a.item for a in first] != [b.item for b in other]:
+        raise ValueError("a lead needs answers to the same questions")
+    points = np.array([[a.right, a.total, b.right, b.total] for a, b in zip(first, other, strict=True)])
+    sums = np.concatenate([points.sum(0, keepdims=True), _draws(len(points), seed) @ points])
+    differences = sums[:, 0] / np.maximum(sums[:, 1], 1e-12) - sums[:, 2] / np.maximum(sums[:, 3], 1e-12)
+    low, high = np.quantile(differences[1:], (0.025, 0.975))
+    return float(differences[0]), float(low), float(high)
+
+
 def _draws(count: int, seed: int) -> np.ndarray:
     """``[RESAMPLES, count]``: how often each question is drawn."""
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
