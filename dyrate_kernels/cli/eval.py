@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the questions; default: 0")
     parser.add_argument(
         "--policies", default=DEFAULT_POLICIES, metavar="A,B,..",
-        help=f"names, with options and retention if wanted: fastv:k=2:rate=0.75@evict; also downsample:side=7; default: {DEFAULT_POLICIES}",
+        help=f"names, with options and retention if wanted: fastv:k=2:rate=0.75@evict; also downsample:side=7; ' as NAME' names a row; default: {DEFAULT_POLICIES}",
     )  # fmt: skip
     parser.add_argument(
         "--cost", metavar="A,B,..",
@@ -41,18 +41,19 @@ def add_parser(commands: Any) -> None:
 
 
 def contenders(text: str) -> list[Any]:
-    """``fastv:rate=0.75@evict,random`` -> contenders; the unpruned model comes first."""
+    """``fastv:rate=0.75@evict,random as chance`` -> contenders; the unpruned model comes first."""
     from dyrate_kernels import policies
     from dyrate_kernels.evaluation.runner import Contender
 
     found = [Contender("none", policies.KeepAll())]
     for part in common.split_list(text):
+        part, _, label = (side.strip() for side in part.partition(" as "))
         name, _, retention = part.partition("@")
         if not name or name == "none":
             continue
         if retention not in ("", "recoverable", "evict"):
             raise ValueError(f"--policies: retention must be recoverable or evict, got {retention!r} in {part!r}")
-        label = re.sub(r"[^\w.=@+-]+", "_", part)
+        label = re.sub(r"[^\w.=@+-]+", "_", label or part)
         if name.split(":")[0] == "downsample":
             found.append(Contender(label, policies.KeepAll(), side=_side(name)))
         else:

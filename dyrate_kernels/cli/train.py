@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from typing import Any
 
@@ -61,6 +62,8 @@ def run(given: argparse.Namespace) -> int:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("dyrate_kernels.training").setLevel(logging.INFO)
     trained = train_predictor(model, processor, source, given.out, options, resume=not given.fresh, quiet=given.json)
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        return 0
     summary = trained.summary
     if given.json:
         common.print_json({"out": given.out, **summary})

@@ -51,6 +51,7 @@ def test_mistakes(capsys, tmp_path, arguments, words):
 def test_contenders():
     found = contenders("fixed:rate=0.5, schedule:kept=[(0, 50), (3, 20)]@evict")
     assert [c.retention for c in found] == ["recoverable", "recoverable", "evict"]
+    assert [c.label for c in contenders("fixed@evict as mine, random:rate=0.1")] == ["none", "mine", "random_rate=0.1"]
     wrapped = contenders("recycle:policy=(fastv:k=2:rate=0.9):share=1, fixed")[1].policy
     assert wrapped.share == 1 and (wrapped.policy.name, wrapped.policy.k, wrapped.policy.rate) == ("fastv", 2, 0.9)
     assert found[2].policy.kept == ((0, 50), (3, 20)) and found[0].policy.name == "none"
