@@ -26,7 +26,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the questions; default: 0")
     parser.add_argument(
         "--policies", default=DEFAULT_POLICIES, metavar="A,B,..",
-        help=f"names, with options and retention if wanted: fastv:k=2:rate=0.75@evict; also downsample:side=7; ' as NAME' names a row; default: {DEFAULT_POLICIES}",
+        help="names, with options and retention if wanted: fastv:k=2:rate=0.75@evict; also downsample:side=7; ' as NAME' names a row; "
+        f"default: {DEFAULT_POLICIES}",
     )  # fmt: skip
     parser.add_argument(
         "--cost", metavar="A,B,..",
@@ -78,7 +79,6 @@ def run(given: argparse.Namespace) -> int:
     """Does it."""
     from dyrate_kernels import shapes
     from dyrate_kernels.evaluation import against
-    from dyrate_kernels.evaluation.floor import copy_bandwidth
     from dyrate_kernels.evaluation.runner import run as ask
     from dyrate_kernels.evaluation.suite import ShapesSuite
 
@@ -109,7 +109,7 @@ def run(given: argparse.Namespace) -> int:
             model, processor, suite, contender, folder, batch_size=given.batch_size, backend=given.backend, progress=progress
         )
     say("")
-    lines = _lines(answers, copy_bandwidth(model.device))
+    lines = _lines(answers)
     table = {"suite": suite.name, "seed": given.seed, "scenes": given.scenes, "lines": [line.to_dict() for line in lines]}
     if tuned:
         table["tuned"] = tuned
@@ -227,7 +227,7 @@ def _silent(text: str) -> None:
     pass
 
 
-def _lines(answers: dict[str, list[Any]], bandwidth: float) -> list[Any]:
+def _lines(answers: dict[str, list[Any]]) -> list[Any]:
     """Long answers, short answers, and each task."""
     from dyrate_kernels.evaluation.table import summarise
 
@@ -238,7 +238,7 @@ def _lines(answers: dict[str, list[Any]], bandwidth: float) -> list[Any]:
             groups.setdefault(name, []).append(index)
     order = sorted(groups, key=lambda name: ("long", "short").index(name) if name in ("long", "short") else 2)
     return [
-        summarise(label, group, [each[index] for index in groups[group]], [unpruned[index] for index in groups[group]], bandwidth)
+        summarise(label, group, [each[index] for index in groups[group]], [unpruned[index] for index in groups[group]])
         for group in order
         for label, each in answers.items()
     ]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 
 import torch
+
+
+@functools.cache
+def copy_bandwidth_of(device: torch.device) -> float:
+    """:func:`copy_bandwidth`, measured once in a process."""
+    return copy_bandwidth(device)
 
 
 def copy_bandwidth(device: torch.device, size: int | None = None, rounds: int = 9) -> float:

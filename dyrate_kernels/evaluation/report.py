@@ -22,7 +22,7 @@ def cells(line: Line) -> list[str]:
         *(f"{100 * value:.1f} %" for value in (
             line.agreement, line.kept, line.visual_share, line.paper_cost, line.exact_cost, line.flops_share,
         )),
-        size(line.kv_bytes), f"{1000 * line.time_per_token:.2f}", "" if line.floor is None else f"{1000 * line.floor:.3f}",
+        size(line.kv_bytes), f"{1000 * line.time_per_token:.2f}", f"{1000 * line.floor:.3f}",
     ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor
 
 from dyrate_kernels import chat, flops
 from dyrate_kernels.evaluation.downsample import downsampled, thin
+from dyrate_kernels.evaluation.floor import copy_bandwidth_of
 from dyrate_kernels.evaluation.suite import Item, Suite
 from dyrate_kernels.patching.api import patch, shape_for
 from dyrate_kernels.policies.base import ModelShape, Policy
@@ -59,6 +60,7 @@ class Answer:
         kv_bytes: of the rows held at the end.
         read: bytes that its batch's decode steps read (weights once a step), divided by the batch's decode tokens, times its own.
         seconds: of its batch's decode steps, likewise.
+        floor: ``read`` over the copy bandwidth measured in the same process, seconds.
         first: seconds to the batch's first token.
         batch: how many were asked together.
         text: the answer.
@@ -80,6 +82,7 @@ class Answer:
     kv_bytes: int
     read: float
     seconds: float
+    floor: float
     first: float
     batch: int
     text: str
@@ -186,7 +189,7 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int],
         answer = Answer(
             item.name, item.group, right, total, row, stats.kept_mean, stats.visual_share, int(inputs["attention_mask"][place].sum()),
             stats.paper_cost, stats.exact_cost, stats.flops, stats.flops_unpruned, stats.kv_bytes_live, read * share, seconds * share,
-            first, len(part), text, stats.predictor,
+            read * share / copy_bandwidth_of(model.device), first, len(part), text, stats.predictor,
         )  # fmt: skip
         if n_visual is not None and n_visual[place]:
             answer = _beside_whole(answer, handle.shape, int(n_visual[place]), int(lengths[place]))

@@ -25,7 +25,7 @@ class Line:
         kept, visual_share, n, paper_cost, exact_cost, kv_bytes: means over questions.
         flops_share: executed over unpruned, summed.
         time_per_token, first: seconds a decoded token, all of a batch together, and to its first one.
-        floor: of ``time_per_token``: bytes read over the copy bandwidth; None where that was not measured.
+        floor: of ``time_per_token``: bytes read over the copy bandwidth.
         batch: the largest.
         questions: how many.
     """
@@ -47,7 +47,7 @@ class Line:
     flops_share: float
     kv_bytes: float
     time_per_token: float
-    floor: float | None
+    floor: float
     first: float
     batch: int
     questions: int
@@ -57,10 +57,8 @@ class Line:
         return asdict(self)
 
 
-def summarise(
-    label: str, group: str, answers: Sequence[Answer], unpruned: Sequence[Answer], bandwidth: float | None = None, seed: int = 0
-) -> Line:  # fmt: skip
-    """One line. ``answers`` and ``unpruned`` are to the same questions, in the same order; ``bandwidth`` in bytes a second.
+def summarise(label: str, group: str, answers: Sequence[Answer], unpruned: Sequence[Answer], seed: int = 0) -> Line:
+    """One line. ``answers`` and ``unpruned`` are to the same questions, in the same order.
 
     Raises:
         ValueError: they are not, or there are none.
@@ -76,7 +74,7 @@ def summarise(
         label, group, score, low, high, retained, retained_low, retained_high, float(np.mean(same)),
         *(float(np.mean([getattr(a, name) for a in answers])) for name in ("kept", "visual_share", "n", "paper_cost", "exact_cost")),
         sum(a.flops for a in answers) / sum(a.flops_unpruned for a in answers), float(np.mean([a.kv_bytes for a in answers])),
-        sum(a.seconds for a in answers) / decoded, sum(a.read for a in answers) / decoded / bandwidth if bandwidth else None,
+        sum(a.seconds for a in answers) / decoded, sum(a.floor for a in answers) / decoded,
         float(np.mean([a.first for a in answers])), max(a.batch for a in answers), len(answers),
     )  # fmt: skip
 

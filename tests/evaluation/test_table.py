@@ -13,7 +13,7 @@ def answer(item, right, total=1.0, tokens=(1, 2), **changes):
     given = {
         "group": "g", "kept": 0.5, "visual_share": 0.7,
         "n": 100, "paper_cost": 0.6, "exact_cost": 0.5, "flops": 60.0, "flops_unpruned": 100.0, "kv_bytes": 10, "read": 5.0,
-        "seconds": 0.2, "first": 0.1, "batch": 2, "text": "",
+        "seconds": 0.2, "floor": 0.01, "first": 0.1, "batch": 2, "text": "",
     }  # fmt: skip
     return Answer(item=item, right=right, total=total, tokens=list(tokens), **{**given, **changes})
 
@@ -50,8 +50,8 @@ def test_a_line():
     assert (line.score, line.retained, line.questions) == (0.5, pytest.approx(0.6), 2)
     assert line.agreement == pytest.approx((0.5 + 2 / 3) / 2)
     assert line.kept == pytest.approx(0.3) and line.flops_share == pytest.approx(0.4) and line.exact_cost == 0.5
-    assert line.time_per_token == pytest.approx(0.4 / 2) and line.floor is None and line.first == pytest.approx(0.1)
-    assert summarise("x", "g", pruned, unpruned, bandwidth=50.0).floor == pytest.approx(10 / 2 / 50)
+    assert line.time_per_token == pytest.approx(0.4 / 2) and line.first == pytest.approx(0.1)
+    assert line.floor == pytest.approx(0.02 / 2)
     same = summarise("x", "g", unpruned, unpruned)
     assert (same.retained, same.retained_low, same.retained_high, same.agreement) == (1.0, 1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="same questions"):
