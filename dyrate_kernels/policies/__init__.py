@@ -3,7 +3,7 @@
 >>> import dyrate_kernels as dk
 >>> dk.policies.names()
 ['none', 'dyrate', 'fastv', 'fixed', 'random', 'uniform', 'vtw', 'depth', 'schedule', 'threshold', 'st3', 'dycoke', 'pyramiddrop',
-'layerwise']
+'layerwise', 'sparsevlm']
 >>> dk.policies.get("fastv", k=2, rate=0.75)
 FastV(k=2, rate=0.75, ranking='last')
 """
@@ -24,6 +24,7 @@ from dyrate_kernels.policies.none import KeepAll
 from dyrate_kernels.policies.pyramiddrop import PyramidDrop
 from dyrate_kernels.policies.random import Random
 from dyrate_kernels.policies.schedule import Schedule
+from dyrate_kernels.policies.sparsevlm import SparseVLM
 from dyrate_kernels.policies.st3 import ST3
 from dyrate_kernels.policies.threshold import Threshold
 from dyrate_kernels.policies.uniform import Uniform
@@ -44,6 +45,7 @@ _CLASSES: tuple[type[Policy], ...] = (
     DyCoke,
     PyramidDrop,
     LayerWise,
+    SparseVLM,
 )
 _BY_NAME = {cls.name: cls for cls in _CLASSES}
 
@@ -62,6 +64,7 @@ __all__ = [
     "Random",
     "ST3",
     "Schedule",
+    "SparseVLM",
     "Threshold",
     "Uniform",
     "VTW",
