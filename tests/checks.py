@@ -42,8 +42,10 @@ METHODS: dict[str, Rule] = {
     "pyramiddrop": Rule("pyramiddrop", keep=0.6),
     "pyramiddrop-k2": Rule("pyramiddrop", k=2, keep=0.7, stages=2),
     "layerwise": Rule("layerwise", k=1, stages=3),
+    "sparsevlm": Rule("sparsevlm"),
+    "sparsevlm-k2": Rule("sparsevlm", k=2, shares=(0.8, 0.3, 0.3)),
 }
-FEW = ("dyrate", "fixed", "fastv-mean", "vtw", "depth", "schedule")
+FEW = ("dyrate", "fixed", "fastv-mean", "vtw", "depth", "schedule", "sparsevlm")
 
 # unequal lengths, one, two and no pictures, the same picture count in different places
 ROWS: list[list[str]] = [
@@ -87,6 +89,8 @@ def policy(rule: Rule) -> Any:
         options |= {name: getattr(rule, name) for name in ("growth", "least", "horizon", "stages")}
     if rule.name == "pyramiddrop":
         options |= {"keep": rule.keep, "stages": rule.stages}
+    if rule.name == "sparsevlm":
+        options |= {"keep": rule.shares, "recycle": 0}
     if rule.name == "layerwise":
         options |= {"groups": rule.stages, "rates": rule.rates, "num_rates": rule.buckets}
     if rule.name == "dycoke":

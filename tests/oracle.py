@@ -31,7 +31,8 @@ class Rule:
     """One method's options, as methods.md words them.
 
     Attributes:
-        name: none, fixed, fastv, vtw, depth, schedule, uniform, dyrate, threshold, st3, dycoke, pyramiddrop or layerwise.
+        name: none, fixed, fastv, vtw, depth, schedule, uniform, dyrate, threshold, st3, dycoke, pyramiddrop, layerwise
+            or sparsevlm (without recycling).
         k: first layer that sees the pruned set; None: the method's own default.
         rate: fraction removed (fixed, fastv, uniform).
         ranking: which prompt rows FastV ranks by, ``last`` or ``mean``.
@@ -40,6 +41,7 @@ class Rule:
         share: of threshold.
         least, horizon, stages: of st3; stages of pyramiddrop and layerwise too.
         keep: of pyramiddrop.
+        shares: of sparsevlm, what stays in each stage.
         similarity: of dycoke.
         rates: ``half_open`` or ``closed`` (dyrate).
         buckets: K (dyrate).
@@ -59,6 +61,7 @@ class Rule:
     horizon: int = 64
     stages: int = 3
     keep: float = 0.5
+    shares: Sequence[float] = (0.7, 0.4, 0.2)
     similarity: float = 0.9
     rates: str = "half_open"
     buckets: int = 5
@@ -69,11 +72,21 @@ class Rule:
     def first_layer(self, num_layers: int) -> int:
         if self.k is not None:
             return self.k
-        return {"vtw": max(num_layers // 2, 1), "depth": 4, "pyramiddrop": max(num_layers // 4, 1)}.get(self.name, 3)
+        return {
+            "vtw": max(num_layers // 2, 1),
+            "depth": 4,
+            "pyramiddrop": max(num_layers // 4, 1),
+            "sparsevlm": max(num_layers * 3 // 32, 1),
+        }.get(self.name, 3)
 
     def stage_starts(self, num_layers: int) -> list[int]:
         """First layers of the stages that are decided one by one; one entry for methods that decide once for all layers."""
         first = self.first_layer(num_layers)
+        if self.name == "sparsevlm":  # 3, 7 and 16 of 32, scaled to what lies after the first
+            starts = [first]
+            for part in (4, 13):
+                starts.append(max(first + (num_layers - first) * part // 29, starts[-1] + 1))
+            return [start for start in starts if start < num_layers]
         count = min(self.stages, num_layers - first) if self.name in ("pyramiddrop", "layerwise") else 1
         return [first + (num_layers - first) * i // count for i in range(count)]
 
@@ -197,6 +210,7 @@ class Oracle:
         self.turns: list[Turn] | None = None
         self.trace: list[list[Step]] = []
         self.model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        text.register_forward_pre_hook(self._enter, with_kwargs=True)
 
     # -- what a test calls -----------------------------------------------------------------------------------------------------------------
 
@@ -232,6 +246,22 @@ class Oracle:
         self.real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         self.visual = torch.isin(ids, torch.tensor(self.visual_ids)) & self.real
         self.hidden: dict[int, Tensor] = {}
+
+    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.embeddings = kwargs["inputs_embeds"].double()
+
+    def _raters(self, b: int, turn: Turn, visual: Sequence[int]) -> list[int]:
+        """Text rows of the turn, from the first picture on, whose mean share of the visual tokens' similarity is above the mean."""
+        new = [c for c in visual if c >= turn.start]
+        first = turn.start if turn.start else visual[0]
+        text = [c for c in range(first, turn.end) if self.real[b, c] and not self.visual[b, c]]
+        share = dict.fromkeys(text, 0.0)
+        for v in new:
+            dots = [float(self.embeddings[b, v] @ self.embeddings[b, t]) for t in text]
+            weights = [math.exp(dot - max(dots)) for dot in dots]
+            for t, weight in zip(text, weights, strict=True):
+                share[t] += weight / sum(weights) / len(new)
+        return [t for t in text if share[t] > sum(share.values()) / len(text)]
 
     def decide(self, probabilities: Tensor, layer: int) -> None:
         """Works out which columns each row of the layers that ``layer`` decides for may not read. ``probabilities``: its own, float
@@ -269,6 +299,8 @@ class Oracle:
         candidates = dict.fromkeys(layers, visual) if self.retention == "recoverable" else alive
         candidates = self._within(candidates, before, 0)
         rows = [r for r in range(turn.start, turn.end) if self.real[b, r]] if self.rule.ranking == "mean" else [turn.end - 1]
+        if self.rule.name == "sparsevlm":
+            rows = self._raters(b, turn, visual) or rows
         at_prompt = self._choose(b, 0, turn, probabilities, rows, visual, candidates, state)
         if self.retention == "evict":
             self._hide(b, range(turn.start, turn.end), visual, at_prompt)
@@ -317,7 +349,7 @@ class Oracle:
         candidates: dict[int, Sequence[int]],
         state: _Sequence,
     ) -> Step:
-        rule, last = self.rule, rows[-1]
+        rule, last = self.rule, turn.end - 1 if step == 0 else rows[-1]
         n = len(visual)
         mass = self._mass(b, turn, probabilities[:, last], visual)
         importance = probabilities[:, rows][..., list(visual)].mean((0, 1))
@@ -360,6 +392,8 @@ class Oracle:
             return {layer: 1 - max(1 - rule.rate - rule.growth * stage_of[layer] / max(stages - 1, 1), 0) * fading for layer in layers}
         if rule.name == "pyramiddrop":
             return {layer: 1 - rule.keep ** (stage + 1) for stage, group in enumerate(self.stages.values()) for layer in group}
+        if rule.name == "sparsevlm":
+            return {layer: 1 - share for share, group in zip(rule.shares, self.stages.values(), strict=False) for layer in group}
         if rule.name == "none":
             rate = 0.0
         elif rule.name == "vtw":

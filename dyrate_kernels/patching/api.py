@@ -90,6 +90,12 @@ def patch(
         raise ValueError(f"policy {policy.name!r} brings tokens back, which retention={retention!r} cannot; use retention='recoverable'")
     bound = policy.bind(shape_for(model, retention))
     dispatch.name_for(backend, next(model.parameters()).device)  # raises now, not in the middle of a generation
+    if bound.merges and retention == "recoverable":
+        warnings.warn(
+            f"policy {bound.name!r} merges dropped tokens into others, but retention='recoverable' drops none, so nothing is merged; "
+            "patch with retention='evict', or set recycle=0",
+            stacklevel=2,
+        )
     handle = Handle(model, family, bound, retention, backend, record_importance, cuda_graph)
     logger.info("%s", handle)
     return handle
@@ -315,6 +321,8 @@ class Handle:
         hidden = bound.get("inputs_embeds")
         hidden = bound["input_ids"] if hidden is None else hidden
         cache.session.begin_forward(hidden.shape[0], hidden.shape[1], bound.get("attention_mask"), hidden.device)
+        if cache.session.raters is not None:
+            cache.session.raters.read(hidden if hidden.is_floating_point() else module.get_input_embeddings()(hidden))
         # a 4D mask passes transformers' mask creation untouched, which saves its time and its host sync
         bound["attention_mask"] = torch.zeros(1, 1, 1, 1, device=hidden.device)
         bound[attention.CARRIER] = cache

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dyrate_kernels import ops
 from dyrate_kernels.cache import INSTRUCTION, RESPONSE, SYSTEM, RowGroup, VisualCache
+from dyrate_kernels.patching.raters import Raters
 from dyrate_kernels.patching.stages import Noted, Stages
 from dyrate_kernels.patching.wide import KeyRows, attend_wide, row_statistics, sum_of_all_rows, visibility
 from dyrate_kernels.policies.base import ModelShape, Policy, View
@@ -74,6 +75,7 @@ class Forward:
     shrunk: bool = False  # pruned layers receive fewer columns; then, by group:
     source: dict[int, Tensor] = field(default_factory=dict)  # int64 [B, s], which columns (of this and the waiting chunks) stay
     filled: dict[int, Tensor] = field(default_factory=dict)  # bool [B, s], False for the filler of shorter sequences
+    merge: dict[int, Tensor] = field(default_factory=dict)  # int64 [B, N], Decision.merge of policies that merge
     noted: Noted | None = None  # where groups decide one by one: what the first one saw
     drafts: Noted | None = None  # likewise, for drafted rows
     joined: tuple[Tensor, ...] | None = None  # column, stored, token, text and type of this and the waiting chunks
@@ -98,6 +100,7 @@ class Session:
         windows: sliding windows of the layers seen so far.
         score_layer: layer ``k-1``, which decides for all pruned layers, or for the first group of them where there are ``stages``.
         stages: what decides for the later groups, each at the layer before it (``Policy.rescores``), or None.
+        raters: what lets chosen rows of a prompt rank (``Policy.query_rows == "raters"``) and tokens be merged, or None.
     """
 
     unpruned: bool = False
@@ -109,6 +112,9 @@ class Session:
         self.score_layer = policy.k - 1
         starts = policy.layer_groups(shape.num_layers)
         self.stages = Stages(self, starts) if policy.rescores and len(starts) > 1 else None
+        merges = self.evict and policy.merges
+        self.raters = Raters(self) if policy.query_rows == "raters" or merges else None
+        self.keeps_hidden = policy.reads_hidden or merges
         self.cache = VisualCache(shape.num_layers, starts, shared_rows=not self.evict)
         self.cache.session = self
         self.record_importance = record_importance
@@ -137,6 +143,8 @@ class Session:
         self.forward: Forward | None = None
         self.hidden: Tensor | None = None  # [B, q, d] of this pass at the score layer, for policies that read it
         self.windows: set[int] = set()
+        if self.raters is not None:
+            self.raters.forget()
 
     def part_from_cache(self) -> None:
         """After a generation: if nobody else holds the cache, lets go of it, so that its memory is free at once.
@@ -175,6 +183,8 @@ class Session:
         self.new_images = False
         self.column_sum = None
         self.waiting = []
+        if self.raters is not None:
+            self.raters.forget()
         self.evicted_while_decoding = False
         self.record = None
 
@@ -386,6 +396,8 @@ class Session:
         else:
             self.step.fill_(max(self.cache.length - self.turn_end + 1, 0))
             self.column.fill_(self.cache.length)
+        if forward.ends_prompt and self.raters is not None:
+            self.raters.forget()
         self.in_forward = False
         self.forward = self.hidden = None
 
@@ -419,7 +431,7 @@ class Session:
 
     def see(self, layer: int, hidden: Tensor) -> None:
         """Keeps the hidden states that go into the score layer's attention (called by ``VisualCache.see``)."""
-        if self.policy.reads_hidden and (layer == self.score_layer or (self.stages is not None and layer in self.stages.groups)):
+        if self.keeps_hidden and (layer == self.score_layer or (self.stages is not None and layer in self.stages.groups)):
             self.hidden = hidden
 
     def hidden_of(self, rows: slice) -> Tensor | None:
@@ -577,7 +589,7 @@ class Session:
         if layer == self.score_layer:
             self._score_wide(layer, query, rows, mask, column, scale, window)
         elif scores:
-            self.stages.wide(layer, query, rows, mask, scale)
+            self.stages.wide(layer, query, rows, mask, scale, window)
         return output
 
     @staticmethod
@@ -601,6 +613,8 @@ class Session:
             real = forward.slots[0].stored[:, prompt].to(query.device)
             added = sum_of_all_rows(query[:, :, prompt], rows, mask[:, prompt], real, scale, tokens).to(home)
             self.column_sum = added if self.column_sum is None else _resize_like(self.column_sum, added) + added
+        if self.raters is not None and forward.drafted < forward.length:
+            self.raters.note(layer, forward.slots[0], query)
         if forward.ends_prompt:
             hidden = self.hidden_of(slice(last, last + 1))
             if forward.drafted or window is not None:
@@ -608,6 +622,8 @@ class Session:
                 mass, importance = mass[:, 0].to(home), importance[:, 0].to(home)
             else:
                 mass, importance = self._score_last_query(layer, query[:, :, last], scale)
+            if self.raters is not None:
+                importance = self.raters.importance(layer, rows, scale, window, importance)
             self._decide_prompt(mass, importance, None if hidden is None else hidden[:, 0])
         if forward.drafted:
             first = forward.length - forward.drafted
@@ -641,7 +657,10 @@ class Session:
             if not self.state or self.new_images:
                 self.state = policy.start(n_visual)
             step = torch.zeros(batch, dtype=torch.int64, device=n_visual.device)
-            decision = policy.decide(View(step, mass, importance, n_visual, alive, self.state, hidden))
+            view = View(step, mass, importance, n_visual, alive, self.state, hidden)
+            if self.raters is not None:
+                self.raters.show(self.score_layer, view)
+            decision = policy.decide(view)
             score = importance if decision.score is None else decision.score
             groups = cache.groups[1:] if self.stages is None else cache.groups[1:2]
             counts = decision.count if decision.count.dim() == 2 else decision.count[None].expand(len(groups), -1)
@@ -650,23 +669,28 @@ class Session:
             if self.stages is not None:
                 self.forward.noted = Noted(mass, importance, [decision.rate])
             self.had_decided = self.decided
-            self.choose_for_prompt(groups, score, counts)
+            self.choose_for_prompt(groups, score, counts, merge=decision.merge)
             self.decided = True
         elif self.prunes_prompt:
             self.shrink_prompt(cache.groups[1:], importance, n_visual[None].expand(len(cache.groups) - 1, -1))
         if self.forward.noted is None:  # else more groups decide first
             self.write_record(mass, importance, step=0)
 
-    def choose_for_prompt(self, groups: list[RowGroup], score: Tensor, counts: Tensor, within: Tensor | None = None) -> None:
+    def choose_for_prompt(
+        self, groups: list[RowGroup], score: Tensor, counts: Tensor, within: Tensor | None = None, merge: Tensor | None = None
+    ) -> None:  # fmt: skip
         """What these groups keep of the prompt: rows under ``evict``, else a list, if nothing is decided again.
 
         Args:
             score: ``[B, N]``.
             counts: ``[len(groups), B]``.
             within: bool ``[B, N]``, what can be chosen; None: all.
+            merge: ``Decision.merge``, for the first of the groups.
         """
         cache = self.cache
         if self.evict:
+            if merge is not None:
+                self.forward.merge[cache.groups.index(groups[0])] = merge
             self.shrink_prompt(groups, score, counts, within)
             return
         if self.policy.at_decode:

@@ -3,6 +3,7 @@
 Hooks on the decoder layers: the first layer of each pruned group gathers hidden states, position embeddings and position ids to the kept
 columns (right aligned); every later layer gets the gathered positions; after the last layer the hidden states are scattered back to
 their columns. An early chunk of a chunked prompt waits in the session until the last chunk decides, so chunking changes no result.
+Where a policy merges (``Decision.merge``), a token that stays enters the group as the mean of its parts.
 """
 
 from __future__ import annotations
@@ -51,6 +52,30 @@ def _join(parts: list[Any], batch: int) -> Any:
     if isinstance(parts[0], tuple | list):
         return type(parts[0])(_join(list(p), batch) for p in zip(*parts, strict=True))
     return torch.cat([p.expand(batch, *p.shape[1:]) for p in parts], dim=1)
+
+
+def _tokens(slot: Any) -> Tensor:
+    """int64 ``[B, q]``: the visual token of each column, -1 for text, filler and dropped tokens."""
+    return torch.where(slot.stored, slot.token, -1)
+
+
+def merge_columns(hidden: Tensor, token: Tensor, kept: Tensor, kept_token: Tensor, merge: Tensor) -> Tensor:
+    """The columns that stay, those with several parts replaced by the mean over them (float32 sums, in a fixed order).
+
+    Args:
+        hidden: ``[B, q, d]``, before columns go.
+        token: int64 ``[B, q]``, visual token of each column, -1 for all others.
+        kept: ``[B, s, d]``, the columns that stay.
+        kept_token: int64 ``[B, s]``, likewise.
+        merge: ``Decision.merge``.
+    """
+    token, kept_token, merge = (each.to(hidden.device) for each in (token, kept_token, merge))
+    target = torch.where(token < 0, -1, merge.gather(1, token.clamp(min=0)))
+    part = (target[:, None] == kept_token[:, :, None]) & (kept_token >= 0)[:, :, None]
+    count = part.sum(-1, keepdim=True)
+    accumulator = torch.promote_types(hidden.dtype, torch.float32)
+    mean = part.to(accumulator) @ hidden.to(accumulator) / count.clamp(min=1)
+    return torch.where(count > 1, mean.to(hidden.dtype), kept)
 
 
 class ShrinkHooks:
@@ -109,7 +134,11 @@ class ShrinkHooks:
                 place = torch.zeros(source.shape[0], forward.joined_length, dtype=torch.int64, device=source.device)
                 place.scatter_(1, previous, torch.arange(previous.shape[1], device=source.device).expand_as(previous))
                 source = place.gather(1, source)
-            hidden = gather_columns(hidden, source)
+            kept = gather_columns(hidden, source)
+            if group in forward.merge:
+                before = forward.joined[2] if group == 1 else _tokens(forward.slots[group - 1])
+                kept = merge_columns(hidden, before, kept, _tokens(forward.slots[group]), forward.merge[group])
+            hidden = kept
             forward.positions = gather_columns(tuple(forward.joined_positions.values()), forward.source[group])
         return self._with(args, kwargs, hidden, forward.positions)
 

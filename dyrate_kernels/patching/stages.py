@@ -112,16 +112,20 @@ class Stages:
 
     # ---- wide pass ----------------------------------------------------------------------------------------------------------------
 
-    def wide(self, layer: int, query: Tensor, rows: KeyRows, mask: Tensor, scale: float) -> None:
+    def wide(self, layer: int, query: Tensor, rows: KeyRows, mask: Tensor, scale: float, window: int | None) -> None:
         """A later score layer of a wide pass; ``query`` ``[B, Hq, q, D]`` may hold fewer columns than the pass (the prompt was shrunk)."""
         session, cache = self.session, self.session.cache
         forward, tokens, home = session.forward, cache.full.capacity, cache.n_text.device
-        index, drafted = self.groups[layer], forward.drafted
+        index, drafted, raters = self.groups[layer], forward.drafted, session.raters
+        if raters is not None and drafted < forward.length:
+            raters.note(layer, forward.slots[index - 1], query)
         if forward.ends_prompt and forward.noted is not None:
             last = slice(query.shape[2] - drafted - 1, query.shape[2] - drafted)
             mass, importance = row_statistics(query[:, :, last], rows, mask[:, last], scale, tokens)
-            hidden = session.hidden_of(last)
-            self._prompt(index, mass[:, 0].to(home), importance[:, 0].to(home), None if hidden is None else hidden[:, 0])
+            mass, importance, hidden = mass[:, 0].to(home), importance[:, 0].to(home), session.hidden_of(last)
+            if raters is not None:
+                importance = raters.importance(layer, rows, scale, window, importance)
+            self._prompt(layer, mass, importance, None if hidden is None else hidden[:, 0])
         if drafted and forward.drafts is not None:
             new = slice(query.shape[2] - drafted, query.shape[2])
             if session.policy.at_decode and not session.evict:
@@ -132,8 +136,8 @@ class Stages:
         if layer == self.last:
             self._write(forward)
 
-    def _prompt(self, index: int, mass: Tensor, importance: Tensor, hidden: Tensor | None) -> None:
-        session, cache = self.session, self.session.cache
+    def _prompt(self, layer: int, mass: Tensor, importance: Tensor, hidden: Tensor | None) -> None:
+        session, cache, index = self.session, self.session.cache, self.groups[layer]
         group, before, n_visual = cache.groups[index], cache.groups[index - 1], cache.full.n_visual
         within = None
         if session.evict:
@@ -142,10 +146,13 @@ class Stages:
         elif before.kept is not None and not session.policy.at_decode:
             within = session.mark(before.kept)
         step = torch.zeros(mass.shape[0], dtype=torch.int64, device=mass.device)
-        decision = session.policy.decide(View(step, mass, importance, n_visual, within, session.state, hidden, index - 1))
+        view = View(step, mass, importance, n_visual, within, session.state, hidden, index - 1)
+        if session.raters is not None:
+            session.raters.show(layer, view)
+        decision = session.policy.decide(view)
         session.forward.noted.rates.append(decision.rate)
         score = importance if decision.score is None else decision.score
-        session.choose_for_prompt([group], score, decision.count[None], within)
+        session.choose_for_prompt([group], score, decision.count[None], within, decision.merge)
 
     def _drafts(self, index: int, mass: Tensor, importance: Tensor, hidden: Tensor | None) -> None:
         session, forward = self.session, self.session.forward

@@ -3,7 +3,7 @@
 >>> import dyrate_kernels as dk
 >>> dk.policies.names()
 ['none', 'dyrate', 'fastv', 'fixed', 'random', 'uniform', 'vtw', 'depth', 'schedule', 'threshold', 'st3', 'dycoke', 'pyramiddrop',
-'layerwise', 'recycle', 'klguard']
+'layerwise', 'sparsevlm', 'recycle', 'klguard']
 >>> dk.policies.get("fastv", k=2, rate=0.75)
 FastV(k=2, rate=0.75, ranking='last')
 """
@@ -26,6 +26,7 @@ from dyrate_kernels.policies.pyramiddrop import PyramidDrop
 from dyrate_kernels.policies.random import Random
 from dyrate_kernels.policies.recycle import Recycle
 from dyrate_kernels.policies.schedule import Schedule
+from dyrate_kernels.policies.sparsevlm import SparseVLM
 from dyrate_kernels.policies.st3 import ST3
 from dyrate_kernels.policies.threshold import Threshold
 from dyrate_kernels.policies.uniform import Uniform
@@ -46,6 +47,7 @@ _CLASSES: tuple[type[Policy], ...] = (
     DyCoke,
     PyramidDrop,
     LayerWise,
+    SparseVLM,
     Recycle,
     KLGuard,
 )
@@ -68,6 +70,7 @@ __all__ = [
     "Recycle",
     "ST3",
     "Schedule",
+    "SparseVLM",
     "Threshold",
     "Uniform",
     "VTW",

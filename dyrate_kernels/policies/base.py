@@ -134,6 +134,9 @@ class View:
         hidden: ``[B, d]``, what goes into the attention of layer ``k-1``, normalised, for policies that read it (``reads_hidden``).
         group: which group of layers is decided for, where each is for itself (``Policy.rescores``); mass, importance and hidden are then
             of the layer before that group, and alive what the group before it keeps.
+        visual: ``[B, N, d]``, like hidden, of the visual tokens (any value where not ``mergeable``), for policies that merge
+            (``Policy.merges``) where tokens can be merged: a prompt under ``evict``; else None.
+        mergeable: bool ``[B, N]`` with it: the tokens that this prompt brought and the layer still holds.
     """
 
     step: Tensor
@@ -144,6 +147,8 @@ class View:
     state: dict[str, Tensor]
     hidden: Tensor | None = None
     group: int = 0
+    visual: Tensor | None = None
+    mergeable: Tensor | None = None
 
 
 @dataclass
@@ -154,11 +159,14 @@ class Decision:
         rate: float64 ``[B]``, the fraction removed that it asked for (the mean over pruned layers where they differ).
         count: int32 ``[B]``, or ``[G, B]`` with one row a group of layers: how many stay, in [0, n_visual].
         score: float ``[B, N]``, the highest stay; None: rank by importance.
+        merge: int64 ``[B, N]`` or None, where ``View.visual`` was given: the token that each token becomes part of: itself for those that
+            stay, -1 for those that leave no trace. What the (first) group computes with is the mean over each token's parts.
     """
 
     rate: Tensor
     count: Tensor
     score: Tensor | None = None
+    merge: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -205,9 +213,28 @@ class Policy:
         return [self.k]
 
     @property
-    def query_rows(self) -> Literal["last", "mean"]:
-        """Which prompt rows rank at prefill: the last one, or the mean over all."""
+    def query_rows(self) -> Literal["last", "mean", "raters"]:
+        """Which prompt rows rank at prefill: the last one, the mean over all, or the mean over those that :meth:`raters` chooses."""
         return "last"
+
+    def raters(self, hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
+        """The prompt rows that rank, for ``query_rows == "raters"``; a sequence for which none is chosen is ranked by its last row. Tensor
+        operations only.
+
+        Args:
+            hidden: ``[B, q, d]``, the embeddings that the prompt enters the first layer with.
+            visual: bool ``[B, q]``, its visual tokens.
+            text: bool ``[B, q]``, its instruction tokens.
+
+        Returns:
+            bool ``[B, q]``, a subset of ``text``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define raters(hidden, visual, text)")
+
+    @property
+    def merges(self) -> bool:
+        """Whether ``Decision.merge`` is used: tokens that go are averaged into tokens that stay. Needs retention ``evict``."""
+        return False
 
     @property
     def reads_hidden(self) -> bool:

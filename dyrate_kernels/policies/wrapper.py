@@ -54,8 +54,15 @@ class Wrapper(Policy):
         return self.policy.layer_groups(num_layers)
 
     @property
-    def query_rows(self) -> Literal["last", "mean"]:
+    def query_rows(self) -> Literal["last", "mean", "raters"]:
         return self.policy.query_rows
+
+    def raters(self, hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
+        return self.policy.raters(hidden, visual, text)
+
+    @property
+    def merges(self) -> bool:
+        return self.policy.merges
 
     @property
     def reads_hidden(self) -> bool:

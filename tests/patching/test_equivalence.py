@@ -96,12 +96,19 @@ def test_long_answers(make_model, seed, retention):
 @RETENTION
 @pytest.mark.parametrize(
     "rows",
-    [[["text 3", "image"]], [["image", "text 3"]], [["text 1", "image", "image", "text 1"]], [["text 5"], ["text 3", "image", "text 2"]]],
+    [
+        [["text 3", "image"]],
+        [["image", "text 3"]],
+        [["text 1", "image", "image", "text 1"]],
+        [["text 5"], ["text 3", "image", "text 2"]],
+        [["text 3", "image"], ["text 2", "image", "text 6"]],
+    ],
     ids=str,
 )
-def test_where_the_image_stands(make_model, rows, retention):
+@pytest.mark.parametrize("rule", [Rule("fixed", k=2, rate=0.7), METHODS["sparsevlm"]], ids=["fixed", "sparsevlm"])
+def test_where_the_image_stands(make_model, rows, rule, retention):
     model = make_model("llava", "qwen2")
-    _against_oracle(model, models.inputs(model, rows), Rule("fixed", k=2, rate=0.7), retention)
+    _against_oracle(model, models.inputs(model, rows), rule, retention)
 
 
 @pytest.mark.parametrize(("family", "text"), [("llava", "llama"), ("llava", "mistral"), ("llava_next", "llama"), ("video_llava", "llama")])

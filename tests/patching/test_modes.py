@@ -49,7 +49,7 @@ def test_mode(make_model, family, text, method, retention, mode):
 
 
 @RETENTION
-@pytest.mark.parametrize("method", ["dyrate", "vtw", "uniform", "pyramiddrop", "layerwise"])
+@pytest.mark.parametrize("method", ["dyrate", "vtw", "uniform", "pyramiddrop", "layerwise", "sparsevlm"])
 @pytest.mark.parametrize("mode", ["sampled-beams", "several-beams"])
 def test_more_modes(make_model, method, retention, mode):
     _mode(make_model(), ROWS, METHODS[method], retention, MODES[mode])
@@ -99,9 +99,16 @@ def test_chunked_prefill(make_model, family, text, retention, chunk):
 
 
 @RETENTION
-@pytest.mark.parametrize("method", ["fixed", "fastv", "vtw", "depth", "schedule", "uniform", "pyramiddrop", "layerwise"])
+@pytest.mark.parametrize("method", ["fixed", "fastv", "vtw", "depth", "schedule", "uniform", "pyramiddrop", "layerwise", "sparsevlm"])
 def test_chunked_prefill_of_every_method(make_model, method, retention):
     _chunked(make_model(), ROWS, METHODS[method], retention, 10)
+
+
+@RETENTION
+@pytest.mark.parametrize("chunk", [1, 13, 40])
+def test_chunked_prefill_rated_through_a_window(make_model, retention, chunk):
+    """The rows that rate come in several chunks, and see less of the picture the later they come."""
+    _chunked(make_model("llava", "mistral"), ROWS, METHODS["sparsevlm"], retention, chunk)
 
 
 @RETENTION
@@ -142,7 +149,7 @@ def test_prompt_lookup(make_model, family, text, retention):
 
 @RETENTION
 @pytest.mark.parametrize(
-    "method", ["none", "fixed", "fastv", "vtw", "depth", "schedule", "uniform", "dyrate-closed-k1", "pyramiddrop", "layerwise"]
+    "method", ["none", "fixed", "fastv", "vtw", "depth", "schedule", "uniform", "dyrate-closed-k1", "pyramiddrop", "layerwise", "sparsevlm"]
 )
 def test_prompt_lookup_with_every_method(make_model, method, retention):
     _drafted(make_model(), METHODS[method], retention, prompt_lookup_num_tokens=4, eos_token_id=-1)
@@ -230,7 +237,7 @@ def test_three_turns_of_chat(make_model, family, text, method, retention):
 
 @pytest.mark.parametrize(("family", "text"), [("llava", "llama"), ("llava", "qwen2"), ("vipllava", "llama")])
 @RETENTION
-@pytest.mark.parametrize("method", ["none", "fixed", "fastv", "dyrate"])
+@pytest.mark.parametrize("method", ["none", "fixed", "fastv", "dyrate", "pyramiddrop", "sparsevlm"])
 def test_second_image_in_the_second_turn(make_model, family, text, method, retention):
     model = make_model(family, text)
     rule = METHODS[method]
@@ -305,7 +312,9 @@ class _DecodeSteps:
 
 
 @RETENTION
-@pytest.mark.parametrize("method", ["none", "dyrate", "dyrate-trained", "fixed", "fastv", "vtw", "depth", "schedule", "uniform"])
+@pytest.mark.parametrize(
+    "method", ["none", "dyrate", "dyrate-trained", "fixed", "fastv", "vtw", "depth", "schedule", "uniform", "sparsevlm"]
+)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_no_host_sync_in_a_decode_step(make_model, host_sync, method, retention, options):
     model = make_model("llava", "llama" if method == "dyrate-trained" else "mistral")  # a predictor belongs to one model

@@ -17,7 +17,7 @@ from tests.checks import METHODS, ROWS, assert_close_logits, greedy, logits, pol
 from tests.fake_graph import TapeRecorder
 from tests.oracle import Oracle, Step, Turn, keep_count
 
-INNER = ("fixed", "dyrate", "st3", "fastv", "pyramiddrop")
+INNER = ("fixed", "dyrate", "st3", "fastv", "pyramiddrop", "sparsevlm")
 STEPS = 9
 
 
