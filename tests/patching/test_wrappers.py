@@ -28,7 +28,6 @@ class Relieved(Oracle):
         super().__init__(model, rule)
         self.relief: dict[int, list[float]] = {}  # by step, a number a sequence
         self.whole: set[int] = set()
-        self.first: dict[tuple[int, int], dict[int, float]] = {}  # what the prompt's last row attended to, by layer and sequence
 
     def _turn(self, b, turn, until, probabilities, state, layers, before):
         visual = [c for c in self.visual[b].nonzero()[:, 0].tolist() if c < turn.end]
@@ -37,7 +36,7 @@ class Relieved(Oracle):
             return steps
         for layer in layers:
             self.hidden[layer][b] = False
-        base = probabilities[:, turn.end - 1][:, visual].mean(0).tolist()
+        base = steps[0].importance.tolist()
         out = []
         for step in steps:
             if step.step == 0:
