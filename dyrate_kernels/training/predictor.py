@@ -315,6 +315,7 @@ def train_predictor(
                 trainer._prepare_inputs(collate([rows[i] for i in range(start, start + options.batch_size)]))
                 for start in _starts(rows, options)
             ]
+            _check_reachable(module, first)
             _standardise(module, first)
             saved = _saved_bytes(module, first[0])
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -348,6 +349,24 @@ CALIBRATION = 64  # examples that the standardisation and the final shift are me
 def _starts(rows: Rows, options: Options) -> range:
     size = min(options.batch_size, len(rows))
     return range(0, max(min(CALIBRATION, len(rows)) - size + 1, 1), size)
+
+
+_SLACK = 0.02  # of the budget: what counts as met
+
+
+@torch.no_grad()
+def _check_reachable(module: PredictorModule, batches: list[dict[str, Any]]) -> None:
+    """ValueError where no choice of rates comes near the target on these batches."""
+    options = module.options
+    steep = 1e6  # a shift beyond any logit: every row takes the lowest or the highest rate
+    passes: list = []
+    most, least = _cost(module, batches, -steep, passes), _cost(module, batches, steep, passes)
+    name, target = ("target_keep", options.target_keep) if options.target_cost is None else ("target_cost", options.target_cost)
+    if passes and not least - _SLACK <= target <= most + _SLACK:
+        raise ValueError(
+            f"{name} {target} cannot be met: with k={options.k} and the rates {[round(rate, 4) for rate in options.rate_values]} this data "
+            f"costs {least:.3f} at the least and {most:.3f} at the most; give a target in between, or other rates or a smaller k"
+        )
 
 
 @torch.no_grad()

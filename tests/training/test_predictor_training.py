@@ -167,3 +167,13 @@ def test_two_processes(demo, tmp_path):
     first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in range(2))
     assert torch.equal(first["weight"], second["weight"])
     assert torch.equal(dk.DyRatePredictor.from_pretrained(tmp_path).weight, first["weight"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_keep": 0.1}, {"target_cost": 0.2, "rates": "closed"}, {"target_keep": 0.9, "rates": [0.5, 0.6]}], ids=str
+)
+def test_a_target_out_of_reach(demo, tmp_path, options):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=rf"{name} .* cannot be met: with k=2 .* at the least and .* at the most"):
+        train(demo, tmp_path, k=2, steps=2, **options)
+    assert not (tmp_path / "dyrate_predictor.json").exists()
