@@ -12,6 +12,11 @@ from typing import Any
 from dyrate_kernels.cli import common
 
 DEFAULT_POLICIES = "dyrate,dyrate@evict,dyrate:predictor=closed-form,fastv,fixed,random,uniform"
+CALIBRATION = 24  # questions that costs are tuned on
+LEAST_CALIBRATION = 8
+SUITE_OPTIONS = {
+    "shapes": ("scenes", "seed", "tasks"), "lmms-eval": ("tasks", "limit", "include_path"), "a data set": ("data", "images", "limit"),
+}  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
@@ -20,17 +25,28 @@ def add_parser(commands: Any) -> None:
     common.add_common(parser)
     common.add_model(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="answers are written there as they come; a rerun goes on with them")
-    parser.add_argument("--suite", choices=("shapes",), default="shapes", help="default: shapes (drawn scenes, no download)")
-    parser.add_argument("--scenes", type=int, default=100, metavar="N", help="questions of each task; default: 100")
-    parser.add_argument("--tasks", metavar="A,B,..", help="tasks of the suite; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the questions; default: 0")
+    parser.add_argument(
+        "--suite", default="shapes", metavar="NAME",
+        help="shapes (drawn scenes, no download); gqa, vizwiz, scienceqa, textvqa, pope, nocaps, flickr30k, coco (the data set's own file: "
+        "--data); lmms-eval (its tasks: --tasks); default: shapes",
+    )  # fmt: skip
+    parser.add_argument("--data", metavar="FILE", help="questions or captions as the data set's authors publish them")
+    parser.add_argument("--images", metavar="DIR", help="folder of the pictures that --data names; default: where it lies")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="of --data, or of each task of lmms-eval, the first N questions; default: all"
+    )
+    parser.add_argument("--scenes", type=int, metavar="N", help="of shapes: questions of each task; default: 100")
+    parser.add_argument("--tasks", metavar="A,B,..", help="of shapes (default: all) or of lmms-eval")
+    parser.add_argument("--include-path", metavar="DIR", help="more tasks for lmms-eval: a folder of its YAML files")
+    parser.add_argument("--seed", type=int, help="of shapes; default: 0")
     parser.add_argument(
         "--policies", default=DEFAULT_POLICIES, metavar="A,B,..",
         help=f"names, with options and retention if wanted: fastv:k=2:rate=0.75@evict; also downsample:side=7; default: {DEFAULT_POLICIES}",
     )  # fmt: skip
     parser.add_argument(
         "--cost", metavar="A,B,..",
-        help="percentages of the unpruned model's visual rows: each policy is tuned, on other scenes, to cost that much",
+        help="percentages of the unpruned model's visual rows: each policy is tuned to cost that much, on other scenes, or on the "
+        f"questions of --data behind the first --limit (up to {CALIBRATION} are needed, about other pictures)",
     )  # fmt: skip
     parser.add_argument("--report", metavar="DIR", help="write table (Markdown, JSON) and plots there too")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
@@ -73,22 +89,18 @@ def _side(name: str) -> int:
 
 def run(given: argparse.Namespace) -> int:
     """Does it."""
-    from dyrate_kernels import shapes
     from dyrate_kernels.evaluation.runner import run as ask
-    from dyrate_kernels.evaluation.suite import ShapesSuite
 
-    tasks = shapes.TASKS if given.tasks is None else tuple(task.strip() for task in given.tasks.split(","))
     chosen = contenders(given.policies)
     costs = costs_in(given.cost)
     if given.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {given.batch_size}")
-    model, processor = common.load_model(given)
-    suite = ShapesSuite(given.scenes, given.seed, tasks)
     folder = Path(given.out)
     say = _silent if given.json else _progress
+    suite, others, about = open_suite(given, bool(costs))
+    model, processor = common.load_model(given)
     tuned: dict[str, dict[str, float]] = {}
     if costs:
-        others = ShapesSuite(CALIBRATION, (given.seed + 500_000) % 10**6, ("describe",))
         chosen, tuned = _at_costs(model, processor, others, chosen, costs, folder, given, say)
     answers = {}
     for number, contender in enumerate(chosen, 1):
@@ -100,10 +112,13 @@ def run(given: argparse.Namespace) -> int:
             model, processor, suite, contender, folder, batch_size=given.batch_size, backend=given.backend, progress=progress
         )
     say("")
-    lines = _lines(answers)
-    table = {"suite": suite.name, "seed": given.seed, "scenes": given.scenes, "lines": [line.to_dict() for line in lines]}
+    lines = _lines(answers, suite.long)
+    table = {"suite": suite.name, **about, "lines": [line.to_dict() for line in lines]}
     if tuned:
         table["tuned"] = tuned
+    summary = {label: suite.summary([answer.text for answer in each]) for label, each in answers.items()} if given.data else {}
+    if any(summary.values()):
+        table["summary"] = summary
     common.write_json(folder / "table.json", table)
     if given.report is not None:
         _report(Path(given.report), given, table, lines, model, processor, _long_part(suite))
@@ -111,11 +126,41 @@ def run(given: argparse.Namespace) -> int:
         common.print_json(table)
     else:
         _print_table(lines)
+        for label, numbers in table.get("summary", {}).items():
+            print(f"{label}: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in numbers.items()))
         print(f"answers: {folder}/*.jsonl, table: {folder / 'table.json'}" + (f", report: {given.report}" if given.report else ""))
     return 0
 
 
-CALIBRATION = 24  # descriptions that costs are tuned on
+def open_suite(given: argparse.Namespace, calibrates: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """(suite, other questions to tune costs on, what the table says about it). Files and pictures are looked at here, before any work."""
+    from dyrate_kernels import shapes
+    from dyrate_kernels.evaluation import suites
+    from dyrate_kernels.evaluation.suite import ShapesSuite
+
+    if given.suite == "shapes":
+        check_options(given, "shapes")
+        tasks = shapes.TASKS if given.tasks is None else tuple(task.strip() for task in given.tasks.split(","))
+        scenes = 100 if given.scenes is None else given.scenes
+        seed = given.seed or 0
+        others = ShapesSuite(CALIBRATION, (seed + 500_000) % 10**6, ("describe",)) if calibrates else None
+        return ShapesSuite(scenes, seed, tasks), others, {"seed": seed, "scenes": scenes}
+    if given.suite not in suites.names():
+        raise ValueError(f"--suite must be one of shapes, {', '.join(suites.names())}, lmms-eval, got {given.suite!r}")
+    check_options(given, "a data set")
+    if given.data is None:
+        raise ValueError(f"--suite {given.suite} needs --data FILE, the questions as the data set's authors publish them, and --images DIR")
+    suite = suites.get(given.suite, given.data, given.images, given.limit)
+    others = suite.held_back(CALIBRATION, LEAST_CALIBRATION) if calibrates else None
+    return suite, others, {"data": suite.file.name, "questions": len(suite)}
+
+
+def check_options(given: argparse.Namespace, kind: str) -> None:
+    """ValueError for an option that belongs to another kind of suite, rather than silence."""
+    for other, names in SUITE_OPTIONS.items():
+        for name in names:
+            if getattr(given, name) is not None and name not in SUITE_OPTIONS[kind]:
+                raise ValueError(f"--{name.replace('_', '-')} belongs to {other}, not to --suite {given.suite}; leave it out")
 
 
 def costs_in(text: str | None) -> list[float]:
@@ -177,7 +222,8 @@ def _report(folder: Path, given: argparse.Namespace, table: dict[str, Any], line
     groups = {group: [line for line in lines if line.group == group] for group in ("long", "short")}
     groups = {group: rows for group, rows in groups.items() if rows}
     common.write_json(folder / f"{name}.json", table)
-    text = [f"# {name}, seed {given.seed}, {given.scenes} questions a task\n", f"`{_command()}`\n"]
+    about = ", ".join(f"{key} {table[key]}" for key in ("seed", "scenes", "data", "questions") if key in table)
+    text = [f"# {name}: {about}\n", f"`{_command()}`\n"]
     for group, rows in groups.items():
         text += [f"## {group} answers ({rows[0].questions} questions, n = {rows[0].n:.0f} tokens)\n", report.markdown(rows)]
     (folder / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
@@ -192,10 +238,11 @@ def _report(folder: Path, given: argparse.Namespace, table: dict[str, Any], line
 
 
 def _long_part(suite: Any) -> Any:
-    """The suite's descriptions, up to 100 of them."""
-    from dyrate_kernels.evaluation.suite import ShapesSuite
+    """The questions with long answers, else all, up to 100 of them."""
+    from dyrate_kernels.evaluation.suite import Part
 
-    return ShapesSuite(min(suite.scenes, 100), suite.seed, ("describe",))
+    places = [index for index in range(len(suite)) if suite[index].group in suite.long] or range(len(suite))
+    return Part(suite, places[:100])
 
 
 def _command() -> str:
@@ -213,14 +260,14 @@ def _silent(text: str) -> None:
     pass
 
 
-def _lines(answers: dict[str, list[Any]]) -> list[Any]:
-    """Long answers, short answers, and each task."""
+def _lines(answers: dict[str, list[Any]], long: frozenset[str]) -> list[Any]:
+    """Long answers, short answers, and each group."""
     from dyrate_kernels.evaluation.table import summarise
 
     unpruned = answers["none"]
     groups: dict[str, list[int]] = {}
     for index, answer in enumerate(unpruned):
-        for name in ("long" if answer.group == "describe" else "short", answer.group):
+        for name in ("long" if answer.group in long else "short", answer.group):
             groups.setdefault(name, []).append(index)
     order = sorted(groups, key=lambda name: ("long", "short").index(name) if name in ("long", "short") else 2)
     return [

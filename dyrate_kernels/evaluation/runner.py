@@ -203,7 +203,7 @@ def encode(processor: Any, items: Sequence[Item]) -> Any:
     """Model inputs of several questions, padded on the left."""
     side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
     try:
-        images = [item.images for item in items if item.images]
+        images = [list(item.images) for item in items if item.images]
         texts = [chat.render(processor, item.messages) for item in items]
         return processor(images=images or None, text=texts, padding=True, return_tensors="pt")
     finally:
@@ -233,8 +233,14 @@ def _read(path: Path, setting: dict[str, str], names: set[str]) -> dict[str, Ans
     if not lines:
         path.unlink()
         return {}
-    made = json.loads(lines[0]).get("setting")
+    where = 1
+    try:
+        made = json.loads(lines[0])["setting"]
+        found = []
+        for where, line in enumerate(lines[1:], 2):  # noqa: B007
+            found.append(Answer(**json.loads(line)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} line {where} is no answer of this version ({error}); give another folder, or remove it") from None
     if made != setting:
         raise ValueError(f"{path} holds answers of {made}, this run is of {setting}; give another folder, or remove the file")
-    found = [Answer(**json.loads(line)) for line in lines[1:]]
     return {answer.item: answer for answer in found if answer.item in names}
