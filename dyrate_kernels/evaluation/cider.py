@@ -11,9 +11,9 @@ picture:
 
 ``l`` counts bigrams there, hence here. A value of 1.0 is what papers print as 100.
 
-The tokens follow the Penn Treebank as Stanford's PTBTokenizer with ``-lowerCase`` does, punctuation left out, in a few regular
-expressions. They differ from it where it knows abbreviations (``mr.`` keeps its point there, loses it here), web addresses and
-emoticons, and in brackets, which are dropped here (the Java tool turns them into ``-lrb-``, which its list of punctuation misses).
+The tokens are those of Stanford's PTBTokenizer with ``-lowerCase``, without the punctuation that the COCO caption evaluation leaves out,
+made by a few regular expressions. Brackets stay, as ``-lrb-``, as they do there. The two differ in abbreviations that are not listed here
+(``gov.`` loses its point), in web addresses with slashes, emoticons, accents in place of apostrophes, and in currencies (``US$``).
 """
 
 from __future__ import annotations
@@ -26,10 +26,20 @@ from collections.abc import Iterable, Sequence
 SIGMA = 6.0
 LONGEST = 4
 
-_TOKEN = re.compile(r"(?:[^\W\d_]\.){2,}|\d+(?:[.,:/]\d+)+|\w+(?:[-'/&]\w+)*|'(?:s|re|ve|ll|d|m)\b|[^\w\s]")
+_ABBREVIATIONS = (
+    "mr mrs ms dr st mt ft jr sr vs etc inc ltd co corp ave blvd rd prof gen lt sgt rev hon jan feb aug sept oct nov dec".split()
+)
+_TOKEN = re.compile(
+    rf"(?:{'|'.join(_ABBREVIATIONS)})\.|no\.(?= \d)|[^\W\d_]\.(?:[^\W\d_]\.)*(?!\w)"  # mr. no. 5, u.s.
+    r"|'(?:tis|twas)\b|'(?:til|em)\b|'n'|'\d0s\b|#[^\W\d]\w*|y'(?=all\b)"
+    r"|\d+(?:[.,:/]\d+)+|\w+(?:[-/&.@]+\w+|'[^\W\d]\w*)*|'(?:s|re|ve|ll|d|m)\b|[!?]{2,}|[^\w\s]"
+)
 _CLITIC = re.compile(r"(.+)(n't|'(?:s|re|ve|ll|d|m))$")
-_TWO_WORDS = {"cannot": "can", "gonna": "gon", "gotta": "got", "wanna": "wan", "gimme": "gim", "lemme": "lem"}
-_PUNCTUATION = frozenset("'`\".?!,:;-()[]{}…–—“”‘’")
+_TWO_WORDS = {
+    "cannot": "can", "gonna": "gon", "gotta": "got", "wanna": "wan", "gimme": "gim", "lemme": "lem", "'tis": "'t", "'twas": "'t"
+}  # fmt: skip
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_PUNCTUATION = frozenset("'`\".?!,:;-…–—“”‘’")
 
 Ngrams = dict[tuple[str, ...], float]
 
@@ -45,6 +55,7 @@ def tokenize(text: str) -> list[str]:
             token, clitic = found.groups()
             tail.insert(0, clitic)
         head = _TWO_WORDS.get(token)
+        token = _BRACKETS.get(token, token)
         tokens += [token] if head is None else [head, token[len(head) :]]
         tokens += tail
     return tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 
@@ -48,17 +49,29 @@ def test_published_scorer_itself():
     assert scorer.compute_score()[1].tolist() == pytest.approx(PUBLISHED)
 
 
-@pytest.mark.parametrize(
-    "text, tokens",
-    [
-        ("A dog's ball, isn't it?", "a dog 's ball is n't it"),
-        ('The "U.S." flag (red/white) at 5:30 -- $1,000.50!', "the u.s. flag red/white at 5:30 $ 1,000.50"),
-        ("I cannot; they'll can’t t-shirt. End", "i can not they 'll ca n't t-shirt end"),
-        ("...", ""),
-    ],
-)
-def test_tokens(text, tokens):
-    assert tokenize(text) == tokens.split()
+# What Stanford's PTBTokenizer gives: pycocoevalcap.tokenizer.ptbtokenizer.PTBTokenizer().tokenize({0: [{"caption": text}]})
+TOKENS = {
+    "A dog's ball, isn't it?": "a dog 's ball is n't it",
+    'The "U.S." flag (red/white) at 5:30 -- $1,000.50!': "the u.s. flag -lrb- red/white -rrb- at 5:30 $ 1,000.50",
+    "I cannot; they'll can't t-shirt. End": "i can not they 'll ca n't t-shirt end",
+    "Mr. Smith's dog, 3.5 m. tall": "mr. smith 's dog 3.5 m. tall",
+    "No. 5 train, no. And the '90s rock 'n' roll!!": "no. 5 train no and the '90s rock 'n' roll !!",
+    "a sign that reads \"STOP\" and/or 'GO'...": "a sign that reads stop and/or go",
+    "the boys' toys it\u2019s 10% off": "the boys toys it 's 10 % off",
+    "y'all couldn't've gonna o'clock #1 #tag": "y' all could n't 've gon na o'clock # 1 #tag",
+    "...": "",
+}
+
+
+@pytest.mark.parametrize("text", TOKENS)
+def test_tokens(text):
+    assert tokenize(text) == TOKENS[text].split()
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
+def test_tokens_of_the_original():
+    original = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer()
+    assert original.tokenize({text: [{"caption": text}] for text in TOKENS}) == {text: [tokens] for text, tokens in TOKENS.items()}
 
 
 def test_mistakes():
