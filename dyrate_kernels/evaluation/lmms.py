@@ -11,13 +11,15 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dyrate_kernels import policies
 from dyrate_kernels.cli import common
+from dyrate_kernels.evaluation.cider import tokenize
 from dyrate_kernels.evaluation.journal import Journal
 from dyrate_kernels.evaluation.runner import Contender, encode, model_name, until_end
 from dyrate_kernels.evaluation.suite import Item
@@ -355,6 +358,8 @@ def evaluate(
 ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
     """lmms-eval's tasks under each contender; ``folder`` holds ``{contender}.{task}.jsonl`` (answers, as they come), ``.json`` (results).
 
+    Without Java, METEOR is left out of the metrics of captions, and CIDEr, BLEU and ROUGE count the words of ``evaluation.cider``.
+
     Args:
         limit: the first so many questions of each task.
         include_path: a folder with more tasks (YAML).
@@ -405,10 +410,11 @@ def _evaluate_one(runner: DyRate, task: str, manager: Any, path: Path, limit: in
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no results of this version ({error}); give another folder, or remove the file") from None
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _without_java():
             results = lmms_eval.evaluator.simple_evaluate(
                 model=runner, tasks=[task], task_manager=manager, limit=limit, batch_size=runner.batch_size, log_samples=False,
                 bootstrap_iters=1000, verbosity="WARNING",
+                cli_args=argparse.Namespace(output_path=str(path.with_suffix("")), process_with_media=False),
             )  # fmt: skip
     except Exception as error:
         attempt = getattr(error, "last_attempt", None)  # tenacity's RetryError, whose own text hides the cause
@@ -430,3 +436,30 @@ def _evaluate_one(runner: DyRate, task: str, manager: Any, path: Path, limit: in
         raise ValueError(f"task {task} has no questions; look at its data set and its split")
     common.write_json(path, {"setting": setting, "tasks": tasks})
     return json.loads(path.read_text(encoding="utf-8"))["tasks"]
+
+
+@contextlib.contextmanager
+def _without_java() -> Iterator[None]:
+    """Where Java is missing, captions are split into words by ``evaluation.cider``, and METEOR and SPICE, Java programs, are left out."""
+    if shutil.which("java") is not None or importlib.util.find_spec("pycocoevalcap") is None:
+        yield
+        return
+    from lmms_eval.api.task import ConfigurableTask
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    def tokens(self: Any, captions: dict[Any, list[dict[str, str]]]) -> dict[Any, list[str]]:
+        return {key: [" ".join(tokenize(each["caption"])) for each in texts] for key, texts in captions.items()}
+
+    def metrics(self: Any) -> dict[str, Any]:
+        return {name: function for name, function in every(self).items() if not name.endswith(("METEOR", "SPICE"))}
+
+    every = ConfigurableTask.aggregation
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (PTBTokenizer, "tokenize", tokens), (Meteor, "__init__", lambda self: None), (Meteor, "__del__", lambda self: None),
+            (ConfigurableTask, "aggregation", metrics),
+        ):  # fmt: skip
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield

@@ -81,7 +81,9 @@ class TaskManager:
         self.all_tasks = sorted(TASKS)
 
 
-def simple_evaluate(model, tasks, task_manager, limit=None, batch_size=None, log_samples=True, bootstrap_iters=100000, verbosity="INFO"):
+def simple_evaluate(
+    model, tasks, task_manager, limit=None, batch_size=None, log_samples=True, bootstrap_iters=100000, verbosity="INFO", cli_args=None
+):
     results = {}
     for name in tasks:
         task = TASKS[name]

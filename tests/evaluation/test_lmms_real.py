@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 pytest.importorskip("lmms_eval.evaluator")
 
+from dyrate_kernels import shapes
 from dyrate_kernels.cli.main import main
-from tests.evaluation.datasets_as_published import publish
+from dyrate_kernels.evaluation.cider import Cider
+from tests.evaluation.datasets_as_published import captions, colour_question, publish, scenes
 
 ROOT = Path(__file__).parents[2]
 YAML = """
@@ -104,6 +107,66 @@ def test_dyrate_eval(capsys, folder):
 def test_mistakes(capsys, folder, task, words):
     status, _, err = run(capsys, folder, "--tasks", task)
     assert status == 1 and words in err.strip().splitlines()[-1]
+
+
+def published(folder):
+    """lmms-eval's own tasks, over drawn scenes in the format of its data sets."""
+    import datasets
+    import lmms_eval.tasks
+
+    drawn = scenes(4)
+    images = [shapes.draw(scene, 96) for scene in drawn]
+    (asked, answers), said = zip(*map(colour_question, drawn), strict=True), [captions(scene) for scene in drawn]
+    ids = [f"COCO_val2014_{i:012d}.jpg" for i in range(4)]
+    rows = {
+        "gqa/gqa": ("testdev", {"question": asked, "answer": answers, "imageId": ids}),
+        "vizwiz_vqa/vizwiz_vqa_val": ("val", {"question": asked, "question_id": ids, "answers": [[answer] * 10 for answer in answers]}),
+        "textvqa/textvqa_val": ("validation", {"question": asked, "question_id": range(4), "answers": [[each] * 10 for each in answers]}),
+        "scienceqa/scienceqa_img": (
+            "test", {"question": asked, "hint": ["", "It was drawn."] * 2, "choices": [["plaid", a] for a in answers], "answer": [1] * 4},
+        ),
+        "pope/pope": ("test", {"question": ["Is there a dog?"] * 4, "question_id": range(4), "answer": ["yes", "no"] * 2}),
+        "nocaps/nocaps_val": ("validation", {"image_id": range(4), "annotations_captions": said}),
+        "flickr30k/flickr30k_test": ("test", {"img_id": [str(i) for i in range(4)], "caption": said}),
+        "coco_cap/coco2014_cap_val": ("val", {"question_id": ids, "id": range(4), "answer": said}),
+    }  # fmt: skip
+    names = []
+    for path, (split, columns) in rows.items():
+        name = f"drawn_{path.split('/')[1]}"
+        file = folder / f"{name}.parquet"
+        data = datasets.Dataset.from_dict({key: list(values) for key, values in columns.items()} | {"image": images})
+        data.cast_column("image", datasets.Image()).to_parquet(file)
+        original = Path(lmms_eval.tasks.__file__).parent / f"{path}.yaml"
+        (folder / "tasks" / f"{name}.yaml").write_text(
+            f"include: {original}\ntask: {name}\ndataset_path: parquet\ndataset_name: null\nprocess_docs: null\n"
+            f"dataset_kwargs:\n  data_files:\n    {split}: {file}\n  cache_dir: {folder / 'cache'}\n"
+        )
+        names.append(name)
+    return names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("java", [False, True])
+def test_published_tasks(capsys, folder, java, monkeypatch):
+    if not java:
+        monkeypatch.setenv("PATH", "")
+    elif shutil.which("java") is None:
+        pytest.skip("needs Java")
+    names = published(folder)
+    status, out, err = run(capsys, folder, "--tasks", ",".join(names), "--json")
+    assert status == 0, err
+    table = json.loads(out)["policies"]
+    for by_task in table.values():
+        assert list(by_task) == names and all(by_task[name]["costs"]["questions"] == 4 for name in names)
+    metrics = {name: dict(table["none"][name]["metrics"]) for name in names}
+    assert set(metrics["drawn_pope"]) == {"pope_accuracy", "pope_precision", "pope_recall", "pope_f1_score", "pope_yes_ratio"}
+    for name, prefix in (("drawn_nocaps_val", "nocaps"), ("drawn_flickr30k_test", "flickr"), ("drawn_coco2014_cap_val", "coco")):
+        found = {metric.removeprefix(f"{prefix}_") for metric in metrics[name]}
+        assert found == {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"} | ({"METEOR"} if java else set())
+        lines = [json.loads(line) for line in (folder / "out" / f"none.{name}.jsonl").read_text().splitlines()[1:]]
+        said = [captions(scene) for scene in scenes(4)]
+        ours = [Cider(said).score(line["text"], said[line["doc_id"]]) for line in lines]
+        assert metrics[name][f"{prefix}_CIDEr"][0] == pytest.approx(sum(ours) / 4)
 
 
 def test_its_own_command(folder):

@@ -217,7 +217,10 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: it is neither.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file, so no JSON ({error}); give the data set's file of questions") from None
     try:
         return json.loads(text)
     except ValueError as error:
@@ -231,6 +234,6 @@ def read_json(path: Path) -> Any:
     return lines
 
 
-def with_suffixes(name: str) -> Iterable[str]:
+def with_suffixes(name: str | int) -> Iterable[str]:
     """File names of an image id."""
     return (f"{name}{suffix}" for suffix in (".jpg", ".jpeg", ".png"))

@@ -22,7 +22,7 @@ class GQA(FileSuite):
 
     def read(self, content: Any) -> Iterator[Question]:
         for key, entry in zip(self.of_type(content, dict), self.entries(content, "question")):
-            picture = self.picture(*with_suffixes(entry.need("imageId", str)))
+            picture = self.picture(*with_suffixes(entry.need("imageId", str, int)))
             kinds = entry.values.get("types")
             group = str(kinds.get("structural", self.name)) if isinstance(kinds, dict) else self.name
             prompt = f"{entry.need('question', str)}\n{SHORT_ANSWER}"
@@ -63,7 +63,7 @@ class TextVQA(FileSuite):
             return
         for entry in self.entries(Entry(self.file, "the file", content, self.expects).need("data", list)):
             answers = tuple(_answer_text(entry, {"answer": answer}) for answer in entry.need("answers", list))
-            picture = self.picture(*with_suffixes(entry.need("image_id", str)))
+            picture = self.picture(*with_suffixes(entry.need("image_id", str, int)))
             prompt = f"{entry.need('question', str)}\n{SHORT_ANSWER}"
             yield Question(str(entry.need("question_id", int, str)), self.name, prompt, picture, answers)
 
