@@ -145,7 +145,7 @@ def open_suite(given: argparse.Namespace, calibrates: bool) -> tuple[Any, Any, d
         tasks = shapes.TASKS if given.tasks is None else tuple(task.strip() for task in given.tasks.split(","))
         scenes = 100 if given.scenes is None else given.scenes
         seed = given.seed or 0
-        others = ShapesSuite(CALIBRATION, (seed + 500_000) % 10**6, ("describe",)) if calibrates else None
+        others: Any = ShapesSuite(CALIBRATION, (seed + 500_000) % 10**6, ("describe",)) if calibrates else None
         return ShapesSuite(scenes, seed, tasks), others, {"seed": seed, "scenes": scenes}
     if given.suite not in suites.names():
         raise ValueError(f"--suite must be one of shapes, {', '.join(suites.names())}, lmms-eval, got {given.suite!r}")

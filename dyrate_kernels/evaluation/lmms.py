@@ -428,9 +428,9 @@ def _evaluate_one(runner: DyRate, task: str, manager: Any, path: Path, limit: in
         for key, value in results["results"][name].items():
             metric, separator, kept = key.partition(",")
             if separator and isinstance(value, int | float) and not re.search("_stderr(_clt|_clustered)?$", metric):
-                error = results["results"][name].get(f"{metric}_stderr,{kept}")
+                spread = results["results"][name].get(f"{metric}_stderr,{kept}")
                 label = metric if kept == "none" else f"{metric},{kept}"
-                metrics[label] = (float(value), float(error) if isinstance(error, int | float) else None)
+                metrics[label] = (float(value), float(spread) if isinstance(spread, int | float) else None)
         tasks[name] = {"metrics": metrics, "costs": costs_of(each for each in runner.answered if each.task == name)}
     if not tasks:
         raise ValueError(f"task {task} has no questions; look at its data set and its split")

@@ -200,7 +200,7 @@ class FileSuite(ABC):
     def of_type(self, content: Any, wanted: type) -> Any:
         """The content, which must be a list or an object."""
         if not isinstance(content, wanted):
-            names = {list: "a list", dict: "an object"}
+            names: dict[type, str] = {list: "a list", dict: "an object"}
             got = names.get(type(content), type(content).__name__)
             raise ValueError(f"{self.file} must be {names[wanted]}, got {got}. Expected {self.expects}")
         return content
