@@ -200,6 +200,14 @@ def test_missing_pictures_are_met_at_once(tmp_path):
     assert len(suites.get("gqa", file, images, limit=2)) == 2  # the others are not asked
 
 
+def test_a_published_oddity_is_no_error(tmp_path):
+    """Some data sets have questions and captions without a word."""
+    file, images = publish("vizwiz", tmp_path)
+    content = json.loads(file.read_text())
+    content[0]["question"], content[0]["answers"][3]["answer"] = "", ""
+    assert len(suites.get("vizwiz", write(content, file), images)) == 4
+
+
 def test_questions_twice(tmp_path):
     file, images = publish("pope", tmp_path)
     file.write_text(2 * file.read_text())

@@ -44,7 +44,7 @@ class _Captions(FileSuite):
     def _coco(self, pictures: list[Any], annotations: list[Any]) -> Iterator[Question]:
         references: dict[Any, list[str]] = {}
         for entry in self.entries(annotations, "annotation"):
-            references.setdefault(entry.need("image_id", int, str), []).append(entry.need("caption", str))
+            references.setdefault(entry.need("image_id", int, str), []).append(entry.need("caption", str, empty=True))
         for entry in self.entries(pictures, "image"):
             key, file = entry.need("id", int, str), entry.need("file_name", str)
             if key not in references:

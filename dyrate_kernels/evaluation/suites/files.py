@@ -53,14 +53,14 @@ class Entry:
     values: dict[str, Any]
     expects: str
 
-    def need(self, key: str, *types: type) -> Any:
+    def need(self, key: str, *types: type, empty: bool = False) -> Any:
         """The value of ``key``.
 
         Raises:
-            ValueError: it is missing, of another type, or an empty text or list.
+            ValueError: it is missing, of another type, or an empty text or list where that is not allowed.
         """
         value = self.values.get(key)
-        if not isinstance(value, types) or isinstance(value, bool) or value in ("", []):
+        if not isinstance(value, types) or isinstance(value, bool) or (not empty and value in ("", [])):
             wanted = " or ".join(each.__name__ for each in types)
             keys = ", ".join(self.values) or "none at all"
             got = f"{str(value)[:60]!r} ({type(value).__name__})" if key in self.values else f"none; its keys: {keys[:200]}"

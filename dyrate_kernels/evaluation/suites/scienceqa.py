@@ -29,7 +29,7 @@ class ScienceQA(FileSuite):
             choices, answer = entry.need("choices", list), entry.need("answer", int)
             if not 0 <= answer < len(choices) <= len(_LETTERS):
                 raise entry.wrong(f"must have an answer in [0, {len(choices) - 1}], the index of a choice, got {answer}")
-            asked = entry.need("question", str)
+            asked = entry.need("question", str, empty=True)
             if entry.values.get("split", "test") != "test" or not entry.values.get("image"):
                 continue
             hint = entry.values.get("hint")

@@ -25,7 +25,7 @@ class GQA(FileSuite):
             picture = self.picture(*with_suffixes(entry.need("imageId", str, int)))
             kinds = entry.values.get("types")
             group = str(kinds.get("structural", self.name)) if isinstance(kinds, dict) else self.name
-            prompt = f"{entry.need('question', str)}\n{SHORT_ANSWER}"
+            prompt = f"{entry.need('question', str, empty=True)}\n{SHORT_ANSWER}"
             yield Question(key, group, prompt, picture, (entry.need("answer", str),))
 
     def points(self, question: Question, text: str) -> float:
@@ -43,7 +43,7 @@ class VizWiz(FileSuite):
         for entry in self.entries(self.of_type(content, list)):
             image = entry.need("image", str)
             answers = tuple(_answer_text(entry, answer) for answer in entry.need("answers", list))
-            prompt = f"{entry.need('question', str)}\n{UNANSWERABLE}\n{SHORT_ANSWER}"
+            prompt = f"{entry.need('question', str, empty=True)}\n{UNANSWERABLE}\n{SHORT_ANSWER}"
             yield Question(image, str(entry.values.get("answer_type", self.name)), prompt, self.picture(image), answers)
 
     def points(self, question: Question, text: str) -> float:
@@ -64,7 +64,7 @@ class TextVQA(FileSuite):
         for entry in self.entries(Entry(self.file, "the file", content, self.expects).need("data", list)):
             answers = tuple(_answer_text(entry, {"answer": answer}) for answer in entry.need("answers", list))
             picture = self.picture(*with_suffixes(entry.need("image_id", str, int)))
-            prompt = f"{entry.need('question', str)}\n{SHORT_ANSWER}"
+            prompt = f"{entry.need('question', str, empty=True)}\n{SHORT_ANSWER}"
             yield Question(str(entry.need("question_id", int, str)), self.name, prompt, picture, answers)
 
     def points(self, question: Question, text: str) -> float:
