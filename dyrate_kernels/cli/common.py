@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
+
+from dyrate_kernels import loading
+from dyrate_kernels.loading import parse_value
 
 DEFAULT_PROMPT = "Describe the picture."
 
@@ -58,36 +59,9 @@ def _positive(text: str) -> int:
     return value
 
 
-def parse_value(text: str) -> Any:
-    """An option's value: a number, a list, True, None, or else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def load_model(given: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, processor) as asked for, in eval mode."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*requires torchvision.*")
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, given.dtype) if given.dtype else (torch.float32 if device == "cpu" else "auto")
-    if given.model is None:
-        from dyrate_kernels import load_demo
-
-        model, processor = load_demo()
-    else:
-        if given.model.startswith((".", "/", "~")) and not Path(given.model).expanduser().is_dir():
-            raise ValueError(f"--model {given.model}: no such folder")
-        model = transformers.AutoModelForImageTextToText.from_pretrained(given.model, dtype=dtype)
-        processor = transformers.AutoProcessor.from_pretrained(given.model)
-    if dtype != "auto":
-        model = model.to(dtype)
-    return model.to(device).eval(), processor
+    """(model, processor) as asked for."""
+    return loading.load_model(given.model, given.device, given.dtype)
 
 
 def check_output(option: str, path: str | None) -> None:
@@ -169,13 +143,6 @@ def generation_arguments(given: argparse.Namespace) -> dict[str, Any]:
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file that is whole or not there."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def console() -> Any:

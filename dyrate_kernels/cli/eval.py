@@ -5,13 +5,20 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from dyrate_kernels.cli import common
+from dyrate_kernels.files import write_json
 
 DEFAULT_POLICIES = "dyrate,dyrate@evict,dyrate:predictor=closed-form,fastv,fixed,random,uniform"
+CALIBRATION = 24  # questions that costs are tuned on
+LEAST_CALIBRATION = 8
+SUITE_OPTIONS = {
+    "shapes": ("scenes", "seed", "tasks"), "lmms-eval": ("tasks", "limit", "include_path"), "a data set": ("data", "images", "limit"),
+}  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
@@ -20,10 +27,20 @@ def add_parser(commands: Any) -> None:
     common.add_common(parser)
     common.add_model(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="answers are written there as they come; a rerun goes on with them")
-    parser.add_argument("--suite", choices=("shapes",), default="shapes", help="default: shapes (drawn scenes, no download)")
-    parser.add_argument("--scenes", type=int, default=100, metavar="N", help="questions of each task; default: 100")
-    parser.add_argument("--tasks", metavar="A,B,..", help="tasks of the suite; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the questions; default: 0")
+    parser.add_argument(
+        "--suite", default="shapes", metavar="NAME",
+        help="shapes (drawn scenes, no download); gqa, vizwiz, scienceqa, textvqa, pope, nocaps, flickr30k, coco (the data set's own file: "
+        "--data); lmms-eval (its tasks: --tasks); default: shapes",
+    )  # fmt: skip
+    parser.add_argument("--data", metavar="FILE", help="questions or captions as the data set's authors publish them")
+    parser.add_argument("--images", metavar="DIR", help="folder of the pictures that --data names; default: where it lies")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="of --data, or of each task of lmms-eval, the first N questions; default: all"
+    )
+    parser.add_argument("--scenes", type=int, metavar="N", help="of shapes: questions of each task; default: 100")
+    parser.add_argument("--tasks", metavar="A,B,..", help="of shapes (default: all) or of lmms-eval")
+    parser.add_argument("--include-path", metavar="DIR", help="more tasks for lmms-eval: a folder of its YAML files")
+    parser.add_argument("--seed", type=int, help="of shapes; default: 0")
     parser.add_argument(
         "--policies", default=DEFAULT_POLICIES, metavar="A,B,..",
         help="names, with options and retention if wanted: fastv:k=2:rate=0.75@evict; also downsample:side=7; ' as NAME' names a row; "
@@ -31,7 +48,8 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--cost", metavar="A,B,..",
-        help="percentages of the unpruned model's visual rows: each policy is tuned, on other scenes, to cost that much",
+        help="percentages of the unpruned model's visual rows: each policy is tuned to cost that much, on other scenes, or on the "
+        f"questions of --data behind the first --limit (up to {CALIBRATION} are needed, about other pictures)",
     )  # fmt: skip
     parser.add_argument("--also", default="", metavar="A,B,..", help="with --cost: policies that are not tuned, in the same table")
     parser.add_argument("--against", metavar="FILE", help="JSON of an earlier table: says which scores come out again")
@@ -77,12 +95,10 @@ def _side(name: str) -> int:
 
 def run(given: argparse.Namespace) -> int:
     """Does it."""
-    from dyrate_kernels import shapes
-    from dyrate_kernels.evaluation import against
+    from dyrate_kernels.cli import eval_lmms
+    from dyrate_kernels.evaluation import against, report
     from dyrate_kernels.evaluation.runner import run as ask
-    from dyrate_kernels.evaluation.suite import ShapesSuite
 
-    tasks = shapes.TASKS if given.tasks is None else tuple(task.strip() for task in given.tasks.split(","))
     chosen = contenders(given.policies)
     costs = costs_in(given.cost)
     if given.also and not costs:
@@ -90,13 +106,15 @@ def run(given: argparse.Namespace) -> int:
     before = None if given.against is None else against.read_lines(Path(given.against))
     if given.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {given.batch_size}")
-    model, processor = common.load_model(given)
-    suite = ShapesSuite(given.scenes, given.seed, tasks)
     folder = Path(given.out)
     say = _silent if given.json else _progress
+    if given.suite == "lmms-eval":
+        check_options(given, "lmms-eval")
+        return eval_lmms.run(given, chosen, folder, say)
+    suite, others, about = open_suite(given, bool(costs))
+    model, processor = common.load_model(given)
     tuned: dict[str, dict[str, float]] = {}
     if costs:
-        others = ShapesSuite(CALIBRATION, (given.seed + 500_000) % 10**6, ("describe",))
         chosen, tuned = _at_costs(model, processor, others, chosen, costs, folder, given, say)
         chosen += contenders(given.also)[1:] if given.also else []
     answers = {}
@@ -109,27 +127,81 @@ def run(given: argparse.Namespace) -> int:
             model, processor, suite, contender, folder, batch_size=given.batch_size, backend=given.backend, progress=progress
         )
     say("")
-    lines = _lines(answers)
-    table = {"suite": suite.name, "seed": given.seed, "scenes": given.scenes, "lines": [line.to_dict() for line in lines]}
+    lines = report.lines_of(answers, suite.long)
+    table = {
+        "suite": suite.name,
+        **about,
+        "batch_size": given.batch_size,
+        "machine": machine(model),
+        "lines": [line.to_dict() for line in lines],
+    }
     if tuned:
         table["tuned"] = tuned
     found = against.pairs(lines, before, ("long", "short")) if before is not None else []
     if before is not None:
         table["against"] = {f"{pair.label}, {pair.group}": [*pair.now, *pair.before, pair.agrees] for pair in found}
-    common.write_json(folder / "table.json", table)
+    summary = {label: suite.summary([answer.text for answer in each]) for label, each in answers.items()} if given.data else {}
+    if any(summary.values()):
+        table["summary"] = summary
+    write_json(folder / "table.json", table)
     if given.report is not None:
-        _report(Path(given.report), given, table, lines, model, processor, _long_part(suite))
+        command = shlex.join(["dyrate", *sys.argv[1:]])
+        report.write(Path(given.report), table, command, answers, lines, suite, model, processor, given.batch_size)
     if given.json:
         common.print_json(table)
     else:
         _print_table(lines)
         if before is not None:
             _print_pairs(found, given.against)
+        for label, numbers in table.get("summary", {}).items():
+            print(f"{label}: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in numbers.items()))
         print(f"answers: {folder}/*.jsonl, table: {folder / 'table.json'}" + (f", report: {given.report}" if given.report else ""))
     return 0
 
 
-CALIBRATION = 24  # descriptions that costs are tuned on
+def open_suite(given: argparse.Namespace, calibrates: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """(suite, other questions to tune costs on, what the table says about it). Files and pictures are looked at here, before any work."""
+    from dyrate_kernels import shapes
+    from dyrate_kernels.evaluation import suites
+    from dyrate_kernels.evaluation.suite import ShapesSuite
+
+    if given.suite == "shapes":
+        check_options(given, "shapes")
+        tasks = shapes.TASKS if given.tasks is None else tuple(task.strip() for task in given.tasks.split(","))
+        scenes = 100 if given.scenes is None else given.scenes
+        seed = given.seed or 0
+        others: Any = ShapesSuite(CALIBRATION, (seed + 500_000) % 10**6, ("describe",)) if calibrates else None
+        return ShapesSuite(scenes, seed, tasks), others, {"seed": seed, "scenes": scenes}
+    if given.suite not in suites.names():
+        raise ValueError(f"--suite must be one of shapes, {', '.join(suites.names())}, lmms-eval, got {given.suite!r}")
+    check_options(given, "a data set")
+    if given.data is None:
+        raise ValueError(f"--suite {given.suite} needs --data FILE, the questions as the data set's authors publish them, and --images DIR")
+    suite = suites.get(given.suite, given.data, given.images, given.limit)
+    others = suite.held_back(CALIBRATION, LEAST_CALIBRATION) if calibrates else None
+    return suite, others, {"data": suite.file.name, "questions": len(suite)}
+
+
+def check_options(given: argparse.Namespace, kind: str) -> None:
+    """ValueError for an option that belongs to another kind of suite, rather than silence."""
+    for other, names in SUITE_OPTIONS.items():
+        for name in names:
+            if getattr(given, name) is not None and name not in SUITE_OPTIONS[kind]:
+                raise ValueError(f"--{name.replace('_', '-')} belongs to {other}, not to --suite {given.suite}; leave it out")
+
+
+def machine(model: Any) -> dict[str, str]:
+    """What times were measured on."""
+    import platform
+
+    import torch
+    import transformers
+
+    from dyrate_kernels import __version__
+
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    return {"device": name, "dyrate_kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def costs_in(text: str | None) -> list[float]:
@@ -176,46 +248,10 @@ def _at_costs(
                 say(f"tuning {label}")
                 result = tune(model, processor, suite, contender, cost, batch_size=CALIBRATION, backend=given.backend)
                 known[label] = {"policy": str(contender.policy), "strength": result.strength, "cost": result.cost}
-                common.write_json(path, known)
+                write_json(path, known)
             tuned[label] = known[label]
             found.append(replace(contender, label=label, policy=policy.at_strength(known[label]["strength"], shape.num_layers)))
     return found, tuned
-
-
-def _report(folder: Path, given: argparse.Namespace, table: dict[str, Any], lines: list[Any], *measured: Any) -> None:
-    """Tables in Markdown and JSON, plots. ``measured``: model, processor and suite, for the curves."""
-    from dyrate_kernels.evaluation import curves, report
-
-    folder.mkdir(parents=True, exist_ok=True)
-    name = table["suite"]
-    groups = {group: [line for line in lines if line.group == group] for group in ("long", "short")}
-    groups = {group: rows for group, rows in groups.items() if rows}
-    common.write_json(folder / f"{name}.json", table)
-    text = [f"# {name}, seed {given.seed}, {given.scenes} questions a task\n", f"`{_command()}`\n"]
-    for group, rows in groups.items():
-        text += [f"## {group} answers ({rows[0].questions} questions, n = {rows[0].n:.0f} tokens)\n", report.markdown(rows)]
-    (folder / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
-    if table.get("tuned"):
-        report.draw_scores(folder / f"{name}.png", {f"{group} answers": rows for group, rows in groups.items()})
-    model, processor, suite = measured
-    layers = range(model.config.get_text_config().num_hidden_layers - 1)
-    picked = range(0, len(layers), max(len(layers) // 5, 1))
-    found = curves.measure(model, processor, suite, [layers[i] for i in picked], batch_size=given.batch_size)
-    common.write_json(folder / f"{name}-curves.json", [each.to_dict() for each in found])
-    report.draw_curves(folder / f"{name}-curves.png", found)
-
-
-def _long_part(suite: Any) -> Any:
-    """The suite's descriptions, up to 100 of them."""
-    from dyrate_kernels.evaluation.suite import ShapesSuite
-
-    return ShapesSuite(min(suite.scenes, 100), suite.seed, ("describe",))
-
-
-def _command() -> str:
-    import shlex
-
-    return shlex.join(["dyrate", *sys.argv[1:]])
 
 
 def _progress(text: str) -> None:
@@ -225,23 +261,6 @@ def _progress(text: str) -> None:
 
 def _silent(text: str) -> None:
     pass
-
-
-def _lines(answers: dict[str, list[Any]]) -> list[Any]:
-    """Long answers, short answers, and each task."""
-    from dyrate_kernels.evaluation.table import summarise
-
-    unpruned = answers["none"]
-    groups: dict[str, list[int]] = {}
-    for index, answer in enumerate(unpruned):
-        for name in ("long" if answer.group == "describe" else "short", answer.group):
-            groups.setdefault(name, []).append(index)
-    order = sorted(groups, key=lambda name: ("long", "short").index(name) if name in ("long", "short") else 2)
-    return [
-        summarise(label, group, [each[index] for index in groups[group]], [unpruned[index] for index in groups[group]])
-        for group in order
-        for label, each in answers.items()
-    ]
 
 
 def _print_pairs(found: list[Any], path: str) -> None:

@@ -4,15 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from dyrate_kernels.evaluation.curves import Curves
+from dyrate_kernels.evaluation.curves import Curves, measure
 from dyrate_kernels.evaluation.runner import Answer
-from dyrate_kernels.evaluation.table import Line, lead
+from dyrate_kernels.evaluation.suite import Part, Suite
+from dyrate_kernels.evaluation.table import Line, lead, summarise
+from dyrate_kernels.files import write_json
 
 HEADINGS = (
     "policy", "score [95 %]", "of unpruned [95 %]", "same tokens", "kept", "visual", "paper cost", "exact cost", "FLOPs", "KV", "ms/token",
     "floor",
 )  # fmt: skip
+
+
+PARTS = ("long", "short")
+CURVE_QUESTIONS, CURVE_LAYERS = 100, 5
+
+
+def lines_of(answers: dict[str, list[Answer]], long: frozenset[str]) -> list[Line]:
+    """Long answers, short answers, and each group, a line a contender. ``answers`` by label, ``"none"`` among them; ``long``: groups."""
+    unpruned = answers["none"]
+    places: dict[str, list[int]] = {}
+    for index, answer in enumerate(unpruned):
+        for name in (PARTS[answer.group not in long], answer.group):
+            places.setdefault(name, []).append(index)
+    order = sorted(places, key=lambda name: PARTS.index(name) if name in PARTS else len(PARTS))
+    return [
+        summarise(label, group, [each[index] for index in places[group]], [unpruned[index] for index in places[group]])
+        for group in order
+        for label, each in answers.items()
+    ]
+
+
+def write(
+    folder: Path, table: dict[str, Any], command: str, answers: dict[str, list[Answer]], lines: Sequence[Line], suite: Suite, model: Any,
+    processor: Any, batch_size: int,
+) -> None:  # fmt: skip
+    """The whole report into ``folder``: tables as Markdown and JSON, scores over cost, what the unpruned model looks at over steps.
+
+    Args:
+        table: for the JSON.
+        command: that made it.
+        answers: by label.
+        lines: of them.
+        suite, model, processor, batch_size: what was asked of whom.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = table["suite"]
+    groups = {group: [line for line in lines if line.group == group] for group in PARTS}
+    groups = {group: rows for group, rows in groups.items() if rows}
+    write_json(folder / f"{name}.json", table)
+    about = ", ".join(f"{key} {table[key]}" for key in ("seed", "scenes", "data", "questions") if key in table)
+    machine = ", ".join(map(" ".join, table["machine"].items()))
+    text = [f"# {name}: {about}\n", f"`{command}`\n", f"Batches of {table['batch_size']}; {machine}.\n"]
+    for group, rows in groups.items():
+        text += [f"## {group} answers ({rows[0].questions} questions, n = {rows[0].n:.0f} tokens)\n", markdown(rows)]
+        inside = {row.group for row in lines if row.group not in PARTS and (row.group in suite.long) == (group == PARTS[0])}
+        difference = leads({label: [answer for answer in each if answer.group in inside] for label, each in answers.items()})
+        if difference:
+            text += ["Difference of the scores, in points [95 %, paired]:\n", difference]
+    (folder / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
+    if table.get("tuned"):
+        draw_scores(folder / f"{name}.png", {f"{group} answers": rows for group, rows in groups.items()})
+    places = [index for index in range(len(suite)) if suite[index].group in suite.long] or range(len(suite))
+    layers = range(model.config.get_text_config().num_hidden_layers - 1)
+    picked = [layers[index] for index in range(0, len(layers), max(len(layers) // CURVE_LAYERS, 1))]
+    found = measure(model, processor, Part(suite, places[:CURVE_QUESTIONS]), picked, batch_size=batch_size)
+    write_json(folder / f"{name}-curves.json", [each.to_dict() for each in found])
+    draw_curves(folder / f"{name}-curves.png", found)
 
 
 def cells(line: Line) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from transformers import LogitsProcessor
 from dyrate_kernels import chat, flops
 from dyrate_kernels.evaluation.downsample import downsampled, thin
 from dyrate_kernels.evaluation.floor import copy_bandwidth_of
+from dyrate_kernels.evaluation.journal import Journal
 from dyrate_kernels.evaluation.suite import Item, Suite
 from dyrate_kernels.patching.api import patch, shape_for
 from dyrate_kernels.policies.base import ModelShape, Policy
@@ -107,25 +107,18 @@ def run(
         Whatever the model raises: an answer that cannot be had is an error, never a zero.
     """
     names = [suite[index].name for index in range(len(suite))]
-    path = folder / f"{contender.label}.jsonl"
-    setting = {"suite": suite.name, "policy": str(contender.policy), "retention": contender.retention, "model": _model_name(model)}
+    setting = {"suite": suite.name, "policy": str(contender.policy), "retention": contender.retention, "model": model_name(model)}
     if contender.side is not None:
         setting["side"] = str(contender.side)
-    done = _read(path, setting, set(names))
+    journal = Journal(folder / f"{contender.label}.jsonl", setting)
+    done = _answers(journal, set(names))
     todo = [index for index, name in enumerate(names) if name not in done]
     if todo:
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = not path.exists()
-        with path.open("a", encoding="utf-8") as file:
-            if fresh:
-                print(json.dumps({"setting": setting}), file=file, flush=True)
-            for answers in _parts(model, processor, suite, contender, todo, batch_size, backend):
-                for answer in answers:
-                    done[answer.item] = answer
-                    print(json.dumps(asdict(answer)), file=file)
-                file.flush()
-                if progress is not None:
-                    progress(len(done), len(names))
+        for answers in _parts(model, processor, suite, contender, todo, batch_size, backend):
+            journal.add(*map(asdict, answers))
+            done.update((answer.item, answer) for answer in answers)
+            if progress is not None:
+                progress(len(done), len(names))
     return [done[name] for name in names]
 
 
@@ -174,7 +167,7 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int],
     clock = _Clock(model.device)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=items[0].most, logits_processor=[clock])
     first, seconds = clock.stop()
-    rows = [_until_end(row, processor.tokenizer.eos_token_id) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+    rows = [until_end(row, processor.tokenizer.eos_token_id) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
     decoded = max(sum(len(row) - 1 for row in rows), 1)
     weights = flops.weight_bytes(handle.shape)
     every = [handle.stats(place, len(row)) for place, row in enumerate(rows)]
@@ -237,18 +230,19 @@ def encode(processor: Any, items: Sequence[Item]) -> Any:
     """Model inputs of several questions, padded on the left."""
     side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
     try:
-        images = [item.images for item in items if item.images]
+        images = [list(item.images) for item in items if item.images]
         texts = [chat.render(processor, item.messages) for item in items]
         return processor(images=images or None, text=texts, padding=True, return_tensors="pt")
     finally:
         processor.tokenizer.padding_side = side
 
 
-def _until_end(row: list[int], end: int | None) -> list[int]:
+def until_end(row: list[int], end: int | None) -> list[int]:
+    """A row of token ids up to the end of sequence, that included."""
     return row[: row.index(end) + 1] if end in row else row
 
 
-def _model_name(model: Any) -> str:
+def model_name(model: Any) -> str:
     """Enough to tell one model from another."""
     config = model.config.get_text_config()
     return (
@@ -256,19 +250,14 @@ def _model_name(model: Any) -> str:
     )
 
 
-def _read(path: Path, setting: dict[str, str], names: set[str]) -> dict[str, Answer]:
-    """Answers of an earlier run; a last line that a kill cut in two is dropped."""
-    if not path.exists():
-        return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines), encoding="utf-8")
-    if not lines:
-        path.unlink()
-        return {}
-    made = json.loads(lines[0]).get("setting")
-    if made != setting:
-        raise ValueError(f"{path} holds answers of {made}, this run is of {setting}; give another folder, or remove the file")
-    found = [Answer(**json.loads(line)) for line in lines[1:]]
-    return {answer.item: answer for answer in found if answer.item in names}
+def _answers(journal: Journal, names: set[str]) -> dict[str, Answer]:
+    """Those of an earlier run to these questions."""
+    found = {}
+    for number, line in enumerate(journal.lines, 2):
+        try:
+            answer = Answer(**line)
+        except TypeError as error:
+            raise journal.wrong(number, error) from None
+        if answer.item in names:
+            found[answer.item] = answer
+    return found

@@ -1,4 +1,4 @@
-"""What a suite of questions is, and the one that needs no download: drawn scenes."""
+"""What a suite of questions is, and the one that needs no files: drawn scenes. Public data sets: ``evaluation.suites``."""
 
 from __future__ import annotations
 
@@ -16,21 +16,29 @@ class Item:
     Attributes:
         name: unique in its suite.
         group: questions of a group are summed up together, e.g. ``"describe"``.
-        messages, images: as ``chat.render`` and a processor take them.
+        messages, images: as ``chat.render`` and a processor take them; pictures may be decoded only when they are taken out.
         most: tokens that an answer may have.
     """
 
     name: str
     group: str
     messages: list[chat.Message]
-    images: list[Any]
+    images: Sequence[Any]
     most: int
 
 
 class Suite(Protocol):
-    """Questions that can be asked one by one and scored one by one."""
+    """Questions that can be asked one by one and scored one by one.
+
+    Attributes:
+        name: for files and headings.
+        long: groups whose answers are long; they are summed up together, and apart from the short ones.
+    """
 
     name: str
+
+    @property
+    def long(self) -> frozenset[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -39,6 +47,29 @@ class Suite(Protocol):
     def score(self, index: int, text: str) -> tuple[float, float]:
         """(points, points that could be had) of an answer."""
         ...
+
+
+class Part:
+    """Some questions of a suite.
+
+    Args:
+        suite: whose.
+        places: their places in it.
+    """
+
+    def __init__(self, suite: Suite, places: Sequence[int]) -> None:
+        self.suite, self.places = suite, list(places)
+        self.name, self.long = suite.name, suite.long
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.suite[self.places[index]]
+
+    def score(self, index: int, text: str) -> tuple[float, float]:
+        """As the suite does."""
+        return self.suite.score(self.places[index], text)
 
 
 class ShapesSuite:
@@ -52,6 +83,7 @@ class ShapesSuite:
     """
 
     name = "shapes"
+    long = frozenset({"describe"})
 
     def __init__(self, scenes: int = 100, seed: int = 0, tasks: Sequence[str] = shapes.TASKS, size: int = 96) -> None:
         if scenes < 1:

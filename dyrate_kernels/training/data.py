@@ -7,6 +7,7 @@ alone, so a resumed run sees the same data.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -217,11 +218,24 @@ def read_image(source: Any) -> Any:
             import io
 
             source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
-        picture = source if isinstance(source, Image.Image) else Image.open(source)
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        with whole_pictures():
+            picture = source if isinstance(source, Image.Image) else Image.open(source)
+            return ImageOps.exif_transpose(picture).convert("RGB")
     except Exception as error:  # Pillow raises many kinds for a broken file
         shown = source if isinstance(source, str | Path) else type(source).__name__
         raise Unreadable(f"the picture {shown} cannot be read ({error})") from error
+
+
+@contextlib.contextmanager
+def whole_pictures() -> Iterator[None]:
+    """A truncated picture is an error, though other packages (lmms-eval) have Pillow fill it up in grey."""
+    from PIL import ImageFile
+
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:

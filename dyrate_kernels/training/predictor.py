@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from dyrate_kernels.files import write_json
 from dyrate_kernels.flops import fastv_layer
 from dyrate_kernels.policies.base import ModelShape, check_fraction, check_k_range
 from dyrate_kernels.predictor import DyRatePredictor, check_rates, named_rates
@@ -336,7 +337,7 @@ def train_predictor(
     predictor = module.predictor(shift, notes)
     if trainer.is_world_process_zero():
         predictor.save_pretrained(out)
-        _write_json(out / SUMMARY, summary)
+        write_json(out / SUMMARY, summary)
     if rows.skipped:
         logger.warning("%d of %d examples were skipped", len(rows.skipped), len(rows))
     predictor.source = str(out)
@@ -440,20 +441,11 @@ def _reports() -> list[str]:
     return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
 
 
-def _write_json(path: Path, value: Any) -> None:
-    import json
-    import os
-
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
 _OPTIONS = "options.json"
 
 
 def _write_options(out: Path, options: Options) -> None:
-    _write_json(out / CHECKPOINTS / _OPTIONS, {**dataclasses.asdict(options), "rates": list(options.rate_values)})
+    write_json(out / CHECKPOINTS / _OPTIONS, {**dataclasses.asdict(options), "rates": list(options.rate_values)})
 
 
 def _checkpoint(out: Path, options: Options) -> Path | None:

@@ -8,6 +8,7 @@ import pytest
 
 from dyrate_kernels.cli.eval import contenders
 from dyrate_kernels.cli.main import main
+from tests.evaluation.datasets_as_published import publish
 
 
 def run(capsys, *arguments):
@@ -41,11 +42,48 @@ def test_table_and_files(capsys, tmp_path):
         (("--tasks", "poem"), "tasks must be some of"),
         (("--scenes", "0"), "scenes must be at least 1"),
         (("--batch-size", "0"), "--batch-size"),
+        (("--suite", "gpa"), "--suite must be one of shapes, gqa, vizwiz"),
+        (("--suite", "gqa"), "--suite gqa needs --data FILE"),
+        (("--suite", "gqa", "--data", "nowhere.json"), "nowhere.json: no such file"),
+        (("--suite", "gqa", "--data", "x.json", "--scenes", "3"), "--scenes belongs to shapes, not to --suite gqa"),
+        (("--limit", "3"), "--limit belongs to lmms-eval, not to --suite shapes"),
     ],
 )
 def test_mistakes(capsys, tmp_path, arguments, words):
     status, _, err = run(capsys, "--out", str(tmp_path / "run"), *arguments)
     assert status == 1 and words in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_data_set(capsys, tmp_path):
+    file, images = publish("pope", tmp_path, 12)
+    given = (
+        "--out", str(tmp_path / "out"), "--suite", "pope", "--data", str(file), "--images", str(images), "--limit", "4", "--policies",
+        "fixed:k=1@evict,downsample", "--cost", "50",
+    )  # fmt: skip
+    status, out, err = run(capsys, *given, "--report", str(tmp_path / "report"))
+    assert (status, err) == (0, "") and "short answers (4 questions" in out and "none: precision " in out and "f1 " in out
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert (table["suite"], table["data"], table["questions"]) == ("pope", "pope.json", 4) and set(table["summary"]["none"]) > {"f1"}
+    assert {(line["label"], line["group"]) for line in table["lines"]} == {
+        (label, group) for label in ("none", "fixed_k=1@evict@50", "downsample@50") for group in ("short", "pope")
+    }
+    assert table["tuned"]["fixed_k=1@evict@50"]["cost"] == pytest.approx(0.5, abs=0.02)
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "pope.json", "pope.md", "pope.png", "pope-curves.json", "pope-curves.png"
+    }  # fmt: skip
+    assert "# pope: data pope.json, questions 4" in (tmp_path / "report" / "pope.md").read_text()
+    status, out, _ = run(capsys, *given, "--json")
+    assert status == 0 and json.loads(out) == table
+    status, _, err = run(capsys, *given, "--limit", "5")
+    assert status == 1 and "tuning needs 8 to 24 questions" in err
+
+
+def test_captions_are_long_answers(capsys, tmp_path):
+    file, images = publish("nocaps", tmp_path)
+    given = ("--out", str(tmp_path), "--suite", "nocaps", "--data", str(file), "--images", str(images), "--policies", "random")
+    status, out, _ = run(capsys, *given, "--json")
+    table = json.loads(out)
+    assert status == 0 and "summary" not in table and {line["group"] for line in table["lines"]} == {"long", "in-domain", "out-domain"}
 
 
 def test_contenders():

@@ -1,0 +1,63 @@
+"""``dyrate eval --suite lmms-eval``: lmms-eval's tasks and metrics, our costs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dyrate_kernels.cli import common
+from dyrate_kernels.files import write_json
+
+
+def run(given: argparse.Namespace, chosen: list[Any], folder: Path, say: Any) -> int:
+    """lmms-eval's tasks: its metrics, our costs."""
+    import importlib.util
+
+    tasks = [task.strip() for task in (given.tasks or "").split(",") if task.strip()]
+    if not tasks:
+        raise ValueError("--suite lmms-eval needs --tasks A,B,.., e.g. gqa,pope")
+    for name in ("cost", "report", "against"):
+        if getattr(given, name) is not None:
+            raise ValueError(f"--{name} is not there for --suite lmms-eval; leave it out, or give a data set's own file (--suite gqa)")
+    if given.limit is not None and given.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {given.limit}")
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise RuntimeError("--suite lmms-eval needs the package lmms-eval: pip install 'dyrate-kernels[lmms-eval]'")
+    from dyrate_kernels.evaluation.lmms import evaluate
+
+    model, processor = common.load_model(given)
+    found = evaluate(
+        model, processor, chosen, tasks, folder, batch_size=given.batch_size, backend=given.backend, limit=given.limit,
+        include_path=given.include_path, progress=say,
+    )  # fmt: skip
+    say("")
+    table = {"suite": "lmms-eval", "limit": given.limit, "policies": found}
+    write_json(folder / "table.json", table)
+    if given.json:
+        common.print_json(table)
+        return 0
+    from rich.table import Table
+
+    for task, first in found["none"].items():
+        shown = Table(title=f"{task} ({first['costs']['questions']} questions)", title_justify="left")
+        headings = [*first["metrics"], "of unpruned", "kept", "rate", "FLOPs", "KV", "TTFT ms", "ms/token"]
+        for number, heading in enumerate(["policy", *headings]):
+            shown.add_column(heading, justify="left" if number == 0 else "right")
+        for label, by_task in found.items():
+            shown.add_row(label, *_cells(by_task[task], first))
+        common.console().print(shown)
+    print(f"answers: {folder}/*.jsonl, table: {folder / 'table.json'}")
+    return 0
+
+
+def _cells(line: dict[str, Any], unpruned: dict[str, Any]) -> list[str]:
+    """Metrics with their standard errors, the first one as a share of the unpruned model's, costs."""
+    from dyrate_kernels.evaluation.report import size
+
+    cells = [f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "") for value, error in line["metrics"].values()]
+    costs = line["costs"]
+    (value, _), (whole, _) = (next(iter(each["metrics"].values()), (0.0, None)) for each in (line, unpruned))
+    cells += [f"{100 * value / whole:.1f} %" if whole else "-"]
+    cells += [f"{100 * costs[name]:.1f} %" for name in ("kept_mean", "rate", "flops_share")] + [size(costs["kv_bytes"])]
+    return cells + ["-" if costs[name] is None else f"{1000 * costs[name]:.2f}" for name in ("ttft_seconds", "seconds_per_token")]
