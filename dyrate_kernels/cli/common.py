@@ -145,11 +145,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def console() -> Any:
-    """Where tables go."""
+def console(least: int = 0) -> Any:
+    """Where tables go; in a file or a pipe at least ``least`` characters wide."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 120))
+    width = None if sys.stdout.isatty() else max(int(os.environ.get("COLUMNS", 120)), least)
     return Console(width=width, highlight=False)
 
 
