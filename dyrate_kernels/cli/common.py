@@ -145,11 +145,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def console(least: int = 0) -> Any:
-    """Where tables go; in a file or a pipe at least ``least`` characters wide."""
+def console(wide: bool = False) -> Any:
+    """Where tables go; ``wide`` ones are not squeezed into a file or a pipe."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else max(int(os.environ.get("COLUMNS", 120)), least)
+    width = None if sys.stdout.isatty() else max(int(os.environ.get("COLUMNS", 120)), 200 if wide else 0)
     return Console(width=width, highlight=False)
 
 

@@ -16,7 +16,6 @@ from dyrate_kernels.files import write_json
 DEFAULT_POLICIES = "dyrate,dyrate@evict,dyrate:predictor=closed-form,fastv,fixed,random,uniform"
 CALIBRATION = 24  # questions that costs are tuned on
 LEAST_CALIBRATION = 8
-WIDTH = 200  # of a table that is not shown on a screen
 SUITE_OPTIONS = {
     "shapes": ("scenes", "seed", "tasks"), "lmms-eval": ("tasks", "limit", "include_path"), "a data set": ("data", "images", "limit"),
 }  # fmt: skip
@@ -286,4 +285,4 @@ def _print_table(lines: list[Any]) -> None:
             table.add_column(heading, justify="left" if number == 0 else "right")
         for line in rows:
             table.add_row(*cells(line))
-        common.console(WIDTH).print(table)
+        common.console(wide=True).print(table)

@@ -9,8 +9,6 @@ from typing import Any
 from dyrate_kernels.cli import common
 from dyrate_kernels.files import write_json
 
-WIDTH = 200  # of a table that is not shown on a screen
-
 
 def run(given: argparse.Namespace, chosen: list[Any], folder: Path, say: Any) -> int:
     """lmms-eval's tasks: its metrics, our costs."""
@@ -48,7 +46,7 @@ def run(given: argparse.Namespace, chosen: list[Any], folder: Path, say: Any) ->
             shown.add_column(heading, justify="left" if number == 0 else "right")
         for label, by_task in found.items():
             shown.add_row(label, *_cells(by_task[task], first))
-        common.console(WIDTH).print(shown)
+        common.console(wide=True).print(shown)
     print(f"answers: {folder}/*.jsonl, table: {folder / 'table.json'}")
     return 0
 
