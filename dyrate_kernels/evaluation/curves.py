@@ -31,6 +31,8 @@ class Curves:
         with_last: likewise, in the step before.
         returned: fraction of a step's important tokens that were not in the step before but in some earlier one: what an evicted token
             would have been missed for.
+        with_layers: by layer, fraction of a step's important tokens that are important there too, mean over decode steps; chance is
+            ``share``. A ranking made at one layer serves another one that far.
     """
 
     layer: int
@@ -40,6 +42,7 @@ class Curves:
     with_first: list[float]
     with_last: list[float]
     returned: list[float]
+    with_layers: dict[int, float]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -55,9 +58,9 @@ def measure(
     Raises:
         ValueError: no answer has a picture.
     """
-    found = []
+    of_layer: dict[int, list[Seen]] = {}
     for layer in layers:
-        sequences = []
+        sequences = of_layer[layer] = []
         with patch(model, KeepAll(k=layer + 1), record_importance=True) as handle:
             for start in range(0, len(suite), batch_size):
                 items = [suite[index] for index in range(start, min(start + batch_size, len(suite)))]
@@ -70,33 +73,53 @@ def measure(
                         sequences.append(_of_one(stats, share))
         if not sequences:
             raise ValueError("no question of the suite has a picture, so there is nothing to measure")
-        found.append(_mean(layer, share, sequences, min(least, len(sequences))))
-    return found
+    return [_mean(layer, share, of_layer, least) for layer in layers]
 
 
-def _of_one(stats: Stats, share: float) -> np.ndarray:
-    """``[steps, 7]``: mass by type, overlap with the first step and with the last one, returned."""
+@dataclass(frozen=True)
+class Seen:
+    """One answer at one layer.
+
+    Attributes:
+        rows: ``[steps, 7]``: mass by type, overlap with the first step and with the last one, returned.
+        important: of each step.
+    """
+
+    rows: np.ndarray
+    important: list[set[int]]
+
+
+def _of_one(stats: Stats, share: float) -> Seen:
     count = max(round(share * stats.visual_tokens[0]), 1)
-    rows, before, ever, first = [], None, set(), None
+    rows: list[list[float]] = []
+    important: list[set[int]] = []
+    ever: set[int] = set()
     for step in stats.steps:
         assert step.importance is not None
         order = np.argsort(-np.asarray(step.importance[0]), kind="stable")
         now = set(order[:count].tolist())
-        first = now if first is None else first
-        last = now if before is None else before
+        important.append(now)
+        first, last = important[0], important[max(len(important) - 2, 0)]
         rows.append([*step.mass[0], len(now & first) / count, len(now & last) / count, len((now - last) & ever) / count])
         ever |= now
-        before = now
-    return np.array(rows)
+    return Seen(np.array(rows), important)
 
 
-def _mean(layer: int, share: float, sequences: list[np.ndarray], least: int) -> Curves:
+def _mean(layer: int, share: float, of_layer: dict[int, list[Seen]], least: int) -> Curves:
+    sequences = of_layer[layer]
     means, answers = [], []
-    for step in range(max(len(each) for each in sequences)):
-        there = [each[step] for each in sequences if len(each) > step]
-        if len(there) < least:
+    for step in range(max(len(each.rows) for each in sequences)):
+        there = [each.rows[step] for each in sequences if len(each.rows) > step]
+        if len(there) < min(least, len(sequences)):
             break
         means.append(np.mean(there, axis=0))
         answers.append(len(there))
     columns = np.array(means).T.tolist()
-    return Curves(layer, share, answers, dict(zip(TYPES, columns[:4], strict=True)), *columns[4:])
+    shared = {other: _shared(sequences, there) for other, there in of_layer.items()}
+    return Curves(layer, share, answers, dict(zip(TYPES, columns[:4], strict=True)), *columns[4:], shared)
+
+
+def _shared(sequences: list[Seen], others: list[Seen]) -> float:
+    """Mean over the decode steps of the same answers."""
+    pairs = [pair for a, b in zip(sequences, others, strict=True) for pair in list(zip(a.important, b.important, strict=True))[1:]]
+    return float(np.mean([len(now & there) / len(now) for now, there in pairs])) if pairs else 1.0

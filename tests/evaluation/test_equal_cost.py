@@ -121,12 +121,24 @@ def test_averaging_and_thinning(demo):
 def test_curves_are_those_of_the_statistics(demo):
     model, processor = demo
     suite = ShapesSuite(3, seed=4, tasks=("describe",))
-    (found,) = curves.measure(model, processor, suite, [2], share=0.25, batch_size=2, least=1)
+    found, other = curves.measure(model, processor, suite, [2, 3], share=0.25, batch_size=2, least=1)
+    assert found.with_layers[2] == 1.0 and found.with_layers[3] == other.with_layers[2]
     with dk.patch(model, P.KeepAll(k=3), record_importance=True) as handle:
         alone = []
         for index in range(3):
             model.generate(**encode(processor, [suite[index]]), do_sample=False, max_new_tokens=160)
             alone.append(handle.stats())
+    with dk.patch(model, P.KeepAll(k=4), record_importance=True) as handle:
+        deeper = []
+        for index in range(3):
+            model.generate(**encode(processor, [suite[index]]), do_sample=False, max_new_tokens=160)
+            deeper.append(handle.stats())
+    shared = [
+        len(set(np.argsort(-np.array(a.importance[0]))[:36]) & set(np.argsort(-np.array(b.importance[0]))[:36])) / 36
+        for one, two in zip(alone, deeper, strict=True)
+        for a, b in zip(one.steps[1:], two.steps[1:], strict=True)
+    ]
+    assert found.with_layers[3] == pytest.approx(np.mean(shared), abs=0.01)
     assert found.answers[0] == 3 and found.answers == sorted(found.answers, reverse=True)
     assert len(found.answers) == max(len(stats.steps) for stats in alone)
     tops = [[set(np.argsort(-np.array(step.importance[0]), kind="stable")[:36]) for step in stats.steps] for stats in alone]
