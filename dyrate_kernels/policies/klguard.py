@@ -16,7 +16,8 @@ from dyrate_kernels.policies.wrapper import Wrapper
 @dataclass(frozen=True)
 class KLGuard(Wrapper):
     """Every ``every``-th decode step runs once more with all visual tokens. Where KL(unpruned, pruned) of the next token exceeds ``limit``
-    nats, the rate is multiplied by ``1 - back`` from the next step on; where it does not, divided by it, up to the wrapped policy's own.
+    nats, the rate is multiplied by ``1 - back`` from the next step on; where it does not, a share ``regain`` of what was taken off the wrapped
+    policy's rate is put on again: little, since a check that passes says nothing about a higher rate.
 
     The unpruned distribution, which is at hand then, is the step's result. Such a step costs an unpruned one on top of the pruned one;
     ``stats()`` counts both. The numbers are [choice].
@@ -26,12 +27,14 @@ class KLGuard(Wrapper):
         policy: the wrapped policy, or its registry name.
         every: decode steps from one check to the next; at least 1.
         limit: nats, 0 or more.
-        back: in (0, 1): the share of the dropped tokens that a failed check brings back.
+        back: in [0, 1]: the share of the dropped tokens that a failed check brings back.
+        regain: in [0, 1]: the share of the relief that a passed check takes back.
     """
 
     every: int = 8
     limit: float = 0.05
     back: float = 0.5
+    regain: float = 0.1
 
     name: ClassVar[str] = "klguard"
 
@@ -43,8 +46,7 @@ class KLGuard(Wrapper):
             raise ValueError(f"every must be at least 1, got {self.every}")
         check_positive("limit", self.limit, "nats above which the rate is lowered")
         check_fraction("back", self.back, "the share of the dropped tokens that a failed check brings back")
-        if self.back in (0, 1):
-            raise ValueError(f"back must lie between 0 and 1, got {self.back!r}")
+        check_fraction("regain", self.regain, "the share of the relief that a passed check takes back")
 
     @property
     def reads_logits(self) -> bool:
@@ -56,6 +58,6 @@ class KLGuard(Wrapper):
     def see_unpruned(self, pruned: Tensor, unpruned: Tensor, state: dict[str, Tensor]) -> None:
         q, p = pruned.detach().double().log_softmax(-1), unpruned.detach().double().log_softmax(-1)
         divergence = torch.where(p == float("-inf"), 0.0, p.exp() * (p - q)).sum(-1).to(state["relief"].device)
-        left = 1.0 - state["relief"]
-        lowered, raised = left * (1.0 - self.back), (left / (1.0 - self.back)).clamp(max=1.0)
-        state["relief"].copy_(1.0 - torch.where(divergence <= self.limit, raised, lowered))  # NaN lowers
+        relief = state["relief"]
+        more, less = relief + (1.0 - relief) * self.back, relief * (1.0 - self.regain)
+        relief.copy_(torch.where(divergence <= self.limit, less, more))  # NaN is no pass

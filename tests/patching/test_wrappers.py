@@ -133,8 +133,7 @@ def test_klguard(make_model, name, every):
             p, q = whole.double().log_softmax(-1), row.double().log_softmax(-1)
             kl = (p.exp() * (p - q)).sum(-1)
             divergences.append(kl)
-            left = 1 - relief
-            return 1 - torch.where(kl > limit, left * 0.4, (left / 0.4).clamp(max=1.0))
+            return torch.where(kl > limit, 1 - (1 - relief) * 0.4, relief * 0.7)
 
         return by_hand(model, rule, fields, see, lambda step: step % every == 0)
 
@@ -142,7 +141,7 @@ def test_klguard(make_model, name, every):
     between = torch.stack(divergences).flatten().sort().values
     limit = float(between[int(0.6 * len(between)) :][:2].mean())  # rows without a picture diverge by 0
     want, rows, counts = run(limit)
-    guard = dk.policies.KLGuard(policy=policy(rule), every=every, limit=limit, back=0.6)
+    guard = dk.policies.KLGuard(policy=policy(rule), every=every, limit=limit, back=0.6, regain=0.3)
     with dk.patch(model, guard, record_importance=True) as handle:
         got = model.generate(**fields, **greedy(STEPS))
         stats = handle.stats()
@@ -253,7 +252,8 @@ def test_everything_back_is_unpruned(make_model):
         ("recycle", {"policy": 3}, TypeError, "policy must be a policy or its name"),
         ("klguard", {"every": 0}, ValueError, "every must be at least 1"),
         ("klguard", {"every": 1.5}, TypeError, "every must be an integer"),
-        ("klguard", {"back": 1.0}, ValueError, "back must lie between"),
+        ("klguard", {"back": 1.5}, ValueError, "back must be in"),
+        ("klguard", {"regain": -0.1}, ValueError, "regain must be in"),
         ("klguard", {"limit": float("nan")}, ValueError, "limit must be at least 0"),
     ],
 )
