@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from dyrate_kernels.policies.base import check_fraction, check_positive
 from dyrate_kernels.policies.wrapper import Wrapper
@@ -16,8 +18,8 @@ from dyrate_kernels.policies.wrapper import Wrapper
 @dataclass(frozen=True)
 class KLGuard(Wrapper):
     """Every ``every``-th decode step runs once more with all visual tokens. Where KL(unpruned, pruned) of the next token exceeds ``limit``
-    nats, the rate is multiplied by ``1 - back`` from the next step on; where it does not, a share ``regain`` of what was taken off the wrapped
-    policy's rate is put on again: little, since a check that passes says nothing about a higher rate.
+    nats, the rate is multiplied by ``1 - back`` from the next step on; where it does not, a share ``regain`` of what was taken off the
+    wrapped policy's rate is put on again: little, since a check that passes says nothing about a higher rate.
 
     The unpruned distribution, which is at hand then, is the step's result. Such a step costs an unpruned one on top of the pruned one;
     ``stats()`` counts both. The numbers are [choice].
@@ -51,6 +53,11 @@ class KLGuard(Wrapper):
     @property
     def reads_logits(self) -> bool:
         return True
+
+    def at_strength(self, strength: float, num_layers: int) -> Self:
+        """The wrapped policy at this strength, and ``limit * s / (1 - s)``: the guard gives way, or it would undo the stronger pruning."""
+        looser = strength / (1.0 - strength) if strength < 1 else math.inf
+        return replace(super().at_strength(strength, num_layers), limit=self.limit * looser if self.limit else 0.0)
 
     def checks(self, step: int) -> bool:
         return step % self.every == 0
