@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,38 +127,41 @@ def leads(answers: dict[str, Sequence[Answer]]) -> str:
 
 
 def draw_scores(path: Path, groups: dict[str, list[Line]]) -> None:
-    """Score against cost, a panel a group: each method a line through its levels, the unpruned model a dot at (1, 1).
+    """Score against cost, a panel a group: each method a line through its levels, dashed under ``evict``; policies that were not tuned are
+    crosses.
 
     Args:
-        groups: name of a panel -> its lines.
-            Lines of one method have the same label but for the cost that they were tuned to, ``@33.3``; others are left out.
+        groups: name of a panel -> its lines. Lines of one method have the same label but for the cost that they were tuned to, ``@33.3``.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2 * len(groups), 4.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(6.2 * len(groups) + 2.2, 5.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    colours = [*matplotlib.colormaps["tab20"].colors]
     methods = list(dict.fromkeys(method_of(line.label) for lines in groups.values() for line in lines))
     methods.remove("none")
+    names = list(dict.fromkeys(method.partition("@")[0] for method in methods))
+    colours = dict(zip(names, itertools.cycle([*matplotlib.colormaps["tab20"].colors]), strict=False))
     for place, (title, lines) in enumerate(groups.items()):
         axes = figure.add_subplot(1, len(groups), place + 1)
-        for number, method in enumerate(methods):
+        for method in methods:
             points = sorted((line for line in lines if method_of(line.label) == method), key=lambda line: line.visual_share)
             x, y = [100 * line.visual_share for line in points], [100 * line.retained for line in points]
             low = [max(100 * (line.retained - line.retained_low), 0.0) for line in points]
             high = [max(100 * (line.retained_high - line.retained), 0.0) for line in points]
-            strong = method.startswith("dyrate")
+            tuned, strong = points[0].label != method, method.startswith("dyrate")
             axes.errorbar(
-                x, y, [low, high], label=method, color=colours[number % 20], marker="o" if strong else ".",
-                linewidth=2 if strong else 1, capsize=2, elinewidth=0.7,
+                x, y, [low, high], label=method, color=colours[method.partition("@")[0]], marker="o" if tuned else "x",
+                linestyle="--" if "@" in method else "-", markersize=5 if strong or not tuned else 3, linewidth=2.2 if strong else 1,
+                capsize=2, elinewidth=0.7,
             )  # fmt: skip
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("visual rows read, % of unpruned", fontsize=9)
         axes.set_ylabel("score, % of unpruned", fontsize=9)
         axes.grid(True, color="#e5e5e5", linewidth=0.6)
-    figure.axes[-1].legend(fontsize=7, frameon=False, loc="lower right", ncols=2)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside right center")
     figure.savefig(path)
 
 
