@@ -4,6 +4,7 @@
 #   bench/gpu.sh OUT_DIR          on a machine with a CUDA GPU
 #   bench/gpu.sh OUT_DIR --toy    rehearsal of every part on a CPU, in Triton's interpreter, at toy size
 #   bench/gpu.sh OUT_DIR --only "tests operators"    these parts alone
+#   bench/gpu.sh OUT_DIR --seconds 400               in less time: every part gets less
 #
 # Needs the package installed (pip install --no-deps --no-build-isolation -e .) and no network. PYTHON names the interpreter (python3).
 # OUT_DIR gets report.md, report.json and one log a part. A failing part does not stop the others; the exit status is 1 if any failed.
@@ -11,16 +12,21 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
-  echo "usage: bench/gpu.sh OUT_DIR [--toy] [--only \"PART ...\"]" >&2
+  echo "usage: bench/gpu.sh OUT_DIR [--toy] [--only \"PART ...\"] [--seconds N]" >&2
   exit 2
 }
-out="" toy="" only=""
+out="" toy="" only="" whole=585
 while [ $# -gt 0 ]; do
   case "$1" in
     --toy) toy=--toy ;;
     --only)
       [ -n "${2:-}" ] || usage
       only=$2
+      shift
+      ;;
+    --seconds)
+      case "${2:-}" in "" | *[!0-9]*) usage ;; esac
+      whole=$2
       shift
       ;;
     -*) usage ;;
@@ -42,7 +48,8 @@ trap 'rm -rf "$work"' EXIT
 rm -f "$out"/report.md "$out"/report.json
 
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
-total=585 # seconds for everything
+total=$whole # seconds for everything
+of() { echo $(($1 * whole / 585)); } # of SECONDS: what a part that has so many of 585 gets
 if [ -n "$toy" ]; then
   export TRITON_INTERPRET=1 DYRATE_GPU_TESTS_ON_CPU=1 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
   total=1800
@@ -105,7 +112,7 @@ export -f sanitizer
 export python toy work
 
 for log in environment tests sanitizer operators end_to_end; do : >"$out/$log.log"; done
-part environment environment.log $([ -n "$toy" ] && echo 60 || echo 30) "$python" -m bench.report environment $toy
+part environment environment.log $([ -n "$toy" ] && echo 60 || of 30) "$python" -m bench.report environment $toy
 ran='"$@" | tee "$work/tests"; status=${PIPESTATUS[0]}; grep -q " passed" "$work/tests" || { echo "no test ran"; exit 1; }; exit $status'
 pytest=("$python" -m pytest tests/gpu tests/patching/test_graph.py -m gpu -q -p no:cacheprovider --maxfail=40)
 if [ -n "$toy" ]; then
@@ -115,22 +122,22 @@ else
   # meanwhile the kernels of the benchmarks are built: compiling them is most of that part's time
   compiling=""
   if wanted operators; then
-    timeout -k 5 180 "$python" -m bench.operators --compile >"$work/compile" 2>&1 </dev/null &
+    timeout -k 5 "$(of 180)" "$python" -m bench.operators --compile >"$work/compile" 2>&1 </dev/null &
     compiling=$!
   fi
-  part tests tests.log 200 env OMP_NUM_THREADS=1 bash -c "$ran" _ "${pytest[@]}"
+  part tests tests.log "$(of 200)" env OMP_NUM_THREADS=1 bash -c "$ran" _ "${pytest[@]}"
   if [ -n "$compiling" ]; then
     wait "$compiling" || true # a kernel that does not build fails again, with its row, in the benchmarks
     cat "$work/compile" >>"$out/operators.log"
   fi
 fi
-part kernels sanitizer.log $([ -n "$toy" ] && echo 300 || echo 45) "$python" -m bench.sanitize
-part memcheck sanitizer.log 55 bash -c 'sanitizer memcheck'
-part racecheck sanitizer.log 55 bash -c 'sanitizer racecheck'
-part synccheck sanitizer.log 35 bash -c 'sanitizer synccheck'
-part initcheck sanitizer.log 35 bash -c 'sanitizer initcheck'
-part operators operators.log $([ -n "$toy" ] && echo 300 || echo 110) "$python" -m bench.operators "$work/operators.json" $toy --seconds 90
-part end_to_end end_to_end.log $([ -n "$toy" ] && echo 400 || echo 130) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy --seconds 100
+part kernels sanitizer.log $([ -n "$toy" ] && echo 300 || of 45) "$python" -m bench.sanitize
+part memcheck sanitizer.log "$(of 55)" bash -c 'sanitizer memcheck'
+part racecheck sanitizer.log "$(of 55)" bash -c 'sanitizer racecheck'
+part synccheck sanitizer.log "$(of 35)" bash -c 'sanitizer synccheck'
+part initcheck sanitizer.log "$(of 35)" bash -c 'sanitizer initcheck'
+part operators operators.log $([ -n "$toy" ] && echo 300 || of 110) "$python" -m bench.operators "$work/operators.json" $toy --seconds "$(of 90)"
+part end_to_end end_to_end.log $([ -n "$toy" ] && echo 400 || of 130) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy --seconds "$(of 100)"
 
 if "$python" -m bench.report write "$out" --parts "$work/parts.tsv" --rows "$work/operators.json" "$work/end_to_end.json"; then
   echo "report: $out/report.md (${SECONDS}s in all)"
