@@ -13,6 +13,8 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -427,20 +429,27 @@ def main() -> None:
 
 
 def compile_all(toy: bool) -> None:
-    """Launches what :func:`attention_rows` launches, once, without a clock."""
-    device, backend = timing.device(), operators_backends(toy)[0]
-    for shape in shapes(toy):
-        begin = time.monotonic()
-        data = Data(shape, backend, device, sets=1)
-        statistics = {"text_type": data.text_type, "mass": True, "importance": True}
-        for call in (
-            data.ours(ops.decode_attention),
-            data.ours(ops.decode_attention, **statistics),
-            data.ours(ops.decode_step, text_type=data.text_type, **data.linear),
-            data.ours(ops.decode_attention, kept=data.kept, n_kept=data.n_kept),
-        ):
-            call[0]()
-        print(f"compiled for {shape.name} B={shape.batch} N={shape.visual}: {time.monotonic() - begin:.1f} s", flush=True)
+    """Launches what :func:`attention_rows` launches, once, without a clock; a process a shape."""
+    every = shapes(toy)
+    with multiprocessing.get_context("spawn").Pool(min(len(every), os.cpu_count() or 1)) as pool:
+        for line in pool.imap_unordered(_compile, [(shape, toy) for shape in every]):
+            print(line, flush=True)
+
+
+def _compile(work: tuple[Shape, bool]) -> str:
+    shape, toy = work
+    begin = time.monotonic()
+    data = Data(shape, operators_backends(toy)[0], timing.device(), sets=1)
+    types = {"text_type": data.text_type}
+    with torch.no_grad():
+        data.ours(ops.decode_attention)[0]()
+        data.ours(ops.decode_attention, **types, mass=True, importance=True)[0]()
+        data.ours(ops.decode_attention, kept=data.kept, n_kept=data.n_kept)[0]()
+        data.ours(ops.score_last_query, **types)[0]()
+        step = data.ours(ops.decode_step, **types, **data.linear)[0]()
+        ops.select_tokens(step.importance, data.count, data.n_visual, backend=data.backend)
+        ops.predict_rate(step.mass, **data.linear, backend=data.backend)
+    return f"compiled for {shape.name} B={shape.batch} N={shape.visual}: {time.monotonic() - begin:.1f} s"
 
 
 def run_and_save(out: Path, run: Callable[[Callable[[dict[str, Any]], None]], None]) -> int:

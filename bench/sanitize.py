@@ -113,7 +113,7 @@ def triton_placement(where: str, device: torch.device) -> int:
     """Compares the Triton kernels with the decision in the attention's launch or in a second one; how many results are wrong."""
     from dyrate_kernels.triton_kernels import plan
 
-    usual = plan.settings(plan.INTERPRETED if device.type == "cpu" else torch.cuda.get_device_name(device), 1, 64, 2, True)
+    usual = plan.settings(plan.INTERPRETED if device.type == "cpu" else torch.cuda.get_device_name(device), 1, 64, 2, "score")
     plan.override(dataclasses.replace(usual, decision=where))
     try:
         return compare(device, "triton", where)

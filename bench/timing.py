@@ -80,7 +80,9 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The checkout's commit, "+" behind it where files differ from it; "unknown" outside of git."""
+    """The checkout's commit, "+" behind it where files differ from it; "unknown" outside of git. DYRATE_COMMIT names that of a copy."""
+    if os.environ.get("DYRATE_COMMIT"):
+        return os.environ["DYRATE_COMMIT"]
     try:
         commit = _output(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"])
         return commit + ("+" if _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]) else "")

@@ -39,35 +39,36 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # in the order in which they are tried
 TOY_CHOICES = {"block_n": (16, 32), "decision": ("same_launch", "second_launch")}
 
 
-def kinds(toy: bool) -> Iterator[tuple[list[Shape], bool]]:
-    """(shapes that share one setting, with statistics)."""
+def kinds(toy: bool) -> Iterator[tuple[list[Shape], str]]:
+    """(shapes that share one setting, kind of problem)."""
     if toy:
-        yield [Shape("mha", 1, 24, 8, 2, 2, 16, torch.float32)], True
+        yield [Shape("mha", 1, 24, 8, 2, 2, 16, torch.float32)], "score"
         return
     for heads, kv_heads in ((32, 32), (28, 4)):
         found = [Shape("", b, n, 128, heads, kv_heads, 128, torch.bfloat16) for b, n in ((32, 2880), (8, 2880), (1, 2880), (1, 576))]
-        yield found, True
-        yield found, False
+        for kind in ("score", "plain", "list"):
+            yield found, kind
 
 
 class Problem:
     """The shapes of one kind, their inputs and references, made once.
 
     Args:
-        statistics: time ``decode_step``, else ``decode_attention`` without statistics, over all rows and over a kept list.
+        kind: "score" times ``decode_step``, "plain" and "list" ``decode_attention`` over all rows and over a kept list.
     """
 
-    def __init__(self, shapes: list[Shape], statistics: bool, device: torch.device) -> None:
-        self.statistics = statistics
+    def __init__(self, shapes: list[Shape], kind: str, device: torch.device) -> None:
+        self.kind = kind
         self.cases: list[tuple[Shape, list[Callable[[], Any]], Callable[[Any], bool]]] = []
         for shape in shapes:
             data = Data(shape, "triton", device)
-            if statistics:
+            if kind == "score":
                 calls = data.ours(ops.decode_step, text_type=data.text_type, **data.linear)
                 self.cases.append((shape, calls, self._gate(shape, *data.reference(), decides=True)))
+            elif kind == "plain":
+                self.cases.append((shape, data.ours(ops.decode_attention), self._gate(shape, *data.reference())))
             else:
                 some = {"kept": data.kept, "n_kept": data.n_kept}
-                self.cases.append((shape, data.ours(ops.decode_attention), self._gate(shape, *data.reference())))
                 self.cases.append((shape, data.ours(ops.decode_attention, **some), self._gate(shape, *data.reference(**some))))
 
     @staticmethod
@@ -105,7 +106,7 @@ def tune(problem: Problem, start: Any, choices: dict[str, tuple[Any, ...]], dead
         return start, None
     print(f"  {start}: {1e6 * fastest:.2f} us", flush=True)
     for name, values in choices.items():
-        if name == "decision" and not problem.statistics:
+        if name == "decision" and problem.kind != "score":
             continue
         for value in values:
             if time.monotonic() > deadline:
@@ -144,13 +145,13 @@ def main() -> None:
     share = given.seconds / len(every)
     chosen, gains = {}, {}
     with torch.no_grad():
-        for shapes, statistics in every:
+        for shapes, kind in every:
             first = shapes[0]
             group, size = first.heads // first.kv_heads, first.dtype.itemsize
-            key = plan.problem(group, first.dim, size, statistics)
+            key = plan.problem(group, first.dim, size, kind)
             print(f"{key}:", flush=True)
             deadline = time.monotonic() + share
-            problem = Problem(shapes, statistics, device)
+            problem = Problem(shapes, kind, device)
             usual = plan.heuristic(group, first.dim, size)
             best, seconds = tune(problem, usual, TOY_CHOICES if given.toy else CHOICES, deadline, 0.1)
             if seconds is None:

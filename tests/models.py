@@ -227,7 +227,8 @@ def _image_field(family: str) -> str:
 
 @torch.no_grad()
 def _count(model: Any, kind: str, pixels: dict[str, Tensor], alone: bool) -> int:
-    dtype = next(model.parameters()).dtype
+    parameter = next(model.parameters())
+    dtype, pixels = parameter.dtype, {name: value.to(parameter.device) for name, value in pixels.items()}
     if kind == "video":
         features = model.model.get_video_features(pixels["pixel_values_videos"].to(dtype), return_dict=True)
     else:

@@ -71,7 +71,7 @@ def _prepare_attention(
     device_name, multiprocessors = _device_facts(query.device)
     how = plan.attention(
         device_name, multiprocessors, batch, kv_heads, heads // kv_heads, dim, value_dim, query.element_size(),
-        places + capacity - visual_capacity, importance, plan.overridden(),
+        places + capacity - visual_capacity, "score" if importance else "list" if listed else "plain", plan.overridden(),
     )  # fmt: skip
     second = importance and how.second_launch and not listed
     decision = decide or {}

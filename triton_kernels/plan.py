@@ -26,7 +26,7 @@ class Settings:
         block_n: rows a step of the main loop, a power of two; at least 16 where heads are packed.
         num_warps: warps a program.
         num_stages: depth of the software pipeline.
-        programs_per_sm: programs the grid aims at, a multiprocessor.
+        programs_per_sm: programs that run on a multiprocessor at once: the grid aims at one wave of them, or at four at least.
         min_blocks: row blocks a split has at least.
         decision: ``"same_launch"`` (the last block done decides) or ``"second_launch"``.
         max_registers: that a thread of the attention kernel may use; None leaves it to the compiler.
@@ -37,7 +37,7 @@ class Settings:
     num_stages: int = 3
     programs_per_sm: int = 8
     min_blocks: int = 2
-    decision: str = "same_launch"
+    decision: str = "second_launch"
     max_registers: int | None = None
 
     def __post_init__(self) -> None:
@@ -47,31 +47,37 @@ class Settings:
             raise ValueError(f"decision: expected 'same_launch' or 'second_launch', got {self.decision!r}")
 
 
-def problem(group: int, dim: int, itemsize: int, statistics: bool) -> str:
+KINDS = ("plain", "list", "score")  # all rows; the rows of a kept list; with importance
+
+
+def problem(group: int, dim: int, itemsize: int, kind: str) -> str:
     """The key of a kind of problem in a device file, e.g. ``"g1-d128-b2-score"``."""
-    return f"g{'1' if group == 1 else 'n'}-d{triton.next_power_of_2(max(dim, 16))}-b{itemsize}-{'score' if statistics else 'plain'}"
+    return f"g{'1' if group == 1 else 'n'}-d{triton.next_power_of_2(max(dim, 16))}-b{itemsize}-{kind}"
 
 
 @functools.cache
-def settings(device_name: str, group: int, dim: int, itemsize: int, statistics: bool) -> Settings:
-    """The settings for heads of ``dim`` elements of ``itemsize`` bytes, ``group`` query heads a key/value head."""
-    known = devices.measured(device_name).get("settings", {}).get(problem(group, dim, itemsize, statistics))
+def settings(device_name: str, group: int, dim: int, itemsize: int, kind: str) -> Settings:
+    """The settings for heads of ``dim`` elements of ``itemsize`` bytes, ``group`` query heads a key/value head; kind: of ``KINDS``."""
+    known = devices.measured(device_name).get("settings", {}).get(problem(group, dim, itemsize, kind))
     if known is not None:
         return Settings(**known)
     if device_name == INTERPRETED:
-        return Settings(block_n=16, min_blocks=1, programs_per_sm=4)
+        return Settings(block_n=16, min_blocks=1, programs_per_sm=4, decision="same_launch")
     return heuristic(group, dim, itemsize)
 
 
 def heuristic(group: int, dim: int, itemsize: int) -> Settings:
-    """Not measured: a key tile of about 8 KiB, so that three stages of keys and values leave room for four programs on a multiprocessor.
+    """A key tile of about 8 KiB, so that three stages of keys and values leave room for four programs on a multiprocessor.
+
+    On an H200 (bench/results/2026-11-26-h200/settings.txt) the decision is faster as a second launch by 5 to 40 %, and one query head a
+    key/value head is fastest in whole waves of four programs a multiprocessor. The rest is not measured on other devices.
 
     Registers are left to the compiler: with a bound of 168 those of triton 3.4 and 3.6 spill nothing where they set 8 bytes aside now, but
     that of 3.9 spills 152 bytes with seven heads a key/value head (sm_80, bf16, D=128).
     """
     row = triton.next_power_of_2(max(dim, 16)) * itemsize
     block = max(16, min(128, 8192 // row))
-    return Settings(block_n=max(block, 32) if group > 1 and row <= 512 else block)
+    return Settings(block_n=max(block, 32) if group > 1 and row <= 512 else block, programs_per_sm=4 if group == 1 else 8)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class AttentionPlan:
 
 
 MOST_SPLITS = 64
+WAVES = 4  # where the pairs of sequence and key/value head do not fit in one
 SPLIT_TILE = 32  # splits that the combination holds in registers at once
 
 
@@ -106,14 +113,15 @@ def attention(
     value_dim: int,
     itemsize: int,
     rows: int,
-    statistics: bool,
+    kind: str,
     chosen: Settings | None = None,
 ) -> AttentionPlan:
-    """Shapes the launch for ``rows`` rows of capacity a sequence."""
-    use = chosen or settings(device_name, group, max(dim, value_dim), itemsize, statistics)
+    """Shapes the launch for ``rows`` rows of capacity a sequence; ``kind``: of ``KINDS``."""
+    use = chosen or settings(device_name, group, max(dim, value_dim), itemsize, kind)
     dot = group > 1
     block_n = max(use.block_n, 16) if dot else use.block_n
-    wanted = max(use.programs_per_sm * multiprocessors // max(batch * kv_heads, 1), 1)
+    wave, pairs = use.programs_per_sm * multiprocessors, max(batch * kv_heads, 1)
+    wanted = wave // pairs if pairs <= wave else max(WAVES * wave // pairs, 1)  # more pairs than fit at once: a last wave that is short
     most = max(triton.cdiv(max(rows, 1), block_n * use.min_blocks), 1)
     splits = min(1 << (wanted.bit_length() - 1), triton.next_power_of_2(most), MOST_SPLITS)
     return AttentionPlan(
@@ -133,7 +141,7 @@ def attention(
 
 # Tokens that one pass of the selection holds in registers. Inside the attention launch it is fewer, because the registers of a program are
 # those of its greediest phase: 158 with 2048, 255 with 4096 (sm_90, 4 warps, bf16, D=128; tests/aot prints them).
-SELECT_BLOCK = 2048
+SELECT_BLOCK = 4096
 SELECT_BLOCK_IN_ATTENTION = 1024
 
 

@@ -333,7 +333,6 @@ class Handle:
         if cache is not None:
             cache.session.finish_forward()
 
-
     def _after_model(self, module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
         """Shows the policy what came of the pass; where it asks for it, the step runs once more unpruned, and that is its result."""
         cache = cache_in(kwargs)

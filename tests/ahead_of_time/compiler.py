@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import subprocess
@@ -146,10 +147,9 @@ def compile_case(case: Case) -> list[Compiled]:
     try:
         Launch.start = lambda self, device, stream, tensors: found.append(_compile(self, tensors, case))
         backend._device_facts = lambda device: ("a device that no file knows", 132)
-        if case.second_launch:
-            size = getattr(torch, case.dtype).itemsize
-            usual = plan.heuristic(case.group, case.dim, size)
-            plan.override(plan.Settings(usual.block_n, usual.num_warps, usual.num_stages, decision="second_launch"))
+        size = getattr(torch, case.dtype).itemsize
+        usual = plan.heuristic(case.group, case.dim, size)
+        plan.override(dataclasses.replace(usual, decision="second_launch" if case.second_launch else "same_launch"))
         _call(backend, case)
     finally:
         Launch.start, backend._device_facts = start, facts

@@ -89,7 +89,7 @@ def test_a_profilers_hook_sees_every_launch(launch):
 def attention(**changed):
     usual = {
         "device_name": "unknown", "multiprocessors": 132, "batch": 1, "kv_heads": 32, "group": 1, "dim": 128, "value_dim": 128,
-        "itemsize": 2, "rows": 3008, "statistics": False,
+        "itemsize": 2, "rows": 3008, "kind": "plain",
     }  # fmt: skip
     return plan.attention(**usual | changed)
 
@@ -103,11 +103,13 @@ def test_plans_follow_capacities():
         for number in (how.block_n, how.block_d, how.block_v, how.max_splits, how.block_g):
             assert number & (number - 1) == 0
     assert attention(group=7).dot and attention(group=7).block_g == 16 and attention(group=20).block_g == 32
+    assert attention(batch=8).max_splits == 2  # 256 pairs: one wave of four programs on each of 132 multiprocessors
+    assert attention(batch=32).max_splits == 2  # 1024 pairs do not fit in one: four waves
     assert not attention().dot and attention(dim=80).block_d == 128 and attention(dim=5).block_d == 16
 
 
 @pytest.mark.parametrize(
-    "tokens, want", [(0, (16, 1)), (1, (16, 1)), (17, (32, 1)), (2048, (2048, 1)), (2049, (2048, 2)), (16384, (2048, 8))]
+    "tokens, want", [(0, (16, 1)), (1, (16, 1)), (17, (32, 1)), (4096, (4096, 1)), (4097, (4096, 2)), (16384, (4096, 4))]
 )
 def test_selections_cover_every_token(tokens, want):
     assert plan.select(tokens) == want
@@ -115,13 +117,13 @@ def test_selections_cover_every_token(tokens, want):
 
 def test_a_device_file_is_used_and_checked(tmp_path, monkeypatch):
     chosen = plan.Settings(block_n=64, num_warps=8, decision="second_launch")
-    key = plan.problem(1, 128, 2, True)
+    key = plan.problem(1, 128, 2, "score")
     (tmp_path / devices.file_name("ACME GPU (80 GB)")).write_text(plan.to_json("ACME GPU (80 GB)", {key: chosen}, commit="0"))
     assert json.loads(next(tmp_path.iterdir()).read_text())["commit"] == "0"
     monkeypatch.setattr(devices, "FOLDER", tmp_path)
     for cached in (devices.measured, plan.settings, plan.attention):
         cached.cache_clear()
-    how = attention(device_name="ACME GPU (80 GB)", statistics=True)
+    how = attention(device_name="ACME GPU (80 GB)", kind="score")
     assert (how.block_n, how.num_warps, how.second_launch) == (64, 8, True)
     assert attention(device_name="ACME GPU (80 GB)").num_warps == plan.heuristic(1, 128, 2).num_warps  # no entry: the heuristic
     for cached in (devices.measured, plan.settings, plan.attention):

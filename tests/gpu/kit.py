@@ -95,7 +95,7 @@ class Kit:
 
         query, key = arguments["query"], arguments["key"]
         name = plan.INTERPRETED if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        usual = plan.settings(name, query.shape[1] // key.shape[1], query.shape[2], query.element_size(), True)
+        usual = plan.settings(name, query.shape[1] // key.shape[1], query.shape[2], query.element_size(), "score")
         plan.override(dataclasses.replace(usual, decision=where))
         try:
             yield
