@@ -4,21 +4,22 @@
     python -m bench.report write OUT_DIR --parts parts.tsv --rows operators.json end_to_end.json
 
 The first prints the machine and fails where no compiled kernels can run. The second writes ``report.json`` (environment, parts, targets,
-all rows) and ``report.md``. A speed-up is the ratio of two rows of one run whose results both passed their gate; a target is met or not
-by such rows alone, and neither is printed for a rehearsal.
+all rows), ``report.md`` and, with matplotlib, the plots of ``bench.plots``. A speed-up is the ratio of two rows of one run whose
+results both passed their gate; a target is met or not by such rows alone, and neither is printed for a rehearsal.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import dyrate_kernels as dk
-from bench import timing
+from bench import plots, timing
 from bench.operators import OURS, label
 
 Row = dict[str, Any]
@@ -176,7 +177,7 @@ PART = ("part", "status", "seconds", "budget", "log")
 
 
 def write(out: Path, parts: Path, row_files: list[Path]) -> None:
-    """``report.json`` and ``report.md``."""
+    """``report.json``, ``report.md`` and the plots."""
     lines = parts.read_text(encoding="utf-8").splitlines() if parts.is_file() else []
     rows: list[Row] = []
     for path in row_files:
@@ -191,6 +192,10 @@ def write(out: Path, parts: Path, row_files: list[Path]) -> None:
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / "report.md").write_text(markdown(report), encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: matplotlib is not installed")
+    else:
+        plots.write(out)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bench import choose_backend, report
+from bench import choose_backend, plots, report
 from dyrate_kernels import devices
 
 RIGHT, WRONG = {"passed": True, "errors": {}}, {"passed": False, "errors": {}}
@@ -76,3 +76,23 @@ def test_targets_have_a_line_for_each_backend():
     assert cost["measured"] == pytest.approx(0.2) and cost["met"] is False
     assert not any(line["backend"] == "cuda" for line in report.targets(rows[:1]))
     assert all(line["met"] is None for line in report.targets([row("decode_attention", "triton", 1.0, measured=False)]))
+
+
+def test_plots_show_measured_rows_that_are_right(tmp_path):
+    rows = [
+        row("decode_step", "triton", 20.0, bytes=2_000_000, floor_us=1.0),
+        row("decode_step", "triton", 10.0, bytes=1_000_000, floor_us=1.0),
+        row("decode_step", "cuda", 9.0, bytes=1_000_000, floor_us=1.0, correct=WRONG),
+        row("select_tokens", "triton", 1.0, bytes=1_000, floor_us=1.0),  # its time is latency: no point of a plot of bandwidth
+        row("decode_attention", "triton", None, bytes=1_000, floor_us=1.0),
+        row("a step", "triton", 5.0, group="model", model="LLaVA", floor_us=4.0),
+        row("a wrong step", "triton", 5.0, group="model", model="LLaVA", floor_us=4.0, correct=WRONG),
+    ]
+    assert {name: [row["median_us"] for row in found] for name, found in plots.series(rows).items()} == {"dyrate decode_step": [10.0, 20.0]}
+    assert [row["name"] for row in plots.shown(rows) if row["group"] == "model"] == ["dyrate a step"]
+    here = {"gpu": "ACME GPU", "torch": "2", "measurement": False}
+    (tmp_path / "report.json").write_text(json.dumps({"environment": here, "rows": rows}))
+    written = plots.write(tmp_path)
+    assert [path.name for path in written] == ["bandwidth.png", "models.png"] and all(path.stat().st_size > 5000 for path in written)
+    (tmp_path / "report.json").write_text(json.dumps({"environment": here, "rows": []}))
+    assert plots.write(tmp_path) == []

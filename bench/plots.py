@@ -1,0 +1,110 @@
+"""Plots of a record: how near operators come to the copy bandwidth, and the time per token of whole models beside its floor.
+
+    python -m bench.plots RECORD_DIR        # reads report.json, writes bandwidth.png and models.png beside it
+
+``bench/gpu.sh`` calls it. Rows whose result failed its comparison with the reference are left out: they have no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+BESIDE = ("dense ", "FastV eager step, in a CUDA graph")  # peers that the plot of operators shows
+OPERATORS = (
+    "decode_attention",
+    "decode_attention with statistics",
+    "decode_step",
+    "decode_attention, 12.5 % kept",
+    "compact_, 2880 -> 720",
+)
+
+
+def shown(rows: Iterable[Row]) -> list[Row]:
+    """Timed rows that did not fail their gate."""
+    return [row for row in rows if row["median_us"] and (row["correct"] is None or row["correct"]["passed"])]
+
+
+def series(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows of operators and their peers by name, in the order of their bytes; only what has a floor."""
+    found: dict[str, list[Row]] = {}
+    for row in shown(rows):
+        name = row["name"]
+        ours = name.startswith("dyrate") and name.removeprefix("dyrate cuda ").removeprefix("dyrate ") in OPERATORS
+        if row["share_of_copy"] and row["group"] in ("attention", "rows") and (ours or name.startswith(BESIDE)):
+            found.setdefault(name, []).append(row)
+    return {name: sorted(of_name, key=lambda row: row["bytes"]) for name, of_name in found.items()}
+
+
+def bandwidth(report: dict[str, Any], out: Path) -> bool:
+    """Share of the copy bandwidth over the bytes that must move. False where the record has no such row."""
+    from matplotlib.figure import Figure
+
+    lines = series(report["rows"])
+    if not lines:
+        return False
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, rows) in enumerate(lines.items()):
+        peer = not name.startswith("dyrate")
+        style = {"linestyle": "none", "marker": "x" if peer else "o", "color": f"C{number % 10}", "alpha": 0.8}
+        axes.plot([row["bytes"] / 1e6 for row in rows], [row["share_of_copy"] for row in rows], label=name, **style)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.text(axes.get_xlim()[0], 1.0, " copy", va="bottom", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="MB that must move", ylabel="share of the copy bandwidth", title=_title(report))
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7, loc="lower right")
+    figure.savefig(out, dpi=110)
+    return True
+
+
+def models(report: dict[str, Any], out: Path) -> bool:
+    """Time per token of whole models, the floor as a line across each bar. False where the record has no such row."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in shown(report["rows"]) if row["group"] == "model"]
+    problems = list(dict.fromkeys((row["model"], row["B"], row["N"]) for row in rows))
+    if not problems:
+        return False
+    figure = Figure(figsize=(10, 3.6 * len(problems)), layout="constrained")
+    for axes, problem in zip(figure.subplots(len(problems), squeeze=False)[:, 0], problems, strict=True):
+        here = [row for row in rows if (row["model"], row["B"], row["N"]) == problem][::-1]
+        height = range(len(here))
+        axes.barh(height, [row["median_us"] / 1e3 for row in here], color=["C0" if r["name"].startswith("dyrate") else "C7" for r in here])
+        for place, row in zip(height, here, strict=True):
+            if row["floor_us"]:
+                axes.plot([row["floor_us"] / 1e3] * 2, [place - 0.4, place + 0.4], color="black")
+            axes.text(row["median_us"] / 1e3, place, f" {row['median_us'] / 1e3:.2f}", va="center", fontsize=8)
+        axes.set_yticks(height, [row["name"] for row in here], fontsize=8)
+        model, batch, visual = problem
+        axes.set(xlabel="ms a token; black: floor", title=f"{model}, batch {batch}, {visual} visual tokens · {_title(report)}")
+    figure.savefig(out, dpi=110)
+    return True
+
+
+def _title(report: dict[str, Any]) -> str:
+    here = report["environment"]
+    return f"{here['gpu']}, torch {here['torch']}" + ("" if here["measurement"] else ", REHEARSAL: no measurement")
+
+
+def write(folder: Path) -> list[Path]:
+    """The plots of ``folder/report.json``, beside it; the files written."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    made = ((bandwidth, folder / "bandwidth.png"), (models, folder / "models.png"))
+    return [path for draw, path in made if draw(report, path)]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path)
+    for path in write(parser.parse_args().record):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
