@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import importlib.util
 import json
 import multiprocessing
@@ -406,9 +405,7 @@ def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -
         except Exception as error:
             traceback.print_exc()
             save(timing.row(name, None, group="failed", note=f"{type(error).__name__}: {error}"[:500]))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        timing.release()
         print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
 
 

@@ -12,7 +12,6 @@ speed worth quoting. A benchmark whose result is not that of the float64 referen
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -48,9 +47,7 @@ def data(request):
         if needed > torch.cuda.mem_get_info()[0]:
             pytest.skip(f"needs about {needed >> 30} GiB of GPU memory")
     yield operators.Data(shape, BACKEND, timing.device())
-    gc.collect()
-    if ON_GPU:
-        torch.cuda.empty_cache()
+    timing.release()
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ L2 cache (cold L2), medians over replays. On a CPU, which is for rehearsals only
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import math
 import os
@@ -23,6 +24,13 @@ from torch import Tensor
 
 REHEARSAL = "rehearsal in Triton's interpreter on a CPU: not a measurement"
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def release() -> None:
+    """Gives back the memory of what is no longer used, so that the next measurement finds it free."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Times(NamedTuple):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -163,9 +162,7 @@ def main() -> None:
             gains[key] = {"heuristic_us": before and 1e6 * before, "chosen_us": after and 1e6 * after}
             print(f"  chosen: {best}, {gains[key]}", flush=True)
             del problem
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            timing.release()
     facts = {key: here[key] for key in ("torch", "triton", "commit", "driver", "measurement")}
     others = {key: value for key, value in devices.measured(name).items() if key.startswith("backend")}  # bench.choose_backend's
     text = plan.to_json(name, chosen, made_by="python -m bench.tune", times=gains, **facts, **others)

@@ -69,8 +69,9 @@ def settings(device_name: str, group: int, dim: int, itemsize: int, kind: str) -
 def heuristic(group: int, dim: int, itemsize: int) -> Settings:
     """A key tile of about 8 KiB, so that three stages of keys and values leave room for four programs on a multiprocessor.
 
-    On an H200 (bench/results/2026-11-26-h200/settings.txt) the decision is faster as a second launch by 5 to 40 %, and one query head a
-    key/value head is fastest in whole waves of four programs a multiprocessor. The rest is not measured on other devices.
+    On an H200 (bench/results/2026-11-26-h200/settings.txt) a decode step whose decision is a second launch takes as long (28 heads over 4,
+    B=1) or up to 26 % less time, and one query head a key/value head is fastest in whole waves of four programs a multiprocessor. Other
+    devices, other sizes of head: not measured.
 
     Registers are left to the compiler: with a bound of 168 those of triton 3.4 and 3.6 spill nothing where they set 8 bytes aside now, but
     that of 3.9 spills 152 bytes with seven heads a key/value head (sm_80, bf16, D=128).
