@@ -1,4 +1,4 @@
-r"""Split-K flash decoding over two row regions, with attention mass, importance and the decision in the same launch.
+r"""Split-K flash decoding over two row regions, with attention mass, importance and the decision in the same launch or in one more.
 
 For query head ``h`` of sequence ``b``, over the live rows ``r`` with ``z_r = scale * q_h . k_r``::
 
