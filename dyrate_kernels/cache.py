@@ -70,6 +70,26 @@ class RowGroup:
         return range(self.first, self.last)
 
 
+class BufferViews:
+    """Views of the buffers ``[B, Hkv, C, D]`` of one layer, kept from step to step: making them takes as long as a small copy.
+
+    Attributes:
+        keys, values: the buffers.
+        key_table, value_table: the same as tables of rows, ``[B * Hkv * C, D]``.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.key_table, self.value_table = keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1])
+        self._first: tuple[int, tuple[Tensor, Tensor]] = (-1, (keys, values))
+
+    def first_rows(self, count: int) -> tuple[Tensor, Tensor]:
+        """Rows ``[0, count)`` of every head, ``[B, Hkv, count, D]``."""
+        if self._first[0] != count:
+            self._first = (count, (self.keys[:, :, :count], self.values[:, :, :count]))
+        return self._first[1]
+
+
 class VisualCache(Cache):
     """Key/value cache of a patched model; a Hugging Face ``Cache``.
 
@@ -99,6 +119,7 @@ class VisualCache(Cache):
         self.text_column: Tensor | None = None  # int32 [B, Ct]
         self.token_column: Tensor | None = None  # int32 [B, N]: the column of each visual token
         self.session: Any = None  # dyrate_kernels.patching.session.Session, set by it
+        self._views: dict[int, BufferViews] = {}
         self._unread: int | None = None  # layer whose update() no attention has answered yet
 
     # ---- metadata -------------------------------------------------------------------------------------------------------------
@@ -183,6 +204,13 @@ class VisualCache(Cache):
         sequence = torch.arange(batch, device=key.device)[:, None]
         self.keys[layer].transpose(1, 2).index_put_((sequence, row), key.transpose(1, 2))
         self.values[layer].transpose(1, 2).index_put_((sequence, row), value.transpose(1, 2))
+
+    def views(self, layer: int) -> BufferViews:
+        """Views of the key and value buffers of ``layer``; made anew where a buffer was replaced."""
+        views = self._views.get(layer)
+        if views is None or views.keys is not self.keys[layer] or views.values is not self.values[layer]:
+            views = self._views[layer] = BufferViews(self.keys[layer], self.values[layer])
+        return views
 
     def live_slices(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, Hkv, R, D]`` of ``layer``: the visual rows below ``bound``, then the text rows below ``text_bound``."""

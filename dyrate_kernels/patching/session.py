@@ -16,6 +16,7 @@ come alone, so assisted decoding with retention ``recoverable`` gives the tokens
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from dyrate_kernels import ops
 from dyrate_kernels.cache import INSTRUCTION, RESPONSE, SYSTEM, RowGroup, VisualCache
+from dyrate_kernels.patching.plain import PlainStep
 from dyrate_kernels.patching.raters import Raters
 from dyrate_kernels.patching.stages import Noted, Stages
 from dyrate_kernels.patching.wide import KeyRows, attend_wide, row_statistics, sum_of_all_rows, visibility
@@ -67,6 +69,7 @@ class Forward:
     decode: bool
     row: Tensor | None = None  # decode: int64 [B, 1], text row index (not yet offset by the visual capacity)
     new_row: tuple[Tensor, Tensor] | None = None  # decode: key and value [B, Hkv, D] that the layer's attention is to store
+    plain: PlainStep | None = None  # decode: what layers without statistics go through on a CPU
     slots: dict[int, Slot] = field(default_factory=dict)  # wide: by index of the group
     allowed: dict[int, Tensor] = field(default_factory=dict)  # wide: by group, bool [B, d, N] visual tokens each decode row may read
     drafted: int = 0  # rows at the end of this pass that come after the prompt
@@ -99,6 +102,7 @@ class Session:
         bounds_at_capacity: decode steps tell the operators no bound of the text rows, which changes from step to step (patching.graph).
         windows: sliding windows of the layers seen so far.
         score_layer: layer ``k-1``, which decides for all pruned layers, or for the first group of them where there are ``stages``.
+        score_layers: all layers whose statistics decide.
         stages: what decides for the later groups, each at the layer before it (``Policy.rescores``), or None.
         raters: what lets chosen rows of a prompt rank (``Policy.query_rows == "raters"``) and tokens be merged, or None.
     """
@@ -112,6 +116,7 @@ class Session:
         self.score_layer = policy.k - 1
         starts = policy.layer_groups(shape.num_layers)
         self.stages = Stages(self, starts) if policy.rescores and len(starts) > 1 else None
+        self.score_layers = frozenset([self.score_layer, *(self.stages.groups if self.stages else ())])
         merges = self.evict and policy.merges
         self.raters = Raters(self) if policy.query_rows == "raters" or merges else None
         self.keeps_hidden = policy.reads_hidden or merges
@@ -261,7 +266,8 @@ class Session:
         cache.text_column.scatter_(1, row, self.column.expand(cache.batch_size, 1))
         cache.n_text.add_(1)
         cache.text_bound += 1
-        self.forward = Forward(start, 1, decode=True, row=row)
+        on_cpu = self.backend == "reference" and row.device.type == "cpu" and not self.bounds_at_capacity
+        self.forward = Forward(start, 1, decode=True, row=row, plain=PlainStep(cache, row, self.unpruned) if on_cpu else None)
 
     def _begin_wide(self, start: int, length: int, attention_mask: Tensor | None, staged: Tensor | None, device: torch.device) -> None:
         cache = self.cache
@@ -420,7 +426,11 @@ class Session:
         """Writes the new rows of ``layer`` (called by ``VisualCache.update``)."""
         forward, cache = self.forward_in_progress(), self.cache
         if forward.decode:
-            if self.backend != "reference" and cache.keys[layer] is not None:
+            if cache.keys[layer] is None:
+                cache.write(layer, key, value, cache.group_of[layer].capacity + forward.row)
+            elif forward.plain is not None:
+                forward.plain.write(layer, key, value)
+            elif self.backend != "reference":
                 forward.new_row = (key[:, :, 0], value[:, :, 0])  # the attention kernel writes it: two launches fewer a layer
             else:
                 cache.write(layer, key, value, cache.group_of[layer].capacity + forward.row)
@@ -431,7 +441,7 @@ class Session:
 
     def see(self, layer: int, hidden: Tensor) -> None:
         """Keeps the hidden states that go into the score layer's attention (called by ``VisualCache.see``)."""
-        if self.keeps_hidden and (layer == self.score_layer or (self.stages is not None and layer in self.stages.groups)):
+        if self.keeps_hidden and layer in self.score_layers:
             self.hidden = hidden
 
     def hidden_of(self, rows: slice) -> Tensor | None:
@@ -443,9 +453,14 @@ class Session:
         self.cache.mark_read(layer)
         if window is not None:
             self.windows.add(window)
-        if self.forward_in_progress().decode:
-            return self._attend_decode(layer, query[:, :, 0], scale, window)[:, None]
-        return self._attend_wide(layer, query, key, value, scale, window)
+        forward = self.forward_in_progress()
+        if not forward.decode:
+            return self._attend_wide(layer, query, key, value, scale, window)
+        if window is not None and window > forward.start:
+            window = None  # no row has left it yet
+        if forward.plain is not None and layer not in self.score_layers:
+            return forward.plain.attend(layer, query, scale, window)
+        return self._attend_decode(layer, query, scale, window)
 
     def group_index(self, layer: int) -> int:
         return self.cache.groups.index(self.cache.group_of[layer])
@@ -453,11 +468,25 @@ class Session:
     # ---- decode step ------------------------------------------------------------------------------------------------------------
 
     def _attend_decode(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+        cache = self.cache
+        if layer == self.score_layer:
+            return self._score_decode(layer, query, scale, window)[:, None]
+        rows = self._rows(layer, query, scale, window)
+        group = cache.group_of[layer]
+        if group.kept is not None and not self.unpruned:
+            rows["kept"], rows["n_kept"] = group.kept.to(query.device), group.n_kept.to(query.device)
+        if layer in self.score_layers and self._decides_now:
+            rows["text_type"] = cache.text_type.to(query.device)
+            return self.stages.decode(layer, rows)[:, None]
+        return ops.decode_attention(**rows).output[:, None]
+
+    def _rows(self, layer: int, query: Tensor, scale: float, window: int | None) -> dict[str, Any]:
+        """What ``ops.decode_attention`` is given in ``layer``, but for kept lists and statistics."""
         cache, forward = self.cache, self.forward
         group = cache.group_of[layer]
         device = query.device
         rows = {
-            "query": query,
+            "query": query[:, :, 0],
             "key": cache.keys[layer],
             "value": cache.values[layer],
             "n_visual": group.n_visual.to(device),
@@ -472,18 +501,11 @@ class Session:
         if forward.new_row is not None:
             rows["new_key"], rows["new_value"] = forward.new_row
             forward.new_row = None
-        if window is not None and window <= forward.start:
+        if window is not None:
             rows["position"] = cache.columns(group, group.capacity, cache.text_capacity).to(device)
             rows["query_position"] = self.column.to(device).expand_as(rows["n_text"])
             rows["window"] = window
-        if layer == self.score_layer:
-            return self._score_decode(rows)
-        if group.kept is not None and not self.unpruned:
-            rows["kept"], rows["n_kept"] = group.kept.to(device), group.n_kept.to(device)
-        if self.stages is not None and layer in self.stages.groups and self._decides_now:
-            rows["text_type"] = cache.text_type.to(device)
-            return self.stages.decode(layer, rows)
-        return ops.decode_attention(**rows).output
+        return rows
 
     @property
     def _decides_now(self) -> bool:
@@ -492,11 +514,16 @@ class Session:
         able = policy.at_decode and not self.unpruned and self.cache.full.bound > 0
         return able and not (self.evict and (self.frozen or policy.constant))
 
-    def _score_decode(self, rows: dict) -> Tensor:
-        cache, policy = self.cache, self.policy
-        rows["text_type"] = cache.text_type.to(rows["query"].device)
+    def _score_decode(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+        cache, policy, plain = self.cache, self.policy, self.forward.plain
+        if plain is None:
+            rows = self._rows(layer, query, scale, window)
+            rows["text_type"] = cache.text_type.to(query.device)
+            score, decide = functools.partial(ops.decode_attention, **rows, mass=True), functools.partial(ops.decode_step, **rows)
+        else:
+            score, decide = (functools.partial(call, layer, query, scale, window) for call in (plain.score, plain.step))
         if not self._decides_now:
-            result = ops.decode_attention(**rows, mass=True, importance=self.record_importance)
+            result = score(importance=self.record_importance)
             self.write_record(result.mass, result.importance)
             return result.output
         pruned = cache.groups[1]
@@ -505,14 +532,13 @@ class Session:
         tensors = policy.predictor_tensors(self.state, hidden) if len(cache.groups) == 2 else None
         if tensors is not None:
             weight, bias, rates = tensors
-            step = ops.decode_step(
-                **rows, weight=weight, bias=bias, rates=rates,
-                alive=self.alive_of(pruned), max_kept=pruned.n_visual if self.evict else None,
-            )  # fmt: skip
+            step = decide(
+                weight=weight, bias=bias, rates=rates, alive=self.alive_of(pruned), max_kept=pruned.n_visual if self.evict else None
+            )
             output, mass, importance, self.last_rate = step.output, step.mass, step.importance, step.rate
             self.apply(pruned, step.kept, step.n_kept)
         else:
-            result = ops.decode_attention(**rows, mass=True, importance=True)
+            result = score(importance=True)
             output, mass, importance = result.output, result.mass, result.importance
             batch = mass.shape[0]
             view = View(self.step.expand(batch), mass, importance, cache.full.n_visual, self.alive_of(pruned), self.state, hidden)
@@ -580,7 +606,7 @@ class Session:
         column = slot.column.to(query.device)
         plain = slot.plain and index not in forward.allowed and (window is None or forward.start + forward.length <= window)
         mask = None
-        scores = layer == self.score_layer or (self.stages is not None and layer in self.stages.groups)
+        scores = layer in self.score_layers
         if not plain or scores:
             mask = visibility(rows, column, window)
             if index in forward.allowed:
