@@ -15,6 +15,8 @@ device are not read, so lengths beyond a capacity are the caller's to avoid.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ __all__ = [
     "reorder_",
     "score_last_query",
     "select_tokens",
+    "trusted",
 ]
 
 _ops = torch.ops.dyrate
@@ -58,6 +61,18 @@ class DecodeStep(NamedTuple):
     kept: Tensor
     n_kept: Tensor
     rate: Tensor
+
+
+def trusted(operator: str, backend: str, device: torch.device) -> Callable[..., tuple]:
+    """A backend's own ``decode_attention`` or ``decode_step``, for arguments that are known to fit: they are not checked, and the call does
+    not go through torch's dispatcher. Both together take the host as long as the launch itself, in every layer of every step.
+
+    It takes the operator's arguments but ``backend``, and returns its results as a plain tuple. While ``torch.compile`` traces it is the
+    operator, which the compiler can see.
+    """
+    if torch.compiler.is_compiling():
+        return functools.partial(globals()[operator], backend=backend)
+    return getattr(dispatch.resolve(backend, device, operator), operator)
 
 
 def _scale(scale: float | None, query: Tensor) -> float:

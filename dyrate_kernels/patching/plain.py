@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _ROUND = 32  # rows
+_WORTH_A_GATHER = 1 << 15  # numbers of the keys; on one core reading so many takes as long as two index_select of an eighth of them
 
 
 class _Rows(NamedTuple):
@@ -146,7 +147,8 @@ class PlainStep:
         cache = self.cache
         batch = keys.shape[0]
         visual, text = group.bound, cache.text_bound
-        gathers = listed and 2 * group.kept.shape[1] <= visual  # a longer list may name most rows: masking all of them is cheaper
+        # a longer list may name most rows, and few numbers are read in less time than a gather's calls take: masking all rows is cheaper
+        gathers = listed and 2 * group.kept.shape[1] <= visual and keys[:, :, :visual].numel() >= _WORTH_A_GATHER
         row = torch.arange(max(visual, text + _ROUND, group.kept.shape[1] if listed else 0))
         live = row[:visual] < group.n_visual[:, None]
         if listed:

@@ -478,10 +478,10 @@ class Session:
         if layer in self.score_layers and self._decides_now:
             rows["text_type"] = cache.text_type.to(query.device)
             return self.stages.decode(layer, rows)[:, None]
-        return ops.decode_attention(**rows).output[:, None]
+        return ops.trusted("decode_attention", self.backend, query.device)(**rows)[0][:, None]
 
     def _rows(self, layer: int, query: Tensor, scale: float, window: int | None) -> dict[str, Any]:
-        """What ``ops.decode_attention`` is given in ``layer``, but for kept lists and statistics."""
+        """What ``ops.decode_attention`` is given in ``layer``, but for kept lists, statistics and the backend."""
         cache, forward = self.cache, self.forward
         group = cache.group_of[layer]
         device = query.device
@@ -496,7 +496,6 @@ class Session:
             "visual_bound": group.bound,
             "text_bound": cache.text_capacity if self.bounds_at_capacity else cache.text_bound,
             "clean": True,  # the cache fills its buffers with zeros
-            "backend": self.backend,
         }
         if forward.new_row is not None:
             rows["new_key"], rows["new_value"] = forward.new_row
@@ -519,13 +518,14 @@ class Session:
         if plain is None:
             rows = self._rows(layer, query, scale, window)
             rows["text_type"] = cache.text_type.to(query.device)
-            score, decide = functools.partial(ops.decode_attention, **rows, mass=True), functools.partial(ops.decode_step, **rows)
+            score, decide = (ops.trusted(name, self.backend, query.device) for name in ("decode_attention", "decode_step"))
+            score, decide = functools.partial(score, **rows, mass=True), functools.partial(decide, **rows)
         else:
             score, decide = (functools.partial(call, layer, query, scale, window) for call in (plain.score, plain.step))
         if not self._decides_now:
-            result = score(importance=self.record_importance)
-            self.write_record(result.mass, result.importance)
-            return result.output
+            output, mass, importance = score(importance=self.record_importance)
+            self.write_record(mass, importance)
+            return output
         pruned = cache.groups[1]
         hidden = self.hidden_of(slice(-1, None))
         hidden = None if hidden is None else hidden[:, 0]
@@ -535,11 +535,10 @@ class Session:
             step = decide(
                 weight=weight, bias=bias, rates=rates, alive=self.alive_of(pruned), max_kept=pruned.n_visual if self.evict else None
             )
-            output, mass, importance, self.last_rate = step.output, step.mass, step.importance, step.rate
-            self.apply(pruned, step.kept, step.n_kept)
+            output, mass, importance, kept, n_kept, self.last_rate = step
+            self.apply(pruned, kept, n_kept)
         else:
-            result = score(importance=True)
-            output, mass, importance = result.output, result.mass, result.importance
+            output, mass, importance = score(importance=True)
             batch = mass.shape[0]
             view = View(self.step.expand(batch), mass, importance, cache.full.n_visual, self.alive_of(pruned), self.state, hidden)
             decision = policy.decide(view)

@@ -73,8 +73,10 @@ class Stages:
         session, cache = self.session, self.session.cache
         index = self.groups[layer]
         before, home = cache.groups[index - 1], cache.n_text.device
-        result = ops.decode_attention(**rows, mass=True, importance=True)
-        importance = result.importance.to(home)
+        output, mass, importance = ops.trusted("decode_attention", session.backend, rows["query"].device)(
+            **rows, mass=True, importance=True
+        )
+        importance = importance.to(home)
         within = before.alive
         if session.evict:  # rows of this group are fewer than tokens
             live = torch.arange(importance.shape[1], device=home) < before.n_visual[:, None]
@@ -86,7 +88,7 @@ class Stages:
             within = session.mark(before.kept)
         hidden = session.hidden_of(slice(-1, None))
         view = View(
-            session.step.expand(importance.shape[0]), result.mass.to(home), importance, cache.full.n_visual, within, session.state,
+            session.step.expand(importance.shape[0]), mass.to(home), importance, cache.full.n_visual, within, session.state,
             None if hidden is None else hidden[:, 0], index - 1,
         )  # fmt: skip
         decision = session.policy.decide(view)
@@ -96,7 +98,7 @@ class Stages:
         if layer == self.last:
             session.last_rate = self.mean_rate(noted.rates)
             session.write_record(noted.mass, noted.importance)
-        return result.output
+        return output
 
     def _choose(self, group: RowGroup, decision: Decision, importance: Tensor, within: Tensor | None) -> None:
         session = self.session
