@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 
-from bench import timing
+from dyrate_kernels.measuring import timing
 
 if importlib.util.find_spec("pytest_benchmark") is None:
 

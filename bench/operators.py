@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 import dyrate_kernels as dk
-from bench import fastv, timing
-from bench.timing import Times
+from bench import fastv
 from dyrate_kernels import ops
+from dyrate_kernels.measuring import timing
+from dyrate_kernels.measuring.timing import Times
 
 LIMIT = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # of ||out - ref|| / ||ref|| against float64
 OURS = "dyrate"
@@ -379,7 +380,7 @@ def operators_backends(toy: bool) -> list[str]:
 
 def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -> None:
     """Measures everything in order of weight and stops, with a row that says so, when the time is over."""
-    device = timing.device()
+    device = timing.here()
     backends = operators_backends(toy)
     deadline = time.monotonic() + seconds
     bandwidth, times = timing.copy_bandwidth()
@@ -436,7 +437,7 @@ def compile_all(toy: bool) -> None:
 def _compile(work: tuple[Shape, bool]) -> str:
     shape, toy = work
     begin = time.monotonic()
-    data = Data(shape, operators_backends(toy)[0], timing.device(), sets=1)
+    data = Data(shape, operators_backends(toy)[0], timing.here(), sets=1)
     types = {"text_type": data.text_type}
     with torch.no_grad():
         data.ours(ops.decode_attention)[0]()

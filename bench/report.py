@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import dyrate_kernels as dk
-from bench import plots, timing
+from bench import plots
 from bench.operators import OURS, label
+from dyrate_kernels.measuring import timing
 
 Row = dict[str, Any]
 FASTV = "FastV eager step (attention matrix, mean, topk, gather)"

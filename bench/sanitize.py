@@ -14,8 +14,8 @@ import sys
 import torch
 
 import dyrate_kernels as dk
-from bench import timing
 from dyrate_kernels import ops
+from dyrate_kernels.measuring import timing
 
 
 def launches(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -96,7 +96,7 @@ def follow_ups(got, after, want, reference, backend, capacity):
 
 def main() -> None:
     """Command line."""
-    device = timing.device()
+    device = timing.here()
     states = dk.backends()
     usable = [name for name in ("triton", "cuda") if states[name] == "available"]
     if not usable:

@@ -4,9 +4,9 @@
     pytest bench --benchmark-autosave  # and pytest-benchmark's own files, for pytest-benchmark compare
 
 On a GPU: batches of 1 to 64, 576 to 16384 visual tokens, with and without grouped queries, in bfloat16 with the Triton kernels. The
-table's times are those of CUDA graph replays with a cold L2 (``bench.timing``), FastV's those of its eager launches, pytest-benchmark's own
-those of a call that is waited for. Without a GPU: toy sizes with the reference operators (plain PyTorch), which shows how to run it and no
-speed worth quoting. A benchmark whose result is not that of the float64 reference fails before it is timed.
+table's times are those of CUDA graph replays with a cold L2 (``dyrate_kernels.measuring.timing``), FastV's those of its eager launches,
+pytest-benchmark's own those of a call that is waited for. Without a GPU: toy sizes with the reference operators (plain PyTorch), which
+shows how to run it and no speed worth quoting. A benchmark whose result is not that of the float64 reference fails before it is timed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
-from bench import fastv, operators, timing
+from bench import fastv, operators
 from dyrate_kernels import ops
+from dyrate_kernels.measuring import timing
 
 ON_GPU = torch.cuda.is_available()
 BACKEND = "triton" if ON_GPU and dk.backends()["triton"] == "available" else "reference"
@@ -46,7 +47,7 @@ def data(request):
         needed = 4 * shape.kv_bytes + 16 * shape.batch * shape.heads * shape.rows  # the eager path copies what stays, and repeats keys
         if needed > torch.cuda.mem_get_info()[0]:
             pytest.skip(f"needs about {needed >> 30} GiB of GPU memory")
-    yield operators.Data(shape, BACKEND, timing.device())
+    yield operators.Data(shape, BACKEND, timing.here())
     timing.release()
 
 

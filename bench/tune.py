@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 import dyrate_kernels as dk
-from bench import operators, timing
+from bench import operators
 from bench.operators import Data, Shape
 from dyrate_kernels import devices, ops
+from dyrate_kernels.measuring import timing
 
 NOISE = 0.005  # a smaller gain is none
 CHOICES: dict[str, tuple[Any, ...]] = {  # in the order in which they are tried
@@ -138,7 +139,7 @@ def main() -> None:
         raise SystemExit("nothing can be measured here: no CUDA device, or TRITON_INTERPRET is set; --toy rehearses")
     from dyrate_kernels.triton_kernels import plan
 
-    device = timing.device()
+    device = timing.here()
     name = here["gpu"] if device.type == "cuda" else plan.INTERPRETED
     every = list(kinds(given.toy))
     share = given.seconds / len(every)

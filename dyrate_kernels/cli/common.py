@@ -44,7 +44,7 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", required=True, metavar="FILE", help="a picture in any format that Pillow reads")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help=f"default: {DEFAULT_PROMPT!r}")
     add_model(parser)
-    parser.add_argument("--max-new-tokens", type=_positive, default=160, metavar="N", help="default: 160")
+    parser.add_argument("--max-new-tokens", type=positive, default=160, metavar="N", help="default: 160")
     parser.add_argument("--retention", choices=("recoverable", "evict"), default="recoverable", help="default: recoverable")
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     parser.add_argument("--cuda-graph", action="store_true", help="capture a decode step once and replay it (on one CUDA device)")
@@ -52,7 +52,8 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that is a number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")

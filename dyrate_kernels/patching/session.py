@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dyrate_kernels import ops
 from dyrate_kernels.cache import INSTRUCTION, RESPONSE, SYSTEM, RowGroup, VisualCache
-from dyrate_kernels.patching.plain import PlainStep
+from dyrate_kernels.patching import cpu_step
 from dyrate_kernels.patching.raters import Raters
 from dyrate_kernels.patching.stages import Noted, Stages
 from dyrate_kernels.patching.wide import KeyRows, attend_wide, row_statistics, sum_of_all_rows, visibility
@@ -69,7 +69,7 @@ class Forward:
     decode: bool
     row: Tensor | None = None  # decode: int64 [B, 1], text row index (not yet offset by the visual capacity)
     new_row: tuple[Tensor, Tensor] | None = None  # decode: key and value [B, Hkv, D] that the layer's attention is to store
-    plain: PlainStep | None = None  # decode: what layers without statistics go through on a CPU
+    on_cpu: cpu_step.CpuStep | None = None  # decode: what attends on a CPU, without the reference operators
     slots: dict[int, Slot] = field(default_factory=dict)  # wide: by index of the group
     allowed: dict[int, Tensor] = field(default_factory=dict)  # wide: by group, bool [B, d, N] visual tokens each decode row may read
     drafted: int = 0  # rows at the end of this pass that come after the prompt
@@ -266,8 +266,9 @@ class Session:
         cache.text_column.scatter_(1, row, self.column.expand(cache.batch_size, 1))
         cache.n_text.add_(1)
         cache.text_bound += 1
-        on_cpu = self.backend == "reference" and row.device.type == "cpu" and not self.bounds_at_capacity
-        self.forward = Forward(start, 1, decode=True, row=row, plain=PlainStep(cache, row, self.unpruned) if on_cpu else None)
+        on_cpu = cpu_step.enabled and self.backend == "reference" and row.device.type == "cpu" and not self.bounds_at_capacity
+        step = cpu_step.CpuStep(cache, row, self.unpruned) if on_cpu else None
+        self.forward = Forward(start, 1, decode=True, row=row, on_cpu=step)
 
     def _begin_wide(self, start: int, length: int, attention_mask: Tensor | None, staged: Tensor | None, device: torch.device) -> None:
         cache = self.cache
@@ -428,8 +429,8 @@ class Session:
         if forward.decode:
             if cache.keys[layer] is None:
                 cache.write(layer, key, value, cache.group_of[layer].capacity + forward.row)
-            elif forward.plain is not None:
-                forward.plain.write(layer, key, value)
+            elif forward.on_cpu is not None:
+                forward.on_cpu.write(layer, key, value)
             elif self.backend != "reference":
                 forward.new_row = (key[:, :, 0], value[:, :, 0])  # the attention kernel writes it: two launches fewer a layer
             else:
@@ -458,8 +459,8 @@ class Session:
             return self._attend_wide(layer, query, key, value, scale, window)
         if window is not None and window > forward.start:
             window = None  # no row has left it yet
-        if forward.plain is not None and layer not in self.score_layers:
-            return forward.plain.attend(layer, query, scale, window)
+        if forward.on_cpu is not None and layer not in self.score_layers:
+            return forward.on_cpu.attend(layer, query, scale, window)
         return self._attend_decode(layer, query, scale, window)
 
     def group_index(self, layer: int) -> int:
@@ -514,14 +515,14 @@ class Session:
         return able and not (self.evict and (self.frozen or policy.constant))
 
     def _score_decode(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
-        cache, policy, plain = self.cache, self.policy, self.forward.plain
-        if plain is None:
+        cache, policy, on_cpu = self.cache, self.policy, self.forward.on_cpu
+        if on_cpu is None:
             rows = self._rows(layer, query, scale, window)
             rows["text_type"] = cache.text_type.to(query.device)
             score, decide = (ops.trusted(name, self.backend, query.device) for name in ("decode_attention", "decode_step"))
             score, decide = functools.partial(score, **rows, mass=True), functools.partial(decide, **rows)
         else:
-            score, decide = (functools.partial(call, layer, query, scale, window) for call in (plain.score, plain.step))
+            score, decide = (functools.partial(call, layer, query, scale, window) for call in (on_cpu.score, on_cpu.step))
         if not self._decides_now:
             output, mass, importance = score(importance=self.record_importance)
             self.write_record(mass, importance)

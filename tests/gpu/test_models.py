@@ -125,16 +125,16 @@ def seven_billion():
         pytest.skip("no CUDA device")
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip(f"needs 24 GiB of free GPU memory, {torch.cuda.mem_get_info()[0] >> 30} GiB are free")
-    from bench import random_models
+    from dyrate_kernels.measuring import random_models
 
-    yield random_models.llava_7b(torch.device("cuda", torch.cuda.current_device()))
+    yield random_models.build("llava-1.5-7b", torch.device("cuda", torch.cuda.current_device()))
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def test_llava_7b(cuda, kit, seven_billion):
     """Keeping all gives the unpatched model's tokens; a captured step those of an eager one, with what was kept."""
-    from bench import random_models
+    from dyrate_kernels.measuring import random_models
 
     model = seven_billion
     fields = random_models.inputs(model, batch=2, visual_tokens=576, text_tokens=64)

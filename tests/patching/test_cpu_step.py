@@ -1,11 +1,11 @@
-"""Decode steps on a CPU (``patching.plain``) against the same steps through the reference operators, in every dtype."""
+"""Decode steps on a CPU (``patching.cpu_step``) against the same steps through the reference operators, in every dtype."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dyrate_kernels.patching import plain, session
+from dyrate_kernels.patching import cpu_step
 from tests import models
 from tests.checks import METHODS, RETENTIONS, ROWS, assert_close_logits, greedy, logits, patched
 
@@ -21,20 +21,20 @@ TEXTS = [("llava", "mistral"), ("llava", "qwen3")]
 @pytest.mark.parametrize("retention", RETENTIONS)
 @pytest.mark.parametrize(("family", "text"), TEXTS, ids=["-".join(text) for text in TEXTS])
 def test_a_step_is_that_of_the_reference(make_model, monkeypatch, family, text, method, retention, gathers, dtype):
-    monkeypatch.setattr(plain, "_WORTH_A_GATHER", 0 if gathers else 1 << 60)
+    monkeypatch.setattr(cpu_step, "_WORTH_A_GATHER", 0 if gathers else 1 << 60)
     model = make_model(family, text, dtype=dtype)
     fields = models.inputs(model, ROWS)
     fields = {name: t.to(dtype) if t.is_floating_point() else t for name, t in fields.items()}
     made = []
 
-    class Spy(session.PlainStep):
+    class Spy(cpu_step.CpuStep):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             made.append(self)
 
     outputs = []
     for step in (Spy, lambda *arguments: None):
-        monkeypatch.setattr(session, "PlainStep", step)
+        monkeypatch.setattr(cpu_step, "CpuStep", step)
         with patched(model, METHODS[method], retention) as handle:
             outputs.append((model.generate(**fields, **greedy(9)), handle.stats()))
     assert len(made) == 8, "the steps did not go the way that is tested here"
@@ -56,8 +56,8 @@ def test_importance_is_that_of_the_reference(make_model, monkeypatch):
     model = make_model("llava", "llama")
     fields = models.inputs(model, ROWS)
     found = []
-    for step in (session.PlainStep, lambda *arguments: None):
-        monkeypatch.setattr(session, "PlainStep", step)
+    for step in (cpu_step.CpuStep, lambda *arguments: None):
+        monkeypatch.setattr(cpu_step, "CpuStep", step)
         with patched(model, METHODS["none"], record_importance=True) as handle:
             model.generate(**fields, **greedy(4))
             found.append(torch.tensor([x for step in handle.stats().steps for row in step.importance for x in row]))

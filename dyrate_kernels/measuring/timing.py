@@ -1,4 +1,4 @@
-"""How this folder measures time, and what a row of its results carries.
+"""How this project measures time, and what a row of its results carries.
 
 On a CUDA device: events around replays of a CUDA graph that holds several calls, each on buffers of its own where one set would fit in the
 L2 cache (cold L2), medians over replays. On a CPU, which is for rehearsals only: a host clock.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 REHEARSAL = "rehearsal in Triton's interpreter on a CPU: not a measurement"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent  # of a checkout
 
 
 def release() -> None:
@@ -41,7 +41,7 @@ class Times(NamedTuple):
     p80: float
 
 
-def device() -> torch.device:
+def here() -> torch.device:
     """The current CUDA device, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -74,7 +74,7 @@ def environment() -> dict[str, Any]:
         "measurement": torch.cuda.is_available() and not interpreted(),
     }
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(device())
+        properties = torch.cuda.get_device_properties(here())
         facts |= {
             "gpu": properties.name,
             "driver": _driver(),
@@ -180,10 +180,10 @@ def _events(run: Callable[[], Any], budget: float, most: int) -> Times:
     return summary([start.elapsed_time(end) * 1e-3 for start, end in marks])
 
 
-def _time_on_host(calls: Sequence[Callable[[], Any]]) -> Times:
+def _time_on_host(calls: Sequence[Callable[[], Any]], count: int = 3) -> Times:
     calls[0]()
     seconds = []
-    for call in list(itertools.islice(itertools.cycle(calls), 3)):
+    for call in list(itertools.islice(itertools.cycle(calls), count)):
         begin = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - begin)
@@ -207,13 +207,15 @@ def host_time(call: Callable[[], Any], rounds: int = 30, burst: int = 50) -> Tim
     return summary(seconds)
 
 
-def copy_bandwidth(size: int | None = None) -> tuple[float, Times]:
+def copy_bandwidth(size: int | None = None, device: torch.device | None = None) -> tuple[float, Times]:
     """Bytes a second of a device-to-device copy, read plus written: the roof under every floor here. And the times behind it."""
+    device = here() if device is None else device
     if size is None:
-        size = 4 << 30 if torch.cuda.is_available() else 8 << 20
-    source = torch.empty(size // 4, dtype=torch.int32, device=device()).random_()
+        size = 4 << 30 if device.type == "cuda" else 256 << 20  # far more than a CPU's last cache
+    source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
-    times = time_launched([lambda: target.copy_(source)], budget=1.0)
+    copy = [lambda: target.copy_(source)]
+    times = time_launched(copy, budget=1.0) if device.type == "cuda" else _time_on_host(copy, 7)
     if not torch.equal(source[:: 1 << 12], target[:: 1 << 12]):
         raise RuntimeError("the copy did not copy")
     return 2 * size / times.median, times

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from dyrate_kernels.cache import RowGroup, VisualCache
 
 
+enabled = True  # False: the reference operators do it, e.g. to compare with them
+
 _ROUND = 32  # rows
 _WORTH_A_GATHER = 1 << 15  # numbers of the keys; on one core reading so many takes as long as two index_select of an eighth of them
 
@@ -44,7 +46,7 @@ def _place_of_rows(buffer: Tensor, rows: Tensor) -> Tensor:
     return (first + rows[:, None]).flatten()
 
 
-class PlainStep:
+class CpuStep:
     """One decode step.
 
     Args:

@@ -1,0 +1,164 @@
+"""Models of real shapes with random weights, made where they run: no download.
+
+The text models are those of ``flops.MODELS``; the towers are CLIP ViT-L/14 at 336 pixels (576 tokens a picture) and SigLIP so400m/14 at
+384 pixels. ``small`` and ``toy`` are for CPUs. What a step costs does not depend on what the weights are, only on how many rows are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyrate_kernels import flops
+from dyrate_kernels.policies.base import ModelShape
+
+_CLIP = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+_SIGLIP = {
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+}  # fmt: skip
+_THIN = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TINY = {"image_size": 28, "patch_size": 14}
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """What :func:`build` makes.
+
+    Attributes:
+        text: of the text model.
+        tower: arguments of the vision config; SigLIP's for LLaVA-OneVision, CLIP's else.
+        visual_tokens: of a sequence, unless asked otherwise; of LLaVA-OneVision by its own count of ``tiles`` x ``tiles`` crops.
+        onevision: a LLaVA-OneVision, whose picture is one view of the whole and ``tiles`` x ``tiles`` crops; else a LLaVA, which is given
+        as many
+            pictures as make up the visual tokens (LLaVA-NeXT's crops cost what pictures cost).
+        tiles: crops along a side.
+    """
+
+    text: ModelShape
+    tower: dict[str, int]
+    visual_tokens: int
+    onevision: bool = False
+    tiles: int = 2
+
+
+def _named(name: str, **more: Any) -> RandomModel:
+    found = flops.named_model(name)
+    return RandomModel(replace(found.shape, dtype=torch.bfloat16), _CLIP, found.visual_tokens, **more)
+
+
+_SMALL = ModelShape(8, 8, 8, 64, 512, 1376, 1000, torch.float32)
+_TOY = ModelShape(4, 2, 2, 16, 32, 64, 200, torch.float32)
+
+MODELS: dict[str, RandomModel] = {
+    **{name: _named(name) for name in ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "llava-next-13b", "llava-next-mistral-7b")},
+    "llava-onevision-7b": replace(_named("llava-onevision-7b"), tower=_SIGLIP, visual_tokens=3699, onevision=True),
+    "small": RandomModel(_SMALL, {**_CLIP, **_THIN, "num_hidden_layers": 1}, 2880),
+    "toy": RandomModel(_TOY, {**_THIN, "projection_dim": 32, **_TINY}, 20),
+    "toy-onevision": RandomModel(replace(_TOY, num_kv_heads=1, model_type="qwen2"), {**_THIN, **_TINY}, 24, onevision=True),
+}
+
+
+def _text_config(shape: ModelShape) -> Any:
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+    kind = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[shape.model_type]
+    window = {"sliding_window": None} if shape.model_type == "mistral" else {}
+    return kind(
+        num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, vocab_size=shape.vocab_size,
+        max_position_embeddings=32768, rms_norm_eps=1e-5, pad_token_id=0, bos_token_id=1, eos_token_id=None, tie_word_embeddings=False,
+        **window,
+    )  # fmt: skip
+
+
+def build(name: str, device: torch.device, *, dtype: torch.dtype | None = None, layers: int | None = None) -> Any:
+    """A model with random weights that never ends an answer by itself.
+
+    Args:
+        name: of ``MODELS``.
+        dtype: None is bfloat16 for the real shapes and float32 for ``small`` and ``toy``.
+        layers: fewer decoder layers than the shape has.
+
+    Raises:
+        ValueError: there is no such model; the message lists them.
+    """
+    import transformers
+
+    if name not in MODELS:
+        raise ValueError(f"config: expected one of {', '.join(MODELS)}, got {name!r}")
+    spec = MODELS[name]
+    shape = spec.text if layers is None else replace(spec.text, num_layers=layers)
+    text, image = _text_config(shape), {"image_token_index": shape.vocab_size - 1}
+    if spec.onevision:
+        side = spec.tower["image_size"]
+        config = transformers.LlavaOnevisionConfig(
+            vision_config=transformers.SiglipVisionConfig(**spec.tower, vision_use_head=False), text_config=text, **image,
+            video_token_index=shape.vocab_size - 2, image_grid_pinpoints=[[side * spec.tiles, side * spec.tiles]],
+        )  # fmt: skip
+        kind = transformers.LlavaOnevisionForConditionalGeneration
+    else:
+        config = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**spec.tower), text_config=text, **image)
+        kind = transformers.LlavaForConditionalGeneration
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = kind._from_config(config, dtype=dtype or shape.dtype)
+    model = model.eval().requires_grad_(False).to(device)
+    settings = model.generation_config
+    settings.pad_token_id, settings.eos_token_id = 0, None
+    settings.suppress_tokens = [config.image_token_id, *([config.video_token_id] if spec.onevision else [])]
+    return model
+
+
+def tokens_per_picture(model: Any) -> int:
+    """Visual tokens of one picture."""
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    if model.config.model_type != "llava_onevision":
+        return side**2
+    tiles = _tiles(model)
+    return side**2 + side * tiles * (side * tiles + 1)  # the whole, and the crops with a line break behind each row of patches
+
+
+def _tiles(model: Any) -> int:
+    return model.config.image_grid_pinpoints[0][0] // model.config.vision_config.image_size
+
+
+def inputs(model: Any, batch: int, visual_tokens: int | None = None, text_tokens: int = 64, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of ``model.generate``: noise pictures between two stretches of text.
+
+    Args:
+        visual_tokens: of each sequence, a multiple of ``tokens_per_picture(model)``; None is one picture.
+        text_tokens: of each sequence.
+
+    Raises:
+        ValueError: the visual tokens are no whole number of pictures.
+    """
+    per_picture = tokens_per_picture(model)
+    visual_tokens = per_picture if visual_tokens is None else visual_tokens
+    if visual_tokens < 1 or visual_tokens % per_picture:
+        raise ValueError(f"visual_tokens: expected a multiple of {per_picture}, the tokens of a picture of this model, got {visual_tokens}")
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    image = model.config.image_token_id
+    before = text_tokens // 2
+    words = torch.randint(3, image - 1, (batch, text_tokens), generator=generator)
+    placeholders = torch.full((batch, visual_tokens), image)
+    ids = torch.cat([words[:, :before], placeholders, words[:, before:]], 1).to(parameter.device)
+    side = model.config.vision_config.image_size
+    count = batch * (visual_tokens // per_picture)
+    shape: tuple[int, ...] = (count, 3, side, side)
+    fields: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.model_type == "llava_onevision":
+        tiles = _tiles(model)
+        shape = (count, 1 + tiles**2, 3, side, side)
+        fields["image_sizes"] = torch.full((count, 2), side * tiles, device=parameter.device)
+    with torch.random.fork_rng(devices=[parameter.device] if parameter.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        fields["pixel_values"] = torch.randn(*shape, device=parameter.device, dtype=parameter.dtype)
+    return fields
