@@ -3,7 +3,7 @@
 #
 #   bench/gpu.sh OUT_DIR          on a machine with a CUDA GPU
 #   bench/gpu.sh OUT_DIR --toy    rehearsal of every part on a CPU, in Triton's interpreter, at toy size
-#   bench/gpu.sh OUT_DIR --only "tests operators"    these parts alone
+#   bench/gpu.sh OUT_DIR --only "tests operators"    these parts alone ("more": 13B, OneVision, the largest batch; never by default)
 #   bench/gpu.sh OUT_DIR --seconds 400               in less time: every part gets less
 #
 # Needs the package installed (pip install --no-deps --no-build-isolation -e .) and no network. PYTHON names the interpreter (python3).
@@ -34,11 +34,13 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-known="environment tests kernels memcheck racecheck synccheck initcheck operators end_to_end"
+known="environment tests kernels memcheck racecheck synccheck initcheck operators pytest end_to_end more"
+default="environment tests kernels memcheck racecheck synccheck initcheck operators pytest end_to_end"
 for name in $only; do
   case " $known " in *" $name "*) ;; *) echo "bench/gpu.sh: no part $name; parts: $known" >&2 && exit 2 ;; esac
 done
-wanted() { [ -z "$only" ] || case " $only " in *" $1 "*) ;; *) false ;; esac; }
+only=${only:-$default}
+wanted() { case " $only " in *" $1 "*) ;; *) false ;; esac; }
 [ -n "$out" ] || usage
 case "$out" in /*) ;; *) out=$OLDPWD/$out ;; esac
 mkdir -p "$out" || exit 2
@@ -111,7 +113,7 @@ sanitizer() { # sanitizer TOOL: bench/sanitize.py under compute-sanitizer
 export -f sanitizer
 export python toy work
 
-for log in environment tests sanitizer operators end_to_end; do : >"$out/$log.log"; done
+for log in environment tests sanitizer operators pytest end_to_end; do : >"$out/$log.log"; done
 part environment environment.log $([ -n "$toy" ] && echo 60 || of 30) "$python" -m bench.report environment $toy
 ran='"$@" | tee "$work/tests"; status=${PIPESTATUS[0]}; grep -q " passed" "$work/tests" || { echo "no test ran"; exit 1; }; exit $status'
 pytest=("$python" -m pytest tests/gpu tests/patching/test_graph.py -m gpu -q -p no:cacheprovider --maxfail=40)
@@ -137,9 +139,22 @@ part racecheck sanitizer.log "$(of 55)" bash -c 'sanitizer racecheck'
 part synccheck sanitizer.log "$(of 35)" bash -c 'sanitizer synccheck'
 part initcheck sanitizer.log "$(of 35)" bash -c 'sanitizer initcheck'
 part operators operators.log $([ -n "$toy" ] && echo 300 || of 110) "$python" -m bench.operators "$work/operators.json" $toy --seconds "$(of 90)"
+few=$([ -n "$toy" ] && echo "" || echo "(B=32 and N=2880) or (B=1 and N=576)")
+part pytest pytest.log $([ -n "$toy" ] && echo 200 || of 70) "$python" -m pytest bench -q -p no:cacheprovider -k "$few" --benchmark-json="$out/benchmark.json"
 part end_to_end end_to_end.log $([ -n "$toy" ] && echo 400 || of 130) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy --seconds "$(of 100)"
+# only where it is asked for: other models, and the largest batch that fits
+e2e() { "$python" -m dyrate_kernels.cli.main bench e2e --rounds 1 "${@:2}" --out "$work/more-$1.json"; }
+more() {
+  if [ -n "$toy" ]; then
+    e2e a --config toy --max-new-tokens 8 --largest-batch && e2e b --config toy-onevision --max-new-tokens 8
+  else
+    e2e a --config llava-1.5-7b --batch 1 8 32 --largest-batch && e2e b --config llava-1.5-13b --batch 1 32 && e2e c --config llava-onevision-7b --batch 1 8
+  fi
+}
+export -f e2e more
+part more end_to_end.log $([ -n "$toy" ] && echo 200 || of 500) bash -c more
 
-if "$python" -m bench.report write "$out" --parts "$work/parts.tsv" --rows "$work/operators.json" "$work/end_to_end.json"; then
+if "$python" -m bench.report write "$out" --parts "$work/parts.tsv" --rows "$work/operators.json" "$work/end_to_end.json" "$work"/more-*.json; then
   echo "report: $out/report.md (${SECONDS}s in all)"
   sed -n '/^## Targets/,/^## Speed-ups/p' "$out/report.md" | sed '$d'
 else

@@ -1,6 +1,7 @@
-"""Plots of a record: how near operators come to the copy bandwidth, and the time per token of whole models beside its floor.
+"""Plots of a record: how near operators come to the copy bandwidth, their time over the visual tokens, whole models beside their floor, and
+what a policy kept step by step.
 
-    python -m bench.plots RECORD_DIR        # reads report.json, writes bandwidth.png and models.png beside it
+    python -m bench.plots RECORD_DIR        # reads report.json, writes bandwidth.png, visual.png, models.png and kept.png beside it
 
 ``bench/gpu.sh`` calls it. Rows whose result failed its comparison with the reference are left out: they have no speed.
 """
@@ -62,6 +63,61 @@ def bandwidth(report: dict[str, Any], out: Path) -> bool:
     return True
 
 
+def over_visual(report: dict[str, Any], out: Path) -> bool:
+    """Microseconds over the visual tokens, a panel a batch and kind of heads, the floor as a line. False where N never differs."""
+    from matplotlib.figure import Figure
+
+    lines = series(report["rows"])
+    panels = list(dict.fromkeys((row["heads"], row["B"]) for rows in lines.values() for row in rows if row.get("heads")))
+    panels = [panel for panel in panels if len({r["N"] for rows in lines.values() for r in rows if (r.get("heads"), r["B"]) == panel}) > 1]
+    if not panels:
+        return False
+    columns = min(len(panels), 3)
+    figure = Figure(figsize=(5 * columns, 4 * -(-len(panels) // columns)), layout="constrained")
+    every = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
+    for axes, panel in zip(every, sorted(panels, key=lambda panel: (panel[0], panel[1])), strict=False):
+        for number, (name, rows) in enumerate(lines.items()):
+            here = sorted((row for row in rows if (row.get("heads"), row["B"]) == panel), key=lambda row: row["N"])
+            if here:
+                style = {"color": f"C{number % 10}", "marker": "o" if name.startswith("dyrate") else "x", "alpha": 0.8}
+                axes.plot([row["N"] for row in here], [row["median_us"] for row in here], label=name, **style)
+        plain = [row for row in lines.get("dyrate decode_attention", []) if (row.get("heads"), row["B"]) == panel]
+        plain = sorted(plain, key=lambda row: row["N"])
+        axes.plot([row["N"] for row in plain], [row["floor_us"] for row in plain], color="black", label="floor of dense attention")
+        heads, batch = panel
+        axes.set(xscale="log", yscale="log", xlabel="visual tokens", ylabel="us", title=f"{heads}, batch {batch}")
+        axes.grid(alpha=0.3, which="both")
+    for axes in every[len(panels) :]:
+        axes.set_visible(False)
+    handles, labels = every[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=3)
+    figure.suptitle(_title(report))
+    figure.savefig(out, dpi=110)
+    return True
+
+
+def kept(report: dict[str, Any], out: Path) -> bool:
+    """What layers from k on read of the visual tokens, step by step. False where no row says it."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in shown(report["rows"]) if row.get("kept_by_step") and "generate()" in row["name"]]
+    if not rows:
+        return False
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    drawn: set[tuple] = set()
+    for row in rows:
+        line = (row["name"].removeprefix("dyrate generate(), "), row["model"], tuple(row["kept_by_step"]))
+        if line not in drawn:  # batches of the same rule draw the same line
+            drawn.add(line)
+            axes.step(range(len(line[2])), [100 * share for share in line[2]], where="post", label=f"{line[1]}: {line[0]}")
+    axes.set(xlabel="step (0 = prompt)", ylabel="visual tokens read, %", ylim=(0, 105), title=_title(report))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(out, dpi=110)
+    return True
+
+
 def models(report: dict[str, Any], out: Path) -> bool:
     """Time per token of whole models, the floor as a line across each bar. False where the record has no such row."""
     from matplotlib.figure import Figure
@@ -94,7 +150,10 @@ def _title(report: dict[str, Any]) -> str:
 def write(folder: Path) -> list[Path]:
     """The plots of ``folder/report.json``, beside it; the files written."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    made = ((bandwidth, folder / "bandwidth.png"), (models, folder / "models.png"))
+    made = (
+        (bandwidth, folder / "bandwidth.png"), (over_visual, folder / "visual.png"), (models, folder / "models.png"),
+        (kept, folder / "kept.png"),
+    )  # fmt: skip
     return [path for draw, path in made if draw(report, path)]
 
 

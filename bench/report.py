@@ -1,11 +1,14 @@
-"""The report of ``bench/gpu.sh``.
+"""The report of ``bench/gpu.sh``, and what else is made of a record's rows.
 
     python -m bench.report environment [--toy]
     python -m bench.report write OUT_DIR --parts parts.tsv --rows operators.json end_to_end.json
+    python -m bench.report tables RECORD_DIR
+    python -m bench.report compare RECORD_DIR OTHER_DIR
 
 The first prints the machine and fails where no compiled kernels can run. The second writes ``report.json`` (environment, parts, targets,
-all rows), ``report.md`` and, with matplotlib, the plots of ``bench.plots``. A speed-up is the ratio of two rows of one run whose
-results both passed their gate; a target is met or not by such rows alone, and neither is printed for a rehearsal.
+all rows), ``report.md`` and, with matplotlib, the plots of ``bench.plots``; rows may come from ``dyrate bench e2e --out`` as well. The
+third prints a record's tables as the README shows them, the fourth how the rows that two records share differ. A speed-up is the ratio of
+two rows of one run whose results both passed their gate; a target is met or not by such rows alone, and neither is printed for a rehearsal.
 """
 
 from __future__ import annotations
@@ -174,6 +177,64 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def _time(micro: float | None) -> str:
+    if micro is None:
+        return ""
+    return f"{micro / 1e3:.2f} ms" if micro >= 1e3 else f"{micro:.0f} us"
+
+
+def tables(report: dict[str, Any]) -> str:
+    """What the README shows of a record: whole models, the attention of a layer, the targets. Rows that failed their gate are left out."""
+    here = report["environment"]
+    rows = [row for row in report["rows"] if row["median_us"] and (row["correct"] is None or row["correct"]["passed"])]
+    versions = ", ".join(f"{name} {here[name]}" for name in ("torch", "triton", "transformers", "commit"))
+    text = [f"{here['gpu']}, {versions}", ""]
+    if not here["measurement"] and not any(row["measurement"] for row in rows):
+        text += [f"**{timing.REHEARSAL}**", ""]
+    models = [row for row in rows if row["group"] == "model"]
+    for model, batch, visual in dict.fromkeys((row["model"], row["B"], row["N"]) for row in models):
+        found = [row for row in models if (row["model"], row["B"], row["N"]) == (model, batch, visual)]
+        head = [f"{model}, batch {batch}, {visual} visual tokens", "kept", "a token", "of unpatched", "x floor", "first token", "images/s"]
+        text += [_table(head, (_model_cells(row) for row in found)), ""]
+    attention = [row for row in rows if row["group"] == "attention"]
+    if attention:
+        shown = [*plots.OPERATORS[:4], "decision (decode_step minus attention with statistics)"]
+        ours = [row for row in attention if row["name"].removeprefix("dyrate ") in shown or not row["name"].startswith("dyrate")]
+        shapes = list(dict.fromkeys((row["heads"], row["B"], row["N"]) for row in ours))
+        names = list(dict.fromkeys(row["name"] for row in ours))
+        cells = {(row["name"], row["heads"], row["B"], row["N"]): f"{row['median_us']:.0f}" for row in ours}
+        head = ["us, one layer", *(f"{heads.split('x')[0]} heads, B={batch}, N={visual}" for heads, batch, visual in shapes)]
+        text += [_table(head, ([name, *(cells.get((name, *shape), "") for shape in shapes)] for name in names)), ""]
+    if any(t["met"] is not None for t in report["targets"]):
+        verdict = {True: "met", False: "missed", None: "not measured"}
+        lines = ([t["what"], t["target"], t["measured"], verdict[t["met"]]] for t in report["targets"])
+        text += [_table(["target", "asked", "measured", ""], lines), ""]
+    return "\n".join(text)
+
+
+def _model_cells(row: Row) -> list[Any]:
+    ratio = row.get("over_unpatched")
+    kept = row.get("kept", row.get("kept_mean"))
+    shares = (None if share is None else f"{100 * share:.{digits}f} %" for share, digits in ((kept, 1), (ratio, 0)))
+    kept_text, ratio_text = shares
+    times = (_time(row["median_us"]), ratio_text, row["times_floor"], _time(row.get("first_token_us")))
+    return [row["name"], kept_text, *times, row.get("images_per_s")]
+
+
+def compare(report: dict[str, Any], other: dict[str, Any]) -> str:
+    """The rows that both have, and the second's time as a share of the first's."""
+    keys = ("name", "model", "B", "N", "heads", "dtype")
+    found = {tuple(row.get(key) for key in keys): row for row in other["rows"] if row["median_us"]}
+    lines = []
+    for row in report["rows"]:
+        twin = found.get(tuple(row.get(key) for key in keys))
+        if row["median_us"] and twin is not None:
+            shape = " ".join(str(row[key]) for key in ("model", "B", "N", "heads") if row.get(key) is not None)
+            lines.append([row["name"], shape, row["median_us"], twin["median_us"], f"{twin['median_us'] / row['median_us']:.3f}"])
+    first, second = (f"{r['environment']['gpu']}, {r['environment']['commit']}" for r in (report, other))
+    return _table(["row", "shape", f"us: {first}", f"us: {second}", "second / first"], lines)
+
+
 PART = ("part", "status", "seconds", "budget", "log")
 
 
@@ -199,6 +260,13 @@ def write(out: Path, parts: Path, row_files: list[Path]) -> None:
         plots.write(out)
 
 
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "report.json" if folder.is_dir() else folder
+    if not path.is_file():
+        raise SystemExit(f"{folder}: expected a record, a folder with a report.json; there is none")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,7 +276,15 @@ def main() -> None:
     writing.add_argument("out", type=Path)
     writing.add_argument("--parts", type=Path, required=True)
     writing.add_argument("--rows", type=Path, nargs="*", default=[])
+    commands.add_parser("tables").add_argument("record", type=Path)
+    comparing = commands.add_parser("compare")
+    for name in ("record", "other"):
+        comparing.add_argument(name, type=Path)
     given = parser.parse_args()
+    if given.command in ("tables", "compare"):
+        records = [_read(path) for path in (given.record, getattr(given, "other", None)) if path is not None]
+        print(tables(*records) if given.command == "tables" else compare(*records))
+        return
     if given.command == "write":
         write(given.out, given.parts, given.rows)
         return

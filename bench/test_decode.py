@@ -35,6 +35,7 @@ SHAPES = [
     for batch, visual in SIZES
 ]
 FASTV = "FastV, score layer: eager attention, mean, topk, gather"
+STATISTICS = "dyrate decode_attention with statistics"
 FASTV_PRUNED = "FastV pruned layer, shorter cache"
 TOPK = "torch topk and sort"
 
@@ -201,15 +202,37 @@ def fastv_cached(data):
     return _pruned(data, [lambda rows=rows: fastv.eager_attention(*rows, scale)[0] for rows in held], eager=True)
 
 
+def kvpress_score(data):
+    """TOVA, kvpress's press that ranks by the newest row's attention, mean over heads, as FastV does. It is given the attention matrix."""
+    presses = pytest.importorskip("kvpress.presses.tova_press", exc_type=ImportError)
+    press, (picked, want) = presses.TOVAPress(), data.reference()
+    scale = data.shape.dim**-0.5
+
+    def call(query, key, value):
+        attention = fastv.eager_attention(query, key, value, scale)[1]
+        return press.score(None, None, key, value, attention, {})[:, 0, : data.shape.visual]
+
+    limit = operators.LIMIT[data.shape.dtype]
+    moved = data.shape.attention_bytes
+    return Case(
+        data.calls(call),
+        lambda got: timing.correctness(limit, score=timing.relative(got[picked], want.importance)),
+        moved,
+        True,
+        STATISTICS,
+    )
+
+
 CASES: dict[str, Callable[[operators.Data], Case]] = {
     "dyrate decode_attention": decode_attention,
-    "dyrate decode_attention with statistics": with_statistics,
+    STATISTICS: with_statistics,
     "dyrate decode_step: attention, rate, top-k, kept list": decode_step,
     "torch SDPA": sdpa,
     "torch SDPA, math": sdpa_math,
     "FlashAttention with_kvcache": _twin("FlashAttention with_kvcache"),
     "FlashInfer paged decode": _twin("FlashInfer paged decode"),
     FASTV: fastv_score_layer,
+    "kvpress TOVAPress.score, with its attention matrix": kvpress_score,
     "dyrate pruned layer: 12.5 % through the kept list": kept_list,
     "FastV pruned layer, masked": fastv_masked,
     "FastV pruned layer, rows gathered": fastv_dropped,

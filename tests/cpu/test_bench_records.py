@@ -1,4 +1,4 @@
-"""What the benchmarks conclude from their rows: the backend of each operator, the targets. The rows here are made up."""
+"""What is made of the rows of benchmarks: the backend of each operator, targets, plots, tables, comparisons. The rows here are made up."""
 
 from __future__ import annotations
 
@@ -96,3 +96,50 @@ def test_plots_show_measured_rows_that_are_right(tmp_path):
     assert [path.name for path in written] == ["bandwidth.png", "models.png"] and all(path.stat().st_size > 5000 for path in written)
     (tmp_path / "report.json").write_text(json.dumps({"environment": here, "rows": []}))
     assert plots.write(tmp_path) == []
+
+
+HERE = {"gpu": "ACME GPU", "torch": "2", "triton": "3", "transformers": "5", "commit": "c0ffee", "measurement": True}
+
+
+def record(rows, **facts):
+    return {"environment": HERE | facts, "rows": rows, "targets": report.targets(rows)}
+
+
+def test_plots_over_visual_tokens_and_over_steps(tmp_path):
+    rows = [row("decode_attention", "triton", 10.0 * n, N=n, bytes=1000 * n, floor_us=9.0 * n) for n in (576, 2880)]
+    steps = {"group": "model", "model": "LLaVA", "floor_us": 4.0, "kept_by_step": [1.0, 0.5, 0.25]}
+    rows += [row("generate(), dyrate, evict", "triton", 5.0, **steps), row("generate(), wrong", "triton", 5.0, correct=WRONG, **steps)]
+    (tmp_path / "report.json").write_text(json.dumps(record(rows)))
+    assert [path.name for path in plots.write(tmp_path)] == ["bandwidth.png", "visual.png", "models.png", "kept.png"]
+
+
+def test_tables_show_what_is_right_and_nothing_else():
+    steps = {"group": "model", "model": "LLaVA", "kept": 0.125, "over_unpatched": 0.5, "first_token_us": 2500.0, "images_per_s": 3.25}
+    rows = [
+        row("decode_attention with statistics", "triton", 123.4),
+        row("decode_step", "triton", 77.7, correct=WRONG),
+        row("generate(), dyrate, evict", "triton", 5432.0, **steps),
+        row("generate(), wrong", "triton", 111.0, correct=WRONG, **steps),
+    ]
+    text = report.tables(record(rows))
+    assert "| dyrate decode_attention with statistics | 123 |" in text
+    assert "| dyrate generate(), dyrate, evict | 12.5 % | 5.43 ms | 50 % | 1.05 | 2.50 ms | 3.25 |" in text
+    assert "78" not in text and "wrong" not in text and "| met |" in text
+    assert "not a measurement" not in text
+    assert "not a measurement" in report.tables(record([row("decode_step", "triton", 1.0, measured=False)], measurement=False))
+
+
+def test_two_records_are_compared_row_by_row(tmp_path, monkeypatch, capsys):
+    first = record([row("decode_step", "triton", 20.0), row("decode_step", "triton", 8.0, batch=1), row("reorder_", "triton", 3.0)])
+    second = record([row("decode_step", "triton", 10.0), row("decode_step", "triton", None, batch=1)], commit="beef")
+    for name, body in (("a", first), ("b", second)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(body))
+    monkeypatch.setattr(sys, "argv", ["report", "compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    report.main()
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 3 and "c0ffee" in lines[0] and "beef" in lines[0]
+    assert lines[2] == "| dyrate decode_step | 32 2880 32/32x128 | 20 | 10 | 0.500 |"
+    monkeypatch.setattr(sys, "argv", ["report", "tables", str(tmp_path / "c")])
+    with pytest.raises(SystemExit, match=r"expected a record, a folder with a report\.json"):
+        report.main()
