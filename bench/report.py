@@ -189,7 +189,7 @@ def tables(report: dict[str, Any]) -> str:
     rows = [row for row in report["rows"] if row["median_us"] and (row["correct"] is None or row["correct"]["passed"])]
     versions = ", ".join(f"{name} {here[name]}" for name in ("torch", "triton", "transformers", "commit"))
     text = [f"{here['gpu']}, {versions}", ""]
-    if not here["measurement"] and not any(row["measurement"] for row in rows):
+    if not here["measurement"]:
         text += [f"**{timing.REHEARSAL}**", ""]
     models = [row for row in rows if row["group"] == "model"]
     for model, batch, visual in dict.fromkeys((row["model"], row["B"], row["N"]) for row in models):
@@ -246,7 +246,7 @@ def write(out: Path, parts: Path, row_files: list[Path]) -> None:
         if path.is_file():
             rows += json.loads(path.read_text(encoding="utf-8"))
     report = {
-        "environment": timing.environment() | {"backends": dk.backends()},
+        "environment": timing.environment() | {"measurement": any(row["measurement"] for row in rows), "backends": dk.backends()},
         "parts": [dict(zip(PART, line.split("\t"), strict=True)) for line in lines],
         "targets": targets(rows),
         "speed_ups": speed_ups(rows),
