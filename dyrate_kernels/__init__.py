@@ -24,6 +24,7 @@ _PUBLIC: dict[str, str | None] = {
     "VisualCache": "cache",
     "backends": "ops.dispatch",
     "flops": None,
+    "demo_inputs": "demo",
     "load_demo": "demo",
     "ops": None,
     "patch": "patching.api",
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "backends",
     "flops",
+    "demo_inputs",
     "load_demo",
     "ops",
     "patch",
@@ -52,7 +54,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import flops, ops, policies, predictor, shapes
     from .cache import VisualCache
-    from .demo import load_demo
+    from .demo import demo_inputs, load_demo
     from .ops.dispatch import backends
     from .patching.api import Handle, patch, unpatch
     from .predictor import DyRatePredictor

@@ -33,3 +33,31 @@ def load_demo(device: str | Any = "cpu", dtype: Any = None) -> tuple[Any, Any]:
     model = LlavaForConditionalGeneration.from_pretrained(DEMO_FOLDER, dtype=dtype or torch.float32, local_files_only=True)
     processor = AutoProcessor.from_pretrained(DEMO_FOLDER, local_files_only=True)
     return model.to(device).eval(), processor
+
+
+def demo_inputs(batch: int = 1, task: str = "describe", device: str | Any = "cpu", dtype: Any = None) -> tuple[Any, dict[str, Any]]:
+    """The bundled model and something to ask it: ``(model, inputs)``, for ``model.generate(**inputs)``. Arguments as in :func:`load_demo`
+    and :func:`scene_inputs`.
+    """
+    model, processor = load_demo(device, dtype)
+    return model, scene_inputs(model, processor, batch, task)
+
+
+def scene_inputs(model: Any, processor: Any, batch: int = 1, task: str = "describe") -> dict[str, Any]:
+    """Drawn scenes that the bundled model was not trained on, each with its question, ready for ``model.generate``.
+
+    Args:
+        batch: scenes.
+        task: of ``shapes.make_sample``: ``"describe"``, ``"colour"``, ``"shape"``, ..
+
+    Returns:
+        input_ids and attention_mask int64 ``[batch, q]``, left padded; pixel_values ``[batch, 3, H, W]`` in the model's dtype.
+    """
+    from dyrate_kernels import chat, shapes
+
+    size = processor.image_processor.size["height"]
+    samples = [shapes.make_sample(-1 - number, task) for number in range(batch)]
+    prompts = [chat.render(processor, [chat.user(sample.prompt, images=1)]) for sample in samples]
+    images = [sample.image(size) for sample in samples]
+    fields = processor(images=images, text=prompts, padding=True, return_tensors="pt").to(model.device)
+    return {name: field.to(model.dtype) if field.is_floating_point() else field for name, field in fields.items()}

@@ -120,18 +120,12 @@ def _build(given: argparse.Namespace, name: str, device: Any) -> tuple[Any, Any,
 
 
 def _bundled(device: Any, dtype: Any) -> tuple[Any, Any, int, int]:
-    import dyrate_kernels as dk
-    from dyrate_kernels import chat, shapes
+    from dyrate_kernels.demo import load_demo, scene_inputs
 
-    model, processor = dk.load_demo()
-    model = model.to(device, dtype)
-    size = processor.image_processor.size["height"]
+    model, processor = load_demo(device, dtype)
 
     def make(batch: int) -> dict[str, Any]:
-        samples = [shapes.make_sample(-1 - number, "describe") for number in range(batch)]
-        prompt = chat.render(processor, [chat.user(samples[0].prompt, images=1)])
-        fields = processor(images=[s.image(size) for s in samples], text=[prompt] * batch, padding=True, return_tensors="pt").to(device)
-        return {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in fields.items()}
+        return scene_inputs(model, processor, batch)
 
     return model, make, int((make(1)["input_ids"] == model.config.image_token_id).sum()), 1
 

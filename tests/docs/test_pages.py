@@ -1,0 +1,80 @@
+"""The documentation: its Python blocks run, its quick commands run, its links lead somewhere, every method has its page."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import dyrate_kernels as dk
+from dyrate_kernels.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "CONTRIBUTING.md"])
+WRITTEN = [*PAGES, *(ROOT / name for name in ("README.md", "CHANGELOG.md", "bench/README.md", "bench/results/README.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+QUICK = ("dyrate info", "dyrate bench e2e --config toy")  # commands of bash blocks that take a second or two
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for found, body in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=named)
+def test_python_blocks_run_in_order(page):
+    namespace: dict[str, object] = {"__name__": "page"}
+    for number, body in enumerate(blocks(page, "python")):
+        exec(compile(body, f"{named(page)}, block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=named)
+def test_quick_commands_run(page, capsys):
+    for line in "".join(blocks(page, "bash")).splitlines():
+        if line.startswith(QUICK):
+            assert main(shlex.split(line, comments=True)[1:]) == 0, line
+            assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=named)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{named(page)} links to {target}, which does not exist"
+
+
+@pytest.mark.parametrize("name", dk.policies.names())
+def test_every_method_has_a_page_that_names_its_options(name):
+    page = ROOT / "docs" / "methods" / f"{name}.md"
+    text = page.read_text(encoding="utf-8")
+    assert f"({name}.md)" in (page.parent / "README.md").read_text(encoding="utf-8"), "the index does not link it"
+    defaults = {field.name: field for field in dataclasses.fields(type(dk.policies.get(name)))}
+    for option in dk.policies.options(name):
+        field = defaults[option]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        assert f"| `{option}` | `{default!r}` |" in text, f"{named(page)} must say what {option} is, and that its default is {default!r}"
+    assert blocks(page, "python"), "a page shows how the method is used"
+    for heading in ("What it does", "When to use it", "Cost", "Quality on `shapes`", "Traps"):
+        assert f"**{heading}" in text
+
+
+def test_figures_of_the_pages_are_those_of_the_committed_table():
+    table = (ROOT / "docs/results/k1/shapes.md").read_text(encoding="utf-8")
+    first = re.findall(r"^\| ([\w@.-]+) \|.*$", table.split("\n## ")[1], re.MULTILINE)
+    assert len(first) > 40
+    checked = 0
+    for page in (ROOT / "docs/methods").glob("*.md"):
+        for policy, cost, visual, score in re.findall(
+            r"^\| `([\w@-]+)` \| ([\d.]+) % \| ([\d.]+ %) \| (.+) \|$", page.read_text(), re.MULTILINE
+        ):
+            line = next(line for line in table.splitlines() if line.startswith(f"| {policy}@{cost} |"))
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert (cells[5], cells[2]) == (visual, score), f"{named(page)}: {policy}@{cost}"
+            checked += 1
+    assert checked > 30
