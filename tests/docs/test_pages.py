@@ -29,7 +29,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=named)
 def test_python_blocks_run_in_order(page):
-    namespace: dict[str, object] = {"__name__": "page"}
+    namespace: dict[str, object] = {"__name__": "builtins"}  # dataclasses look their module up
     for number, body in enumerate(blocks(page, "python")):
         exec(compile(body, f"{named(page)}, block {number}", "exec"), namespace)
 
