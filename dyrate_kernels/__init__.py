@@ -32,6 +32,7 @@ _PUBLIC: dict[str, str | None] = {
     "predictor": None,
     "shapes": None,
     "unpatch": "patching.api",
+    "vision": None,
 }
 
 __all__ = [
@@ -49,10 +50,11 @@ __all__ = [
     "predictor",
     "shapes",
     "unpatch",
+    "vision",
 ]
 
 if TYPE_CHECKING:
-    from . import flops, ops, policies, predictor, shapes
+    from . import flops, ops, policies, predictor, shapes, vision
     from .cache import VisualCache
     from .demo import demo_inputs, load_demo
     from .ops.dispatch import backends

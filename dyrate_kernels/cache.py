@@ -401,6 +401,11 @@ class VisualCache(Cache):
                 "crop() after compaction: rows were evicted while decoding and cannot come back. Use retention='recoverable' where the "
                 "cache is rolled back (assisted decoding through generate() freezes compaction by itself)."
             )
+        if self.session is not None and self.session.reduced and length < self.session.turn_end:
+            raise RuntimeError(
+                f"crop() to {length} columns reaches into a prompt (which ends at {self.session.turn_end}) that vision reducers have "
+                "shortened. Start again without this cache."
+            )
         if not self.shared_rows and length < self.session.turn_end and self._holds_visual_from(length):
             raise RuntimeError(
                 f"crop() to {length} columns reaches into a prompt (which ends at {self.session.turn_end}) whose visual tokens were "

@@ -43,7 +43,9 @@ class Stats:
 
     Attributes:
         policy, predictor, backend, retention, k: what ran. ``predictor`` is None for policies that have none.
-        visual_tokens: N of each sequence.
+        vision: names of the reducers before the language model, joined by ``+``; None where there are none.
+        visual_tokens_in: visual tokens of each sequence before the reducers.
+        visual_tokens: N of each sequence: what the language model received. All costs below count these.
         steps: one entry a step, the prefill first.
         kept_mean: mean over steps and sequences with an image of kept / N in layers >= k; 1.0 without any image.
         visual_share: the same over all layers, passes that were run again included: what visual tokens cost where text costs nothing and
@@ -61,6 +63,8 @@ class Stats:
     backend: str
     retention: str
     k: int
+    vision: str | None
+    visual_tokens_in: list[int]
     visual_tokens: list[int]
     steps: list[Step]
     kept_mean: float
@@ -199,6 +203,7 @@ class Snapshot:
         n_visual: by group, int32 ``[B]``, live visual rows; the full group first.
         group_layers: layers of each group.
         bytes_per_row, bytes_reserved: as the cache tells.
+        vision, visual_in: of the session.
     """
 
     policy: Policy
@@ -211,6 +216,8 @@ class Snapshot:
     group_layers: list[range]
     bytes_per_row: list[int]
     bytes_reserved: int
+    vision: str | None = None
+    visual_in: Tensor | None = None
 
 
 def snapshot(session: Session) -> Snapshot:
@@ -228,6 +235,8 @@ def snapshot(session: Session) -> Snapshot:
         group_layers=[group.layers for group in cache.groups],
         bytes_per_row=cache.bytes_per_row(),
         bytes_reserved=cache.bytes_reserved(),
+        vision=session.vision,
+        visual_in=None if session.visual_in is None else session.visual_in.clone(),
     )
 
 
@@ -295,6 +304,8 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
         backend=source.backend,
         retention=source.retention,
         k=policy.k,
+        vision=source.vision,
+        visual_tokens_in=visual.tolist() if source.visual_in is None else source.visual_in[of].tolist(),
         visual_tokens=visual.tolist(),
         steps=entries,
         kept_mean=share,

@@ -6,12 +6,15 @@ import contextlib
 import functools
 import logging
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.generation import GenerationMode
 
 from dyrate_kernels import policies
+from dyrate_kernels import vision as reducers
 from dyrate_kernels.cache import VisualCache
 from dyrate_kernels.ops import dispatch
 from dyrate_kernels.patching import attention
@@ -26,10 +29,13 @@ from dyrate_kernels.patching.families import (
     visual_columns,
 )
 from dyrate_kernels.patching.graph import StepGraph
-from dyrate_kernels.patching.session import Session
-from dyrate_kernels.patching.shrink import ShrinkHooks
+from dyrate_kernels.patching.session import Forward, Session
+from dyrate_kernels.patching.shrink import ShrinkHooks, gather_columns
+from dyrate_kernels.patching.vision import check_supported as check_reducers
+from dyrate_kernels.patching.vision import pixel_kinds, prepare, served
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.stats import Snapshot, Stats, collect, snapshot
+from dyrate_kernels.vision import Reducer
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +54,7 @@ def patch(
     k: int | None = None,
     record_importance: bool = False,
     cuda_graph: bool = False,
+    vision: str | Reducer | Sequence[str | Reducer] | None = None,
 ) -> Handle:
     """Makes ``model.generate`` drop visual tokens while it generates. Works on this instance only; ``unpatch`` undoes it.
 
@@ -63,6 +70,8 @@ def patch(
         record_importance: keep importance and kept tokens of every step for ``stats()`` (costs ``5 * N`` bytes a step and sequence).
         cuda_graph: capture a decode step once in every ``generate()`` and replay it for the tokens that follow (``patching.graph``). Needs
             the model on one CUDA device; where a step cannot be captured it runs eagerly, and a warning says why, once.
+        vision: reducers that leave fewer visual tokens before the language model: a name of ``dyrate_kernels.vision.names()``, with options
+            (``"aim:keep=0.5"``), several (``"tome+aim"``), a ``Reducer``, or a list of these; None: none. They work in ``generate``.
 
     Returns:
         A ``Handle``, also a context manager that unpatches at its end.
@@ -88,6 +97,8 @@ def patch(
         raise ValueError("k and predictor go with a policy given by name; this policy object holds its own: set them there")
     if policy.needs_recoverable and retention != "recoverable":
         raise ValueError(f"policy {policy.name!r} brings tokens back, which retention={retention!r} cannot; use retention='recoverable'")
+    chain = reducers.chain(vision)
+    check_reducers(model, chain)
     bound = policy.bind(shape_for(model, retention))
     dispatch.name_for(backend, next(model.parameters()).device)  # raises now, not in the middle of a generation
     if bound.merges and retention == "recoverable":
@@ -96,7 +107,7 @@ def patch(
             "patch with retention='evict', or set recycle=0",
             stacklevel=2,
         )
-    handle = Handle(model, family, bound, retention, backend, record_importance, cuda_graph)
+    handle = Handle(model, family, bound, retention, backend, record_importance, cuda_graph, chain)
     logger.info("%s", handle)
     return handle
 
@@ -128,6 +139,7 @@ class Handle:
         policy: the policy, bound to the model.
         retention: as asked for.
         graph: with ``cuda_graph=True`` what captures and replays decode steps, and counts them; else None.
+        vision: the reducers before the language model, in order; empty: none.
     """
 
     def __init__(
@@ -139,8 +151,12 @@ class Handle:
         backend: str,
         record_importance: bool,
         cuda_graph: bool = False,
+        vision: Sequence[Reducer] = (),
     ) -> None:
         self.model, self.family, self.policy, self.retention = model, family, policy, retention
+        self.vision = tuple(vision)
+        self._reducing: bool | None = None  # this generation's prompt is reduced; True: its hidden states are wanted at every column
+        self._serving = False  # reduced features are at hand: a generate() inside of generate() is not to make them again
         self._asked_backend = backend
         self.record_importance = record_importance
         self.shape = ModelShape.from_config(model.config)
@@ -215,7 +231,7 @@ class Handle:
         return (
             f"Handle({type(self.model).__name__} {state}: {len(layers)} text attention modules "
             f"({type(layers[0].self_attn).__name__}), policy={self.policy}, retention={self.retention}, backend={self.backend}"
-            f"{', cuda_graph=True' if self.graph is not None else ''})"
+            f"{f', vision={list(self.vision)}' if self.vision else ''}{', cuda_graph=True' if self.graph is not None else ''})"
         )
 
     def stats(self, sequence: int | None = None, new_tokens: int | None = None) -> Stats:
@@ -240,7 +256,11 @@ class Handle:
         """``generate`` of the model's class, and then a word if nothing was dropped."""
         outer, self.session, self._last = self.session, None, None  # a model that drafts for itself generates inside its own generate()
         try:
-            with contextlib.nullcontext() if self.graph is None else self.graph.generation():
+            with contextlib.ExitStack() as stack:
+                if self.vision and not self._serving:
+                    args, kwargs = self._reduce(stack, args, kwargs)
+                if self.graph is not None:
+                    stack.enter_context(self.graph.generation())
                 output = type(self.model).generate(self.model, *args, **kwargs)
             if self.session is not None:
                 self._last = snapshot(self.session)
@@ -250,6 +270,73 @@ class Handle:
             session, self.session = self.session, outer  # None but for drafts: the handle does not keep keys and values alive
             if session is not None:
                 session.part_from_cache()
+
+    def _reduce(self, stack: contextlib.ExitStack, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Reduces the visual tokens of a prompt: the arguments of ``generate`` with what went masked. The model's own calls for features
+        are answered by the reduced ones until ``stack`` ends.
+        """
+        given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+        config = given.get("generation_config") or self.model.generation_config
+        cache = cache_in(given)
+        settings = {name: given.get(name, getattr(config, name, None)) for name in ("use_cache", "cache_implementation")}
+        ours = isinstance(cache, VisualCache)
+        if not ours and (cache is not None or settings["use_cache"] is False or settings["cache_implementation"] is not None):
+            return args, kwargs  # as unpatched
+        reduced = ours and cache.session is not None and cache.session.reduced
+        kinds, active = pixel_kinds(given), [reducer for reducer in self.vision if reducer.drops]
+        ids = given.get("input_ids")
+        ids = given.get("inputs") if ids is None else ids
+        if given.get("mm_encoder_outputs"):
+            raise ValueError("mm_encoder_outputs hold features that no reducer has seen; give generate() the pixel values, or vision=None")
+        if ids is None or ids.dim() != 2 or given.get("inputs_embeds") is not None:
+            if kinds:
+                raise ValueError(
+                    "vision reducers find the visual tokens by input_ids; give generate() input_ids and pixel values, no inputs_embeds"
+                )
+            warnings.warn("generate() got inputs_embeds and no pixel values: what is visual in them is passed on unreduced", stacklevel=5)
+            return args, kwargs
+        if not (kinds and active) and not reduced:
+            return args, kwargs
+        past = cache.get_seq_length() if ours else 0
+        mask = given.get("attention_mask")
+        mask = self._default_mask(ids, config, given, past) if mask is None else mask
+        if past and mask.shape[1] == ids.shape[1]:
+            ids = ids[:, past:]  # the whole conversation was given: as transformers does
+        if reduced:
+            known = cache.session.column_valid.to(mask.device)
+            if known.shape[0] != mask.shape[0] or mask.shape[1] < past:
+                raise ValueError(
+                    f"attention_mask must be [{known.shape[0]}, {past} + new columns] for this cache, got {list(mask.shape)}; "
+                    "give the mask of the whole conversation"
+                )
+            mask = mask.clone()
+            mask[:, : known.shape[1]] *= known.to(mask.dtype)
+        if kinds and active:
+            prepared = prepare(self.model, active, self.backend, given, ids, mask)
+            mask = prepared.mask
+            stack.enter_context(served(self.model, prepared))
+            stack.enter_context(self._while_serving())
+        hidden = given.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+        self._reducing = bool(hidden)
+        stack.callback(setattr, self, "_reducing", None)
+        return args, kwargs | {"attention_mask": mask}
+
+    @contextlib.contextmanager
+    def _while_serving(self) -> Iterator[None]:
+        self._serving = True
+        try:
+            yield
+        finally:
+            self._serving = False
+
+    def _default_mask(self, ids: Tensor, config: Any, given: dict[str, Any], past: int) -> Tensor:
+        """What transformers makes where no mask is given: 0 at padding, if that can be told from the end of an answer."""
+        if past and ids.shape[1] <= past:
+            return torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.long, device=ids.device)
+        pad, end = (given.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        if pad is None or (end is not None and pad in (end if isinstance(end, list | tuple) else [end])):
+            return torch.ones_like(ids)
+        return (ids != pad).long()
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int, *args: Any
@@ -279,6 +366,10 @@ class Handle:
         # transformers drops a mask of ones and notes its length
         prompt = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if self.vision:
+            cache.session.vision = "+".join(reducer.name for reducer in self.vision)
+            if self._reducing is not None:
+                cache.session.reduced, cache.session.keeps_width = True, self._reducing
         cache.session.begin_turn(prompt, max_cache_length + 1, frozen=assisted or assistant, assistant=assistant)
         self.session = cache.session
         return None
@@ -321,6 +412,9 @@ class Handle:
         hidden = bound.get("inputs_embeds")
         hidden = bound["input_ids"] if hidden is None else hidden
         cache.session.begin_forward(hidden.shape[0], hidden.shape[1], bound.get("attention_mask"), hidden.device)
+        narrow = cache.session.forward.narrow
+        if narrow is not None:
+            hidden = _narrowed(bound, narrow[0])
         if cache.session.raters is not None:
             cache.session.raters.read(hidden if hidden.is_floating_point() else module.get_input_embeddings()(hidden))
         # a 4D mask passes transformers' mask creation untouched, which saves its time and its host sync
@@ -328,10 +422,13 @@ class Handle:
         bound[attention.CARRIER] = cache
         return (), bound
 
-    def _after_decoder(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+    def _after_decoder(self, module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
         cache = kwargs.get(attention.CARRIER)
-        if cache is not None:
-            cache.session.finish_forward()
+        if cache is None:
+            return None
+        forward = cache.session.forward
+        cache.session.finish_forward()
+        return None if forward.narrow is None else _widened(output, forward)
 
     def _after_model(self, module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
         """Shows the policy what came of the pass; where it asks for it, the step runs once more unpruned, and that is its result."""
@@ -349,6 +446,31 @@ class Handle:
             logits = output.logits[:, -1]
         self.policy.see_logits(logits, session.state)
         return output
+
+
+def _narrowed(bound: dict[str, Any], source: Tensor) -> Tensor:
+    """Leaves only the columns ``source`` (int64 ``[B, s]``) in the arguments of the text model. Returns what enters its first layer."""
+    name = "input_ids" if bound.get("inputs_embeds") is None else "inputs_embeds"
+    bound[name] = gather_columns(bound[name], source)
+    if bound.get("position_ids") is None:
+        raise ValueError("position_ids are missing; a prompt whose visual tokens were reduced is read through generate(), which makes them")
+    bound["position_ids"] = gather_columns(bound["position_ids"], source)
+    if bound.get("cache_position") is not None:
+        bound["cache_position"] = bound["cache_position"][-source.shape[1] :]
+    return bound[name]
+
+
+def _widened(output: Any, forward: Forward) -> Any:
+    """Puts hidden states back to their columns; those that were left out are 0."""
+    source, filled = forward.narrow
+    hidden = output[0]
+    place = torch.where(filled, source, forward.length).to(hidden.device)
+    wide = hidden.new_zeros(hidden.shape[0], forward.length + 1, hidden.shape[2])
+    wide = wide.scatter_(1, place[..., None].expand_as(hidden), hidden)[:, :-1]
+    if isinstance(output, tuple):
+        return (wide, *output[1:])
+    output.last_hidden_state = wide
+    return output
 
 
 def _is_step(session: Session, bound: dict[str, Any]) -> bool:

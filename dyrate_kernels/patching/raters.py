@@ -84,6 +84,12 @@ class Raters:
         self.column = spare.scatter_(1, place, column)[:, :-1]
         self.real = torch.arange(size, device=chosen.device) < count
 
+    def move(self, columns: Tensor) -> None:
+        """What came in earlier chunks stands this many columns further on: int64 ``[B, 1]``."""
+        self.embedded = [(*chunk[:3], chunk[3] + columns) for chunk in self.embedded]
+        for chunk in (each for chunks in self.chunks.values() for each in chunks):
+            chunk.column = torch.where(chunk.column < 0, -1, chunk.column + columns)
+
     def note(self, layer: int, slot: Slot, query: Tensor) -> None:
         """A score layer of a pass with prompt rows: query ``[B, Hq, q, D]`` of the columns of ``slot``."""
         session = self.session

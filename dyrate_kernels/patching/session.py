@@ -75,6 +75,8 @@ class Forward:
     drafted: int = 0  # rows at the end of this pass that come after the prompt
     ends_prompt: bool = False
     deferred: bool = False  # an early chunk of a prompt: pruned layers wait for the last chunk
+    width: int = 0  # columns that the layers before the first pruned one receive: ``length``, or fewer where reducers left fewer
+    narrow: tuple[Tensor, Tensor] | None = None  # then: int64 [B, width], which columns these are, and bool, False for filler
     shrunk: bool = False  # pruned layers receive fewer columns; then, by group:
     source: dict[int, Tensor] = field(default_factory=dict)  # int64 [B, s], which columns (of this and the waiting chunks) stay
     filled: dict[int, Tensor] = field(default_factory=dict)  # bool [B, s], False for the filler of shorter sequences
@@ -105,6 +107,12 @@ class Session:
         score_layers: all layers whose statistics decide.
         stages: what decides for the later groups, each at the layer before it (``Policy.rescores``), or None.
         raters: what lets chosen rows of a prompt rank (``Policy.query_rows == "raters"``) and tokens be merged, or None.
+        vision: names of the reducers of the prompts, for ``stats()``, or None.
+        reduced: reducers have masked columns within prompts. Columns of a sequence are then counted without these, from the newest one
+            back, so that sliding windows measure what the language model really received.
+        column_valid: bool ``[B, columns]`` where ``reduced``: which columns are real, for the mask of the next turn.
+        visual_in: int32 ``[B]`` where ``reduced``: visual tokens before the reducers.
+        keeps_width: no columns are left out of this generation's passes (its caller wants the hidden states).
     """
 
     unpruned: bool = False
@@ -125,6 +133,8 @@ class Session:
         self.record_importance = record_importance
         self.record: Record | None = None
         self.in_forward = False
+        self.vision: str | None = None
+        self.keeps_width = False
         self.restart()
 
     def restart(self) -> None:
@@ -148,6 +158,9 @@ class Session:
         self.forward: Forward | None = None
         self.hidden: Tensor | None = None  # [B, q, d] of this pass at the score layer, for policies that read it
         self.windows: set[int] = set()
+        self.reduced = False
+        self.column_valid: Tensor | None = None
+        self.visual_in: Tensor | None = None
         if self.raters is not None:
             self.raters.forget()
 
@@ -290,8 +303,9 @@ class Session:
         new_visual, new_text = visual.sum(1, dtype=torch.int32), text.sum(1, dtype=torch.int32)
         total_visual, total_text = cache.full.n_visual + new_visual, cache.n_text + new_text
         # the one host read of a prompt: how much room its rows need, and whether it is padded
-        max_visual, max_text, added, last_real, real = torch.stack(
-            [total_visual.max(), total_text.max(), new_visual.sum(), valid[:, -1].all(), valid.sum()]
+        each = valid.sum(1)
+        max_visual, max_text, added, last_real, real, most, least = torch.stack(
+            [total_visual.max(), total_text.max(), new_visual.sum(), valid[:, -1].all(), valid.sum(), each.max(), each.min()]
         ).tolist()
         if not last_real and start + length >= self.turn_end:
             raise ValueError(
@@ -310,6 +324,10 @@ class Session:
         kind = torch.where(visual, 1, kind).to(torch.uint8)
 
         width = columns.expand(batch, -1)
+        if self.reduced:
+            width = self._count_without_masked(start, length, valid, attention_mask)
+            before = 0 if staged is None else (staged.to(device) & prompt).sum(1, dtype=torch.int32)
+            self.visual_in = before if self.visual_in is None else self.visual_in + before
         scratch = torch.where(text, text_row, cache.text_capacity - 1)
         cache.text_type.scatter_(1, scratch, kind)
         cache.text_column.scatter_(1, scratch, width.int())
@@ -325,13 +343,15 @@ class Session:
             cache.text_type.masked_fill_(no_image & (cache.text_type == SYSTEM), INSTRUCTION)
             kind = kind.masked_fill(no_image & (kind == SYSTEM), INSTRUCTION)
 
-        forward = Forward(start, length, decode=False)
+        forward = Forward(start, length, decode=False, width=length)
         forward.drafted = max(start + length - max(self.turn_end, start), 0)
         forward.ends_prompt = start < self.turn_end <= start + length
         forward.deferred = self.prunes_prompt and start + length < self.turn_end
         row = torch.where(visual, token, torch.where(text, cache.full.capacity + text_row, -1))
         fresh = start == 0
         forward.slots[0] = Slot(width, valid, token, text_row, kind, row, fresh, fresh and real == batch * length)
+        if self.reduced and not forward.drafted and not self.keeps_width and max(most, 1) < length:
+            self._narrow(forward, each, max(most, 1), fresh and most == least > 0)
         if not self.evict:
             cache.full.n_visual.copy_(total_visual)
             for index, group in enumerate(cache.groups):
@@ -345,6 +365,42 @@ class Session:
                     self._append_all(forward, index, group)
         cache.text_bound = max_text
         self.forward = forward
+
+    def _count_without_masked(self, start: int, length: int, valid: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """int64 ``[B, q]``: columns of this pass, counted back from its end over the valid ones. What came earlier moves up to them."""
+        cache = self.cache
+        earlier = valid.new_ones(valid.shape[0], start)
+        if attention_mask is not None and attention_mask.shape[1] == start + length:
+            earlier = attention_mask[:, :start].to(device=valid.device, dtype=torch.bool)
+        self.column_valid = torch.cat([earlier, valid], dim=1)
+        masked = length - valid.sum(1, keepdim=True)
+        cache.text_column += masked.int()
+        cache.token_column += masked.int()
+        for waiting in self.waiting:
+            waiting.slot.column = waiting.slot.column + masked
+        if self.raters is not None:
+            self.raters.move(masked)
+        return start + length - valid.flip(1).cumsum(1).flip(1)
+
+    @staticmethod
+    def _narrow(forward: Forward, each: Tensor, size: int, plain: bool) -> None:
+        """Leaves out of this pass the columns that are no token: ``size`` remain, right aligned. ``each``: int64 ``[B]``, valid ones."""
+        slot = forward.slots[0]
+        batch, length = slot.stored.shape
+        device = slot.stored.device
+        place = torch.where(slot.stored, slot.stored.cumsum(1) - 1 + (size - each[:, None]), size)
+        source = torch.zeros(batch, size + 1, dtype=torch.int64, device=device)
+        source = source.scatter_(1, place, torch.arange(length, device=device).expand(batch, -1))[:, :-1]
+        filled = torch.arange(size, device=device) >= size - each[:, None]
+
+        def at(tensor: Tensor, filler: int) -> Tensor:
+            return tensor.gather(1, source).masked_fill(~filled, filler)
+
+        forward.slots[0] = Slot(
+            slot.column.gather(1, source), filled, at(slot.token, -1), at(slot.text, -1), at(slot.type, INSTRUCTION), at(slot.row, -1),
+            slot.fresh, plain,
+        )  # fmt: skip
+        forward.narrow, forward.width = (source, filled), size
 
     def _append_all(self, forward: Forward, index: int, group: RowGroup) -> None:
         """Evict, a pass in which nothing is decided: the pruned group takes every new row (drafts, a second turn of text)."""
@@ -418,6 +474,8 @@ class Session:
         self.state = {name: pick(tensor) for name, tensor in self.state.items()}
         if self.last_rate is not None:
             self.last_rate = pick(self.last_rate)
+        if self.reduced and self.column_valid is not None:
+            self.column_valid, self.visual_in = pick(self.column_valid), pick(self.visual_in)
         if self.record is not None:
             self.record.select_sequences(pick)
 
@@ -632,10 +690,10 @@ class Session:
         """The score layer of a wide pass: the last prompt row decides, then each drafted row for itself."""
         forward, cache, policy = self.forward, self.cache, self.policy
         tokens = cache.full.capacity
-        last = forward.length - forward.drafted - 1  # the last prompt row, where this pass holds it
+        last = forward.width - forward.drafted - 1  # the last prompt row, where this pass holds it
         home = cache.n_text.device
         if policy.query_rows == "mean" and self._decides_at_prefill and forward.drafted < forward.length:
-            prompt = slice(0, forward.length - forward.drafted)
+            prompt = slice(0, forward.width - forward.drafted)
             real = forward.slots[0].stored[:, prompt].to(query.device)
             added = sum_of_all_rows(query[:, :, prompt], rows, mask[:, prompt], real, scale, tokens).to(home)
             self.column_sum = added if self.column_sum is None else _resize_like(self.column_sum, added) + added
@@ -740,8 +798,10 @@ class Session:
         """bool ``[B, N]``: tokens a pruned group holds already or would receive in this turn."""
         cache = self.cache
         columns = cache.token_column[:, : cache.full.capacity]
-        live = torch.arange(columns.shape[1], device=columns.device) < cache.full.n_visual[:, None]
-        return (self.alive_of(group) | (columns >= self.turn_start)) & live
+        token = torch.arange(columns.shape[1], device=columns.device)
+        live = token < cache.full.n_visual[:, None]
+        new = token >= self.cached[0][:, None] if self.reduced else columns >= self.turn_start
+        return (self.alive_of(group) | new) & live
 
     def shrink_prompt(self, groups: list[RowGroup], score: Tensor, counts: Tensor, within: Tensor | None = None) -> None:
         """Evict at prefill: each of these groups keeps ``counts`` of its candidates; old rows are compacted, new columns get slots."""

@@ -114,7 +114,7 @@ class ShrinkHooks:
             if index == self.first:
                 session.waiting.append(Waiting(forward.slots[0], hidden, positions))
                 hidden = hidden[:, -1:]  # a token amount of work, whose result nobody reads: layers cannot be skipped from a hook
-            last = torch.full((hidden.shape[0], 1), forward.length - 1, dtype=torch.int64, device=hidden.device)
+            last = torch.full((hidden.shape[0], 1), forward.width - 1, dtype=torch.int64, device=hidden.device)
             return self._with(args, kwargs, hidden, gather_columns(tuple(positions.values()), last))
         group = self.starts.get(index)
         if group is not None:
@@ -157,14 +157,14 @@ class ShrinkHooks:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         batch = hidden.shape[0]
-        restored = hidden.new_zeros(batch, forward.length + 1, hidden.shape[2])
+        restored = hidden.new_zeros(batch, forward.width + 1, hidden.shape[2])
         if forward.deferred:
-            restored[:, forward.length - 1] = hidden[:, -1]
+            restored[:, forward.width - 1] = hidden[:, -1]
         else:
-            source = forward.source[len(self.starts)].to(hidden.device) - (forward.joined_length - forward.length)
+            source = forward.source[len(self.starts)].to(hidden.device) - (forward.joined_length - forward.width)
             # columns of earlier chunks, and the filler of shorter sequences, fall into the spare column
             filled = forward.filled[len(self.starts)].to(hidden.device)
-            source = torch.where((source < 0) | ~filled, forward.length, source)
+            source = torch.where((source < 0) | ~filled, forward.width, source)
             restored.scatter_(1, source[:, :, None].expand_as(hidden), hidden)
         restored = restored[:, :-1]
         return (restored, *output[1:]) if isinstance(output, tuple) else restored

@@ -1,0 +1,147 @@
+"""Every reducer by name: fewer visual tokens before the language model. A new one is a file here and a line in ``_CLASSES``.
+
+>>> from dyrate_kernels import vision
+>>> vision.chain("temporal:method=mean+aim:keep=0.5")
+(Temporal(group=4, keep=0.3, method='mean'), AIM(keep=0.5, tokens=None))
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from dyrate_kernels.vision.aim import AIM
+from dyrate_kernels.vision.base import Crop, FeatureReducer, Merged, Reduced, Reducer, Selector, TowerFeatures, TowerMerger, Visual
+from dyrate_kernels.vision.divprune import DivPrune
+from dyrate_kernels.vision.downsample import Downsample
+from dyrate_kernels.vision.fastervlm import FasterVLM
+from dyrate_kernels.vision.hired import HiRED
+from dyrate_kernels.vision.prumerge import PruMerge
+from dyrate_kernels.vision.random import RandomTokens
+from dyrate_kernels.vision.temporal import Temporal
+from dyrate_kernels.vision.tome import ToMe
+from dyrate_kernels.vision.uniform import UniformTokens
+from dyrate_kernels.vision.visionzip import VisionZip
+
+_CLASSES: tuple[type[Reducer], ...] = (
+    HiRED,
+    AIM,
+    ToMe,
+    VisionZip,
+    FasterVLM,
+    PruMerge,
+    DivPrune,
+    Temporal,
+    Downsample,
+    RandomTokens,
+    UniformTokens,
+)
+_BY_NAME = {cls.name: cls for cls in _CLASSES}
+
+__all__ = [
+    "AIM",
+    "Crop",
+    "DivPrune",
+    "Downsample",
+    "FasterVLM",
+    "FeatureReducer",
+    "HiRED",
+    "Merged",
+    "PruMerge",
+    "RandomTokens",
+    "Reduced",
+    "Reducer",
+    "Selector",
+    "Temporal",
+    "ToMe",
+    "TowerFeatures",
+    "TowerMerger",
+    "UniformTokens",
+    "VisionZip",
+    "Visual",
+    "chain",
+    "get",
+    "names",
+    "options",
+]
+
+
+def names() -> list[str]:
+    """The names that :func:`get` knows."""
+    return list(_BY_NAME)
+
+
+def options(name: str) -> list[str]:
+    """The options of the reducer ``name``.
+
+    Raises:
+        ValueError: no reducer has this name.
+    """
+    return [field.name for field in dataclasses.fields(_lookup(name))]
+
+
+def get(name: str, **options_: Any) -> Reducer:
+    """The reducer ``name`` with these options.
+
+    Raises:
+        ValueError: no reducer has this name, or an option's value is out of range.
+        TypeError: the reducer has no such option, or an option's value is of the wrong type.
+    """
+    cls = _lookup(name)
+    known = options(name)
+    for option in options_:
+        if option not in known:
+            raise TypeError(f"reducer {name!r} has no option {option!r}; it has {', '.join(known)}")
+    return cls(**options_)
+
+
+def chain(spec: str | Reducer | Sequence[str | Reducer] | None) -> tuple[Reducer, ...]:
+    """Reducers in the order in which they work.
+
+    Args:
+        spec: None (no reducer); a reducer; text such as ``"aim:keep=0.5"`` or ``"tome+aim"``; or a list of these.
+
+    Raises:
+        ValueError: an unknown name or a bad option; a reducer that needs whole grids of patches is not the first.
+        TypeError: neither text nor reducers.
+    """
+    found: list[Reducer] = []
+    if spec is None:
+        return ()
+    parts = [spec] if isinstance(spec, str | Reducer) else spec
+    if not isinstance(parts, Sequence):
+        raise TypeError(f"vision must be a name ({', '.join(names())}), a Reducer or a list of these, got {type(spec).__name__}")
+    for part in parts:
+        if isinstance(part, Reducer):
+            found.append(part)
+        elif isinstance(part, str):
+            found += [_parse(text) for text in part.split("+")]
+        else:
+            raise TypeError(f"vision must hold names ({', '.join(names())}) or Reducers, got {type(part).__name__}")
+    for reducer in found[1:]:
+        if reducer.first:
+            raise ValueError(f"reducer {reducer.name!r} needs every patch, so it must be the first of a chain; put it in front")
+    return tuple(found)
+
+
+def _parse(text: str) -> Reducer:
+    """``aim:keep=0.5`` -> the reducer."""
+    name, *pairs = [part.strip() for part in text.split(":")]
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"vision: options are NAME=VALUE, got {pair!r} in {text!r}")
+        try:
+            values[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[key] = value
+    return get(name, **values)
+
+
+def _lookup(name: str) -> type[Reducer]:
+    if not isinstance(name, str) or name not in _BY_NAME:
+        raise ValueError(f"reducer must be one of {', '.join(_BY_NAME)}, got {name!r}")
+    return _BY_NAME[name]
