@@ -41,7 +41,10 @@ def generation(image: Any, stats: Stats, path: str | Path, panels: int = 5, sequ
     for place, index in enumerate(shown):
         axes = figure.add_subplot(grid[0, 2 * place : 2 * place + 2])
         step = stats.steps[index]
-        _draw_kept(axes, image, step.kept_tokens[sequence], total)
+        kept = step.kept_tokens[sequence]
+        if stats.visual_places is not None:  # what reducers left out is dropped from the first panel on
+            kept = [stats.visual_places[sequence][token] for token in kept]
+        _draw_kept(axes, image, kept, stats.visual_tokens_in[sequence])
         when = "prefill" if step.step == 0 else f"step {step.step}"
         axes.set_title(f"{when}\n{step.kept[sequence]} of {total} kept", fontsize=9, color=_INK)
     _draw_counts(figure.add_subplot(grid[1, :panels]), stats, sequence, [stats.steps[i].step for i in shown])

@@ -46,6 +46,7 @@ class Stats:
         vision: names of the reducers before the language model, joined by ``+``; None where there are none.
         visual_tokens_in: visual tokens of each sequence before the reducers.
         visual_tokens: N of each sequence: what the language model received. All costs below count these.
+        visual_places: ``[B][N]``, only with reducers: which of the visual tokens before them each one stands in the place of.
         steps: one entry a step, the prefill first.
         kept_mean: mean over steps and sequences with an image of kept / N in layers >= k; 1.0 without any image.
         visual_share: the same over all layers, passes that were run again included: what visual tokens cost where text costs nothing and
@@ -66,6 +67,7 @@ class Stats:
     vision: str | None
     visual_tokens_in: list[int]
     visual_tokens: list[int]
+    visual_places: list[list[int]] | None
     steps: list[Step]
     kept_mean: float
     visual_share: float
@@ -85,6 +87,8 @@ class Stats:
 
 
 def _without_none_extras(stats: dict[str, Any]) -> dict[str, Any]:
+    if stats["visual_places"] is None:
+        del stats["visual_places"]
     for step in stats["steps"]:
         for name in ("importance", "kept_tokens"):
             if step[name] is None:
@@ -203,7 +207,7 @@ class Snapshot:
         n_visual: by group, int32 ``[B]``, live visual rows; the full group first.
         group_layers: layers of each group.
         bytes_per_row, bytes_reserved: as the cache tells.
-        vision, visual_in: of the session.
+        vision, visual_in, visual_place: of the session.
     """
 
     policy: Policy
@@ -218,6 +222,7 @@ class Snapshot:
     bytes_reserved: int
     vision: str | None = None
     visual_in: Tensor | None = None
+    visual_place: Tensor | None = None
 
 
 def snapshot(session: Session) -> Snapshot:
@@ -237,6 +242,7 @@ def snapshot(session: Session) -> Snapshot:
         bytes_reserved=cache.bytes_reserved(),
         vision=session.vision,
         visual_in=None if session.visual_in is None else session.visual_in.clone(),
+        visual_place=session.visual_place,
     )
 
 
@@ -307,6 +313,7 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
         vision=source.vision,
         visual_tokens_in=visual.tolist() if source.visual_in is None else source.visual_in[of].tolist(),
         visual_tokens=visual.tolist(),
+        visual_places=_places(source, of, visual),
         steps=entries,
         kept_mean=share,
         visual_share=whole,
@@ -320,6 +327,12 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
         bytes_read=cost.bytes_read,
         bytes_read_unpruned=cost.bytes_read_unpruned,
     )
+
+
+def _places(source: Snapshot, of: slice, visual: Tensor) -> list[list[int]] | None:
+    if source.visual_place is None:
+        return None
+    return [row[:count] for row, count in zip(source.visual_place[of].tolist(), visual.tolist(), strict=True)]
 
 
 def _kept_by_group(kept: Tensor, visual: Tensor, groups: int) -> Any:

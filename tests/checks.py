@@ -43,6 +43,8 @@ METHODS: dict[str, Rule] = {
     "pyramiddrop-k2": Rule("pyramiddrop", k=2, keep=0.7, stages=2),
     "layerwise": Rule("layerwise", k=1, stages=3),
     "sparsevlm": Rule("sparsevlm"),
+    "aim": Rule("aim"),
+    "aim-k1": Rule("aim", k=1, end=6),
     "sparsevlm-k2": Rule("sparsevlm", k=2, shares=(0.8, 0.3, 0.3)),
 }
 FEW = ("dyrate", "fixed", "fastv-mean", "vtw", "depth", "schedule", "sparsevlm")
@@ -91,6 +93,8 @@ def policy(rule: Rule) -> Any:
         options |= {"keep": rule.keep, "stages": rule.stages}
     if rule.name == "sparsevlm":
         options |= {"keep": rule.shares, "recycle": 0}
+    if rule.name == "aim":
+        options["end"] = rule.end
     if rule.name == "layerwise":
         options |= {"groups": rule.stages, "rates": rule.rates, "num_rates": rule.buckets}
     if rule.name == "dycoke":

@@ -31,8 +31,8 @@ class Rule:
     """One method's options, as methods.md words them.
 
     Attributes:
-        name: none, fixed, fastv, vtw, depth, schedule, uniform, dyrate, threshold, st3, dycoke, pyramiddrop, layerwise
-            or sparsevlm (without recycling).
+        name: none, fixed, fastv, vtw, depth, schedule, uniform, dyrate, threshold, st3, dycoke, pyramiddrop, layerwise,
+            sparsevlm (without recycling) or aim.
         k: first layer that sees the pruned set; None: the method's own default.
         rate: fraction removed (fixed, fastv, uniform).
         ranking: which prompt rows FastV ranks by, ``last`` or ``mean``.
@@ -41,6 +41,7 @@ class Rule:
         share: of threshold.
         least, horizon, stages: of st3; stages of pyramiddrop and layerwise too.
         keep: of pyramiddrop.
+        end: of aim, the first layer that holds nothing.
         shares: of sparsevlm, what stays in each stage.
         similarity: of dycoke.
         rates: ``half_open`` or ``closed`` (dyrate).
@@ -61,6 +62,7 @@ class Rule:
     horizon: int = 64
     stages: int = 3
     keep: float = 0.5
+    end: int | None = None
     shares: Sequence[float] = (0.7, 0.4, 0.2)
     similarity: float = 0.9
     rates: str = "half_open"
@@ -77,11 +79,14 @@ class Rule:
             "depth": 4,
             "pyramiddrop": max(num_layers // 4, 1),
             "sparsevlm": max(num_layers * 3 // 32, 1),
+            "aim": max(num_layers * 15 // 28, 1),
         }.get(self.name, 3)
 
     def stage_starts(self, num_layers: int) -> list[int]:
         """First layers of the stages that are decided one by one; one entry for methods that decide once for all layers."""
         first = self.first_layer(num_layers)
+        if self.name == "aim":
+            return list(range(first, min(self.last_layer(num_layers), num_layers - 1) + 1))
         if self.name == "sparsevlm":  # 3, 7 and 16 of 32, scaled to what lies after the first
             starts = [first]
             for part in (4, 13):
@@ -89,6 +94,9 @@ class Rule:
             return [start for start in starts if start < num_layers]
         count = min(self.stages, num_layers - first) if self.name in ("pyramiddrop", "layerwise") else 1
         return [first + (num_layers - first) * i // count for i in range(count)]
+
+    def last_layer(self, num_layers: int) -> int:
+        return math.ceil(num_layers * 22 / 28) if self.end is None else self.end
 
     @property
     def decides_while_decoding(self) -> bool:
@@ -301,7 +309,8 @@ class Oracle:
         rows = [r for r in range(turn.start, turn.end) if self.real[b, r]] if self.rule.ranking == "mean" else [turn.end - 1]
         if self.rule.name == "sparsevlm":
             rows = self._raters(b, turn, visual) or rows
-        at_prompt = self._choose(b, 0, turn, probabilities, rows, visual, candidates, state)
+        ranked = self._page_rank(b, turn, probabilities, visual, candidates[layers[0]]) if self.rule.name == "aim" else None
+        at_prompt = self._choose(b, 0, turn, probabilities, rows, visual, candidates, state, ranked)
         if self.retention == "evict":
             self._hide(b, range(turn.start, turn.end), visual, at_prompt)
             state.survivors = at_prompt.kept
@@ -348,11 +357,12 @@ class Oracle:
         visual: Sequence[int],
         candidates: dict[int, Sequence[int]],
         state: _Sequence,
+        ranked: Tensor | None = None,
     ) -> Step:
         rule, last = self.rule, turn.end - 1 if step == 0 else rows[-1]
         n = len(visual)
         mass = self._mass(b, turn, probabilities[:, last], visual)
-        importance = probabilities[:, rows][..., list(visual)].mean((0, 1))
+        importance = probabilities[:, rows][..., list(visual)].mean((0, 1)) if ranked is None else ranked
         total = float(mass[:, IMAGE].mean())
         if step == 0:
             state.first_mass = total
@@ -378,6 +388,21 @@ class Oracle:
                 kept[layer] = top(able, [score[c] for c in able], count)
         return Step(step, rates, kept, mass.mean(0), importance)
 
+    def _page_rank(self, b: int, turn: Turn, probabilities: Tensor, visual: Sequence[int], there: Sequence[int]) -> Tensor:
+        """AIM's importance of the visual columns: weight is handed on five times along attention at a temperature of 0.1."""
+        gone = {*visual} - {*there} if self.retention == "evict" else set()
+        rows = [r for r in range(turn.start, turn.end) if self.real[b, r] and r not in gone]
+        squares = torch.zeros(len(rows), dtype=torch.double)
+        for head in probabilities:
+            sharp = head[rows] ** 10
+            sharp = sharp / sharp.sum(1, keepdim=True)
+            weight = torch.full((len(rows),), 1 / len(rows), dtype=torch.double)
+            for _ in range(5):
+                weight = weight @ sharp[:, rows]
+            squares += weight**2 / len(probabilities)
+        found = dict(zip(rows, squares.sqrt().tolist(), strict=True))
+        return torch.tensor([found.get(column, 0.0) for column in visual])
+
     def _rates(self, step: int, n: int, mass: Tensor, total: float, state: _Sequence) -> dict[int, float]:
         rule = self.rule
         layers = range(self.k, self.num_layers)
@@ -392,6 +417,9 @@ class Oracle:
             return {layer: 1 - max(1 - rule.rate - rule.growth * stage_of[layer] / max(stages - 1, 1), 0) * fading for layer in layers}
         if rule.name == "pyramiddrop":
             return {layer: 1 - rule.keep ** (stage + 1) for stage, group in enumerate(self.stages.values()) for layer in group}
+        if rule.name == "aim":
+            end = rule.last_layer(self.num_layers)
+            return {layer: min((layer - self.k + 1) / (end - self.k + 1), 1.0) for layer in layers}
         if rule.name == "sparsevlm":
             return {layer: 1 - share for share, group in zip(rule.shares, self.stages.values(), strict=False) for layer in group}
         if rule.name == "none":

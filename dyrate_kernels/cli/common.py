@@ -47,6 +47,10 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=160, metavar="N", help="default: 160")
     parser.add_argument("--retention", choices=("recoverable", "evict"), default="recoverable", help="default: recoverable")
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
+    parser.add_argument(
+        "--vision", metavar="NAME[:OPTIONS][+NAME..]",
+        help="reducers before the language model, e.g. aim:keep=0.5 or tome+aim; `dyrate info` lists them; default: none",
+    )  # fmt: skip
     parser.add_argument("--cuda-graph", action="store_true", help="capture a decode step once and replay it (on one CUDA device)")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
@@ -131,6 +135,23 @@ def parse_policy(text: str) -> Any:
         nested = key == "policy" and value.startswith("(") and value.endswith(")")
         pairs[key] = parse_policy(value[1:-1]) if nested else parse_value(value)
     return make_policy(name.strip(), pairs)
+
+
+def parse_vision(text: str | None) -> Any:
+    """``tome:keep=0.5+aim`` -> the reducers, in order; none for None."""
+    from dyrate_kernels import vision
+
+    return vision.chain(text)
+
+
+def split_vision(text: str) -> tuple[str, str | None]:
+    """``fastv:rate=0.5+tome+aim:keep=0.5`` -> the policy's part, and the reducers' part or None."""
+    from dyrate_kernels import vision
+
+    parts = split_list(text, "+")
+    names = set(vision.names())
+    first = next((place for place, part in enumerate(parts) if place and part.partition(":")[0] in names), len(parts))
+    return "+".join(parts[:first]), "+".join(parts[first:]) or None
 
 
 def generation_arguments(given: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def add_parser(commands: Any) -> None:
     common.add_input(parser)
     parser.add_argument(
         "--policies", default=DEFAULT_POLICIES, metavar="A,B,..",
-        help=f"names, each with options if wanted: fastv:k=2:rate=0.75; default: {DEFAULT_POLICIES}",
+        help="names, each with options and reducers if wanted: fastv:k=2:rate=0.75, dyrate+aim:keep=0.5 (else those of --vision); "
+        f"default: {DEFAULT_POLICIES}",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
@@ -30,17 +31,20 @@ def run(given: argparse.Namespace) -> int:
     names = common.split_list(given.policies)
     if not names:
         raise ValueError("--policies is empty; name at least one, e.g. none,dyrate,fastv")
-    chosen = [(name, common.parse_policy(name)) for name in names]
+    chosen = []
+    for name in names:
+        policy, reducers = common.split_vision(name)
+        chosen.append((name, common.parse_policy(policy), common.parse_vision(reducers or given.vision)))
     model, processor = common.load_model(given)
     inputs = common.prepare(processor, image, given.prompt, model.device)
     prompt = inputs["input_ids"].shape[1]
     arguments = common.generation_arguments(given)
     reference = model.generate(**inputs, **arguments)[0, prompt:].tolist()
     rows = []
-    for number, (name, policy) in enumerate(chosen, 1):
+    for number, (name, policy, reducers) in enumerate(chosen, 1):
         if not given.json and sys.stderr.isatty():
             print(f"\r{number} of {len(chosen)}: {name:<40}", end="", file=sys.stderr, flush=True)
-        rows.append(_row(name, policy, model, processor, inputs, reference, given))
+        rows.append(_row(name, policy, reducers, model, processor, inputs, reference, given))
     if not given.json and sys.stderr.isatty():
         print(f"\r{'':<60}\r", end="", file=sys.stderr)
     if given.json:
@@ -51,11 +55,12 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _row(
-    name: str, policy: Any, model: Any, processor: Any, inputs: dict, reference: list[int], given: argparse.Namespace
+    name: str, policy: Any, reducers: Any, model: Any, processor: Any, inputs: dict, reference: list[int], given: argparse.Namespace
 ) -> dict[str, Any]:
     import dyrate_kernels as dk
 
-    with dk.patch(model, policy, retention=given.retention, backend=given.backend, cuda_graph=given.cuda_graph) as handle:
+    options = {"retention": given.retention, "backend": given.backend, "cuda_graph": given.cuda_graph, "vision": reducers}
+    with dk.patch(model, policy, **options) as handle:
         arguments = common.generation_arguments(given)
         started = time.perf_counter()
         tokens = model.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :].tolist()
@@ -66,6 +71,10 @@ def _row(
         "policy": name,
         "predictor": stats.predictor,
         "k": stats.k,
+        "vision": stats.vision,
+        "visual_tokens_in": stats.visual_tokens_in[0],
+        "visual_tokens": stats.visual_tokens[0],
+        "kept_by_step": changes([step.kept[0] for step in stats.steps]),
         "kept_mean": stats.kept_mean,
         "paper_cost": stats.paper_cost,
         "flops_share": stats.flops / stats.flops_unpruned,
@@ -78,18 +87,31 @@ def _row(
     }
 
 
+def changes(counts: list[int]) -> list[list[int]]:
+    """``[step, count]`` of the first step and of every step whose count is another than the one before."""
+    return [[step, count] for step, count in enumerate(counts) if step == 0 or count != counts[step - 1]]
+
+
+def budget_text(row: dict[str, Any], most: int = 4) -> str:
+    """``576 -> 288 -> 216/144/72``: before the reducers, after them (where there are any), kept by step."""
+    kept = [str(count) for _, count in row["kept_by_step"]]
+    kept = kept if len(kept) <= most else [*kept[: most - 1], "..", kept[-1]]
+    counts = [str(row["visual_tokens_in"]), *([str(row["visual_tokens"])] if row["vision"] else []), "/".join(kept)]
+    return " -> ".join(counts)
+
+
 def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table()
-    headings = ("policy", "k", "kept", "paper cost", "FLOPs", "read", "KV live", "same tokens", "tokens", "s")
+    headings = ("policy", "k", "visual tokens", "kept", "paper cost", "FLOPs", "read", "KV live", "same tokens", "tokens", "s")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number == 0 else "right")
     for row in rows:
         shares = [f"{100 * row[name]:.1f} %" for name in ("kept_mean", "paper_cost", "flops_share", "bytes_read_share")]
         name = row["policy"] + (f" ({row['predictor']})" if row["predictor"] else "")
         table.add_row(
-            name, str(row["k"]), *shares, common.bytes_text(row["kv_bytes_live"]), f"{100 * row['agreement']:.0f} %",
+            name, str(row["k"]), budget_text(row), *shares, common.bytes_text(row["kv_bytes_live"]), f"{100 * row['agreement']:.0f} %",
             str(row["new_tokens"]), f"{row['seconds']:.2f}",
         )  # fmt: skip
     common.console().print(table)

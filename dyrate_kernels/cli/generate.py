@@ -49,7 +49,7 @@ def run(given: argparse.Namespace) -> int:
     """Does it."""
     image = common.load_image(given.image)
     common.check_output("--plot", given.plot)
-    policy = policy_from(given)
+    policy, reducers = policy_from(given), common.parse_vision(given.vision)
     model, processor = common.load_model(given)
 
     from transformers import TextStreamer
@@ -58,7 +58,13 @@ def run(given: argparse.Namespace) -> int:
 
     inputs = common.prepare(processor, image, given.prompt, model.device)
     with dk.patch(
-        model, policy, retention=given.retention, backend=given.backend, record_importance=bool(given.plot), cuda_graph=given.cuda_graph
+        model,
+        policy,
+        retention=given.retention,
+        backend=given.backend,
+        record_importance=bool(given.plot),
+        cuda_graph=given.cuda_graph,
+        vision=reducers,
     ) as handle:
         streamer = None if given.json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
@@ -115,6 +121,8 @@ def _print_steps(stats: Any, limit: int) -> None:
 def _print_totals(stats: Any, new_tokens: int, seconds: float) -> None:
     saved = 100 * (1 - stats.flops / stats.flops_unpruned) if stats.flops_unpruned else 0.0
     speed = new_tokens / max(seconds, 1e-9)
+    if stats.vision:
+        print(f"{'reducers:':<12}{stats.visual_tokens_in[0]} visual tokens -> {stats.visual_tokens[0]} ({stats.vision})")
     lines = [
         ("kept", f"{100 * stats.kept_mean:.1f} % of the visual tokens in layers >= {stats.k}, mean over steps"),
         ("KV cache", f"{common.bytes_text(stats.kv_bytes_live)} live, {common.bytes_text(stats.kv_bytes_reserved)} reserved"),

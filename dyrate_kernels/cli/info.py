@@ -52,6 +52,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
             "probe": None if probe is None else probe.to_dict(),
         },
         "policies": dk.policies.names(),
+        "reducers": dk.vision.names(),
         "bound": bound(given),
     }
 
@@ -90,6 +91,7 @@ def run(given: argparse.Namespace) -> int:
     native = found["native"]
     print(f"native:    {_native_text(native)}")
     print("policies:  " + ", ".join(found["policies"]))
+    print("reducers:  " + ", ".join(found["reducers"]))
     limit = found["bound"]
     print(
         f"bound:     {limit['config']}, {limit['visual_tokens']} visual + {limit['text_tokens']} text tokens, "

@@ -1,4 +1,4 @@
-"""Prompt rows that a policy chooses to rank by (``Policy.query_rows == "raters"``), and the states that a policy merges by.
+"""Prompt rows that a policy ranks by (``Policy.query_rows`` of ``"raters"`` and ``"pagerank"``), and the states that a policy merges by.
 
 Raters are chosen when the last chunk of a prompt comes, from the embeddings of all of it. So earlier chunks keep what is needed then: their
 embeddings, and at each score layer their queries, and the attention's input where the policy merges.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyrate_kernels.cache import INSTRUCTION
-from dyrate_kernels.patching.wide import KeyRows, sum_of_all_rows, visibility
+from dyrate_kernels.patching.wide import KeyRows, page_rank, sum_of_all_rows, visibility
 
 if TYPE_CHECKING:
     from dyrate_kernels.patching.session import Session, Slot
@@ -101,6 +101,8 @@ class Raters:
         """``[B, N]``: attention that each visual token receives in ``layer``, mean over heads and raters; ``last``, the last row's, for
         sequences without a rater.
         """
+        if self.session.policy.query_rows == "pagerank":
+            return self._page_rank(layer, rows, scale, window, last)
         if self.column is None:
             return last
         session, chunks = self.session, self.chunks[layer]
@@ -117,6 +119,15 @@ class Raters:
         total = sum_of_all_rows(query, rows, mask, real, scale, last.shape[1])
         count = real.sum(1, keepdim=True)
         return torch.where(count.to(last.device) > 0, (total / count.clamp(min=1)).to(last.device), last)
+
+    def _page_rank(self, layer: int, rows: KeyRows, scale: float, window: int | None, last: Tensor) -> Tensor:
+        session, policy, chunks = self.session, self.session.policy, self.chunks[layer]
+        column, query = _join([chunk.column for chunk in chunks], 1), _join([chunk.query for chunk in chunks], 2)
+        column = column.to(query.device)
+        real = (column >= session.turn_start) & (column < session.turn_end)
+        span = (session.turn_start, session.turn_end)
+        rank = page_rank(query, rows, column, real, span, scale, window, policy.temperature, policy.iterations, last.shape[1])
+        return rank.to(last.device)
 
     def show(self, layer: int, view: View) -> None:
         """Adds to what the policy sees at ``layer`` the states of the visual tokens, if it merges and tokens can be merged. What the chunks

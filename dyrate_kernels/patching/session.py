@@ -112,6 +112,7 @@ class Session:
             back, so that sliding windows measure what the language model really received.
         column_valid: bool ``[B, columns]`` where ``reduced``: which columns are real, for the mask of the next turn.
         visual_in: int32 ``[B]`` where ``reduced``: visual tokens before the reducers.
+        visual_place: int64 ``[B, N]`` where ``reduced``: which of those each visual token stands in the place of.
         keeps_width: no columns are left out of this generation's passes (its caller wants the hidden states).
     """
 
@@ -126,7 +127,7 @@ class Session:
         self.stages = Stages(self, starts) if policy.rescores and len(starts) > 1 else None
         self.score_layers = frozenset([self.score_layer, *(self.stages.groups if self.stages else ())])
         merges = self.evict and policy.merges
-        self.raters = Raters(self) if policy.query_rows == "raters" or merges else None
+        self.raters = Raters(self) if policy.query_rows in ("raters", "pagerank") or merges else None
         self.keeps_hidden = policy.reads_hidden or merges
         self.cache = VisualCache(shape.num_layers, starts, shared_rows=not self.evict)
         self.cache.session = self
@@ -161,6 +162,7 @@ class Session:
         self.reduced = False
         self.column_valid: Tensor | None = None
         self.visual_in: Tensor | None = None
+        self.visual_place: Tensor | None = None
         if self.raters is not None:
             self.raters.forget()
 
@@ -326,8 +328,15 @@ class Session:
         width = columns.expand(batch, -1)
         if self.reduced:
             width = self._count_without_masked(start, length, valid, attention_mask)
-            before = 0 if staged is None else (staged.to(device) & prompt).sum(1, dtype=torch.int32)
-            self.visual_in = before if self.visual_in is None else self.visual_in + before
+            placeholder = torch.zeros_like(valid) if staged is None else staged.to(device) & prompt
+            before = placeholder.sum(1, dtype=torch.int32)
+            if self.visual_in is None:
+                self.visual_in, self.visual_place = torch.zeros_like(before), columns.new_zeros(batch, 0)
+            table = columns.new_zeros(batch, cache.full.capacity + 1)
+            table[:, : self.visual_place.shape[1]] = self.visual_place
+            place = self.visual_in[:, None] + placeholder.cumsum(1) - 1
+            self.visual_place = table.scatter_(1, torch.where(visual, token, cache.full.capacity), place)[:, :-1]
+            self.visual_in = self.visual_in + before
         scratch = torch.where(text, text_row, cache.text_capacity - 1)
         cache.text_type.scatter_(1, scratch, kind)
         cache.text_column.scatter_(1, scratch, width.int())
@@ -475,7 +484,7 @@ class Session:
         if self.last_rate is not None:
             self.last_rate = pick(self.last_rate)
         if self.reduced and self.column_valid is not None:
-            self.column_valid, self.visual_in = pick(self.column_valid), pick(self.visual_in)
+            self.column_valid, self.visual_in, self.visual_place = map(pick, (self.column_valid, self.visual_in, self.visual_place))
         if self.record is not None:
             self.record.select_sequences(pick)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 _QUERY_BLOCK = 128  # rows at a time where attention weights are materialised
+_PAGE_RANK_WEIGHTS = 2**26  # attention weights held at a time
 
 
 @dataclass
@@ -96,6 +97,49 @@ def sum_of_all_rows(query: Tensor, rows: KeyRows, mask: Tensor, real: Tensor, sc
         weights = weights * real[:, block, None]
         total += _by_token(weights.sum(1, keepdim=True), rows.token, tokens)[:, 0]
     return total
+
+
+def page_rank(
+    query: Tensor, rows: KeyRows, column: Tensor, real: Tensor, span: tuple[int, int], scale: float, window: int | None,
+    temperature: float, iterations: int, tokens: int,
+) -> Tensor:  # fmt: skip
+    """PageRank of a prompt's rows on its own attention (AIM, arXiv 2412.03248, section 3.3).
+
+    Every row of the prompt starts with the same weight and hands it on by softmax(logits / temperature), ``iterations`` times.
+
+    Args:
+        query: ``[B, Hq, q, D]``; column int64 ``[B, q]``, its columns; real bool ``[B, q]``, False for what is no row of the prompt.
+        span: columns of the prompt, from the first up to but not including the last.
+        tokens: N, width of the result.
+
+    Returns:
+        ``[B, N]``: root of the mean over heads of the squared weight.
+    """
+    batch, heads, length, _ = query.shape
+    size, (first, end) = rows.column.shape[1], span
+    inside = rows.live & (rows.column >= first) & (rows.column < end)
+    # where each query's own row lies among the keys; the spare row holds the weight of those that have none
+    place = torch.full((batch, end - first + 1), size, dtype=torch.int64, device=query.device)
+    index = torch.arange(size, device=query.device).expand(batch, -1)
+    place.scatter_(1, torch.where(inside, rows.column - first, end - first), index)
+    place[:, -1] = size
+    own = place.gather(1, torch.where(real, column - first, end - first))
+    mask = visibility(rows, column, window)
+    start = inside / inside.sum(1, keepdim=True).clamp(min=1)
+    total = query.new_zeros(batch, size, dtype=_accumulator(query))
+    block = max(_PAGE_RANK_WEIGHTS // max(batch * length * size, 1), 1)  # heads at a time
+    key = _per_query_head(query, rows.key)
+    for head in range(0, heads, block):
+        part = slice(head, head + block)
+        dtype = _accumulator(query)
+        logits = query[:, part].to(dtype) @ key[:, part].to(dtype).transpose(-1, -2) * (scale / temperature)
+        step = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1) * real[:, None, :, None]
+        weight = start.to(dtype)[:, None].expand(-1, step.shape[1], -1)
+        for _ in range(iterations):
+            held = torch.nn.functional.pad(weight, (0, 1)).gather(2, own[:, None].expand(-1, step.shape[1], -1))
+            weight = (held[:, :, None] @ step)[:, :, 0]
+        total += weight.square().sum(1)
+    return _by_token((total / heads).sqrt()[:, None], rows.token, tokens)[:, 0]
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:

@@ -3,7 +3,7 @@
 >>> import dyrate_kernels as dk
 >>> dk.policies.names()
 ['none', 'dyrate', 'fastv', 'fixed', 'random', 'uniform', 'vtw', 'depth', 'schedule', 'threshold', 'st3', 'dycoke', 'pyramiddrop',
-'layerwise', 'sparsevlm', 'recycle', 'klguard']
+'layerwise', 'sparsevlm', 'aim', 'recycle', 'klguard']
 >>> dk.policies.get("fastv", k=2, rate=0.75)
 FastV(k=2, rate=0.75, ranking='last')
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from dyrate_kernels.policies.aim import AIM
 from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View
 from dyrate_kernels.policies.depth import Depth
 from dyrate_kernels.policies.dycoke import DyCoke
@@ -48,12 +49,14 @@ _CLASSES: tuple[type[Policy], ...] = (
     PyramidDrop,
     LayerWise,
     SparseVLM,
+    AIM,
     Recycle,
     KLGuard,
 )
 _BY_NAME = {cls.name: cls for cls in _CLASSES}
 
 __all__ = [
+    "AIM",
     "Decision",
     "Depth",
     "DyCoke",

@@ -213,8 +213,10 @@ class Policy:
         return [self.k]
 
     @property
-    def query_rows(self) -> Literal["last", "mean", "raters"]:
-        """Which prompt rows rank at prefill: the last one, the mean over all, or the mean over those that :meth:`raters` chooses."""
+    def query_rows(self) -> Literal["last", "mean", "raters", "pagerank"]:
+        """Which prompt rows rank at prefill: the last one, the mean over all, the mean over those that :meth:`raters` chooses, or all, each
+        by the weight that the others give it (``temperature`` and ``iterations`` are then options of the policy).
+        """
         return "last"
 
     def raters(self, hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ def test_registry_lists_the_methods_of_the_issue():
         "pyramiddrop",
         "layerwise",
         "sparsevlm",
+        "aim",
         "recycle",
         "klguard",
     }
@@ -119,13 +120,13 @@ def test_when_it_decides(name):
         "random": (True, True),
         "uniform": (True, True), "vtw": (True, False), "depth": (True, False), "schedule": (True, True),
         "threshold": (True, True), "st3": (True, True), "dycoke": (True, True),
-        "pyramiddrop": (True, False), "layerwise": (True, True), "sparsevlm": (True, False),
+        "pyramiddrop": (True, False), "layerwise": (True, True), "sparsevlm": (True, False), "aim": (True, False),
         "recycle": (True, True), "klguard": (True, True),
     }  # fmt: skip
     policy = make(name)
     assert (policy.at_prefill, policy.at_decode) == stages[name]
     assert policy.name == name
-    assert policy.query_rows == ("raters" if name == "sparsevlm" else "last")
+    assert policy.query_rows == {"sparsevlm": "raters", "aim": "pagerank"}.get(name, "last")
 
 
 @every
