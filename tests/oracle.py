@@ -392,16 +392,15 @@ class Oracle:
         """AIM's importance of the visual columns: weight is handed on five times along attention at a temperature of 0.1."""
         gone = {*visual} - {*there} if self.retention == "evict" else set()
         rows = [r for r in range(turn.start, turn.end) if self.real[b, r] and r not in gone]
-        squares = torch.zeros(len(rows), dtype=torch.double)
+        squares = torch.zeros(probabilities.shape[-1], dtype=torch.double)
         for head in probabilities:
             sharp = head[rows] ** 10
             sharp = sharp / sharp.sum(1, keepdim=True)
             weight = torch.full((len(rows),), 1 / len(rows), dtype=torch.double)
-            for _ in range(5):
+            for _ in range(4):
                 weight = weight @ sharp[:, rows]
-            squares += weight**2 / len(probabilities)
-        found = dict(zip(rows, squares.sqrt().tolist(), strict=True))
-        return torch.tensor([found.get(column, 0.0) for column in visual])
+            squares += (weight @ sharp) ** 2 / len(probabilities)
+        return squares.float().sqrt()[list(visual)]  # what is too small for float32 is 0
 
     def _rates(self, step: int, n: int, mass: Tensor, total: float, state: _Sequence) -> dict[int, float]:
         rule = self.rule

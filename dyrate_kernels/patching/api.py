@@ -282,6 +282,8 @@ class Handle:
         ours = isinstance(cache, VisualCache)
         if not ours and (cache is not None or settings["use_cache"] is False or settings["cache_implementation"] is not None):
             return args, kwargs  # as unpatched
+        if getattr(config, "is_assistant", False):
+            return args, kwargs  # what it drafts decides nothing, and it may be given the features of another model
         reduced = ours and cache.session is not None and cache.session.reduced
         kinds, active = pixel_kinds(given), [reducer for reducer in self.vision if reducer.drops]
         ids = given.get("input_ids")
