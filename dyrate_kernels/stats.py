@@ -54,6 +54,7 @@ class Stats:
         checks: steps that ran once more unpruned, for the policy to compare; ``steps`` tells what their second pass read.
         kv_bytes_live, kv_bytes_reserved: bytes of the rows held, and of the buffers they lie in.
         flops, flops_unpruned: executed by the text model, and what it would have been with every token (exact SwiGLU count).
+        flops_unreduced, bytes_read_unreduced: likewise with every visual token and without the reducers.
         paper_cost: FastV's formula over the whole sequence, mean over steps, as a fraction of unpruned (methods.md, section 4, axis 1).
         exact_cost: the same with the real layer in place of FastV's formula, whose MLP lacks the gate.
         bytes_read, bytes_read_unpruned: weights and key/value rows that the decode steps read.
@@ -76,10 +77,12 @@ class Stats:
     kv_bytes_reserved: int
     flops: float
     flops_unpruned: float
+    flops_unreduced: float
     paper_cost: float
     exact_cost: float
     bytes_read: float
     bytes_read_unpruned: float
+    bytes_read_unreduced: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers and lists, ready for JSON."""
@@ -304,6 +307,7 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
         cached_visual=record.cached[0][of].tolist(),
         cached_text=record.cached[1][of].tolist(),
     )
+    whole_cost = cost if source.visual_in is None else _unreduced_cost(source, of, text, steps)
     return Stats(
         policy=policy.name,
         predictor=policy.predictor_name,
@@ -322,10 +326,29 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
         kv_bytes_reserved=source.bytes_reserved,
         flops=cost.flops,
         flops_unpruned=cost.flops_unpruned,
+        flops_unreduced=whole_cost.flops_unpruned,
         paper_cost=cost.paper_cost,
         exact_cost=cost.exact_cost,
         bytes_read=cost.bytes_read,
         bytes_read_unpruned=cost.bytes_read_unpruned,
+        bytes_read_unreduced=whole_cost.bytes_read_unpruned,
+    )
+
+
+def _unreduced_cost(source: Snapshot, of: slice, text: Tensor, steps: int) -> flops.GenerationCost:
+    """What the same steps would have cost with the visual tokens before the reducers."""
+    assert source.visual_in is not None and source.record is not None
+    visual, layers = source.visual_in[of].cpu(), source.shape.num_layers
+    return flops.generation_cost(
+        source.shape,
+        text_rows=(text - (steps - 1)).tolist(),
+        visual_tokens=visual.tolist(),
+        group_layers=[layers],
+        kept=visual.expand(steps, 1, -1).numpy(),
+        prefill_shrunk=False,
+        bytes_per_row=[sum(source.bytes_per_row) / layers],
+        cached_visual=source.record.cached[2][of].tolist(),
+        cached_text=source.record.cached[1][of].tolist(),
     )
 
 

@@ -77,8 +77,8 @@ def _row(
         "kept_by_step": changes([step.kept[0] for step in stats.steps]),
         "kept_mean": stats.kept_mean,
         "paper_cost": stats.paper_cost,
-        "flops_share": stats.flops / stats.flops_unpruned,
-        "bytes_read_share": stats.bytes_read / stats.bytes_read_unpruned if stats.bytes_read_unpruned else 1.0,
+        "flops_share": stats.flops / stats.flops_unreduced,
+        "bytes_read_share": stats.bytes_read / stats.bytes_read_unreduced if stats.bytes_read_unreduced else 1.0,
         "kv_bytes_live": stats.kv_bytes_live,
         "agreement": same,
         "new_tokens": len(tokens),
@@ -115,6 +115,12 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             str(row["new_tokens"]), f"{row['seconds']:.2f}",
         )  # fmt: skip
     common.console().print(table)
-    print("same tokens: share of positions where the answer equals that of the unpatched model\n")
+    print("same tokens: share of positions where the answer equals that of the unpatched model")
+    if any(row["vision"] for row in rows):
+        print(
+            "visual tokens: before the reducers -> after them -> kept by step; FLOPs and read: of the model without reducers and pruning;"
+        )
+        print("kept and paper cost: of what the reducers left")
+    print()
     for row in rows:
         print(f"{row['policy']}: {row['text']}")

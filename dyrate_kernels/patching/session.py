@@ -144,7 +144,8 @@ class Session:
         self.turn = -1
         self.turn_start = self.turn_end = 0
         self.max_length = 0
-        self.cached: tuple[Tensor, Tensor] | None = None  # visual tokens and text rows held before this turn, int32 [B] each
+        # visual tokens and text rows held before this turn, and those visual tokens before any reducer, int32 [B] each
+        self.cached: tuple[Tensor, Tensor, Tensor] | None = None
         self.frozen = False
         self.evicted_while_decoding = False
         self.decided = False  # the policy has decided at a prefill of this conversation
@@ -301,7 +302,8 @@ class Session:
         visual = torch.zeros_like(valid) if staged is None else staged.to(device) & valid & prompt
         text = valid & ~visual
         if start == self.turn_start:
-            self.cached = (cache.full.n_visual.clone(), cache.n_text.clone())
+            before = cache.full.n_visual if self.visual_in is None else self.visual_in
+            self.cached = (cache.full.n_visual.clone(), cache.n_text.clone(), before.clone())
         new_visual, new_text = visual.sum(1, dtype=torch.int32), text.sum(1, dtype=torch.int32)
         total_visual, total_text = cache.full.n_visual + new_visual, cache.n_text + new_text
         # the one host read of a prompt: how much room its rows need, and whether it is padded

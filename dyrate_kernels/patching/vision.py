@@ -103,14 +103,15 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
     for kind in pixel_kinds(arguments):
         encoder = getattr(model.base_model, f"get_{kind}_features")
         known = inspect.signature(encoder).parameters
-        fields = {name: arguments[name] for name in known if name != "kwargs" and arguments.get(name) is not None}
-        for name in PIXELS[kind]:  # a name that this version of transformers has for the same thing, or had
-            if arguments.get(name) is not None and name not in fields:
-                fields[PIXELS[kind][0]] = arguments[name]
+        every = {name for names in PIXELS.values() for name in names}
+        fields = {name: arguments[name] for name in known if name not in {"kwargs", *every} and arguments.get(name) is not None}
+        pixels = next(arguments[name] for name in PIXELS[kind] if arguments.get(name) is not None)
+        # older versions of transformers call a video's pixels, or a picture's, by other names
+        fields[next(name for name in (*PIXELS[kind], "pixel_values") if name in known)] = pixels
         place = ids == getattr(model.config, f"{kind}_token_id")
         with torch.no_grad():
             run = TowerRun(model, kind, reducers, backend)
-            output = run.encode(encoder, fields)
+            output = run.encode(encoder, fields, pixels.shape[1])
             units = run.reduce(output)
         total = sum(len(unit.keep) + unit.tail for unit in units)
         if total != int(place.sum()):
@@ -125,8 +126,7 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
         keep = torch.cat([kept for _, kept in rows]).to(mask.device)
         new = mask[:, -ids.shape[1] :]
         new[place.to(mask.device)] *= keep.to(mask.dtype)
-        count = next(arguments[name] for name in PIXELS[kind] if arguments.get(name) is not None).shape[0]
-        prepared.features[kind] = (_with_values(output, [values for values, _ in rows]), count)
+        prepared.features[kind] = (_with_values(output, [values for values, _ in rows]), pixels.shape[0])
     return prepared
 
 
@@ -147,7 +147,8 @@ def served(model: Any, prepared: Prepared | None) -> Iterator[None]:
 def _answer(original: Callable, output: BaseModelOutputWithPooling, count: int, kind: str) -> Callable:
     @functools.wraps(original)
     def features(*args: Any, **kwargs: Any) -> Any:
-        pixels = args[0] if args else next((kwargs[name] for name in PIXELS[kind] if kwargs.get(name) is not None), None)
+        names = (*PIXELS[kind], "pixel_values")
+        pixels = args[0] if args else next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
         if pixels is None or pixels.shape[0] % count:
             return original(*args, **kwargs)
         times = pixels.shape[0] // count  # older versions of transformers ask for each beam
@@ -260,8 +261,8 @@ class TowerRun:
 
     # -- watching
 
-    def encode(self, encoder: Callable, fields: dict[str, Any]) -> Any:
-        """Calls the model's ``get_*_features`` with everything in place that the reducers need."""
+    def encode(self, encoder: Callable, fields: dict[str, Any], frames: int) -> Any:
+        """Calls the model's ``get_*_features`` with everything in place that the reducers need. ``frames``: of each video."""
         chosen = fields.get("vision_feature_layer")
         if chosen is None:
             config = self.model.config
@@ -270,7 +271,7 @@ class TowerRun:
         chosen = max(index if index >= 0 else index + depth + 1 for index in ([chosen] if isinstance(chosen, int) else chosen))
         self.making, self.reading = max(chosen - 1, 0), min(chosen, depth - 1)
         if self.kind == "video":
-            self.frames = fields["pixel_values_videos"].shape[1]
+            self.frames = frames
         with contextlib.ExitStack() as stack:
             for layer in self._watched_layers():
                 self._hook(stack, self.layers[layer].self_attn.register_forward_pre_hook(self._see(layer), with_kwargs=True))

@@ -104,7 +104,8 @@ def chain(spec: str | Reducer | Sequence[str | Reducer] | None) -> tuple[Reducer
         spec: None (no reducer); a reducer; text such as ``"aim:keep=0.5"`` or ``"tome+aim"``; or a list of these.
 
     Raises:
-        ValueError: an unknown name or a bad option; a reducer that needs whole grids of patches is not the first.
+        ValueError: an unknown name or a bad option; a reducer that needs every patch is not the first; one that reads the tower's attention
+            follows ToMe.
         TypeError: neither text nor reducers.
     """
     found: list[Reducer] = []
@@ -123,6 +124,11 @@ def chain(spec: str | Reducer | Sequence[str | Reducer] | None) -> tuple[Reducer
     for reducer in found[1:]:
         if reducer.first:
             raise ValueError(f"reducer {reducer.name!r} needs every patch, so it must be the first of a chain; put it in front")
+    for reducer in found[1:]:
+        if isinstance(found[0], ToMe) and reducer.needs:
+            raise ValueError(
+                f"reducer {reducer.name!r} reads the tower's attention, which 'tome' has merged tokens of; leave one of them out"
+            )
     return tuple(found)
 
 

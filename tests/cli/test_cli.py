@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import dyrate_kernels as dk
+from dyrate_kernels.cli.common import split_vision
 from dyrate_kernels.cli.generate import chosen_steps
 from dyrate_kernels.cli.main import main
 
@@ -93,6 +94,39 @@ def test_compare(capsys, picture):
     assert status == 0 and "uniform: " in out and "none: " in out
 
 
+def test_reducers_and_combined_budgets(capsys, picture):
+    spec = "none+aim:keep=0.5,schedule:k=2:kept=[(0, 60), (3, 20)]+downsample:keep=0.5,none"
+    status, out, _ = run(
+        capsys, "compare", "--image", picture, "--policies", spec, "--vision", "uniform:keep=0.25", "--max-new-tokens", "6", "--json"
+    )
+    first, second, third = json.loads(out)["policies"]
+    assert status == 0
+    assert [first[key] for key in ("vision", "visual_tokens_in", "visual_tokens", "kept_by_step")] == ["aim", 144, 72, [[0, 72]]]
+    assert second["vision"] == "downsample" and second["visual_tokens"] == 64  # 8 of 12 cells a side
+    assert second["kept_by_step"] == [[0, 64], [1, 60], [3, 20]]
+    assert third["vision"] == "uniform" and third["visual_tokens"] == 36
+    assert third["flops_share"] < first["flops_share"] < 1
+    status, out, _ = run(capsys, "compare", "--image", picture, "--policies", "none+aim:keep=0.5,dyrate", "--max-new-tokens", "3")
+    assert status == 0 and "144 -> 72 ->" in out and "before the reducers -> after them" in out
+
+
+def test_a_picture_of_what_reducers_left(capsys, picture, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("dyrate_kernels.plots._draw_kept", lambda axes, image, kept, total: drawn.append((kept, total)))
+    target = tmp_path / "kept.png"
+    options = ["--max-new-tokens", "3", "--vision", "uniform:keep=0.5", "--policy", "none"]
+    status, out, _ = run(capsys, "generate", "--image", picture, "--plot", str(target), *options)
+    assert status == 0 and "144 visual tokens -> 72 (uniform)" in out
+    assert drawn[0] == (list(range(1, 144, 2)), 144)
+
+
+def test_split_vision():
+    assert split_vision("fastv:rate=0.5+tome+aim:keep=0.5") == ("fastv:rate=0.5", "tome+aim:keep=0.5")
+    assert split_vision("aim") == ("aim", None) and split_vision("aim+aim") == ("aim", "aim")
+    assert split_vision("recycle:policy=(fastv:k=2):share=1+uniform") == ("recycle:policy=(fastv:k=2):share=1", "uniform")
+    assert split_vision("dyrate:predictor=a+b") == ("dyrate:predictor=a+b", None)
+
+
 def test_info(capsys):
     status, out, _ = run(capsys, "info", "--json")
     found = json.loads(out)
@@ -114,6 +148,9 @@ BAD = [
     (["--prompt", ""], "--prompt is empty"),
     (["--plot", "/not/there/plot.png"], "does not exist"),
     (["--option", "ranking"], "NAME=VALUE"),
+    (["--vision", "pumerge"], "reducer must be one of"),
+    (["--vision", "aim+tome"], "must be the first of a chain"),
+    (["--vision", "aim:keep=2"], "keep must be in"),
 ]
 
 

@@ -261,7 +261,7 @@ def uniform(rows: list[Row], crops: list[int], found: Facts, keep: float, **_: A
 def hired(rows: list[Row], crops: list[int], found: Facts, keep: float, tiles: tuple[int, int], alpha: float = 0.5) -> list[Row]:
     n, side = len(found.attention[0]), found.side
     if tiles == (0, 0):
-        return selected(rows, {i: highest(found.attention[c], int(n * keep + 1e-6)) for i, c in enumerate(crops)})
+        return selected(rows, {i: highest(found.attention[c], max(int(n * keep + 1e-6), 1)) for i, c in enumerate(crops)})
     total = int(len(crops) * n * keep + 1e-6)
     whole = min(int(total * alpha), n)
     chosen = {0: highest(found.attention[crops[0]], whole)}
@@ -278,7 +278,7 @@ def visionzip(model: Any, rows: list[Row], crops: list[int], found: Facts, keep:
     first, middle, end = [], {}, []
     for i, c in enumerate(crops):
         has = found.cls is not None and all(row.patch >= 0 or row.crop < 0 for row in rows)
-        main = round(dominant * total)
+        main = max(math.floor(dominant * total + 0.5), 1)
         best = highest(found.attention[c], main - has)
         rest = [p for p in range(n) if p not in best]
         wanted = total - main

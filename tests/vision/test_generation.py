@@ -313,6 +313,25 @@ def test_prefill_computes_only_what_is_left(make_model, retention):
     assert widths[0] < fields["input_ids"].shape[1]
 
 
+def test_costs_count_what_is_left(make_model):
+    """A reducer's costs are those of a model that was shown less; what it saved is told beside them."""
+    model = make_model()
+    fields = models.inputs(model, rows_for("llava"))
+    with dk.patch(model, "none") as handle:
+        model.generate(**fields, **greedy(4))
+        whole = handle.stats()
+    with dk.patch(model, "fixed", retention="evict", vision="uniform:keep=0.4") as handle:
+        model.generate(**fields, **greedy(4))
+        got = handle.stats()
+    assert got.flops < got.flops_unpruned < got.flops_unreduced == whole.flops == whole.flops_unreduced
+    assert got.bytes_read < got.bytes_read_unpruned < got.bytes_read_unreduced == whole.bytes_read
+    assert got.kv_bytes_live < 0.7 * whole.kv_bytes_live
+    assert got.visual_tokens == [count * 10 // 25 for count in whole.visual_tokens] and got.visual_tokens_in == whole.visual_tokens
+    assert "visual_places" in got.to_dict() and "visual_places" not in whole.to_dict()
+    alone = handle.stats(sequence=1)
+    assert alone.visual_tokens_in == [50] and alone.visual_tokens == [20] and len(alone.visual_places[0]) == 20
+
+
 def test_hidden_states_come_at_every_column(make_model):
     model = make_model()
     fields = models.inputs(model, rows_for("llava"))
