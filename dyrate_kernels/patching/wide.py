@@ -103,7 +103,7 @@ def page_rank(
     query: Tensor, rows: KeyRows, column: Tensor, real: Tensor, span: tuple[int, int], scale: float, window: int | None,
     temperature: float, iterations: int, tokens: int,
 ) -> Tensor:  # fmt: skip
-    """PageRank of a prompt's rows on its own attention (AIM, arXiv 2412.03248, section 3.3).
+    """PageRank of a prompt's rows on its own attention (AIM, arXiv 2412.03248, section 3).
 
     Every row of the prompt starts with the same weight and hands it on by softmax(logits / temperature), ``iterations`` times.
 

@@ -28,7 +28,7 @@ _FIRST, _END, _LAYERS = 15, 22, 28  # of the model it was published for: layers 
 
 @dataclass(frozen=True)
 class AIM(Policy):
-    """Layer l holds the share ``max(least, 1 - (l - k + 1) / (end - k + 1))`` of the visual tokens, decided once, at prefill (section 3.3).
+    """Layer l holds the share ``max(least, 1 - (l - k + 1) / (end - k + 1))`` of the visual tokens, decided once, at prefill (section 3).
 
     With 28 layers that is .875 from layer 15 on and an eighth less in each layer, none from layer 22 on: ``max(0, 1 - .125 (l - 13))`` of
     what layer l hands on. Other depths scale k and end [choice]. Tokens are ranked anew in the layer before each, by PageRank: all rows of

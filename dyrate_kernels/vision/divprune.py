@@ -13,7 +13,7 @@ from dyrate_kernels.vision.base import FeatureReducer, Reduced, Visual, budget, 
 
 @dataclass(frozen=True)
 class DivPrune(FeatureReducer):
-    """Greedy max-min diversity of a picture's or video's projected tokens, with cosine distance (section 3, algorithm 1).
+    """Greedy max-min diversity of a picture's or video's projected tokens, with cosine distance (section 3).
 
     The first token is the one whose nearest neighbour is farthest; then, again and again, the one farthest from its nearest chosen token.
     Ties go to the smaller index.

@@ -17,7 +17,7 @@ class HiRED(Selector):
     """Total budget ``int(crops * T * keep)``; the whole picture gets ``int(alpha * total)`` (at most T) of it, the tiles share the rest.
 
     A tile's share is the part of the whole picture's ``int((1 - alpha) T)`` tokens with most [CLS] attention in layer 0 that lies in it
-    (paper, section 4.2; rounded down). In each crop the tokens with most [CLS] attention in the layer that makes the features stay (22 of
+    (paper, section 4; rounded down). In each crop the tokens with most [CLS] attention in the layer that makes the features stay (22 of
     24 in the paper). A picture without tiles keeps ``int(T * keep)``.
 
     The code counts a tile's tokens in runs of the flattened picture rather than in the tile's quadrant; here it is the quadrant, as in the

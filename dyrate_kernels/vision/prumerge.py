@@ -15,9 +15,9 @@ from dyrate_kernels.vision.base import WHOLE_ATTENTION, WHOLE_KEYS, Merged, Towe
 class PruMerge(TowerMerger):
     """Per crop, with [CLS] attention and keys of the layer that reads the features (the last one), all heads taken as one [code]:
 
-    - How many stay (section 3.2): those above ``Q3 + 1.5 (Q3 - Q1)`` of the attention, at least one; or ``keep`` of them.
+    - How many stay (section 3): those above ``Q3 + 1.5 (Q3 - Q1)`` of the attention, at least one; or ``keep`` of them.
     - PruMerge+ (``plus``): besides, evenly spaced tokens, every third of ``int(1 / ratio)``, as in the code.
-    - Merging (section 3.3): a token that stays becomes itself plus the attention-weighted sum of its ``neighbours`` nearest tokens by
+    - Merging (section 3): a token that stays becomes itself plus the attention-weighted sum of its ``neighbours`` nearest tokens by
       cosine similarity of keys; what stays and what goes are both candidates [code].
     - One more token: the attention-weighted sum of all that go [code].
 

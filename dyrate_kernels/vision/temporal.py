@@ -1,6 +1,6 @@
 """Merging over time, for videos: what does not change from frame to frame is told once.
 
-``method="dycoke"`` is the first stage of DyCoke (arXiv 2411.15024, section 3.2); ``"mean"`` is what remains of PVC's shape (4608 tokens
+``method="dycoke"`` is the first stage of DyCoke (arXiv 2411.15024, section 3); ``"mean"`` is what remains of PVC's shape (4608 tokens
 become 1152, then fewer while generating) without its training.
 """
 

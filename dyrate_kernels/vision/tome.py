@@ -40,7 +40,7 @@ class ToMe(Reducer):
         return self.tokens is not None or self.keep < 1
 
     def plan(self, patches: int, layers: int) -> list[int]:
-        """Pairs to merge in each of ``layers`` layers; never more than half of what is left (section 3.2)."""
+        """Pairs to merge in each of ``layers`` layers; never more than half of what is left (section 3)."""
         left, plan = patches, []
         target = budget(patches, self.keep, self.tokens)
         for layer in range(layers):

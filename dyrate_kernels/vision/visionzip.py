@@ -19,7 +19,7 @@ class VisionZip(TowerMerger):
     Contextual: of the other tokens every ``m // contextual``-th is a target; each of the rest goes to the target of highest cosine
     similarity of keys (mean over heads); a contextual token is the target plus the mean of what came to it [code]. In the language model
     [CLS] comes first, then the dominant ones, then the contextual ones [code]. A tower without [CLS] (SigLIP): attention received from all
-    tokens, mean, and no [CLS] (paper, section 3.1).
+    tokens, mean, and no [CLS] (paper, section 3).
 
     Attributes:
         keep: share of a crop's patches, [CLS] counted; 64 of 576 in the paper (also 128 and 192).
