@@ -131,17 +131,21 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
 
 
 @contextlib.contextmanager
-def served(model: Any, prepared: Prepared | None) -> Iterator[None]:
+def served(model: Any, prepared: Prepared) -> Iterator[None]:
     """Within: the model's own calls for features are answered by what ``prepare`` made."""
     base = model.base_model
-    names = [f"get_{kind}_features" for kind in (prepared.features if prepared is not None else ())]
-    for kind, name in zip(prepared.features if prepared is not None else (), names, strict=True):
-        vars(base)[name] = _answer(getattr(base, name), *prepared.features[kind], kind)
-    try:
+    with contextlib.ExitStack() as stack:
+        for kind, (output, count) in prepared.features.items():
+            name = f"get_{kind}_features"
+            _replace(stack, base, name, _answer(getattr(base, name), output, count, kind))
         yield
-    finally:
-        for name in names:
-            vars(base).pop(name, None)
+
+
+def _replace(stack: contextlib.ExitStack, owner: nn.Module, name: str, function: Callable) -> None:
+    """Gives an instance a function of its own until ``stack`` ends; one that it had already (accelerate's) comes back then."""
+    own = vars(owner)
+    stack.callback(functools.partial(own.__setitem__, name, own[name]) if name in own else functools.partial(own.pop, name, None))
+    own[name] = function
 
 
 def _answer(original: Callable, output: BaseModelOutputWithPooling, count: int, kind: str) -> Callable:
@@ -281,7 +285,7 @@ class TowerRun:
             self._hook(stack, projector.register_forward_hook(self._after_projector))
             for name in ("pack_image_features", "apply_pooling"):
                 if hasattr(self.base, name):
-                    self._replace(stack, self.base, name, self._watched_call(name, getattr(self.base, name)))
+                    _replace(stack, self.base, name, self._watched_call(name, getattr(self.base, name)))
             if isinstance(self.reducers[0], ToMe):
                 self._merge_in_tower(stack)
             return encoder(**fields, return_dict=True)
@@ -299,11 +303,6 @@ class TowerRun:
     @staticmethod
     def _hook(stack: contextlib.ExitStack, handle: Any) -> None:
         stack.callback(handle.remove)
-
-    @staticmethod
-    def _replace(stack: contextlib.ExitStack, owner: nn.Module, name: str, function: Callable) -> None:
-        vars(owner)[name] = function
-        stack.callback(vars(owner).pop, name, None)
 
     def _see(self, layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -370,7 +369,7 @@ class TowerRun:
     def _merge_in_tower(self, stack: contextlib.ExitStack) -> None:
         plan = self.reducers[0].plan(self.grid**2, self.making + 1)
         for index, layer in enumerate(self.layers):
-            self._replace(stack, layer, "forward", self._merging_forward(layer, plan[index] if index < len(plan) else 0, index == 0))
+            _replace(stack, layer, "forward", self._merging_forward(layer, plan[index] if index < len(plan) else 0, index == 0))
 
     def _merging_forward(self, layer: nn.Module, r: int, first: bool) -> Callable:
         """A layer that works on merged tokens; from outside it takes and gives one row for each original token."""

@@ -355,6 +355,21 @@ def test_the_tower_runs_once_a_generation(make_model):
     assert len(calls) == 1 and "get_image_features" not in vars(model.model)
 
 
+def test_functions_of_the_instance_come_back(make_model):
+    """accelerate puts a ``forward`` of its own on modules."""
+    model = make_model()
+    fields = models.inputs(model, rows_for("llava"))
+    tower = model.model.vision_tower
+    layer = (tower.encoder if hasattr(tower, "encoder") else tower.vision_model.encoder).layers[0]
+    layer.forward = before = layer.forward
+    try:
+        with dk.patch(model, "none", vision="tome"):
+            model.generate(**fields, **greedy(2))
+        assert vars(layer)["forward"] is before
+    finally:
+        del layer.forward
+
+
 # ---- what is left alone, and what is refused ---------------------------------------------------------------------------------------------
 
 
