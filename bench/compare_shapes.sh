@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The comparison of docs/results: every method on drawn scenes at equal cost, on the bundled model. About two hours on one core; a rerun goes on.
+# The comparison of docs/results: every method on drawn scenes at equal cost, on the bundled model. About three hours on one core; a rerun goes on.
 #
 #   bench/compare_shapes.sh ANSWERS REPORT [SEED]
 #
-# ANSWERS keeps every answer and what was tuned; REPORT gets the tables and plots, k1/ (all methods prune from layer 1 on, three costs) and
-# k3/ (from layer 3 on, as in the papers). A SEED other than 0 asks about other scenes, and says which scores of docs/results come out again.
+# ANSWERS keeps every answer and what was tuned; REPORT gets the tables and plots, k1/ (all methods prune from layer 1 on, three costs),
+# k3/ (from layer 3 on, as in the papers) and reducers/ (reducers before the language model, alone and with policies). A SEED other than 0 asks about other scenes, and says which scores of docs/results come out again.
 set -euo pipefail
 answers=${1:?usage: compare_shapes.sh ANSWERS REPORT [SEED]} report=${2:?usage: compare_shapes.sh ANSWERS REPORT [SEED]} seed=${3:-0}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,3 +31,8 @@ compare k3 "dyrate:predictor=$trained/mass-k3 as dyrate-mass, dyrate:predictor=$
   depth:k=3@evict as depth@evict, pyramiddrop:k=3@evict as pyramiddrop@evict, sparsevlm:k=3@evict as sparsevlm@evict, dycoke:k=3 as dycoke,
   st3:k=3 as st3, threshold:k=3 as threshold, layerwise:k=3 as layerwise, random:k=3 as random, random:k=3@evict as random@evict,
   uniform:k=3 as uniform, uniform:k=3@evict as uniform@evict" "" 57.9
+
+compare reducers "dyrate, none+fastervlm as +fastervlm, none+hired as +hired, none+visionzip as +visionzip, none+prumerge as +prumerge,
+  none+tome as +tome, none+aim as +aim, none+divprune as +divprune, none+downsample as +downsample, none+random as +random,
+  none+uniform as +uniform, aim@evict as aim@evict, dyrate+aim:keep=0.75 as dyrate+aim, dyrate+downsample:keep=0.75 as dyrate+downsample,
+  uniform:k=1+aim:keep=0.75 as uniform+aim" "aim:k=2:end=4+aim:keep=0.75@evict as aim+aim-untuned@evict" 57.9,33.3

@@ -55,7 +55,8 @@ class Stats:
         kv_bytes_live, kv_bytes_reserved: bytes of the rows held, and of the buffers they lie in.
         flops, flops_unpruned: executed by the text model, and what it would have been with every token (exact SwiGLU count).
         flops_unreduced, bytes_read_unreduced: likewise with every visual token and without the reducers.
-        paper_cost: FastV's formula over the whole sequence, mean over steps, as a fraction of unpruned (methods.md, section 4, axis 1).
+        paper_cost: FastV's formula over the whole sequence, mean over steps, as a fraction of the model with every visual token (before
+            reducers too; methods.md, section 4, axis 1).
         exact_cost: the same with the real layer in place of FastV's formula, whose MLP lacks the gate.
         bytes_read, bytes_read_unpruned: weights and key/value rows that the decode steps read.
     """
@@ -295,19 +296,19 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
     rows = [int((n[of].cpu() + text).sum()) for n in source.n_visual]
     live = sum(per_row[layer] * held for held, layers in zip(rows, source.group_layers, strict=True) for layer in layers)
     decoded = steps - 1
-    cost = flops.generation_cost(
-        source.shape,
-        text_rows=(text - decoded).tolist(),
-        visual_tokens=visual.tolist(),
-        group_layers=[len(layers) for layers in source.group_layers],
-        kept=_kept_by_group(kept, visual, len(source.group_layers)),
-        again=_kept_by_group(again, visual, len(source.group_layers)) if record.again is not None else None,
-        prefill_shrunk=source.retention == "evict",
-        bytes_per_row=[per_row[layers[0]] for layers in source.group_layers],
-        cached_visual=record.cached[0][of].tolist(),
-        cached_text=record.cached[1][of].tolist(),
-    )
-    whole_cost = cost if source.visual_in is None else _unreduced_cost(source, of, text, steps)
+    arguments: dict[str, Any] = {
+        "text_rows": (text - decoded).tolist(),
+        "visual_tokens": visual.tolist(),
+        "group_layers": [len(layers) for layers in source.group_layers],
+        "kept": _kept_by_group(kept, visual, len(source.group_layers)),
+        "again": _kept_by_group(again, visual, len(source.group_layers)) if record.again is not None else None,
+        "prefill_shrunk": source.retention == "evict",
+        "bytes_per_row": [per_row[layers[0]] for layers in source.group_layers],
+        "cached_visual": record.cached[0][of].tolist(),
+        "cached_text": record.cached[1][of].tolist(),
+    }
+    cost = flops.generation_cost(source.shape, **arguments)
+    whole_cost = cost if source.visual_in is None else _beside_unreduced(source, of, arguments)
     return Stats(
         policy=policy.name,
         predictor=policy.predictor_name,
@@ -327,29 +328,19 @@ def collect(source: Snapshot, sequence: int | None = None, new_tokens: int | Non
         flops=cost.flops,
         flops_unpruned=cost.flops_unpruned,
         flops_unreduced=whole_cost.flops_unpruned,
-        paper_cost=cost.paper_cost,
-        exact_cost=cost.exact_cost,
+        paper_cost=whole_cost.paper_cost,
+        exact_cost=whole_cost.exact_cost,
         bytes_read=cost.bytes_read,
         bytes_read_unpruned=cost.bytes_read_unpruned,
         bytes_read_unreduced=whole_cost.bytes_read_unpruned,
     )
 
 
-def _unreduced_cost(source: Snapshot, of: slice, text: Tensor, steps: int) -> flops.GenerationCost:
-    """What the same steps would have cost with the visual tokens before the reducers."""
+def _beside_unreduced(source: Snapshot, of: slice, arguments: dict[str, Any]) -> flops.GenerationCost:
+    """What the same steps would have cost with the visual tokens before the reducers (``.._unpruned``), and their share of that."""
     assert source.visual_in is not None and source.record is not None
-    visual, layers = source.visual_in[of].cpu(), source.shape.num_layers
-    return flops.generation_cost(
-        source.shape,
-        text_rows=(text - (steps - 1)).tolist(),
-        visual_tokens=visual.tolist(),
-        group_layers=[layers],
-        kept=visual.expand(steps, 1, -1).numpy(),
-        prefill_shrunk=False,
-        bytes_per_row=[sum(source.bytes_per_row) / layers],
-        cached_visual=source.record.cached[2][of].tolist(),
-        cached_text=source.record.cached[1][of].tolist(),
-    )
+    before = {"visual_tokens": source.visual_in[of].tolist(), "cached_visual": source.record.cached[2][of].tolist()}
+    return flops.generation_cost(source.shape, **{**arguments, **before})
 
 
 def _places(source: Snapshot, of: slice, visual: Tensor) -> list[list[int]] | None:

@@ -43,12 +43,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, help="of shapes; default: 0")
     parser.add_argument(
         "--policies", default=DEFAULT_POLICIES, metavar="A,B,..",
-        help="names, with options and retention if wanted: fastv:k=2:rate=0.75@evict; also downsample:side=7; ' as NAME' names a row; "
+        help="names, with options, reducers and retention if wanted: fastv:k=2:rate=0.75@evict, none+hired:keep=0.5, dyrate+aim@evict; "
+        "also downsample:side=7; ' as NAME' names a row; "
         f"default: {DEFAULT_POLICIES}",
     )  # fmt: skip
     parser.add_argument(
         "--cost", metavar="A,B,..",
-        help="percentages of the unpruned model's visual rows: each policy is tuned to cost that much, on other scenes, or on the "
+        help="percentages of the unpruned model's visual rows: each policy is tuned to cost that much (none with reducers: the last "
+        "reducer's keep is set to it), on other scenes, or on the "
         f"questions of --data behind the first --limit (up to {CALIBRATION} are needed, about other pictures)",
     )  # fmt: skip
     parser.add_argument("--also", default="", metavar="A,B,..", help="with --cost: policies that are not tuned, in the same table")
@@ -76,7 +78,9 @@ def contenders(text: str) -> list[Any]:
         if name.split(":")[0] == "downsample":
             found.append(Contender(label, policies.KeepAll(), side=_side(name)))
         else:
-            found.append(Contender(label, common.parse_policy(name), retention or "recoverable"))
+            policy, reducers = common.split_vision(name)
+            vision = common.parse_vision(reducers)
+            found.append(Contender(label, common.parse_policy(policy), retention or "recoverable", vision=vision))
     if len(found) == 1:
         raise ValueError("--policies is empty; name at least one, e.g. dyrate,fastv")
     if len({contender.label for contender in found}) < len(found):
@@ -238,6 +242,10 @@ def _at_costs(
     for cost in costs:
         for contender in chosen[1:]:
             label = f"{contender.label}@{100 * cost:g}"
+            if contender.vision and contender.policy.name == "none":
+                *before, last = contender.vision
+                found.append(replace(contender, label=label, vision=(*before, replace(last, keep=cost))))
+                continue
             if contender.policy.name == "none":  # a coarser picture: the nearest square
                 ids = processor(text=processor.image_token, images=[suite[0].images[0]])["input_ids"][0]
                 side = max(round(math.sqrt(cost * list(ids).count(model.config.image_token_id))), 1)

@@ -21,6 +21,7 @@ from dyrate_kernels.evaluation.suite import Item, Suite
 from dyrate_kernels.patching.api import patch, shape_for
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.stats import Stats
+from dyrate_kernels.vision import Reducer
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Contender:
         policy: what runs; ``policies.KeepAll()`` is the unpruned model.
         retention: ``"recoverable"`` or ``"evict"``.
         side: the picture is first averaged to ``side`` x ``side`` tokens (``evaluation.downsample``); None: not.
+        vision: reducers before the language model (``vision.chain``).
     """
 
     label: str
     policy: Policy
     retention: str = "recoverable"
     side: int | None = None
+    vision: tuple[Reducer, ...] = ()
 
     def bound(self, model: Any) -> Policy:
         """The policy as ``patch`` would bind it to the model."""
@@ -52,9 +55,9 @@ class Answer:
         item, group: of the question.
         right, total: points, and points that could be had.
         tokens: ids, end of sequence included where it was reached.
-        kept: mean fraction of the visual tokens that layers >= k read.
+        kept: mean fraction of the visual tokens (those before any reducer) that layers >= k read.
         visual_share: the same over all layers.
-        n: tokens of the sequence when its prompt ended.
+        n: tokens of the sequence when its prompt ended, nothing reduced.
         paper_cost, exact_cost: FastV's formula and the exact one over the whole sequence, a fraction of unpruned, mean over steps.
         flops, flops_unpruned: executed.
         kv_bytes: of the rows held at the end.
@@ -110,6 +113,8 @@ def run(
     setting = {"suite": suite.name, "policy": str(contender.policy), "retention": contender.retention, "model": model_name(model)}
     if contender.side is not None:
         setting["side"] = str(contender.side)
+    if contender.vision:
+        setting["vision"] = str(contender.vision)
     journal = Journal(folder / f"{contender.label}.jsonl", setting)
     done = _answers(journal, set(names))
     todo = [index for index, name in enumerate(names) if name not in done]
@@ -137,7 +142,8 @@ def _parts(
     with contextlib.ExitStack() as stack:
         if contender.side is not None:
             stack.enter_context(downsampled(model, contender.side))
-        handle = stack.enter_context(patch(model, contender.policy, retention=contender.retention, backend=backend))
+        options = {"retention": contender.retention, "backend": backend, "vision": contender.vision or None}
+        handle = stack.enter_context(patch(model, contender.policy, **options))
         for part in _batches(suite, todo, batch_size):
             yield _ask(model, processor, handle, suite, part, contender.side)
 
@@ -179,10 +185,12 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int],
         right, total = suite.score(index, text)
         stats: Stats = every[place]
         share = (len(row) - 1) / decoded
+        received = sum(stats.visual_tokens) / max(sum(stats.visual_tokens_in), 1) if stats.vision else 1.0
         answer = Answer(
-            item.name, item.group, right, total, row, stats.kept_mean, stats.visual_share, int(inputs["attention_mask"][place].sum()),
-            stats.paper_cost, stats.exact_cost, stats.flops, stats.flops_unpruned, stats.kv_bytes_live, read * share, seconds * share,
-            read * share / copy_bandwidth_of(model.device), first, len(part), text, stats.predictor,
+            item.name, item.group, right, total, row, stats.kept_mean * received, stats.visual_share * received,
+            int(inputs["attention_mask"][place].sum()), stats.paper_cost, stats.exact_cost, stats.flops, stats.flops_unreduced,
+            stats.kv_bytes_live, read * share, seconds * share, read * share / copy_bandwidth_of(model.device), first, len(part), text,
+            stats.predictor,
         )  # fmt: skip
         if n_visual is not None and n_visual[place]:
             answer = _beside_whole(answer, handle.shape, int(n_visual[place]), int(lengths[place]))
