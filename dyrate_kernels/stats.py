@@ -85,6 +85,11 @@ class Stats:
     bytes_read_unpruned: float
     bytes_read_unreduced: float
 
+    @property
+    def received(self) -> float:
+        """Share of the visual tokens that the reducers left to the language model; 1.0 without reducers."""
+        return sum(self.visual_tokens) / sum(self.visual_tokens_in) if self.vision and sum(self.visual_tokens_in) else 1.0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers and lists, ready for JSON."""
         return _without_none_extras(asdict(self))

@@ -38,10 +38,10 @@ from dyrate_kernels.evaluation.runner import Contender, encode, model_name, unti
 from dyrate_kernels.evaluation.suite import Item
 from dyrate_kernels.files import write_json
 from dyrate_kernels.loading import load_model, parse_value
-from dyrate_kernels.patching.api import patch
 from dyrate_kernels.training.data import whole_pictures
+from dyrate_kernels.vision import chain
 
-OPTIONS = ("pretrained", "policy", "retention", "backend", "batch_size", "device", "dtype", "stats")
+OPTIONS = ("pretrained", "policy", "retention", "vision", "backend", "batch_size", "device", "dtype", "stats")
 RETENTIONS = ("recoverable", "evict")
 MOST = 1024  # new tokens where a task does not say
 _IGNORED = {"image_aspect_ratio"}  # of the original LLaVA's own preprocessing
@@ -65,9 +65,9 @@ class Request:
         ttft_seconds: from ``generate`` to the first token, of its batch.
         seconds_per_token: mean of the decode steps until its last token, of its batch; None for an answer of one token.
         seconds: of its batch, divided by the tokens of the batch, times its own.
-        kept_mean: mean fraction of the visual tokens that layers >= k read.
+        kept_mean: mean fraction of the visual tokens (those before any reducer) that layers >= k read.
         rate: mean over steps.
-        visual_tokens: N.
+        visual_tokens: N, before any reducer.
         kv_bytes: of the rows held at the end.
         flops, flops_unpruned: executed.
         text: the answer.
@@ -95,7 +95,7 @@ class DyRate(lmms):
 
     Args:
         pretrained: folder or hub id of a LLaVA-type model, or ``demo``: the bundled one.
-        policy, retention, backend: as ``dyrate_kernels.patch`` takes them.
+        policy, retention, vision, backend: as ``dyrate_kernels.patch`` takes them.
         batch_size: requests that are generated together.
         device, dtype: as ``dyrate generate`` takes them.
         stats: file to which every answer is written with its costs (``Request``) as it comes; requests that it holds already are answered
@@ -110,6 +110,7 @@ class DyRate(lmms):
 
     def __init__(
         self, pretrained: str = "demo", policy: str = "dyrate", retention: str = "recoverable", backend: str = "auto",
+        vision: str | None = None,
         batch_size: int | str = 1, device: str | None = None, dtype: str | None = None, stats: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         known = policies.options(policy)
@@ -119,7 +120,7 @@ class DyRate(lmms):
                     f"dyrate has no option {name!r}; it has {', '.join(OPTIONS)}, and of the policy {policy}: {', '.join(known) or 'none'}"
                 )
         values = {name: parse_value(value) if isinstance(value, str) else value for name, value in options.items()}
-        contender = Contender(policy, policies.get(policy, **values), retention)
+        contender = Contender(policy, policies.get(policy, **values), retention, vision=chain(vision))
         local = os.environ.get("LOCAL_RANK")
         if device in (None, "cuda") and local is not None and torch.cuda.is_available():
             device = f"cuda:{local}"
@@ -145,7 +146,7 @@ class DyRate(lmms):
             raise ValueError(f"retention must be one of {', '.join(RETENTIONS)}, got {contender.retention!r}")
         self.model, self.processor, self.contender = model, processor, contender
         self.batch_size, self.backend, self.device = int(batch_size), backend, model.device
-        with patch(model, contender.policy, retention=contender.retention, backend=backend):
+        with contender.patch(model, backend):
             pass  # what cannot run is an error now, not after the data sets are loaded
         self.stats = None if stats is None else Path(stats)
         self.answered: list[Request] = []
@@ -153,7 +154,8 @@ class DyRate(lmms):
     @property
     def setting(self) -> dict[str, str]:
         """What a ``stats`` file is of."""
-        return {"policy": str(self.contender.policy), "retention": self.contender.retention, "model": model_name(self.model)}
+        found = {"policy": str(self.contender.policy), "retention": self.contender.retention, "model": model_name(self.model)}
+        return found | ({"vision": str(self.contender.vision)} if self.contender.vision else {})
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers, in the order of the requests. Requests of the same generation settings are generated together, ``batch_size`` at a time.
@@ -181,7 +183,7 @@ class DyRate(lmms):
         if groups:
             with (
                 whole_pictures(),
-                patch(self.model, self.contender.policy, retention=self.contender.retention, backend=self.backend) as handle,
+                self.contender.patch(self.model, self.backend) as handle,
             ):
                 for group, places in groups.items():
                     for start in range(0, len(places), self.batch_size):
@@ -224,12 +226,12 @@ class DyRate(lmms):
                     float(times[0]),
                     float(times[last] - times[0]) / last if last else None,
                     each * len(row),
-                    stats.kept_mean,
+                    stats.kept_mean * stats.received,
                     float(np.mean([step.rate[0] for step in stats.steps])),
-                    stats.visual_tokens[0],
+                    stats.visual_tokens_in[0],
                     stats.kv_bytes_live,
                     stats.flops,
-                    stats.flops_unpruned,
+                    stats.flops_unreduced,
                     text,
                 )  # fmt: skip
             )

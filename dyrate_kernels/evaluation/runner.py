@@ -18,7 +18,7 @@ from dyrate_kernels.evaluation.downsample import downsampled, thin
 from dyrate_kernels.evaluation.floor import copy_bandwidth_of
 from dyrate_kernels.evaluation.journal import Journal
 from dyrate_kernels.evaluation.suite import Item, Suite
-from dyrate_kernels.patching.api import patch, shape_for
+from dyrate_kernels.patching.api import Handle, patch, shape_for
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.stats import Stats
 from dyrate_kernels.vision import Reducer
@@ -45,6 +45,10 @@ class Contender:
     def bound(self, model: Any) -> Policy:
         """The policy as ``patch`` would bind it to the model."""
         return self.policy.bind(shape_for(model, self.retention))
+
+    def patch(self, model: Any, backend: str) -> Handle:
+        """The model patched so (but for ``side``)."""
+        return patch(model, self.policy, retention=self.retention, backend=backend, vision=self.vision or None)
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,7 @@ def _parts(
     with contextlib.ExitStack() as stack:
         if contender.side is not None:
             stack.enter_context(downsampled(model, contender.side))
-        options = {"retention": contender.retention, "backend": backend, "vision": contender.vision or None}
-        handle = stack.enter_context(patch(model, contender.policy, **options))
+        handle = stack.enter_context(contender.patch(model, backend))
         for part in _batches(suite, todo, batch_size):
             yield _ask(model, processor, handle, suite, part, contender.side)
 
@@ -185,9 +188,8 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int],
         right, total = suite.score(index, text)
         stats: Stats = every[place]
         share = (len(row) - 1) / decoded
-        received = sum(stats.visual_tokens) / max(sum(stats.visual_tokens_in), 1) if stats.vision else 1.0
         answer = Answer(
-            item.name, item.group, right, total, row, stats.kept_mean * received, stats.visual_share * received,
+            item.name, item.group, right, total, row, stats.kept_mean * stats.received, stats.visual_share * stats.received,
             int(inputs["attention_mask"][place].sum()), stats.paper_cost, stats.exact_cost, stats.flops, stats.flops_unreduced,
             stats.kv_bytes_live, read * share, seconds * share, read * share / copy_bandwidth_of(model.device), first, len(part), text,
             stats.predictor,

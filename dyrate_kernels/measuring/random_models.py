@@ -15,7 +15,7 @@ from torch import Tensor
 from dyrate_kernels import flops
 from dyrate_kernels.policies.base import ModelShape
 
-_CLIP = {
+CLIP_336 = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768,
     "image_size": 336, "patch_size": 14,
 }  # fmt: skip
@@ -49,7 +49,7 @@ class RandomModel:
 
 def _named(name: str, **more: Any) -> RandomModel:
     found = flops.named_model(name)
-    return RandomModel(replace(found.shape, dtype=torch.bfloat16), _CLIP, found.visual_tokens, **more)
+    return RandomModel(replace(found.shape, dtype=torch.bfloat16), CLIP_336, found.visual_tokens, **more)
 
 
 _SMALL = ModelShape(8, 8, 8, 64, 512, 1376, 1000, torch.float32)
@@ -58,7 +58,7 @@ _TOY = ModelShape(4, 2, 2, 16, 32, 64, 200, torch.float32)
 MODELS: dict[str, RandomModel] = {
     **{name: _named(name) for name in ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "llava-next-13b", "llava-next-mistral-7b")},
     "llava-onevision-7b": replace(_named("llava-onevision-7b"), tower=_SIGLIP, visual_tokens=3699, onevision=True),
-    "small": RandomModel(_SMALL, {**_CLIP, **_THIN, "num_hidden_layers": 1}, 2880),
+    "small": RandomModel(_SMALL, {**CLIP_336, **_THIN, "num_hidden_layers": 1}, 2880),
     "toy": RandomModel(_TOY, {**_THIN, "projection_dim": 32, **_TINY}, 20),
     "toy-onevision": RandomModel(replace(_TOY, num_kv_heads=1, model_type="qwen2"), {**_THIN, **_TINY}, 24, onevision=True),
 }

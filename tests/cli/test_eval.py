@@ -58,15 +58,16 @@ def test_a_data_set(capsys, tmp_path):
     file, images = publish("pope", tmp_path, 12)
     given = (
         "--out", str(tmp_path / "out"), "--suite", "pope", "--data", str(file), "--images", str(images), "--limit", "4", "--policies",
-        "fixed:k=1@evict,downsample", "--cost", "50",
+        "fixed:k=1@evict,downsample,none+random as +random", "--cost", "50",
     )  # fmt: skip
     status, out, err = run(capsys, *given, "--report", str(tmp_path / "report"))
     assert (status, err) == (0, "") and "short answers (4 questions" in out and "none: precision " in out and "f1 " in out
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert (table["suite"], table["data"], table["questions"]) == ("pope", "pope.json", 4) and set(table["summary"]["none"]) > {"f1"}
     assert {(line["label"], line["group"]) for line in table["lines"]} == {
-        (label, group) for label in ("none", "fixed_k=1@evict@50", "downsample@50") for group in ("short", "pope")
+        (label, group) for label in ("none", "fixed_k=1@evict@50", "downsample@50", "+random@50") for group in ("short", "pope")
     }
+    assert {line["visual_share"] for line in table["lines"] if line["label"] == "+random@50"} == {0.5}
     assert table["tuned"]["fixed_k=1@evict@50"]["cost"] == pytest.approx(0.5, abs=0.02)
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "pope.json", "pope.md", "pope.png", "pope-curves.json", "pope-curves.png"
@@ -90,6 +91,11 @@ def test_contenders():
     found = contenders("fixed:rate=0.5, schedule:kept=[(0, 50), (3, 20)]@evict")
     assert [c.retention for c in found] == ["recoverable", "recoverable", "evict"]
     assert [c.label for c in contenders("fixed@evict as mine, random:rate=0.1")] == ["none", "mine", "random_rate=0.1"]
+    reduced = contenders("none+tome:keep=0.5+aim, fixed:k=2+downsample@evict as mine")
+    assert [c.label for c in reduced] == ["none", "none+tome_keep=0.5+aim", "mine"] and reduced[2].retention == "evict"
+    assert [[r.name for r in c.vision] for c in reduced] == [[], ["tome", "aim"], ["downsample"]] and reduced[1].vision[0].keep == 0.5
+    with pytest.raises(ValueError, match="reducer must be one of|no policy|must be one of"):
+        contenders("none+nothing")
     wrapped = contenders("recycle:policy=(fastv:k=2:rate=0.9):share=1, fixed")[1].policy
     assert wrapped.share == 1 and (wrapped.policy.name, wrapped.policy.k, wrapped.policy.rate) == ("fastv", 2, 0.9)
     assert found[2].policy.kept == ((0, 50), (3, 20)) and found[0].policy.name == "none"

@@ -64,17 +64,39 @@ def test_every_method_has_a_page_that_names_its_options(name):
         assert f"**{heading}" in text
 
 
-def test_figures_of_the_pages_are_those_of_the_committed_table():
-    table = (ROOT / "docs/results/k1/shapes.md").read_text(encoding="utf-8")
-    first = re.findall(r"^\| ([\w@.-]+) \|.*$", table.split("\n## ")[1], re.MULTILINE)
-    assert len(first) > 40
-    checked = 0
-    for page in (ROOT / "docs/methods").glob("*.md"):
-        for policy, cost, visual, score in re.findall(
-            r"^\| `([\w@-]+)` \| ([\d.]+) % \| ([\d.]+ %) \| (.+) \|$", page.read_text(), re.MULTILINE
-        ):
-            line = next(line for line in table.splitlines() if line.startswith(f"| {policy}@{cost} |"))
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
+@pytest.mark.parametrize("name", dk.vision.names())
+def test_every_reducer_has_a_page_that_names_its_options(name):
+    page = ROOT / "docs" / "vision" / f"{name}.md"
+    text = page.read_text(encoding="utf-8")
+    assert f"({name}.md)" in (page.parent / "README.md").read_text(encoding="utf-8"), "the index does not link it"
+    for field in dataclasses.fields(dk.vision.get(name)):
+        line = f"| `{field.name}` | `{field.default!r}` |"
+        assert line in text, f"{named(page)} must say what {field.name} is, and that its default is {field.default!r}"
+    assert blocks(page, "python"), "a page shows how the reducer is used"
+    for heading in ("What it does", "When to use it", "Cost", "Quality on `shapes`", "Traps"):
+        assert f"**{heading}" in text
+
+
+def long_answers(table):
+    """Label -> cells of the first table of a report."""
+    lines = [line for line in table.split("\n## ")[1].splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row for row in rows if len(row) > 6}
+
+
+def test_figures_of_the_pages_are_those_of_the_committed_tables():
+    checked = {"k1": 0, "reducers": 0}
+    for page in [*(ROOT / "docs/methods").glob("*.md"), *(ROOT / "docs/vision").glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        named_tables = re.findall(r"results/(\w+)/shapes\.md", text)
+        for policy, cost, visual, score in re.findall(r"^\| `([\w@+-]+)` \| ([\d.]+) % \| ([\d.]+ %) \| (.+) \|$", text, re.MULTILINE):
+            rows = long_answers((ROOT / f"docs/results/{named_tables[0]}/shapes.md").read_text(encoding="utf-8"))
+            cells = rows[f"{policy}@{cost}"]
             assert (cells[5], cells[2]) == (visual, score), f"{named(page)}: {policy}@{cost}"
-            checked += 1
-    assert checked > 30
+            checked[named_tables[0]] += 1
+    assert checked["k1"] > 30 and checked["reducers"] > 20
+    rows = long_answers((ROOT / "docs/results/reducers/shapes.md").read_text(encoding="utf-8"))
+    overview = re.findall(r"^\| `([\w@+]+)` \| ([^|]+) \| ([^|]+) \|$", (ROOT / "docs/vision/README.md").read_text(), re.MULTILINE)
+    assert len(overview) > 10
+    for label, mild, strong in overview:
+        assert (rows[f"{label}@57.9"][2], rows[f"{label}@33.3"][2]) == (mild, strong), label

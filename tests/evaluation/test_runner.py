@@ -56,6 +56,33 @@ def test_unpruned_is_the_model_itself(demo, suite, tmp_path):
     assert sum(a.right for a in answers) / sum(a.total for a in answers) > 0.9
 
 
+def test_costs_of_reducers_are_shares_of_the_unreduced_model(demo, suite, tmp_path):
+    """Against the same tokens counted by hand: 72 of 144 before the language model, then a half of those in layers >= 2 of 6."""
+    half = dk.vision.get("uniform", keep=0.5)
+    whole = run(*demo, suite, Contender("none", P.KeepAll()), tmp_path)
+    alone = run(*demo, suite, Contender("alone", P.KeepAll(), vision=(half,)), tmp_path)
+    both = run(*demo, suite, Contender("both", P.Fixed(k=2, rate=0.5), "evict", vision=(half,)), tmp_path)
+    shape = P.ModelShape.from_config(demo[0].config)
+    width, inner = shape.hidden_size, shape.intermediate_size
+
+    def layer(n):
+        return 4 * n * width**2 + 2 * n**2 * width + 2 * n * width * inner
+
+    for one, other, unpruned in zip(alone, both, whole, strict=True):
+        assert (one.kept, one.visual_share, one.n) == (0.5, 0.5, unpruned.n)
+        assert (other.kept, other.n) == (0.25, unpruned.n) and other.visual_share == pytest.approx((2 * 0.5 + 4 * 0.25) / 6)
+        for answer, kept in ((one, [72, 72]), (other, [72, 36])):
+            steps, text = len(answer.tokens), answer.n - 144
+            lengths = [[count + text + step for step in range(steps)] for count in kept]
+            full = [144 + text + step for step in range(steps)]
+            want = sum((2 * layer(a) + 4 * layer(b)) / (6 * layer(n)) for a, b, n in zip(*lengths, full, strict=True)) / steps
+            assert answer.paper_cost == pytest.approx(want)
+            if len(answer.tokens) == len(unpruned.tokens):
+                assert answer.flops_unpruned == pytest.approx(unpruned.flops)
+    with pytest.raises(ValueError, match="holds answers of"):
+        run(*demo, suite, Contender("alone", P.KeepAll()), tmp_path)
+
+
 def test_a_killed_run_goes_on(demo, suite, tmp_path, monkeypatch):
     contender = Contender("fastv", P.FastV(k=2, rate=0.5))
     whole = run(*demo, suite, contender, tmp_path / "whole", batch_size=2)
