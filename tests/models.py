@@ -30,6 +30,20 @@ HIDDEN = 48
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "video_llava", "vipllava")
 TEXTS = ("llama", "mistral", "qwen2", "qwen3")
+# families whose config and inputs differ more: (family, text model)
+MORE_VARIANTS = (
+    ("internvl", "qwen2"),
+    ("internvl", "llama"),
+    ("mistral3", "mistral"),
+    ("idefics3", "llama"),
+    ("smolvlm", "llama"),
+    ("qwen2_vl", "own"),
+    ("qwen2_5_vl", "own"),
+    ("qwen3_vl", "own"),
+    ("gemma3", "own"),
+    ("paligemma", "own"),
+)
+BESIDE = 2  # id of the token that stands before each picture in these
 # every architecture named in the README's table: (family, text model)
 VARIANTS = (
     ("llava", "llama"),
@@ -90,6 +104,9 @@ def config(family: str, text: str = "llama", **overrides: Any) -> Any:
     """The tiny config of a family. ``overrides`` go to the text config."""
     import transformers
 
+    if family in dict(MORE_VARIANTS):
+        return _more_config(family, text, **overrides)
+
     kinds = {
         "llava": "LlavaConfig",
         "llava_next": "LlavaNextConfig",
@@ -112,6 +129,73 @@ def config(family: str, text: str = "llama", **overrides: Any) -> Any:
     return getattr(transformers, kinds[family])(**fields)
 
 
+def _more_config(family: str, text: str, **overrides: Any) -> Any:
+    import transformers
+
+    def text_fields(**more: Any) -> dict[str, Any]:
+        fields = text_config("llama").to_dict()
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                 "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")  # fmt: skip
+        return {name: fields[name] for name in names} | more | overrides
+
+    if family == "internvl":
+        tower = transformers.InternVLVisionConfig(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=[24, 24], patch_size=[4, 4]
+        )
+        return transformers.InternVLConfig(
+            vision_config=tower, text_config=text_config(text, **overrides), image_token_id=IMAGE_TOKEN, downsample_ratio=0.5
+        )
+    if family == "mistral3":
+        tower = transformers.PixtralVisionConfig(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=40, patch_size=4
+        )
+        return transformers.Mistral3Config(
+            vision_config=tower, text_config=text_config(text, **overrides), image_token_index=IMAGE_TOKEN, spatial_merge_size=2
+        )
+    if family in ("idefics3", "smolvlm"):
+        kind = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[family]
+        tower = getattr(transformers, f"{kind}VisionConfig")(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
+        )
+        return getattr(transformers, f"{kind}Config")(
+            vision_config=tower.to_dict(), text_config=text_config(text, **overrides), image_token_id=IMAGE_TOKEN, scale_factor=2,
+            pad_token_id=PAD_TOKEN,
+        )  # fmt: skip
+    if family == "gemma3":
+        fields = text_fields(
+            head_dim=HEAD_DIM, sliding_window=12, query_pre_attn_scalar=20,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        )  # fmt: skip
+        tower = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+                 "patch_size": 4}  # fmt: skip
+        return transformers.Gemma3Config(text_config=fields, vision_config=tower, image_token_index=IMAGE_TOKEN, mm_tokens_per_image=16)
+    if family == "paligemma":
+        tower = transformers.SiglipVisionConfig(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=20, patch_size=4,
+            vision_use_head=False, projection_dim=HIDDEN,
+        )  # fmt: skip
+        return transformers.PaliGemmaConfig(
+            text_config=transformers.GemmaConfig(**text_fields(head_dim=HEAD_DIM)), vision_config=tower, image_token_index=IMAGE_TOKEN,
+            projection_dim=HIDDEN,
+        )  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [1, 2, 3], "rope_theta": 10000.0}
+    ids = {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN, "vision_start_token_id": BESIDE}
+    if family == "qwen3_vl":
+        tower = {"hidden_size": 32, "intermediate_size": 40, "depth": 3, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+                 "temporal_patch_size": 2, "out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0, 1],
+                 "num_position_embeddings": 64}  # fmt: skip
+        fields = text_fields(head_dim=HEAD_DIM, rope_parameters=rope)
+        return transformers.Qwen3VLConfig(text_config=fields, vision_config=tower, **ids)
+    fields = text_fields(rope_parameters=rope)
+    if family == "qwen2_vl":
+        tower = {"embed_dim": 32, "hidden_size": HIDDEN, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4,
+                 "spatial_merge_size": 2, "temporal_patch_size": 2}  # fmt: skip
+        return transformers.Qwen2VLConfig(text_config=fields, vision_config=tower, **ids)
+    tower = {"hidden_size": 32, "out_hidden_size": HIDDEN, "intermediate_size": 40, "depth": 2, "num_heads": 2, "patch_size": 4,
+             "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16, "fullatt_block_indexes": [1]}  # fmt: skip
+    return transformers.Qwen2_5_VLConfig(text_config=fields, vision_config=tower, **ids)
+
+
 def build(family: str, text: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A tiny random model in eval mode on the CPU, the same for the same arguments.
 
@@ -130,6 +214,15 @@ def build(family: str, text: str = "llama", *, seed: int = 0, dtype: torch.dtype
         "llava_onevision": "LlavaOnevisionForConditionalGeneration",
         "video_llava": "VideoLlavaForConditionalGeneration",
         "vipllava": "VipLlavaForConditionalGeneration",
+        "internvl": "InternVLForConditionalGeneration",
+        "mistral3": "Mistral3ForConditionalGeneration",
+        "idefics3": "Idefics3ForConditionalGeneration",
+        "smolvlm": "SmolVLMForConditionalGeneration",
+        "qwen2_vl": "Qwen2VLForConditionalGeneration",
+        "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+        "qwen3_vl": "Qwen3VLForConditionalGeneration",
+        "gemma3": "Gemma3ForConditionalGeneration",
+        "paligemma": "PaliGemmaForConditionalGeneration",
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 + seed)
@@ -166,16 +259,17 @@ def _draw(model: nn.Module, generator: torch.Generator) -> None:
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
 
     for name, parameter in model.named_parameters():
-        text = "vision_tower" not in name and "image_tower" not in name and "video_tower" not in name
+        text = not any(tower in name for tower in ("vision_tower", "image_tower", "video_tower", "vision_model", ".visual."))
         fan_in = parameter.shape[-1]
         if name.endswith("image_newline"):
             normal(parameter, 1.0)
         elif "embed_tokens" in name:
             normal(parameter, 1.0)
         elif "norm" in name and name.endswith("weight"):
-            parameter.fill_(1.0)
+            zero_centred = model.config.model_type in ("gemma3", "paligemma") and text
+            parameter.fill_(0.0 if zero_centred else 1.0)
             if name.endswith(("q_norm.weight", "k_norm.weight")):
-                parameter.fill_(1.4)
+                parameter.fill_(0.4 if zero_centred else 1.4)
         elif parameter.ndim == 1:
             normal(parameter, 0.1)
         elif name.endswith("lm_head.weight"):
@@ -202,6 +296,8 @@ def _pixels(family: str, kind: str, generator: torch.Generator, alone: bool) -> 
         # smooth blobs rather than white noise: neighbouring patches differ, but not all in the same way
         return torch.randn(shape, generator=generator) * 0.8 + torch.randn((*shape[:-2], 1, 1), generator=generator)
 
+    if family in dict(MORE_VARIANTS):
+        return _more_pixels(family, kind, noise, generator)
     side = 8 if family in ("llava_next", "llava_onevision") else 20
     if kind == "video":
         return {"pixel_values_videos": noise(1, FRAMES, 3, side, side)}
@@ -217,6 +313,24 @@ def _pixels(family: str, kind: str, generator: torch.Generator, alone: bool) -> 
     return {_image_field(family): noise(1, 3, side, side)}
 
 
+def _more_pixels(family: str, kind: str, noise: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    if family.startswith("qwen"):  # as the processor cuts it: a row a patch of 2 frames, merged two by two
+        sizes = [(4, 8), (8, 8), (6, 4), (8, 6)]
+        high, wide = sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
+        frames = FRAMES if kind == "video" else 1
+        rows = noise(frames * high * wide, 3 * 2 * 4 * 4)
+        suffix = "_videos" if kind == "video" else ""
+        return {f"pixel_values{suffix}": rows, f"{kind}_grid_thw": torch.tensor([[frames, high, wide]])}
+    if family == "mistral3":
+        sizes = [(16, 24), (24, 24), (24, 16), (32, 32)]
+        high, wide = sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
+        pixels = torch.zeros(1, 3, 32, 32)
+        pixels[..., :high, :wide] = noise(1, 3, high, wide)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([[high, wide]])}
+    side = {"internvl": 24, "paligemma": 20}.get(family, 32)
+    return {"pixel_values": noise(1, 1, 3, side, side) if family in ("idefics3", "smolvlm") else noise(1, 3, side, side)}
+
+
 def _image_field(family: str) -> str:
     """What the model calls its pictures; Video-LLaVA had a name of its own up to transformers 5.22."""
     import transformers
@@ -230,7 +344,8 @@ def _count(model: Any, kind: str, pixels: dict[str, Tensor], alone: bool) -> int
     parameter = next(model.parameters())
     dtype, pixels = parameter.dtype, {name: value.to(parameter.device) for name, value in pixels.items()}
     if kind == "video":
-        features = model.model.get_video_features(pixels["pixel_values_videos"].to(dtype), return_dict=True)
+        fields = {name: value.to(dtype) if value.is_floating_point() else value for name, value in pixels.items()}
+        features = model.model.get_video_features(**fields, return_dict=True)
     else:
         fields = {name: value.to(dtype) if value.is_floating_point() else value for name, value in pixels.items()}
         if not alone and model.config.model_type == "llava_onevision":
@@ -277,7 +392,12 @@ def inputs(model: Any, rows: Sequence[Row], *, seed: int = 0, pad_to: int | None
                 tokens += torch.randint(FIRST_WORD, IMAGE_TOKEN, (count,), generator=generator).tolist()
                 continue
             pixels = _pixels(family, item, generator, alone)
-            tokens += [VIDEO_TOKEN if item == "video" else IMAGE_TOKEN] * _count(model, item, pixels, alone)
+            count, token = _count(model, item, pixels, alone), VIDEO_TOKEN if item == "video" else IMAGE_TOKEN
+            if family in dict(MORE_VARIANTS):
+                parts = FRAMES if family == "qwen3_vl" and item == "video" else 1  # there a time stands before each frame
+                tokens += [BESIDE, *[token] * (count // parts)] * parts
+            else:
+                tokens += [token] * count
             for name, value in pixels.items():
                 pictures.setdefault(name, []).append(value)
         ids.append(tokens)
@@ -288,6 +408,18 @@ def inputs(model: Any, rows: Sequence[Row], *, seed: int = 0, pad_to: int | None
         "input_ids": torch.tensor([[PAD_TOKEN] * (length - len(tokens)) + tokens for tokens in ids]),
         "attention_mask": torch.tensor([[0] * (length - len(tokens)) + [1] * len(tokens) for tokens in ids]),
     }
+    if family in ("idefics3", "smolvlm") and pictures:  # a row's pictures side by side, empty ones behind them
+        each = iter(pictures["pixel_values"])
+        most = max(images_per_row)
+        rows_of = [[next(each) for _ in range(count)] for count in images_per_row]
+        empty = torch.zeros_like(pictures["pixel_values"][0])
+        pictures["pixel_values"] = [torch.cat([*row, *[empty] * (most - len(row))], dim=1) for row in rows_of]
+    if family == "gemma3":
+        fields["token_type_ids"] = (fields["input_ids"] == IMAGE_TOKEN).long()
+    if family == "paligemma":
+        fields["token_type_ids"] = torch.zeros_like(fields["input_ids"])
+    if family.startswith("qwen"):
+        fields["mm_token_type_ids"] = (fields["input_ids"] == IMAGE_TOKEN).int() + 2 * (fields["input_ids"] == VIDEO_TOKEN).int()
     for name, values in pictures.items():
         joined = torch.cat(values)
         fields[name] = joined.to(dtype) if joined.is_floating_point() else joined

@@ -464,10 +464,9 @@ def _attention(
     groups = heads // key.shape[1]
     key, value = key.repeat_interleave(groups, 1).float(), value.repeat_interleave(groups, 1).float()
     scores = query.float() @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
-    allowed = torch.ones(length, length, dtype=torch.bool).tril().expand(batch, 1, length, length)
-    allowed = allowed & oracle.real[:, None, None, :]
-    if attention_mask is not None:  # sliding windows come in here
-        allowed = allowed & (attention_mask > torch.finfo(attention_mask.dtype).min / 2)
+    assert attention_mask is not None  # the model's own: causal, sliding windows, prompts that are read in both directions
+    allowed = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    allowed = allowed.expand(batch, 1, length, length) & oracle.real[:, None, None, :]
     if module.layer_idx in oracle.hidden:
         allowed = allowed & ~oracle.hidden[module.layer_idx][:, None]
     scores = scores.masked_fill(~allowed, -math.inf)

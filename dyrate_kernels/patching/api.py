@@ -19,11 +19,13 @@ from dyrate_kernels.cache import VisualCache
 from dyrate_kernels.ops import dispatch
 from dyrate_kernels.patching import attention
 from dyrate_kernels.patching.families import (
+    blocks_ahead,
     by_name,
     cache_in,
     cache_name,
     check_supported,
     decoder_layers,
+    deepstack_layers,
     positional_names,
     text_model,
     visual_columns,
@@ -100,6 +102,13 @@ def patch(
     chain = reducers.chain(vision)
     check_reducers(model, chain)
     bound = policy.bind(shape_for(model, retention))
+    deepstack = deepstack_layers(model)
+    first = bound.layer_groups(len(decoder_layers(model)))[0]
+    if retention == "evict" and bound.at_prefill and first < deepstack:
+        raise ValueError(
+            f"k must be at least {deepstack} for this {model.config.model_type} with retention='evict', got {first}: visual features are "
+            f"added to the hidden states after its first {deepstack} layers, so no token can leave before; raise k, or use 'recoverable'"
+        )
     dispatch.name_for(backend, next(model.parameters()).device)  # raises now, not in the middle of a generation
     if bound.merges and retention == "recoverable":
         warnings.warn(
@@ -396,11 +405,22 @@ class Handle:
 
     # ---- forward ----------------------------------------------------------------------------------------------------------------
 
-    def _before_base(self, module: Any, args: tuple, kwargs: dict) -> None:
+    def _before_base(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         bound = by_name(self._base_names, args, kwargs)
         cache = cache_in(bound)
-        if isinstance(cache, VisualCache) and cache.session is not None and not _is_step(cache.session, bound):
-            cache.session.stage(visual_columns(self.model, self.family, bound.get("input_ids"), bound.get("inputs_embeds")))
+        if not isinstance(cache, VisualCache) or cache.session is None:
+            return None
+        session = cache.session
+        if not _is_step(session, bound):
+            pictures = bound.get("pixel_values") is not None
+            blocks = blocks_ahead(self.family, bound, pictures or not cache.is_initialized)
+            session.stage(visual_columns(self.model, self.family, bound.get("input_ids"), bound.get("inputs_embeds")), blocks)
+        if self.family.sees_ahead is None:
+            return None
+        # such a model makes its masks here, before the text model is called
+        session.staged_mask = bound.get("attention_mask")
+        device = next(value.device for name in ("inputs_embeds", "input_ids") if (value := bound.get(name)) is not None)
+        return (), bound | {"attention_mask": torch.zeros(1, 1, 1, 1, device=device)}
 
     def _before_decoder(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         bound = by_name(self._decoder_names, args, kwargs)
@@ -413,7 +433,8 @@ class Handle:
             raise RuntimeError("this VisualCache has no session; let generate() make it")
         hidden = bound.get("inputs_embeds")
         hidden = bound["input_ids"] if hidden is None else hidden
-        cache.session.begin_forward(hidden.shape[0], hidden.shape[1], bound.get("attention_mask"), hidden.device)
+        mask = bound.get("attention_mask") if self.family.sees_ahead is None else cache.session.staged_mask
+        cache.session.begin_forward(hidden.shape[0], hidden.shape[1], mask, hidden.device)
         narrow = cache.session.forward.narrow
         if narrow is not None:
             hidden = _narrowed(bound, narrow[0])

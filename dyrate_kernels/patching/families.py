@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
+
+TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+IMAGES, PREFIX = "images", "prefix"
 
 
 @dataclass(frozen=True)
@@ -18,22 +23,34 @@ class Family:
 
     Attributes:
         visual_ids: names of the config entries that hold the ids of visual placeholder tokens.
+        text_models: ``model_type`` of the text models that it is supported with.
+        sees_ahead: columns of a prompt that read each other in both directions: ``IMAGES`` (those of one picture: ``token_type_ids`` 1),
+            ``PREFIX`` (the whole prompt: ``token_type_ids`` 0), or None.
     """
 
     visual_ids: tuple[str, ...] = ("image_token_id",)
+    text_models: tuple[str, ...] = TEXT_MODELS
+    sees_ahead: str | None = None
 
 
-_IMAGE_AND_VIDEO = Family(("image_token_id", "video_token_id"))
+_BOTH = ("image_token_id", "video_token_id")
 
 FAMILIES = {
+    "gemma3": Family(text_models=("gemma3_text",), sees_ahead=IMAGES),
+    "idefics3": Family(),
+    "internvl": Family(),
     "llava": Family(),
     "llava_next": Family(),
-    "llava_onevision": _IMAGE_AND_VIDEO,
-    "video_llava": _IMAGE_AND_VIDEO,
+    "llava_onevision": Family(_BOTH),
+    "mistral3": Family(),
+    "paligemma": Family(text_models=("gemma",), sees_ahead=PREFIX),
+    "qwen2_vl": Family(_BOTH, ("qwen2_vl_text",)),
+    "qwen2_5_vl": Family(_BOTH, ("qwen2_5_vl_text",)),
+    "qwen3_vl": Family(_BOTH, ("qwen3_vl_text",)),
+    "smolvlm": Family(),
+    "video_llava": Family(_BOTH),
     "vipllava": Family(),
 }
-
-TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 CACHE_NAMES = ("cache", "past_key_values")  # the argument that carries the cache: its name from transformers 5.24 on, and before
 
@@ -57,7 +74,7 @@ def check_supported(model: Any) -> Family:
     """
     config = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
-    supported = f"supported: {', '.join(sorted(FAMILIES))} with a text model of {', '.join(TEXT_MODELS)}"
+    supported = f"supported: {', '.join(sorted(FAMILIES))}"
     if not isinstance(model, nn.Module) or name is None:
         raise TypeError(f"model must be a transformers vision-language model, got {type(model).__name__}; {supported}")
     if name not in FAMILIES:
@@ -68,16 +85,22 @@ def check_supported(model: Any) -> Family:
             "patch the model that has generate(), not its inner part"
         )
     text = config.get_text_config()
-    if text.model_type not in TEXT_MODELS:
-        raise TypeError(f"the text model {text.model_type!r} of this {name} is not supported; {supported}")
+    known = FAMILIES[name].text_models
+    if text.model_type not in known:
+        raise TypeError(f"the text model {text.model_type!r} of this {name} is not supported; supported: {', '.join(known)}")
     for entry, why in {"attn_logit_softcapping": "logit softcapping", "kv_lora_rank": "latent attention"}.items():
         if getattr(text, entry, None):
-            raise TypeError(f"the text model uses {why} ({entry}), which is not supported; {supported}")
+            raise TypeError(f"the text model uses {why} ({entry}), which is not supported; load a model without it")
     for layer in decoder_layers(model):
         attention = layer.self_attn
         if getattr(attention, "sinks", None) is not None:
-            raise TypeError(f"the text model uses attention sinks, which is not supported; {supported}")
+            raise TypeError("the text model uses attention sinks, which is not supported; load a model without them")
     return FAMILIES[name]
+
+
+def deepstack_layers(model: Any) -> int:
+    """How many of the first decoder layers are followed by visual features added to the hidden states (Qwen3-VL); 0 for all others."""
+    return len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
 
 
 def text_model(model: Any) -> nn.Module:
@@ -105,6 +128,23 @@ def visual_columns(model: Any, family: Family, input_ids: Tensor | None, inputs_
             hit = (inputs_embeds == weight[token_id].to(inputs_embeds.device, inputs_embeds.dtype)).all(-1)
         mask = hit if mask is None else mask | hit
     return mask
+
+
+def blocks_ahead(family: Family, bound: Mapping[str, Any], first: bool) -> Tensor | None:
+    """int64 ``[B, S]``: by column, the block whose columns read each other in both directions, -1 for none; None: causal throughout.
+
+    Args:
+        bound: arguments of the base model, by name.
+        first: this pass starts with an empty cache, or brings pictures.
+    """
+    types = bound.get("token_type_ids")
+    if types is None or family.sees_ahead is None or (family.sees_ahead == PREFIX and not first):
+        return None
+    if family.sees_ahead == PREFIX:
+        return torch.where(types == 0, 0, -1)
+    image = types == 1
+    starts = image & ~torch.nn.functional.pad(image, (1, 0))[:, :-1]
+    return torch.where(image, starts.cumsum(1) - 1, -1)
 
 
 def positional_names(forward: Any) -> tuple[str, ...]:

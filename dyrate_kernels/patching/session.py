@@ -85,8 +85,7 @@ class Forward:
     drafts: Noted | None = None  # likewise, for drafted rows
     joined: tuple[Tensor, ...] | None = None  # column, stored, token, text and type of this and the waiting chunks
     joined_length: int = 0  # columns of this and the waiting chunks
-    joined_positions: dict[str, Any] = field(default_factory=dict)
-    positions: tuple = ()
+    positions: dict[tuple, Any] = field(default_factory=dict)  # gathered for a group, with what they were gathered from
 
 
 class Session:
@@ -113,6 +112,7 @@ class Session:
         column_valid: bool ``[B, columns]`` where ``reduced``: which columns are real, for the mask of the next turn.
         visual_in: int32 ``[B]`` where ``reduced``: visual tokens before the reducers.
         visual_place: int64 ``[B, N]`` where ``reduced``: which of those each visual token stands in the place of.
+        blocks: int64 ``[B, columns]`` where prompts are not causal throughout: ``KeyRows.blocks``.
         keeps_width: no columns are left out of this generation's passes (its caller wants the hidden states).
     """
 
@@ -157,6 +157,9 @@ class Session:
         self.column_sum: Tensor | None = None  # [B, N], attention received from all prompt rows so far
         self.waiting: list[Any] = []  # early chunks of a prompt, patching.shrink.Waiting
         self.staged: Tensor | None = None
+        self.staged_blocks: Tensor | None = None
+        self.staged_mask: Tensor | None = None
+        self.blocks: Tensor | None = None
         self.forward: Forward | None = None
         self.hidden: Tensor | None = None  # [B, q, d] of this pass at the score layer, for policies that read it
         self.windows: set[int] = set()
@@ -209,9 +212,9 @@ class Session:
         self.evicted_while_decoding = False
         self.record = None
 
-    def stage(self, visual: Tensor | None) -> None:
-        """bool ``[B, q]``: which columns of the next pass are visual tokens by their ids."""
-        self.staged = visual
+    def stage(self, visual: Tensor | None, blocks: Tensor | None = None) -> None:
+        """bool ``[B, q]``: which columns of the next pass are visual tokens by their ids; ``families.blocks_ahead`` of it."""
+        self.staged, self.staged_blocks = visual, blocks
 
     def begin_forward(self, batch: int, length: int, attention_mask: Tensor | None, device: torch.device) -> None:
         """Gives the ``length`` new columns their rows. Checks everything before it changes anything."""
@@ -327,6 +330,7 @@ class Session:
         kind = torch.where(prompt, kind, RESPONSE)
         kind = torch.where(visual, 1, kind).to(torch.uint8)
 
+        self._note_blocks(start + length, batch, device)
         width = columns.expand(batch, -1)
         if self.reduced:
             width = self._count_without_masked(start, length, valid, attention_mask)
@@ -360,9 +364,10 @@ class Session:
         forward.deferred = self.prunes_prompt and start + length < self.turn_end
         row = torch.where(visual, token, torch.where(text, cache.full.capacity + text_row, -1))
         fresh = start == 0
-        forward.slots[0] = Slot(width, valid, token, text_row, kind, row, fresh, fresh and real == batch * length)
+        plain = fresh and self.blocks is None
+        forward.slots[0] = Slot(width, valid, token, text_row, kind, row, fresh, plain and real == batch * length)
         if self.reduced and not forward.drafted and not self.keeps_width and max(most, 1) < length:
-            self._narrow(forward, each, max(most, 1), fresh and most == least > 0)
+            self._narrow(forward, each, max(most, 1), plain and most == least > 0)
         if not self.evict:
             cache.full.n_visual.copy_(total_visual)
             for index, group in enumerate(cache.groups):
@@ -376,6 +381,18 @@ class Session:
                     self._append_all(forward, index, group)
         cache.text_bound = max_text
         self.forward = forward
+
+    def _note_blocks(self, columns: int, batch: int, device: torch.device) -> None:
+        """Takes over what was staged of the columns that see ahead."""
+        staged, self.staged_blocks = self.staged_blocks, None
+        if self.blocks is None and staged is None:
+            return
+        table = torch.full((batch, columns), -1, dtype=torch.int64, device=device)
+        for known in (self.blocks, staged):
+            if known is not None:
+                width = min(known.shape[1], columns)
+                table[:, :width] = known[:, :width].to(device)
+        self.blocks = table
 
     def _count_without_masked(self, start: int, length: int, valid: Tensor, attention_mask: Tensor | None) -> Tensor:
         """int64 ``[B, q]``: columns of this pass, counted back from its end over the valid ones. What came earlier moves up to them."""
@@ -650,7 +667,7 @@ class Session:
         cache = self.cache
         group = cache.group_of[layer]
         if slot.fresh:
-            return KeyRows(key, value, slot.column, slot.stored, slot.token, slot.type)
+            return KeyRows(key, value, slot.column, slot.stored, slot.token, slot.type, self.blocks)
         keys, values = cache.live_slices(layer)
         visual, text = group.bound, cache.text_bound
         device = cache.n_text.device
@@ -663,7 +680,7 @@ class Session:
         )
         token = torch.cat([group.token[:, :visual], torch.full_like(cache.text_column[:, :text], -1, dtype=torch.int64)], dim=1)
         kind = torch.cat([torch.ones_like(token[:, :visual], dtype=torch.uint8), cache.text_type[:, :text]], dim=1)
-        return KeyRows(keys, values, cache.columns(group, visual, text).long(), live, token, kind)
+        return KeyRows(keys, values, cache.columns(group, visual, text).long(), live, token, kind, self.blocks)
 
     def _attend_wide(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         forward = self.forward
@@ -858,7 +875,7 @@ class Session:
             fresh = self.turn_start == 0
             self._place(
                 forward, index, group, column.gather(1, source), here, got, text.gather(1, source), kind.gather(1, source),
-                here & (got >= 0), fresh, fresh and least == size == real,
+                here & (got >= 0), fresh, fresh and self.blocks is None and least == size == real,
             )  # fmt: skip
             forward.source[index], forward.filled[index] = source, filled
         forward.shrunk, forward.joined_length = True, width

@@ -26,20 +26,24 @@ class Waiting:
     Attributes:
         slot: the chunk's ``Slot``.
         hidden: ``[B, q, d]``, what the first pruned layer would have received.
-        positions: the positional arguments of the layer, by name.
+        positions: by layer, its positional arguments (``POSITIONS``). Layers may have different ones: two rotary bases in Gemma 3.
     """
 
     slot: Any
     hidden: Tensor
-    positions: dict[str, Any]
+    positions: dict[int, tuple[Any, ...]]
 
 
 def gather_columns(value: Any, source: Tensor) -> Any:
-    """Picks the columns ``source`` (int64 ``[B, s]``) of ``[B or 1, q, ..]`` tensors, through tuples; None stays None."""
+    """Picks the columns ``source`` (int64 ``[B, s]``) of ``[B or 1, q, ..]`` tensors, and of rotary embeddings ``[3, B, q, D]`` (M-RoPE,
+    whose sections older versions of transformers join in each layer), through tuples; None stays None.
+    """
     if value is None:
         return None
     if isinstance(value, tuple | list):
         return type(value)(gather_columns(v, source) for v in value)
+    if value.ndim == 4:
+        return torch.stack([gather_columns(each, source) for each in value])
     source = source.to(value.device)
     if value.shape[0] == 1 and source.shape[0] > 1:
         value = value.expand(source.shape[0], *value.shape[1:])
@@ -51,6 +55,8 @@ def _join(parts: list[Any], batch: int) -> Any:
         return None
     if isinstance(parts[0], tuple | list):
         return type(parts[0])(_join(list(p), batch) for p in zip(*parts, strict=True))
+    if parts[0].ndim == 4:
+        return torch.stack([_join(list(each), batch) for each in zip(*parts, strict=True)])
     return torch.cat([p.expand(batch, *p.shape[1:]) for p in parts], dim=1)
 
 
@@ -88,7 +94,7 @@ class ShrinkHooks:
 
     def __init__(self, layers: nn.ModuleList, group_starts: list[int]) -> None:
         self.starts = {layer: index for index, layer in enumerate(group_starts, 1)}
-        self.first = group_starts[0]
+        self.first, self.last = group_starts[0], len(layers) - 1
         self.handles = []
         for index in range(self.first, len(layers)):
             self.handles.append(layers[index].register_forward_pre_hook(_Before(self, index), with_kwargs=True))
@@ -109,26 +115,20 @@ class ShrinkHooks:
         if forward is None or forward.decode or not (forward.deferred or forward.shrunk):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        positions = {name: kwargs.get(name) for name in POSITIONS}
+        positions = tuple(kwargs.get(name) for name in POSITIONS)
         if forward.deferred:
             if index == self.first:
-                session.waiting.append(Waiting(forward.slots[0], hidden, positions))
+                session.waiting.append(Waiting(forward.slots[0], hidden, {}))
+            session.waiting[-1].positions[index] = positions
+            if index == self.first:
                 hidden = hidden[:, -1:]  # a token amount of work, whose result nobody reads: layers cannot be skipped from a hook
             last = torch.full((hidden.shape[0], 1), forward.width - 1, dtype=torch.int64, device=hidden.device)
-            return self._with(args, kwargs, hidden, gather_columns(tuple(positions.values()), last))
+            return self._with(args, kwargs, hidden, gather_columns(positions, last))
         group = self.starts.get(index)
         if group is not None:
             source = forward.source[group]
             if group == 1:
-                batch = hidden.shape[0]
-                parts = session.waiting
-                hidden = torch.cat([w.hidden.to(hidden.device) for w in parts] + [hidden], dim=1)
-                joined = {
-                    name: _join([w.positions[name] for w in parts] + [positions[name]], batch) if parts else positions[name]
-                    for name in POSITIONS
-                }
-                session.waiting = []
-                forward.joined_positions = joined
+                hidden = torch.cat([waiting.hidden.to(hidden.device) for waiting in session.waiting] + [hidden], dim=1)
             else:  # a deeper group keeps fewer: from columns of all the prompt to places among what the previous group kept
                 previous = forward.source[group - 1].to(source.device)
                 place = torch.zeros(source.shape[0], forward.joined_length, dtype=torch.int64, device=source.device)
@@ -139,8 +139,21 @@ class ShrinkHooks:
                 before = forward.joined[2] if group == 1 else _tokens(forward.slots[group - 1])
                 kept = merge_columns(hidden, before, kept, _tokens(forward.slots[group]), forward.merge[group])
             hidden = kept
-            forward.positions = gather_columns(tuple(forward.joined_positions.values()), forward.source[group])
-        return self._with(args, kwargs, hidden, forward.positions)
+        positions = self._gathered(session, index, positions, hidden.shape[0])
+        if index == self.last:
+            session.waiting = []
+        return self._with(args, kwargs, hidden, positions)
+
+    def _gathered(self, session: Any, index: int, positions: tuple, batch: int) -> tuple:
+        """The positional arguments of layer ``index`` at the columns that its group keeps; shared by layers that are given the same."""
+        forward = session.forward
+        group = max(number for start, number in self.starts.items() if start <= index)
+        key = (group, *map(id, positions))
+        if key not in forward.positions:
+            earlier = [waiting.positions[index] for waiting in session.waiting]
+            joined = tuple(_join(list(each), batch) for each in zip(*earlier, positions, strict=True)) if earlier else positions
+            forward.positions[key] = (positions, gather_columns(joined, forward.source[group]))  # held, so that ids stay theirs
+        return forward.positions[key][1]
 
     @staticmethod
     def _with(args: tuple, kwargs: dict, hidden: Tensor, positions: tuple) -> tuple[tuple, dict]:

@@ -26,6 +26,7 @@ class KeyRows:
         live: bool ``[B, R]``, False for padding, dropped tokens and rows past a sequence's end.
         token: int64 ``[B, R]``, visual token index, -1 for text.
         type: uint8 ``[B, R]``, token type.
+        blocks: int64 ``[B, columns]``, by column the block whose rows see each other in both directions, -1 for none; None: there are none.
     """
 
     key: Tensor
@@ -34,20 +35,30 @@ class KeyRows:
     live: Tensor
     token: Tensor
     type: Tensor
+    blocks: Tensor | None = None
 
     def to(self, device: torch.device) -> KeyRows:
         """The same rows with all metadata on ``device``."""
         moved = (t.to(device) for t in (self.column, self.live, self.token, self.type))
-        return KeyRows(self.key, self.value, *moved)
+        return KeyRows(self.key, self.value, *moved, blocks=None if self.blocks is None else self.blocks.to(device))
+
+    def block_of(self, column: Tensor) -> Tensor:
+        """int64 like ``column`` ``[B, n]``: the block that each is in; needs ``blocks``."""
+        last = self.blocks.shape[1] - 1
+        return torch.where((column < 0) | (column > last), -1, self.blocks.gather(1, column.clamp(0, last)))
 
 
 def visibility(rows: KeyRows, column: Tensor, window: int | None) -> Tensor:
-    """bool ``[B, q, R]``: row r is live, not later than query q (column int64 ``[B, q]``), and inside the sliding window.
+    """bool ``[B, q, R]``: row r is live, not later than query q (column int64 ``[B, q]``) or in its block, and inside the sliding window.
 
     A query that sees nothing (padding) sees everything instead: its output is never used, and it must not become NaN.
     """
     query, key = column[:, :, None], rows.column[:, None]
-    mask = rows.live[:, None] & (key <= query)
+    seen = key <= query
+    if rows.blocks is not None:
+        own = rows.block_of(column)[:, :, None]
+        seen = seen | ((own == rows.block_of(rows.column)[:, None]) & (own >= 0))
+    mask = rows.live[:, None] & seen
     if window is not None:
         mask &= query - key < window
     return mask | ~mask.any(-1, keepdim=True)
