@@ -330,7 +330,7 @@ class Session:
         kind = torch.where(prompt, kind, RESPONSE)
         kind = torch.where(visual, 1, kind).to(torch.uint8)
 
-        self._note_blocks(start + length, batch, device)
+        self._note_blocks(start, start + length, batch, device)
         width = columns.expand(batch, -1)
         if self.reduced:
             width = self._count_without_masked(start, length, valid, attention_mask)
@@ -382,15 +382,15 @@ class Session:
         cache.text_bound = max_text
         self.forward = forward
 
-    def _note_blocks(self, columns: int, batch: int, device: torch.device) -> None:
-        """Takes over what was staged of the columns that see ahead."""
+    def _note_blocks(self, start: int, columns: int, batch: int, device: torch.device) -> None:
+        """Takes over what was staged of the columns that see ahead. What is known of columns from ``start`` on was of others, cropped since."""
         staged, self.staged_blocks = self.staged_blocks, None
         if self.blocks is None and staged is None:
             return
         table = torch.full((batch, columns), -1, dtype=torch.int64, device=device)
-        for known in (self.blocks, staged):
+        for known, until in ((self.blocks, start), (staged, columns)):
             if known is not None:
-                width = min(known.shape[1], columns)
+                width = min(known.shape[1], until)
                 table[:, :width] = known[:, :width].to(device)
         self.blocks = table
 
