@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.masking_utils import create_causal_mask
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -84,6 +85,8 @@ def check_supported(model: Any) -> Family:
             f"model must be the ...ForConditionalGeneration class, got {type(model).__name__}: "
             "patch the model that has generate(), not its inner part"
         )
+    if FAMILIES[name].sees_ahead is not None and "block_sequence_ids" not in inspect.signature(create_causal_mask).parameters:
+        raise TypeError(f"{name} needs a newer transformers, whose masks are those that it was trained with: 5.17 is, 5.6 is not")
     text = config.get_text_config()
     known = FAMILIES[name].text_models
     if text.model_type not in known:

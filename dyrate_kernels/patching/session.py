@@ -383,7 +383,7 @@ class Session:
         self.forward = forward
 
     def _note_blocks(self, start: int, columns: int, batch: int, device: torch.device) -> None:
-        """Takes over what was staged of the columns that see ahead. What is known of columns from ``start`` on was of others, cropped since."""
+        """Takes over what was staged of the columns that see ahead. What was known from ``start`` on was cropped."""
         staged, self.staged_blocks = self.staged_blocks, None
         if self.blocks is None and staged is None:
             return

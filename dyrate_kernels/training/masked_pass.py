@@ -31,6 +31,8 @@ from dyrate_kernels.patching.families import (
 from dyrate_kernels.policies.dyrate import spread_score
 from dyrate_kernels.training.masked_attention import accumulator, masked_attention, row_chunks, scores
 
+TRAINABLE = ("llava", "llava_next", "llava_onevision", "video_llava", "vipllava")
+
 
 @dataclass
 class Choice:
@@ -212,6 +214,11 @@ def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
         RuntimeError: it is patched by ``dyrate_kernels.patch``.
     """
     family = check_supported(model)
+    if model.config.model_type not in TRAINABLE:
+        raise TypeError(
+            f"predictors are trained for {', '.join(TRAINABLE)}, not for {model.config.model_type}: its prompts are not plain causal text. "
+            "It runs with the closed-form predictor and with every other policy"
+        )
     if any(attention.is_swapped(layer.self_attn) for layer in decoder_layers(model)):
         raise RuntimeError("model is patched: call dyrate_kernels.unpatch(model) before training a predictor for it")
     carrier: list[MaskedPass] = []

@@ -17,7 +17,7 @@ from tests.checks import greedy
 P = dk.policies
 ROWS = [["text 3", "image", "text 5"], ["text 1", "image", "text 2"]]
 RETENTION = pytest.mark.parametrize("retention", ["recoverable", "evict"])
-SUPPORTED = "llava.*llava_next.*llava_onevision.*video_llava.*vipllava"
+SUPPORTED = "gemma3.*llava, .*llava_next.*llava_onevision.*video_llava.*vipllava"
 
 
 @pytest.fixture
