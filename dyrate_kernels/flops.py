@@ -131,7 +131,7 @@ def parameters(shape: ModelShape) -> int:
     """Parameters of the text model with its embedding and output head (one matrix where they are tied)."""
     d, m, dim = shape.hidden_size, shape.intermediate_size, shape.head_dim
     q, kv = shape.num_heads * dim, shape.num_kv_heads * dim
-    layer = d * (2 * q + 2 * kv) + 3 * d * m + 2 * d
+    layer = d * (2 * q + 2 * kv) + 3 * d * m + shape.layer_norms * d
     layer += (q + 2 * kv) * shape.qkv_bias + d * shape.output_bias + (2 * m + d) * shape.mlp_bias + 2 * dim * shape.qk_norm
     return shape.num_layers * layer + d + shape.vocab_size * d * (1 if shape.tied_embeddings else 2)
 
@@ -142,12 +142,12 @@ def item_bytes(dtype: torch.dtype) -> int:
 
 
 def weight_bytes(shape: ModelShape) -> int:
-    """Bytes of all the text model's weights in ``shape.dtype``: what methods.md, section 4 calls "the weights".
+    """Bytes of all the text model's weights in ``shape.dtype``, or as stored where they are quantised: "the weights" of methods.md, section 4.
 
     The input embedding is among them although a step reads only a row a sequence of it (2 % of a 7B Llama, 7 % of
     Qwen2.5-7B), so a bound computed from this errs on the side of promising less.
     """
-    return parameters(shape) * item_bytes(shape.dtype)
+    return parameters(shape) * item_bytes(shape.dtype) if shape.stored_weights is None else shape.stored_weights
 
 
 def kv_bytes_per_token(shape: ModelShape) -> int:

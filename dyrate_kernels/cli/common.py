@@ -26,6 +26,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR_OR_ID", help="folder or hub id of a LLaVA-type model; default: the bundled one")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on a CPU, else the model's own")
+    parser.add_argument(
+        "--quantize", choices=tuple(loading.QUANTIZATIONS),
+        help="round the language model's weights as they are loaded: int8 (torchao), nf4 (bitsandbytes, 4 bits); default: not",
+    )  # fmt: skip
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +70,7 @@ def positive(text: str) -> int:
 
 def load_model(given: argparse.Namespace) -> tuple[Any, Any]:
     """(model, processor) as asked for."""
-    return loading.load_model(given.model, given.device, given.dtype)
+    return loading.load_model(given.model, given.device, given.dtype, given.quantize)
 
 
 def check_output(option: str, path: str | None) -> None:

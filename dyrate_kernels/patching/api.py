@@ -27,6 +27,7 @@ from dyrate_kernels.patching.families import (
     decoder_layers,
     deepstack_layers,
     positional_names,
+    stored_weights,
     text_model,
     visual_columns,
 )
@@ -168,7 +169,7 @@ class Handle:
         self._serving = False  # reduced features are at hand: a generate() inside of generate() is not to make them again
         self._asked_backend = backend
         self.record_importance = record_importance
-        self.shape = ModelShape.from_config(model.config)
+        self.shape = ModelShape.from_config(model.config).replace(stored_weights=stored_weights(model))
         self.session: Session | None = None  # of the generation under way
         self._last: Snapshot | None = None
         self._told = False

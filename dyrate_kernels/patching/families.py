@@ -117,6 +117,21 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return text_model(model).layers
 
 
+def stored_weights(model: Any) -> int | None:
+    """Bytes of the text model's weights and its head as they are held, where they are quantised; None where they are not."""
+    if not getattr(model, "is_quantized", False):
+        return None
+    held = {id(tensor): tensor for module in (text_model(model), model.lm_head) for tensor in module.parameters()}
+    return sum(map(_stored_bytes, held.values()))
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao: values and scales inside of one
+        return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    scales = getattr(getattr(tensor, "quant_state", None), "absmax", None)  # bitsandbytes
+    return tensor.nbytes + (0 if scales is None else scales.nbytes)
+
+
 def visual_columns(model: Any, family: Family, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
     """bool ``[B, q]``: which columns are placeholders of visual tokens; None where neither ids nor embeddings were given."""
     ids = [getattr(model.config, name) for name in family.visual_ids if getattr(model.config, name, None) is not None]

@@ -39,9 +39,11 @@ class ModelShape:
         model_type: the text config's ``model_type``.
         tied_embeddings: the output head shares the embedding's weights.
         qkv_bias, output_bias, mlp_bias: which projections have a bias.
-        qk_norm: queries and keys are normalised per head (qwen3).
+        qk_norm: queries and keys are normalised per head (qwen3, gemma3).
+        layer_norms: normalisations of width d in a layer: 2, in gemma3 4.
         folder: where the model was loaded from, if that is a folder here; a predictor saved beside it is found there.
         trained_by_default: that predictor is taken where none is named.
+        stored_weights: bytes of the weights as a loaded model holds them, where they are quantised; None: all in ``dtype``.
     """
 
     num_layers: int
@@ -58,8 +60,10 @@ class ModelShape:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    layer_norms: int = 2
     folder: str | None = None
     trained_by_default: bool = True
+    stored_weights: int | None = None
 
     @classmethod
     def from_config(cls, config: Any, dtype: torch.dtype | None = None) -> ModelShape:
@@ -105,7 +109,8 @@ class ModelShape:
             qkv_bias=bias or _is_qwen2(kind),  # qwen2 has them whatever its config says
             output_bias=bias and not _is_qwen2(kind),
             mlp_bias=bool(getattr(text, "mlp_bias", False)),
-            qk_norm=kind.startswith("qwen3"),
+            qk_norm=kind.startswith(("qwen3", "gemma3")),
+            layer_norms=4 if kind.startswith("gemma3") else 2,
             folder=place if place and os.path.isdir(place) else None,
         )
 

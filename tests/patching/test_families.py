@@ -310,3 +310,10 @@ def test_pixtral_tower(make_model, retention):
     against_oracle(model, fields, METHODS["dyrate"], retention)
     with pytest.raises(TypeError, match="not pixtral; patch with vision=None"):
         dk.patch(model, vision="aim")
+
+
+@VARIANTS
+def test_parameters_are_what_the_text_model_has(make_model, family, text):
+    model = make_model(family, text)
+    own = {id(tensor): tensor.numel() for module in (model.get_decoder(), model.lm_head) for tensor in module.parameters()}
+    assert dk.flops.parameters(dk.policies.ModelShape.from_config(model.config)) == sum(own.values())
