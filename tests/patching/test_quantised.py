@@ -33,8 +33,8 @@ def test_keep_all_is_the_unpatched_quantised_model(quantised, retention):
     before = {key: (type(value), value.data_ptr()) for key, value in model.named_parameters()}
     want = model.generate(**inputs, **greedy(8))
     with dk.patch(model, "none", retention=retention):
-        # bfloat16 rounds the attention itself, which fused attention computes in another order
-        assert_same(model.generate(**inputs, **greedy(8)), want, tolerance=0.01 if name == "int8" else 2e-5)
+        # fused attention sums in another order; bfloat16 rounds that (int8), and so does bitsandbytes where it rounds its inputs (nf4)
+        assert_same(model.generate(**inputs, **greedy(8)), want, tolerance=0.01 if name == "int8" else 1e-3)
         assert {key: (type(value), value.data_ptr()) for key, value in model.named_parameters()} == before
     assert_same(model.generate(**inputs, **greedy(8)), want, tolerance=0)
 
