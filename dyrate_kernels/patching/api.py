@@ -32,6 +32,7 @@ from dyrate_kernels.patching.families import (
     visual_columns,
 )
 from dyrate_kernels.patching.graph import StepGraph
+from dyrate_kernels.patching.parallel import head_shards
 from dyrate_kernels.patching.session import Forward, Session
 from dyrate_kernels.patching.shrink import ShrinkHooks, gather_columns
 from dyrate_kernels.patching.vision import check_supported as check_reducers
@@ -170,6 +171,9 @@ class Handle:
         self._asked_backend = backend
         self.record_importance = record_importance
         self.shape = ModelShape.from_config(model.config).replace(stored_weights=stored_weights(model))
+        self.heads = head_shards(model)
+        if cuda_graph and self.heads is not None:
+            raise ValueError("cuda_graph=True is not available for a model whose heads are shared among processes; leave it out")
         self.session: Session | None = None  # of the generation under way
         self._last: Snapshot | None = None
         self._told = False
@@ -371,7 +375,7 @@ class Handle:
                 )
             self._original_prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args)
         else:
-            session = Session(self.policy, self.shape, self.retention, self.backend, self.record_importance)
+            session = Session(self.policy, self.shape, self.retention, self.backend, self.record_importance, self.heads)
             cache = model_kwargs[cache_name()] = session.cache
         assistant = bool(getattr(generation_config, "is_assistant", False))
         mask = model_kwargs.get("attention_mask")

@@ -117,6 +117,7 @@ class Raters:
         real = self.real.to(query.device)
         mask = visibility(rows, self.column.to(query.device), window)
         total = sum_of_all_rows(query, rows, mask, real, scale, last.shape[1])
+        total = total if session.heads is None else session.heads.mean(total)
         count = real.sum(1, keepdim=True)
         return torch.where(count.to(last.device) > 0, (total / count.clamp(min=1)).to(last.device), last)
 
@@ -127,6 +128,7 @@ class Raters:
         real = (column >= session.turn_start) & (column < session.turn_end)
         span = (session.turn_start, session.turn_end)
         rank = page_rank(query, rows, column, real, span, scale, window, policy.temperature, policy.iterations, last.shape[1])
+        rank = rank if session.heads is None else session.heads.root_mean_square(rank)
         return rank.to(last.device)
 
     def show(self, layer: int, view: View) -> None:

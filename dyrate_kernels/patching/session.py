@@ -28,6 +28,7 @@ from torch import Tensor
 from dyrate_kernels import ops
 from dyrate_kernels.cache import INSTRUCTION, RESPONSE, SYSTEM, RowGroup, VisualCache
 from dyrate_kernels.patching import cpu_step
+from dyrate_kernels.patching.parallel import HeadShards
 from dyrate_kernels.patching.raters import Raters
 from dyrate_kernels.patching.stages import Noted, Stages
 from dyrate_kernels.patching.wide import KeyRows, attend_wide, row_statistics, sum_of_all_rows, visibility
@@ -97,6 +98,7 @@ class Session:
         retention: ``"recoverable"`` or ``"evict"``.
         backend: name of the operator backend.
         record_importance: keep importance and kept tokens of every step for ``stats()``.
+        heads: the processes among which the model's heads are shared out; None: all are here.
 
     Attributes:
         unpruned: the decode step under way is the newest one once more, with all visual tokens (``again``).
@@ -119,8 +121,12 @@ class Session:
     unpruned: bool = False
     bounds_at_capacity: bool = False
 
-    def __init__(self, policy: Policy, shape: ModelShape, retention: str, backend: str, record_importance: bool = False) -> None:
+    def __init__(
+        self, policy: Policy, shape: ModelShape, retention: str, backend: str, record_importance: bool = False,
+        heads: HeadShards | None = None,
+    ) -> None:  # fmt: skip
         self.policy, self.shape, self.retention, self.backend = policy, shape, retention, backend
+        self.heads = heads
         self.evict = retention == "evict"
         self.score_layer = policy.k - 1
         starts = policy.layer_groups(shape.num_layers)
@@ -611,12 +617,13 @@ class Session:
             score, decide = (functools.partial(call, layer, query, scale, window) for call in (on_cpu.score, on_cpu.step))
         if not self._decides_now:
             output, mass, importance = score(importance=self.record_importance)
-            self.write_record(mass, importance)
+            self.write_record(*self.of_all_heads(mass, importance))
             return output
         pruned = cache.groups[1]
         hidden = self.hidden_of(slice(-1, None))
         hidden = None if hidden is None else hidden[:, 0]
-        tensors = policy.predictor_tensors(self.state, hidden) if len(cache.groups) == 2 else None
+        whole = len(cache.groups) == 2 and self.heads is None  # one call scores and decides
+        tensors = policy.predictor_tensors(self.state, hidden) if whole else None
         if tensors is not None:
             weight, bias, rates = tensors
             step = decide(
@@ -626,6 +633,7 @@ class Session:
             self.apply(pruned, kept, n_kept)
         else:
             output, mass, importance = score(importance=True)
+            mass, importance = self.of_all_heads(mass, importance)
             batch = mass.shape[0]
             view = View(self.step.expand(batch), mass, importance, cache.full.n_visual, self.alive_of(pruned), self.state, hidden)
             decision = policy.decide(view)
@@ -635,6 +643,10 @@ class Session:
             self._select_and_apply(decision, importance)
         self.write_record(mass, importance)
         return output
+
+    def of_all_heads(self, mass: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Statistics of the heads of this process -> of all."""
+        return (mass, importance) if self.heads is None else self.heads.statistics(mass, importance)
 
     def alive_of(self, group: RowGroup) -> Tensor | None:
         return None if group.alive is None else group.alive[:, : self.cache.full.capacity]
@@ -723,14 +735,17 @@ class Session:
         if policy.query_rows == "mean" and self._decides_at_prefill and forward.drafted < forward.length:
             prompt = slice(0, forward.width - forward.drafted)
             real = forward.slots[0].stored[:, prompt].to(query.device)
-            added = sum_of_all_rows(query[:, :, prompt], rows, mask[:, prompt], real, scale, tokens).to(home)
+            added = sum_of_all_rows(query[:, :, prompt], rows, mask[:, prompt], real, scale, tokens)
+            added = (added if self.heads is None else self.heads.mean(added)).to(home)
             self.column_sum = added if self.column_sum is None else _resize_like(self.column_sum, added) + added
         if self.raters is not None and forward.drafted < forward.length:
             self.raters.note(layer, forward.slots[0], query)
         if forward.ends_prompt:
             hidden = self.hidden_of(slice(last, last + 1))
             if forward.drafted or window is not None:
-                mass, importance = row_statistics(query[:, :, last : last + 1], rows, mask[:, last : last + 1], scale, tokens)
+                mass, importance = self.of_all_heads(
+                    *row_statistics(query[:, :, last : last + 1], rows, mask[:, last : last + 1], scale, tokens)
+                )
                 mass, importance = mass[:, 0].to(home), importance[:, 0].to(home)
             else:
                 mass, importance = self._score_last_query(layer, query[:, :, last], scale)
@@ -739,7 +754,7 @@ class Session:
             self._decide_prompt(mass, importance, None if hidden is None else hidden[:, 0])
         if forward.drafted:
             first = forward.length - forward.drafted
-            mass, importance = row_statistics(query[:, :, first:], rows, mask[:, first:], scale, tokens)
+            mass, importance = self.of_all_heads(*row_statistics(query[:, :, first:], rows, mask[:, first:], scale, tokens))
             self._decide_drafts(mass.to(home), importance.to(home))
 
     def _score_last_query(self, layer: int, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -750,6 +765,7 @@ class Session:
             visual_capacity=group.capacity, scale=scale, text_type=cache.text_type.to(device),
             visual_bound=group.bound, text_bound=cache.text_bound, backend=self.backend,
         )  # fmt: skip
+        mass, importance = self.of_all_heads(mass, importance)
         return mass.to(home), importance.to(home)
 
     def _decide_prompt(self, mass: Tensor, importance: Tensor, hidden: Tensor | None) -> None:

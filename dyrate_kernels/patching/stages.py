@@ -76,6 +76,7 @@ class Stages:
         output, mass, importance = ops.trusted("decode_attention", session.backend, rows["query"].device)(
             **rows, mass=True, importance=True
         )
+        mass, importance = session.of_all_heads(mass, importance)
         importance = importance.to(home)
         within = before.alive
         if session.evict:  # rows of this group are fewer than tokens
@@ -123,7 +124,7 @@ class Stages:
             raters.note(layer, forward.slots[index - 1], query)
         if forward.ends_prompt and forward.noted is not None:
             last = slice(query.shape[2] - drafted - 1, query.shape[2] - drafted)
-            mass, importance = row_statistics(query[:, :, last], rows, mask[:, last], scale, tokens)
+            mass, importance = session.of_all_heads(*row_statistics(query[:, :, last], rows, mask[:, last], scale, tokens))
             mass, importance, hidden = mass[:, 0].to(home), importance[:, 0].to(home), session.hidden_of(last)
             if raters is not None:
                 importance = raters.importance(layer, rows, scale, window, importance)
@@ -131,7 +132,7 @@ class Stages:
         if drafted and forward.drafts is not None:
             new = slice(query.shape[2] - drafted, query.shape[2])
             if session.policy.at_decode and not session.evict:
-                mass, importance = row_statistics(query[:, :, new], rows, mask[:, new], scale, tokens)
+                mass, importance = session.of_all_heads(*row_statistics(query[:, :, new], rows, mask[:, new], scale, tokens))
                 self._drafts(index, mass.to(home), importance.to(home), session.hidden_of(new))
             elif not session.evict and cache.groups[index].kept is not None:
                 forward.allowed[index] = session.mark(cache.groups[index].kept)[:, None].expand(-1, drafted, -1)
