@@ -197,8 +197,10 @@ class Handle:
         vars(model)[_HANDLE] = self
         self._decoder_names = positional_names(text_model(model).forward)
         self._base_names = positional_names(model.base_model.forward)
-        for layer in decoder_layers(model):
-            attention.swap(layer.self_attn)
+        reads = self.policy.reads_hidden or (self.retention == "evict" and self.policy.merges)
+        deciding = {start - 1 for start in self.policy.layer_groups(self.shape.num_layers)} if reads else set()
+        for index, layer in enumerate(decoder_layers(model)):
+            attention.swap(layer.self_attn, shows_hidden=index in deciding)
         self._hooks += [
             model.base_model.register_forward_pre_hook(self._before_base, with_kwargs=True),
             text_model(model).register_forward_pre_hook(self._before_decoder, with_kwargs=True),

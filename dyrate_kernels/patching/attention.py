@@ -6,7 +6,6 @@ do not flip together, and ``print(model)`` shows the swap (design.md, section 5)
 
 from __future__ import annotations
 
-import functools
 import sys
 from functools import cache
 from typing import Any, Protocol
@@ -27,7 +26,7 @@ class Carrier(Protocol):
         ...
 
     def see(self, layer: int, hidden: Tensor) -> None:
-        """``[B, q, d]``, the normalised hidden states that go into the layer's attention; comes before ``attend``."""
+        """``[B, q, d]``, the normalised hidden states that go into the layer's attention; before ``attend``, of layers that show them."""
         ...
 
 
@@ -58,14 +57,7 @@ def _set_config(module: nn.Module, config: Any) -> None:
 
 @cache
 def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        carrier: Carrier | None = kwargs.get(CARRIER)
-        if carrier is not None:
-            carrier.see(self.layer_idx, hidden_states)
-        return original.forward(self, hidden_states, *args, **kwargs)
-
     members = {
-        "forward": functools.wraps(original.forward)(forward),
         "config": property(_get_config, _set_config),
         "_dyrate_original": original,
         "__module__": __name__,
@@ -79,16 +71,32 @@ def is_swapped(module: nn.Module) -> bool:
     return "_dyrate_original" in vars(type(module))
 
 
-def swap(module: nn.Module) -> None:
-    """Gives an attention module its patched class. The module is changed in place."""
+def swap(module: nn.Module, shows_hidden: bool = False) -> None:
+    """Gives an attention module its patched class. The module is changed in place.
+
+    Args:
+        shows_hidden: the carrier sees what goes into it. By a hook, which runs even where accelerate has put a ``forward`` on the instance.
+    """
     register()
     module.__class__ = _swapped_class(type(module))
+    if shows_hidden:
+        module.register_forward_pre_hook(_show_hidden, with_kwargs=True)
 
 
 def restore(module: nn.Module) -> None:
     """Undoes ``swap``."""
     if is_swapped(module):
         module.__class__ = type(module)._dyrate_original
+        for key, hook in list(module._forward_pre_hooks.items()):  # a deep copy of the model has a hook of its own here
+            if hook is _show_hidden:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _show_hidden(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    carrier: Carrier | None = kwargs.get(CARRIER)
+    if carrier is not None:
+        carrier.see(module.layer_idx, args[0] if args else kwargs["hidden_states"])
 
 
 @cache

@@ -69,6 +69,7 @@ class Forward:
     length: int
     decode: bool
     row: Tensor | None = None  # decode: int64 [B, 1], text row index (not yet offset by the visual capacity)
+    moved: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # decode: by id and device, metadata and their copies
     new_row: tuple[Tensor, Tensor] | None = None  # decode: key and value [B, Hkv, D] that the layer's attention is to store
     on_cpu: cpu_step.CpuStep | None = None  # decode: what attends on a CPU, without the reference operators
     slots: dict[int, Slot] = field(default_factory=dict)  # wide: by index of the group
@@ -567,9 +568,9 @@ class Session:
         rows = self._rows(layer, query, scale, window)
         group = cache.group_of[layer]
         if group.kept is not None and not self.unpruned:
-            rows["kept"], rows["n_kept"] = group.kept.to(query.device), group.n_kept.to(query.device)
+            rows["kept"], rows["n_kept"] = self._at(query.device, group.kept), self._at(query.device, group.n_kept)
         if layer in self.score_layers and self._decides_now:
-            rows["text_type"] = cache.text_type.to(query.device)
+            rows["text_type"] = self._at(query.device, cache.text_type)
             return self.stages.decode(layer, rows)[:, None]
         return ops.trusted("decode_attention", self.backend, query.device)(**rows)[0][:, None]
 
@@ -582,8 +583,8 @@ class Session:
             "query": query[:, :, 0],
             "key": cache.keys[layer],
             "value": cache.values[layer],
-            "n_visual": group.n_visual.to(device),
-            "n_text": cache.n_text.to(device),
+            "n_visual": self._at(device, group.n_visual),
+            "n_text": self._at(device, cache.n_text),
             "visual_capacity": group.capacity,
             "scale": scale,
             "visual_bound": group.bound,
@@ -595,9 +596,19 @@ class Session:
             forward.new_row = None
         if window is not None:
             rows["position"] = cache.columns(group, group.capacity, cache.text_capacity).to(device)
-            rows["query_position"] = self.column.to(device).expand_as(rows["n_text"])
+            rows["query_position"] = self._at(device, self.column).expand_as(rows["n_text"])
             rows["window"] = window
         return rows
+
+    def _at(self, device: torch.device, tensor: Tensor) -> Tensor:
+        """``tensor`` on ``device``; moved there once in a decode step, however many layers read it there."""
+        if tensor.device == device:
+            return tensor
+        moved = self.forward.moved
+        key = (id(tensor), device)
+        if key not in moved:
+            moved[key] = (tensor, tensor.to(device))  # held, so that its id stays its own
+        return moved[key][1]
 
     @property
     def _decides_now(self) -> bool:
@@ -610,7 +621,7 @@ class Session:
         cache, policy, on_cpu = self.cache, self.policy, self.forward.on_cpu
         if on_cpu is None:
             rows = self._rows(layer, query, scale, window)
-            rows["text_type"] = cache.text_type.to(query.device)
+            rows["text_type"] = self._at(query.device, cache.text_type)
             score, decide = (ops.trusted(name, self.backend, query.device) for name in ("decode_attention", "decode_step"))
             score, decide = functools.partial(score, **rows, mass=True), functools.partial(decide, **rows)
         else:
@@ -665,6 +676,7 @@ class Session:
     def apply(self, group: RowGroup, kept: Tensor, n_kept: Tensor) -> None:
         """The choice of a step takes effect: a list to read through, or rows that move."""
         cache = self.cache
+        self.forward.moved.clear()  # counts may change in place
         if self.evict:
             cache.evict(group, kept, n_kept, self.backend)
             self.evicted_while_decoding = True

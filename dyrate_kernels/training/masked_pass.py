@@ -259,7 +259,7 @@ def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
 
     handles = [text_model(model).register_forward_pre_hook(carry, with_kwargs=True)]
     for layer in decoder_layers(model):
-        attention.swap(layer.self_attn)
+        attention.swap(layer.self_attn, shows_hidden=True)
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     training = model.training
     model.requires_grad_(False).eval()

@@ -18,6 +18,7 @@ from tests.checks import fingerprint, greedy
 
 ROWS = [["text 3", "image", "text 5"], ["text 1", "image", "text 2", "image", "text 4"], ["text 6"]]
 FIXED = dk.policies.Fixed(k=2, rate=0.6)
+METHODS_AS_POLICIES = {"fixed": dk.policies.Fixed(k=2, rate=0.5), "pyramiddrop": "pyramiddrop", "sparsevlm": "sparsevlm"}
 RETENTION = pytest.mark.parametrize("retention", ["recoverable", "evict"])
 FAMILY = pytest.mark.parametrize(("family", "text"), models.VARIANTS, ids=["-".join(each) for each in models.VARIANTS])
 
@@ -163,6 +164,54 @@ def test_accelerate_hooks(retention, first):
     assert torch.equal(tokens(model, fields), want)
     dk.unpatch(model)
     assert torch.equal(tokens(model, fields), plain)
+
+
+@RETENTION
+@pytest.mark.parametrize("method", ["fixed", "pyramiddrop", "sparsevlm"])
+def test_device_map(tmp_path, retention, method):
+    """As ``device_map="auto"`` dispatches a model that does not fit: layers here, layers on the disk."""
+    pytest.importorskip("accelerate")
+    model = models.build("llava")
+    fields = models.inputs(model, ROWS)
+    policy = METHODS_AS_POLICIES[method]
+    with dk.patch(model, policy, retention=retention):
+        want = tokens(model, fields)
+    plain = tokens(model, fields)
+    model.save_pretrained(tmp_path / "model")
+    layers = "model.language_model.layers"
+    places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "model.language_model.embed_tokens": "cpu",
+              "lm_head": "cpu", "model.language_model.norm": "cpu", "model.language_model.rotary_emb": "cpu",
+              **{f"{layers}.{i}": "disk" if i in (1, 3) else "cpu" for i in range(models.LAYERS)}}  # fmt: skip
+    split = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload", dtype=torch.float32)
+    models._settle(split)
+    assert split.get_decoder().layers[3].self_attn.q_proj.weight.device.type == "meta"  # its weights are on the disk
+    with dk.patch(split, policy, retention=retention) as handle:
+        assert torch.equal(tokens(split, fields), want)
+        assert handle.stats().kept_mean < 1
+    assert torch.equal(tokens(split, fields), plain)
+
+
+def test_metadata_move_once_in_a_step_to_another_device(make_model):
+    """Layers on a second device read lists that were decided on the first: each is moved there once, and anew when it changes."""
+    model = make_model()
+    seen = []
+
+    def watch(module, args, kwargs):
+        session = kwargs["dyrate"].session
+        if session.forward is not None and session.forward.decode and session.cache.groups[1].kept is not None:
+            group = session.cache.groups[1]
+            there = [session._at(torch.device("meta"), group.kept) for _ in range(2)]
+            assert there[0] is there[1] and there[0].device.type == "meta" and session._at(group.kept.device, group.kept) is group.kept
+            seen.append(id(there[0]))
+
+    hooks = [model.get_decoder().layers[i].register_forward_pre_hook(watch, with_kwargs=True) for i in (3, 4)]
+    try:
+        with dk.patch(model, dk.policies.Fixed(k=2, rate=0.5)):
+            tokens(model, models.inputs(model, ROWS))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(seen) >= 4 and all(a == b for a, b in zip(seen[::2], seen[1::2], strict=True))
 
 
 @RETENTION
