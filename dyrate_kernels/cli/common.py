@@ -85,18 +85,12 @@ def load_image(path: str) -> Any:
     Raises:
         ValueError: the file is missing, empty, or no picture; says which.
     """
-    from PIL import Image, ImageOps
+    from dyrate_kernels.pictures import UnreadableError, read_picture
 
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"--image {path}: no such file")
-    if file.stat().st_size == 0:
-        raise ValueError(f"--image {path}: the file is empty")
     try:
-        with Image.open(file) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except Exception as error:  # Pillow raises many kinds for a broken file
-        raise ValueError(f"--image {path}: not a picture that can be read ({error})") from error
+        return read_picture(path)
+    except UnreadableError as error:
+        raise ValueError(f"--image {path}: {error}") from error
 
 
 def prepare(processor: Any, image: Any, prompt: str, device: Any) -> dict[str, Any]:

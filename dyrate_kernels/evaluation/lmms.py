@@ -33,10 +33,10 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dyrate_kernels import policies
 from dyrate_kernels.evaluation.cider import tokenize
-from dyrate_kernels.evaluation.journal import Journal
 from dyrate_kernels.evaluation.runner import Contender, encode, model_name, until_end
 from dyrate_kernels.evaluation.suite import Item
 from dyrate_kernels.files import write_json
+from dyrate_kernels.journal import Journal
 from dyrate_kernels.loading import load_model, parse_value
 from dyrate_kernels.training.data import whole_pictures
 from dyrate_kernels.vision import chain

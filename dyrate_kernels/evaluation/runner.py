@@ -16,8 +16,8 @@ from transformers import LogitsProcessor
 from dyrate_kernels import chat, flops
 from dyrate_kernels.evaluation.downsample import downsampled, thin
 from dyrate_kernels.evaluation.floor import copy_bandwidth_of
-from dyrate_kernels.evaluation.journal import Journal
 from dyrate_kernels.evaluation.suite import Item, Suite
+from dyrate_kernels.journal import Journal
 from dyrate_kernels.patching.api import Handle, patch, shape_for
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.stats import Stats

@@ -1,0 +1,185 @@
+"""One worker: a patched model that captions what it is given, whatever the pictures are like."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dyrate_kernels.captioning.inputs import Source, payloads
+from dyrate_kernels.pictures import MAX_PIXELS, UnreadableError, read_picture
+
+_READERS = 4  # threads that decode pictures
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker does with a picture; it is sent to where the worker runs.
+
+    Attributes:
+        model, device, dtype, quantize: as ``loading.load_model`` takes them.
+        policy, retention, backend, vision: as ``dyrate_kernels.patch`` takes them.
+        prompt: what is asked about each picture.
+        max_new_tokens: of a caption.
+        batch_size: pictures that are generated together, at most.
+        column: of Parquet files that holds the pictures; None: the pictures are files.
+        max_pixels: of a picture.
+    """
+
+    model: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+    policy: Any = "dyrate"
+    retention: str = "recoverable"
+    backend: str = "auto"
+    vision: Any = None
+    prompt: str = "Describe the picture."
+    max_new_tokens: int = 160
+    batch_size: int = 8
+    column: str | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def setting(self) -> dict[str, str]:
+        """What captions depend on: captions of another setting do not belong into one file."""
+        reducers = None if self.vision is None else "+".join(map(str, self.vision))
+        given = {"model": self.model or "bundled", "dtype": self.dtype, "quantize": self.quantize, "policy": self.policy,
+                 "retention": self.retention, "vision": reducers, "prompt": self.prompt, "max_new_tokens": self.max_new_tokens}  # fmt: skip
+        return {name: str(value) for name, value in given.items()}
+
+
+@dataclass
+class Caption:
+    """What came of one picture: a caption, or why there is none.
+
+    Attributes:
+        name: of the ``Source``.
+        caption: text, or None.
+        error, kind: words for a person, and a word to count by; None where there is a caption.
+        visual_tokens: of the picture, before any reducer.
+        read: of them, as a mean over steps and layers.
+        tokens: generated, end of sequence included.
+        seconds: of its batch, divided by the pictures in it.
+        worker: process that made it.
+    """
+
+    name: str
+    caption: str | None = None
+    error: str | None = None
+    kind: str | None = None
+    visual_tokens: int = 0
+    read: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    worker: int = field(default_factory=os.getpid)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Captioner:
+    """A model, patched once, that captions pictures as long as it lives.
+
+    Raises:
+        Whatever loading the model or patching it raises.
+    """
+
+    def __init__(self, task: Task) -> None:
+        import dyrate_kernels as dk
+        from dyrate_kernels.loading import load_model
+
+        self.task = task
+        self.model, self.processor = load_model(task.model, task.device, task.dtype, task.quantize)
+        warnings.filterwarnings("ignore", message="nothing was dropped")
+        self.handle = dk.patch(self.model, task.policy, retention=task.retention, backend=task.backend, vision=task.vision or None)
+
+    def __call__(self, sources: Sequence[Source]) -> list[Caption]:
+        """A caption or a failure for each, in order. Pictures of like numbers of visual tokens are generated together."""
+        found: dict[int, Caption] = {}
+        pictures: dict[int, Any] = {}
+        with ThreadPoolExecutor(_READERS) as pool:
+            for place, outcome in enumerate(pool.map(self._read, payloads(sources, self.task.column))):
+                if isinstance(outcome, UnreadableError):
+                    found[place] = Caption(sources[place].name, error=str(outcome), kind=outcome.kind)
+                else:
+                    pictures[place] = outcome
+        for part in batches(pictures, self._visual_tokens, self.task.batch_size):
+            names = [sources[place].name for place in part]
+            found.update(zip(part, self._generate(names, [pictures.pop(place) for place in part]), strict=True))
+        return [found[place] for place in range(len(sources))]
+
+    def _read(self, payload: Any) -> Any:
+        try:
+            return read_picture(payload, self.task.max_pixels)
+        except UnreadableError as error:
+            return error
+
+    def _visual_tokens(self, picture: Any) -> int:
+        """How many the processor will make of it; 0 where it cannot say, or always makes as many."""
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if count is None:
+            return 0
+        try:
+            return int(count(image_sizes=[(picture.height, picture.width)])["num_image_tokens"][0])
+        except Exception:  # an estimate to sort by: whatever a processor lacks for it must not stop a run
+            return 0
+
+    def _generate(self, names: Sequence[str], pictures: Sequence[Any]) -> list[Caption]:
+        """Captions of one batch. Where a batch fails, each half is tried; where a picture fails alone, that is its failure."""
+        import torch
+
+        try:
+            return self._ask(names, pictures)
+        except Exception as error:
+            if len(names) == 1:
+                kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "model"
+                return [Caption(names[0], error=f"{type(error).__name__}: {error}", kind=kind)]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = len(names) // 2
+        return self._generate(names[:half], pictures[:half]) + self._generate(names[half:], pictures[half:])
+
+    def _ask(self, names: Sequence[str], pictures: Sequence[Any]) -> list[Caption]:
+        import torch
+
+        from dyrate_kernels import chat
+        from dyrate_kernels.evaluation.runner import until_end
+
+        started = time.perf_counter()
+        tokenizer = self.processor.tokenizer
+        side, tokenizer.padding_side = tokenizer.padding_side, "left"
+        try:
+            text = chat.render(self.processor, [chat.user(self.task.prompt, images=1)])
+            inputs = self.processor(images=[[picture] for picture in pictures], text=[text] * len(names), padding=True, return_tensors="pt")
+        finally:
+            tokenizer.padding_side = side
+        inputs = {key: value.to(self.model.device) if hasattr(value, "to") else value for key, value in inputs.items()}
+        inputs = {key: value.to(self.model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+                  for key, value in inputs.items()}  # fmt: skip
+        with torch.no_grad():
+            output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.task.max_new_tokens)
+        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+        captions = []
+        for place, (name, row) in enumerate(zip(names, rows, strict=True)):
+            row = until_end(row, tokenizer.eos_token_id)
+            stats = self.handle.stats(place, len(row))
+            captions.append(Caption(
+                name, self.processor.decode(row, skip_special_tokens=True).strip(), visual_tokens=stats.visual_tokens_in[0],
+                read=stats.visual_tokens_in[0] * stats.received * stats.visual_share, tokens=len(row),
+            ))  # fmt: skip
+        each = (time.perf_counter() - started) / len(names)
+        for caption in captions:
+            caption.seconds = each
+        return captions
+
+
+def batches(pictures: dict[int, Any], visual_tokens: Callable[[Any], int], size: int) -> Iterator[list[int]]:
+    """The keys of ``pictures``, at most ``size`` at a time: equal numbers of visual tokens together, so that little is padded."""
+    order = sorted(pictures, key=lambda place: (visual_tokens(pictures[place]), place))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

@@ -1,0 +1,130 @@
+"""A whole run: what is left to do, one writer for all workers, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dyrate_kernels.captioning import engines
+from dyrate_kernels.captioning.captioner import Caption, Task
+from dyrate_kernels.captioning.inputs import Sources
+from dyrate_kernels.files import write_json
+from dyrate_kernels.journal import Journal
+
+LINES, TABLE, REPORT = "captions.jsonl", "captions.parquet", "report.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        done, total: pictures, those of earlier runs included.
+        failed: of them.
+        new, seconds: pictures of this run, and its time since the first of them could be asked for.
+    """
+
+    done: int
+    total: int
+    failed: int
+    new: int
+    seconds: float
+
+
+def run(
+    task: Task, sources: Sources, out: Path, *, engine: str = "local", workers: int | None = None, address: str | None = None,
+    retry_failed: bool = False, progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Captions everything that ``out`` does not hold yet; returns the report.
+
+    ``out/captions.jsonl`` gets a line a picture as it comes, written by this process alone, so a killed worker, or a killed run that is
+    started again, leaves each picture there once. ``captions.parquet`` (with pyarrow) and ``report.json`` are written at the end.
+
+    Raises:
+        ValueError: ``out`` holds captions of another setting.
+        RuntimeError: another run is writing there.
+        Whatever the engine raises: what was written until then stays.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        journal = Journal(out / LINES, task.setting())
+        known = {line["name"]: line for line in journal.lines}
+        wanted = {source.name for source in sources.sources}
+        known = {name: line for name, line in known.items() if name in wanted}
+        if retry_failed:
+            known = {name: line for name, line in known.items() if line["error"] is None}
+        todo = [source for source in sources.sources if source.name not in known]
+        started, new = time.perf_counter(), 0
+        failed = sum(line["error"] is not None for line in known.values())
+        if todo:
+            each = engines.run_local(task, todo) if engine == "local" else engines.run_ray(task, todo, workers, address)
+            for captions in each:
+                fresh = [caption for caption in captions if caption.name not in known]
+                journal.add(*(caption.to_dict() for caption in fresh))
+                known.update((caption.name, caption.to_dict()) for caption in fresh)
+                new += len(fresh)
+                failed += sum(caption.error is not None for caption in fresh)
+                if progress is not None:
+                    progress(Progress(len(known), len(wanted), failed, new, time.perf_counter() - started))
+        lost = [source.name for source in todo if source.name not in known]
+        if lost:
+            raise RuntimeError(f"{len(lost)} pictures got no answer, the first is {lost[0]!r}; start the run again, it goes on")
+        ordered = [known[source.name] for source in sources.sources]
+        found = report(ordered, sources.others, new, time.perf_counter() - started)
+        write_table(out / TABLE, ordered)
+        write_json(out / REPORT, {"setting": task.setting(), **found})
+        return found
+
+
+def report(lines: list[dict[str, Any]], others: int, new: int, seconds: float) -> dict[str, Any]:
+    """Counts and rates of all lines; the time is this run's alone."""
+    good = [line for line in lines if line["error"] is None]
+    tokens = sum(line["visual_tokens"] for line in good)
+    return {
+        "pictures": len(lines),
+        "captioned": len(good),
+        "failed": len(lines) - len(good),
+        "failures": dict(Counter(line["kind"] for line in lines if line["error"] is not None).most_common()),
+        "other_files": others,
+        "generated_tokens": sum(line["tokens"] for line in good),
+        "visual_tokens": tokens,
+        "visual_rows_read": sum(line["read"] for line in good) / tokens if tokens else 1.0,
+        "new": new,
+        "seconds": seconds,
+        "pictures_per_second": new / seconds if new else None,
+    }
+
+
+def write_table(path: Path, lines: list[dict[str, Any]]) -> None:
+    """All lines as one Parquet file, whole or not there; nothing where pyarrow is missing."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError:
+        return
+    schema = pa.schema([
+        ("name", pa.string()), ("caption", pa.string()), ("error", pa.string()), ("kind", pa.string()), ("visual_tokens", pa.int64()),
+        ("read", pa.float64()), ("tokens", pa.int64()), ("seconds", pa.float64()), ("worker", pa.int64()),
+    ])  # fmt: skip
+    part = path.with_suffix(".part")
+    parquet.write_table(pa.Table.from_pylist(lines, schema=schema), part)
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RuntimeError(f"another run is writing to {out}; wait for it, or give another --out") from None
+        yield
+
+
+__all__ = ["LINES", "REPORT", "TABLE", "Caption", "Progress", "report", "run"]

@@ -1,0 +1,133 @@
+"""``dyrate caption``: captions of a folder of pictures or of Parquet files, on one machine or a Ray cluster; a killed run goes on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dyrate_kernels.cli import common
+from dyrate_kernels.cli.generate import add_policy, policy_from
+from dyrate_kernels.pictures import MAX_PIXELS
+
+_EVERY = 15  # seconds between two lines of progress where they cannot overwrite each other
+
+
+def add_parser(commands: Any) -> None:
+    """Registers the command."""
+    parser = commands.add_parser("caption", help="captions of many pictures, resumable, on one machine or many", description=__doc__)
+    common.add_common(parser)
+    parser.add_argument(
+        "--images",
+        required=True,
+        metavar="DIR_OR_PARQUET",
+        help="a folder of pictures (and those below it), a Parquet file, or a folder of those",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="captions are written there as they come; a rerun goes on with them")
+    parser.add_argument("--prompt", default=common.DEFAULT_PROMPT, help=f"default: {common.DEFAULT_PROMPT!r}")
+    common.add_model(parser)
+    parser.add_argument("--max-new-tokens", type=common.positive, default=160, metavar="N", help="default: 160")
+    parser.add_argument("--retention", choices=("recoverable", "evict"), default="recoverable", help="default: recoverable")
+    parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
+    parser.add_argument("--vision", metavar="NAME[:OPTIONS][+NAME..]", help="reducers before the language model; default: none")
+    add_policy(parser)
+    parser.add_argument("--batch-size", type=common.positive, default=8, metavar="N", help="pictures generated together; default: 8")
+    parser.add_argument(
+        "--engine", choices=("ray", "local"), help="default: ray where it is installed, else local (one worker in this process)"
+    )
+    parser.add_argument("--workers", type=common.positive, metavar="N", help="of engine ray; default: one a GPU, or one")
+    parser.add_argument("--address", help="of a running Ray cluster, e.g. auto or ray://HOST:10001; default: Ray is started here")
+    parser.add_argument("--image-column", metavar="NAME", help="of Parquet files; default: image, or the first like it")
+    parser.add_argument("--id-column", metavar="NAME", help="of Parquet files: names the rows; default: file and row number")
+    parser.add_argument(
+        "--max-pixels", type=common.positive, default=MAX_PIXELS, metavar="N", help=f"larger pictures are failures; default: {MAX_PIXELS}"
+    )
+    parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N pictures")
+    parser.add_argument("--retry-failed", action="store_true", help="ask again for pictures that failed in an earlier run")
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Does it."""
+    from dataclasses import replace
+
+    from dyrate_kernels.captioning import engines, inputs
+    from dyrate_kernels.captioning import run as runs
+    from dyrate_kernels.captioning.captioner import Task
+
+    if not given.prompt.strip():
+        raise ValueError("--prompt is empty; say what to do with the pictures")
+    engine = given.engine or ("ray" if engines.has_ray() else "local")
+    if engine == "local" and (given.workers or given.address):
+        raise ValueError(
+            "--workers and --address go with --engine ray" + ("" if engines.has_ray() else ": pip install 'dyrate-kernels[caption]'")
+        )
+    out = Path(given.out)
+    sources = inputs.find(given.images, out, given.image_column, given.id_column)
+    if given.limit:
+        sources = replace(sources, sources=sources.sources[: given.limit])
+    model = (
+        given.model if given.model is None or not Path(given.model).expanduser().is_dir() else str(Path(given.model).expanduser().resolve())
+    )
+    task = Task(
+        model, given.device, given.dtype, given.quantize, policy_from(given), given.retention, given.backend,
+        common.parse_vision(given.vision), given.prompt, given.max_new_tokens, given.batch_size, sources.column, given.max_pixels,
+    )  # fmt: skip
+    say = _Say(quiet=given.json)
+    say.line(f"{len(sources.sources)} pictures, engine {engine}")
+    found = runs.run(
+        task,
+        sources,
+        out,
+        engine=engine,
+        workers=given.workers,
+        address=given.address,
+        retry_failed=given.retry_failed,
+        progress=say.progress,
+    )
+    say.end()
+    if given.json:
+        common.print_json(found)
+    else:
+        _print(found, out)
+    return 0
+
+
+def _print(found: dict[str, Any], out: Path) -> None:
+    from dyrate_kernels.captioning import run as runs
+
+    print(f"{'captioned:':<12}{found['captioned']} of {found['pictures']} pictures ({found['new']} in this run, {found['seconds']:.1f} s)")
+    if found["failed"]:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found["failures"].items())
+        print(f"{'failed:':<12}{found['failed']} ({kinds}); --retry-failed asks for them again")
+    if found["other_files"]:
+        print(f"{'left out:':<12}{found['other_files']} files that are no pictures by their names")
+    print(f"{'read:':<12}{100 * found['visual_rows_read']:.1f} % of the visual rows, mean over steps and layers")
+    print(f"{'written:':<12}{out / runs.LINES}, {runs.TABLE}, {runs.REPORT}")
+
+
+class _Say:
+    """Progress for a person: one line that is overwritten, or a line now and then where that cannot be."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.tty, self.last = quiet, sys.stderr.isatty(), time.monotonic()
+
+    def line(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def progress(self, at: Any) -> None:
+        text = f"{at.done} of {at.total} ({at.failed} failed), {at.new / max(at.seconds, 1e-9):.1f} pictures/s"
+        if self.quiet:
+            return
+        if self.tty:
+            print(f"\r{text:<78}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.last >= _EVERY:
+            self.last = time.monotonic()
+            self.line(text)
+
+    def end(self) -> None:
+        if self.tty and not self.quiet:
+            print(file=sys.stderr)

@@ -1,0 +1,285 @@
+"""Captions of many pictures in one process: every picture once, whatever it is like; nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dyrate_kernels import chat, load_demo, patch, shapes
+from dyrate_kernels.captioning import captioner, engines, inputs
+from dyrate_kernels.captioning.captioner import Captioner, Task
+from dyrate_kernels.cli.main import main
+from dyrate_kernels.pictures import UnreadableError, read_picture
+
+TOKENS = 12
+
+
+def drawn(seed):
+    return shapes.draw(shapes.make_scene(seed))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Good pictures of every kind, and every kind of bad one."""
+    place = tmp_path / "pictures"
+    (place / "a b").mkdir(parents=True)
+    (place / "ü").mkdir()
+    drawn(1).save(place / "a b" / "one.png")
+    drawn(2).save(place / "ü" / "one.png")  # the same name elsewhere
+    drawn(3).convert("L").save(place / "grey.png")
+    drawn(4).convert("CMYK").save(place / "cmyk.jpg")
+    drawn(5).convert("P").save(place / "palette.gif", save_all=True, append_images=[drawn(6).convert("P")])
+    drawn(7).convert("RGBA").save(place / "alpha.webp")
+    Image.fromarray((torch.arange(90 * 90).view(90, 90) * 8).numpy().astype("uint16")).save(place / "deep.tif")
+    drawn(8).resize((3, 900)).save(place / "thin.bmp")
+    (place / "zero.png").touch()
+    (place / "words.jpg").write_bytes(b"this is no picture")
+    data = io.BytesIO()
+    drawn(9).resize((600, 600)).save(data, "png")
+    (place / "cut.png").write_bytes(data.getvalue()[:900])
+    Image.new("L", (20_000, 9_000)).save(place / "huge.png")
+    (place / "notes.txt").write_text("hello")
+    (place / ".hidden.png").touch()
+    return place
+
+
+GOOD = {"a b/one.png", "ü/one.png", "grey.png", "cmyk.jpg", "palette.gif", "alpha.webp", "deep.tif", "thin.bmp"}
+BAD = {"zero.png": "empty", "words.jpg": "not a picture", "cut.png": "broken", "huge.png": "too large"}
+
+
+def lines(out):
+    found = [json.loads(line) for line in (out / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert "setting" in found[0]
+    return found[1:]
+
+
+def caption(capsys, images, out, *more):
+    status = main(["caption", "--images", str(images), "--out", str(out), "--engine", "local", "--max-new-tokens", str(TOKENS), *more])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_every_kind_of_file(capsys, folder, tmp_path):
+    out = folder / "captions"  # below the pictures
+    status, text, _ = caption(capsys, folder, out, "--batch-size", "3", "--json")
+    assert status == 0
+    report = json.loads(text)
+    found = {line["name"]: line for line in lines(out)}
+    assert len(lines(out)) == len(found) == 12
+    assert {name for name, line in found.items() if line["caption"]} == GOOD
+    assert {name: line["kind"] for name, line in found.items() if line["error"]} == BAD
+    assert (report["captioned"], report["failed"], report["other_files"], report["new"]) == (8, 4, 1, 12)
+    assert report["failures"] == {"empty": 1, "not a picture": 1, "broken": 1, "too large": 1}
+    assert json.loads((out / "report.json").read_text())["captioned"] == 8
+    again, text, _ = caption(capsys, folder, out, "--batch-size", "5", "--json")  # nothing is left to do
+    assert again == 0 and json.loads(text)["new"] == 0 and len(lines(out)) == 12
+    (folder / "zero.png").write_bytes((folder / "grey.png").read_bytes())
+    status, text, _ = caption(capsys, folder, out, "--retry-failed")
+    assert status == 0 and "captioned:  9 of 12 pictures (4 in this run" in text and "1 not a picture" in text
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(out / "captions.parquet").to_pylist()
+    assert len(table) == 12 and {row["name"]: row["caption"] for row in table}["zero.png"] == found["grey.png"]["caption"]
+
+
+def test_captions_are_those_of_one_picture_alone(capsys, folder, tmp_path):
+    """Batched, padded, sorted: the text that `dyrate generate` gives."""
+    assert caption(capsys, folder, tmp_path / "out", "--policy", "fixed", "--k", "2", "--rate", "0.6", "--retention", "evict")[0] == 0
+    for line in lines(tmp_path / "out"):
+        if line["caption"] is None:
+            continue
+        status = main(["generate", "--image", str(folder / line["name"]), "--policy", "fixed", "--k", "2", "--rate", "0.6", "--retention",
+                       "evict", "--max-new-tokens", str(TOKENS), "--json"])  # fmt: skip
+        result = json.loads(capsys.readouterr().out)
+        assert status == 0 and line["caption"] == result["text"]
+        assert line["visual_tokens"] == 144 and line["read"] == pytest.approx(144 * result["visual_share"])
+        assert line["tokens"] == result["new_tokens"] and line["seconds"] > 0
+
+
+def test_another_setting_and_another_run_are_refused(capsys, folder, tmp_path):
+    out = tmp_path / "out"
+    assert caption(capsys, folder, out, "--limit", "2")[0] == 0 and len(lines(out)) == 2
+    status, _, err = caption(capsys, folder, out, "--policy", "fastv")
+    assert status == 1 and "holds answers of" in err and "give another folder" in err
+    with (out / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        status, _, err = caption(capsys, folder, out)
+        assert status == 1 and "another run is writing to" in err
+    assert caption(capsys, folder, out)[0] == 0 and len(lines(out)) == 12
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """The process is killed in the middle, its last line cut; the next run leaves each picture there once."""
+    place, out = tmp_path / "pictures", tmp_path / "out"
+    place.mkdir()
+    for seed in range(30):
+        drawn(seed).save(place / f"{seed}.png")
+    command = [sys.executable, "-m", "dyrate_kernels.cli.main", "caption", "--images", str(place), "--out", str(out), "--engine", "local",
+               "--max-new-tokens", "40", "--batch-size", "1"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((out / "captions.jsonl").exists() and len(lines(out)) >= 4):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(lines(out))
+    assert 4 <= done < 30
+    with (out / "captions.jsonl").open("a") as file:
+        file.write('{"name": "29.png", "capt')
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    assert f"captioned:  30 of 30 pictures ({30 - done} in this run" in finished.stdout
+    assert sorted(line["name"] for line in lines(out)) == sorted(f"{seed}.png" for seed in range(30))
+
+
+# -- Parquet -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_parquet(capsys, tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def data(seed):
+        buffer = io.BytesIO()
+        drawn(seed).save(buffer, "png")
+        return buffer.getvalue()
+
+    drawn(3).save(tmp_path / "beside.png")
+    rows = [{"bytes": data(1), "path": "x.png"}, {"bytes": data(2), "path": None}, {"bytes": None, "path": "beside.png"}, None,
+            {"bytes": b"", "path": None}]  # fmt: skip
+    parquet.write_table(pa.table({"image": rows, "key": ["a", "b", "c", "d", "e"]}), tmp_path / "t.parquet", row_group_size=2)
+    status, _, err = caption(capsys, tmp_path / "t.parquet", tmp_path / "out")
+    assert status == 0, err
+    found = {line["name"]: line for line in lines(tmp_path / "out")}
+    assert list(found) == [f"t.parquet:{row}" for row in range(5)]
+    assert [line["kind"] for line in found.values()] == [None, None, None, "empty", "empty"]
+    assert (
+        found["t.parquet:2"]["caption"]
+        == Captioner(Task(max_new_tokens=TOKENS))([inputs.Source("x", str(tmp_path / "beside.png"))])[0].caption
+    )
+    assert caption(capsys, tmp_path / "t.parquet", tmp_path / "keyed", "--id-column", "key")[0] == 0
+    assert [line["name"] for line in lines(tmp_path / "keyed")] == ["a", "b", "c", "d", "e"]
+    parquet.write_table(pa.table({"pic": [data(1)], "key": ["a"]}), tmp_path / "u.parquet")
+    status, _, err = caption(capsys, tmp_path / "u.parquet", tmp_path / "other")
+    assert status == 1 and "none of the columns image, jpg" in err and "--image-column" in err
+    assert caption(capsys, tmp_path / "u.parquet", tmp_path / "other", "--image-column", "pic")[0] == 0
+    parquet.write_table(pa.table({"image": [data(1)] * 2, "key": ["a", "a"]}), tmp_path / "v.parquet")
+    status, _, err = caption(capsys, tmp_path / "v.parquet", tmp_path / "more", "--id-column", "key")
+    assert status == 1 and "'a' stands in two rows" in err
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_hold_pictures_of_like_size():
+    sizes = {0: 9, 1: 3, 2: 9, 3: 3, 4: 5}
+    assert list(captioner.batches(sizes, lambda size: size, 2)) == [[1, 3], [4, 0], [2]]
+    assert list(captioner.batches({}, lambda size: size, 2)) == []
+
+
+def test_a_batch_that_fails_is_halved_and_one_picture_is_its_own_failure(folder, monkeypatch):
+    worker = Captioner(Task(max_new_tokens=3, batch_size=4))
+    asked, ask = [], worker._ask
+
+    def failing(names, pictures):
+        asked.append(len(names))
+        if len(names) > 2:
+            raise torch.OutOfMemoryError("no room")
+        if "grey.png" in names:
+            raise RuntimeError("cannot")
+        return ask(names, pictures)
+
+    monkeypatch.setattr(worker, "_ask", failing)
+    found = worker([inputs.Source(name, str(folder / name)) for name in sorted(GOOD)])
+    assert [caption.name for caption in found] == sorted(GOOD)
+    assert {caption.name: caption.error for caption in found if caption.error} == {"grey.png": "RuntimeError: cannot"}
+    assert asked.count(4) == 2 and max(asked) == 4 and 1 in asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--prompt", " "), "--prompt is empty"),
+        (("--workers", "2"), "--workers and --address go with --engine ray"),
+        (("--policy", "fastv", "--rate", "2"), "rate must be"),
+        (("--vision", "himmel"), "reducer must be one of"),
+        (("--image-column", "x"), None),
+    ],
+)
+def test_mistakes(capsys, folder, tmp_path, arguments, words):
+    status, _, err = caption(capsys, folder, tmp_path / "out", "--limit", "1", *arguments)
+    assert (status == 0) if words is None else (status == 1 and words in err and not (tmp_path / "out").exists())
+
+
+def test_places_without_pictures(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.txt").touch()
+    for place, words in ((tmp_path / "empty", "no picture in this folder (1 other files)"), (tmp_path / "none", "no such folder or file"),
+                         (tmp_path / "empty" / "x.txt", "must be a folder of pictures or a Parquet file")):  # fmt: skip
+        status, _, err = caption(capsys, place, tmp_path / "out")
+        assert status == 1 and words in err
+
+
+def test_pictures_are_read_upright_and_whole():
+    picture = drawn(1)
+    data = io.BytesIO()
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.rotate(90, expand=True).save(data, "png", exif=exif)
+    assert np.array_equal(read_picture(data.getvalue()), picture)
+    deep = io.BytesIO()
+    Image.fromarray((torch.arange(256).view(16, 16) * 257).numpy().astype("uint16")).save(deep, "png")
+    assert np.asarray(read_picture(deep.getvalue()))[..., 0].flatten().tolist() == list(range(256))  # scaled, not clipped
+    with pytest.raises(UnreadableError) as error:
+        read_picture(data.getvalue(), max_pixels=100)
+    assert error.value.kind == "too large"
+
+
+# -- Ray -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not engines.has_ray(), reason="ray is not installed")
+@pytest.mark.timeout(300)
+def test_a_killed_worker_on_ray(folder, tmp_path):
+    """One of two workers is killed in the middle: each picture is captioned once in the end, as in one process."""
+    for seed in range(60):
+        drawn(seed).save(folder / f"more {seed}.png")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "dyrate_kernels.cli.main", "caption", "--images", str(folder), "--out", str(out), "--engine", "ray",
+               "--workers", "2", "--max-new-tokens", "40", "--batch-size", "1"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None and not ((out / "captions.jsonl").exists() and len(lines(out)) >= 4):
+        time.sleep(0.02)
+    victim = next(line["worker"] for line in lines(out))
+    os.kill(victim, signal.SIGKILL)
+    at = len(lines(out))
+    text, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-3000:]
+    found = lines(out)
+    assert at < 72 and len(found) == 72 == len({line["name"] for line in found})
+    assert len({line["worker"] for line in found if line["caption"]}) == 3  # two, and the one that took the place of the victim
+    assert "captioned:  68 of 72" in text and "4 (" in text
+    model, processor = load_demo()
+    with patch(model, "dyrate"):
+        for line in found[::15]:
+            if line["caption"] is not None:
+                text = chat.render(processor, [chat.user("Describe the picture.", images=1)])
+                given = processor(images=read_picture(folder / line["name"]), text=text, return_tensors="pt")
+                tokens = model.generate(**given, do_sample=False, max_new_tokens=40)[0, given["input_ids"].shape[1] :]
+                assert line["caption"] == processor.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_ray_is_named_where_it_is_missing(monkeypatch, capsys, folder, tmp_path):
+    monkeypatch.setattr(engines, "has_ray", lambda: False)
+    status = main(["caption", "--images", str(folder), "--out", str(tmp_path / "out"), "--engine", "ray"])
+    assert status == 1 and "pip install 'dyrate-kernels[caption]'" in capsys.readouterr().err
