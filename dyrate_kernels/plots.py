@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +73,46 @@ def _draw_kept(axes: Any, image: Any, kept: list[int], total: int) -> None:
     axes.set_yticks([])
     keep = np.zeros(total, dtype=bool)
     keep[kept] = True
-    side = math.isqrt(total)
-    if side * side != total:
+    shown = kept_picture(image, kept, total)
+    if shown is None:
         columns = math.ceil(math.sqrt(total))
         cells = np.full(math.ceil(total / columns) * columns, np.nan)
         cells[:total] = keep
         axes.imshow(cells.reshape(-1, columns), cmap="viridis", vmin=0, vmax=1)
         return
-    cell = max(1, 336 // side)
-    pixels = np.asarray(image.convert("RGB").resize((cell * side, cell * side)), dtype=np.float32) / 255
-    mask = np.kron(keep.reshape(side, side), np.ones((cell, cell)))[..., None]
-    grey = 0.30 * pixels.mean(-1, keepdims=True) + 0.30  # darker than most pictures' background, so that a dropped patch shows on it
-    axes.imshow(np.where(mask > 0, pixels, grey))
+    axes.imshow(shown)
+    side = math.isqrt(total)
+    cell = shown.shape[0] // side
     for line in range(1, side):
         axes.axhline(line * cell - 0.5, color="white", linewidth=0.25, alpha=0.45)
         axes.axvline(line * cell - 0.5, color="white", linewidth=0.25, alpha=0.45)
     for spine in axes.spines.values():
         spine.set_color("#bbbbbb")
+
+
+def kept_picture(image: Any, kept: Sequence[int], total: int, size: int = 336) -> Any:
+    """The picture as a model divides it into ``total`` patches, those that were dropped greyed.
+
+    Args:
+        image: PIL picture, RGB.
+        kept: places of the patches that stay.
+        size: of the result, about.
+
+    Returns:
+        float32 array ``[S, S, 3]`` in 0 .. 1; None where the tokens are no square of patches.
+    """
+    import numpy as np
+
+    side = math.isqrt(total)
+    if side == 0 or side * side != total:
+        return None
+    keep = np.zeros(total, dtype=bool)
+    keep[list(kept)] = True
+    cell = max(1, size // side)
+    pixels = np.asarray(image.convert("RGB").resize((cell * side, cell * side)), dtype=np.float32) / 255
+    mask = np.kron(keep.reshape(side, side), np.ones((cell, cell)))[..., None]
+    grey = 0.30 * pixels.mean(-1, keepdims=True) + 0.30  # darker than most pictures' background, so that a dropped patch shows on it
+    return np.where(mask > 0, pixels, grey).astype(np.float32)
 
 
 def _style(axes: Any, label: str) -> None:

@@ -14,12 +14,12 @@ _SHORT = "dyrate: error: "
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from dyrate_kernels.cli import bench, calibrate, caption, compare, eval, generate, info, train
+    from dyrate_kernels.cli import bench, calibrate, caption, compare, demo, eval, generate, info, train
 
     parser = argparse.ArgumentParser(prog="dyrate", description="Drop visual tokens while a vision-language model generates.")
     parser.add_argument("--version", action="version", version=f"dyrate {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, caption, compare, train, calibrate, eval, bench, info):
+    for module in (generate, caption, compare, demo, train, calibrate, eval, bench, info):
         module.add_parser(commands)
     return parser
 

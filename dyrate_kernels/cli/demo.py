@@ -1,0 +1,45 @@
+"""``dyrate demo``: a page in the browser that shows unpruned and pruned answers side by side, and which patches were read."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from typing import Any
+
+from dyrate_kernels.cli import common
+
+
+def add_parser(commands: Any) -> None:
+    """Registers the command."""
+    parser = commands.add_parser("demo", help="a page that compares answers side by side", description=__doc__)
+    common.add_common(parser)
+    common.add_model(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone; 0.0.0.0 for others")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument(
+        "--at-once", type=common.positive, default=2, metavar="N", help="visitors served at a time, others wait; default: 2"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Does it."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError("dyrate demo needs gradio: pip install 'dyrate-kernels[demo]'")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1") if given.model is None else None
+    from dyrate_kernels.webdemo import app
+    from dyrate_kernels.webdemo.engine import Engine
+
+    engine = Engine(*common.load_model(given))
+    page, (_, url, _) = app.launch(engine, given.host, given.port, given.at_once, prevent_thread_lock=True)
+    if given.json:
+        common.print_json({"url": url})
+    else:
+        print(f"{url}  (Ctrl+C ends it)", flush=True)
+    try:
+        page.block_thread()
+    finally:
+        page.close(verbose=False)
+    return 0

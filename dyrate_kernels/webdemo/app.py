@@ -1,0 +1,170 @@
+"""The page itself: what a visitor sees and moves. Needs gradio (``pip install 'dyrate-kernels[demo]'``); loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from dyrate_kernels import plots, shapes
+from dyrate_kernels.pictures import UnreadableError, read_picture
+from dyrate_kernels.webdemo.engine import Engine, Side, State, Wish
+
+TITLE = "Visual tokens, dropped while the model answers"
+INTRO = (
+    "Left: the model reads **every visual token** in each step. Right: the same model drops those it no longer needs. "
+    "Below: the patches that the next word was read from; greyed ones were dropped."
+)
+QUESTION = "Describe the picture."
+FONTS = ["system-ui", "sans-serif"]  # gradio's own come from Google
+CSS = """
+.answer textarea { font-size: 1.05rem; }
+#kept img { image-rendering: pixelated; }
+footer { display: none !important; }
+"""
+
+
+def build(engine: Engine, at_once: int = 2) -> gr.Blocks:
+    """The page.
+
+    Args:
+        at_once: comparisons that are at work at a time; further visitors wait, and see that they do.
+    """
+    warnings.filterwarnings("ignore", message="nothing was dropped")
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.Markdown(f"## {TITLE}\n{INTRO}")
+        shown: Any = gr.State(None)  # the picture and what was kept, of this visitor's last comparison
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=300):
+                examples = _examples()
+                picture = gr.Image(
+                    examples[0][0], type="filepath", label="Picture", sources=["upload", "clipboard"], height=260, elem_id="picture"
+                )
+                gr.Examples(examples, [picture], label="Drawn scenes, which the bundled model knows", elem_id="examples")
+                question = gr.Textbox(QUESTION, label="Question", max_lines=3, elem_id="question")
+                ask = gr.Button("Compare", variant="primary", elem_id="ask")
+                stop = gr.Button("Stop", elem_id="stop")
+                policy = gr.Dropdown(
+                    engine.methods(), value="dyrate", label="Policy", info="which tokens are dropped, and when", elem_id="policy"
+                )
+                strength = gr.Slider(
+                    0, 1, 0.5, step=0.05, label="How much to prune", info="0: as little as the policy can, 1: as much", elem_id="strength"
+                )
+                retention = gr.Radio(
+                    ["recoverable", "evict"], value="recoverable", label="Retention", elem_id="retention",
+                    info="recoverable: a dropped token may come back; evict: it is gone, and memory with it",
+                )  # fmt: skip
+                names = engine.reducers()
+                reducer = gr.Dropdown(
+                    ["none", *names], value="none", label="Before the language model", visible=bool(names), elem_id="reducer",
+                    info="fewer visual tokens from the start",
+                )  # fmt: skip
+                length = gr.Slider(8, 256, 96, step=8, label="Longest answer, tokens", elem_id="length")
+            with gr.Column(scale=2, min_width=300):
+                with gr.Row():
+                    plain = gr.Textbox(label="Every visual token", lines=5, interactive=False, elem_id="plain", elem_classes="answer")
+                    pruned = gr.Textbox(label="Pruned", lines=5, interactive=False, elem_id="pruned", elem_classes="answer")
+                figures = gr.Markdown("Figures appear with the answers.", elem_id="figures")
+                kept = gr.Image(label="What the pruned layers read", interactive=False, height=340, elem_id="kept", buttons=[])
+                step = gr.Slider(0, 1, 0, step=1, label="Step of the answer", interactive=False, elem_id="step")
+
+        def compare(file: Any, *wish: Any) -> Iterator[Any]:
+            yield from _compare(engine, file, *wish)
+
+        run = ask.click(
+            compare, [picture, question, policy, strength, retention, reducer, length], [plain, pruned, figures, kept, step, shown],
+            show_progress="minimal", concurrency_limit=at_once, concurrency_id="compare", api_name="compare",
+        )  # fmt: skip
+        stop.click(None, cancels=[run])
+        step.input(_at_step, [step, shown], kept, show_progress="hidden", api_name=False)
+    return page
+
+
+def launch(engine: Engine, host: str, port: int | None, at_once: int = 2, **options: Any) -> Any:
+    """Serves the page until it is interrupted (or in the background, with ``prevent_thread_lock=True``)."""
+    page = build(engine, at_once)
+    theme = gr.themes.Default(font=FONTS, font_mono=["monospace"])
+    page.queue(default_concurrency_limit=8)
+    return page, page.launch(
+        server_name=host, server_port=port, share=False, quiet=True, show_error=True, theme=theme, css=CSS, ssr_mode=False, footer_links=[],
+        **options,
+    )  # fmt: skip
+
+
+def _compare(
+    engine: Engine, file: str | None, question: str, policy: str, strength: float, retention: str, reducer: str, length: float
+) -> Iterator[Any]:
+    wish = Wish(question or "", policy, float(strength), retention, None if reducer == "none" else reducer, int(length))
+    try:
+        picture = None if file is None else read_picture(file)
+        states = engine.compare(picture, wish)
+        for state in states:
+            yield _show(state, picture)
+    except UnreadableError as error:
+        raise gr.Error(f"This file cannot be shown: {error}", print_exception=False) from None
+    except (ValueError, TypeError, RuntimeError) as error:  # what does not fit together, in the words of the package
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def _show(state: State, picture: Any) -> tuple[Any, ...]:
+    last = len(state.kept) - 1
+    data = {"picture": picture, "kept": state.kept, "total": state.visual_tokens}
+    seen = _overlay(data, last) if state.kept else gr.skip()
+    slider = gr.Slider(0, max(last, 1), last, interactive=state.pruned.done and last > 0) if state.kept else gr.skip()
+    return state.plain.text, state.pruned.text, _figures(state), seen, slider, data
+
+
+def _overlay(data: dict[str, Any], step: int) -> Any:
+    """The picture with what was dropped in a step greyed, uint8."""
+    image = plots.kept_picture(data["picture"], data["kept"][step], data["total"])
+    if image is None:  # patches of no square grid: the picture as it is, the figures tell the rest
+        return np.asarray(data["picture"])
+    return (image * 255).astype(np.uint8)
+
+
+def _at_step(step: float, data: dict[str, Any] | None) -> Any:
+    if not data or not data["kept"]:
+        return gr.skip()
+    return _overlay(data, min(int(step), len(data["kept"]) - 1))
+
+
+def _figures(state: State) -> str:
+    def per_token(side: Side) -> str:
+        return "" if side.per_token is None else f"{1e3 * side.per_token:.1f} ms"
+
+    total = state.visual_tokens
+    lines = ["| | every visual token | pruned |", "| --- | --- | --- |"]
+    lines.append(f"| tokens | {state.plain.tokens} | {state.pruned.tokens} |")
+    lines.append(f"| time per token | {per_token(state.plain)} | {per_token(state.pruned)} |")
+    lines.append(f"| first token | {1e3 * state.plain.first:.0f} ms | {1e3 * state.pruned.first:.0f} ms |")
+    if state.kept:
+        counts = [len(step) for step in state.kept]
+        lines.append(f"| visual tokens read in the last step | {total} | {counts[-1]} |")
+        lines.append(f"| visual rows read, all layers and steps | 100 % | {100 * (state.read or 0):.1f} % |")
+        if state.bytes_read is not None:
+            lines.append(f"| bytes read by the steps, weights included | 100 % | {100 * state.bytes_read:.1f} % |")
+    words = []
+    if state.plain.done and state.pruned.done and state.plain.per_token and state.pruned.per_token:
+        ratio = state.plain.per_token / state.pruned.per_token
+        faster = f"Pruned was **{ratio:.2f}x as fast** a token."
+        slower = f"Pruned was **slower: {ratio:.2f}x** as fast a token. Choosing cost more than it saved here."
+        words.append(faster if ratio >= 1 else slower)
+        words.append("The answers are the same." if state.plain.text == state.pruned.text else "The answers differ.")
+    if state.company > 1:
+        words.append(f"Up to {state.company} visitors were at work at a time, so times say little.")
+    return "\n".join([*lines, "", " ".join(words)])
+
+
+def _examples() -> list[list[str]]:
+    folder = Path(tempfile.mkdtemp(prefix="dyrate-examples-"))
+    found = []
+    for number, seed in enumerate((3, 11, 42), 1):
+        file = folder / f"scene_{number}.png"
+        shapes.draw(shapes.make_scene(seed)).save(file)
+        found.append([str(file)])
+    return found

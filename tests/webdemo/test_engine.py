@@ -1,0 +1,156 @@
+"""Two answers in turns, without a page: right answers, honest times, nothing left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+import dyrate_kernels as dk
+from dyrate_kernels import chat, shapes
+from dyrate_kernels.webdemo.engine import Engine, Wish, twin
+
+QUESTION = "Describe the picture."
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(*dk.load_demo())
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return shapes.draw(shapes.make_scene(3))
+
+
+def alone(engine, picture, wish, patched):
+    """The same answer by hand."""
+    model, processor = engine.model, engine.processor
+    inputs = processor(images=picture, text=chat.render(processor, [chat.user(wish.question, images=1)]), return_tensors="pt")
+    options = {"do_sample": False, "max_new_tokens": wish.max_new_tokens}
+    stats = None
+    if patched:
+        with dk.patch(model, engine.policy(wish), retention=wish.retention, vision=wish.vision, record_importance=True) as handle:
+            tokens = model.generate(**inputs, **options)
+            stats = handle.stats()
+    else:
+        tokens = model.generate(**inputs, **options)
+    return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), stats
+
+
+WISHES = [
+    Wish(QUESTION, max_new_tokens=20),
+    Wish(QUESTION, "fastv", 0.8, "evict", max_new_tokens=16),
+    Wish(QUESTION, "uniform", 0.6, "recoverable", "aim", 12),
+    Wish("How many objects are there?", "none", max_new_tokens=40),
+]
+
+
+@pytest.mark.parametrize("wish", WISHES, ids=lambda wish: wish.policy)
+def test_both_answers_are_those_of_one_generation_alone(engine, picture, wish):
+    states = list(engine.compare(picture, wish))
+    last = states[-1]
+    want, _ = alone(engine, picture, wish, patched=False)
+    pruned, stats = alone(engine, picture, wish, patched=True)
+    assert (last.plain.text, last.pruned.text) == (want, pruned) and last.plain.done and last.pruned.done
+    assert last.visual_tokens == 144 and [len(step) for step in last.kept] == [step.kept[0] for step in stats.steps]
+    if wish.vision is None:
+        assert last.kept == [step.kept_tokens[0] for step in stats.steps]
+    assert all(0 <= place < 144 for step in last.kept for place in step)
+    assert last.read == pytest.approx(stats.received * stats.visual_share)
+    assert last.plain.seconds > last.plain.first > 0 and last.pruned.per_token > 0
+    for before, after in zip(states, states[1:]):  # texts grow, side by side
+        assert after.plain.tokens >= before.plain.tokens and after.pruned.tokens >= before.pruned.tokens
+        if not (after.plain.done or after.pruned.done):
+            assert abs(after.plain.tokens - after.pruned.tokens) <= 1
+    assert not hasattr(engine.model, "_dyrate_handle")
+
+
+def test_time_is_only_that_of_ones_own_turns(engine, picture, monkeypatch):
+    """One side sleeps in every step: the other one's time does not grow."""
+    from dyrate_kernels.webdemo import engine as module
+
+    wish = Wish(QUESTION, "none", max_new_tokens=8)
+    original = module.twin
+    made = []
+
+    def slow_second(model):
+        copy = original(model)
+        made.append(copy)
+        if len(made) == 2:
+            copy.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+        return copy
+
+    monkeypatch.setattr(module, "twin", slow_second)
+    last = list(engine.compare(picture, wish))[-1]
+    assert last.pruned.seconds > 0.8 > 0.5 > last.plain.seconds
+
+
+def test_a_visitor_who_leaves(engine, picture):
+    before = threading.active_count()
+    states = engine.compare(picture, Wish(QUESTION, max_new_tokens=200))
+    for _ in range(6):
+        next(states)
+    states.close()
+    assert threading.active_count() <= before and engine._working == 0
+    assert list(engine.compare(picture, WISHES[0]))[-1].plain.done
+
+
+def test_two_visitors_at_once(engine, picture):
+    found = {}
+
+    def visit(number, wish):
+        found[number] = list(engine.compare(picture, wish))[-1]
+
+    threads = [threading.Thread(target=visit, args=item) for item in enumerate(WISHES[:3])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, wish in enumerate(WISHES[:3]):
+        assert found[number].pruned.text == alone(engine, picture, wish, patched=True)[0]
+    assert max(state.company for state in found.values()) > 1
+
+
+def test_what_cannot_be(engine, picture):
+    for wish, shown, words in (
+        (Wish(QUESTION), None, "Choose a picture"),
+        (Wish("  "), picture, "Ask something"),
+        (Wish("why " * 3000), picture, "Ask something shorter"),
+        (Wish(QUESTION, "recycle", retention="evict"), picture, "use retention='recoverable'"),
+        (Wish(QUESTION, "nonsense"), picture, "must be one of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            next(engine.compare(shown, wish))
+        assert engine._working == 0
+
+
+def test_a_failing_side_is_told(engine, picture, monkeypatch):
+    from dyrate_kernels.webdemo import engine as module
+
+    def broken(model):
+        copy = twin(model)
+        copy.register_forward_pre_hook(lambda *_: 1 / 0)
+        return copy
+
+    monkeypatch.setattr(module, "twin", broken)
+    with pytest.raises(ValueError, match="model failed: division by zero"):
+        list(engine.compare(picture, WISHES[0]))
+
+
+def test_a_twin_shares_weights_and_nothing_else(engine):
+    copy = twin(engine.model)
+    assert all(a is b for a, b in zip(copy.parameters(), engine.model.parameters(), strict=True))
+    with dk.patch(copy, "fixed"):
+        assert not hasattr(engine.model, "_dyrate_handle") and type(copy.get_decoder().layers[0].self_attn).__name__.startswith("DyRate")
+        assert not type(engine.model.get_decoder().layers[0].self_attn).__name__.startswith("DyRate")
+
+
+def test_methods_have_one_knob(engine):
+    names = engine.methods()
+    assert {"dyrate", "fastv", "uniform", "none"} <= set(names) and "schedule" not in names
+    for name in names:
+        engine.policy(Wish(QUESTION, name, 0.3))
+    assert torch.is_tensor(next(engine.model.parameters()))
