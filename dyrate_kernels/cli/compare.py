@@ -118,9 +118,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     print("same tokens: share of positions where the answer equals that of the unpatched model")
     if any(row["vision"] for row in rows):
         print(
-            "visual tokens: before the reducers -> after them -> kept by step; FLOPs and read: of the model without reducers and pruning;"
+            "visual tokens: before the reducers -> after them -> kept by step; paper cost, FLOPs and read: of the model without reducers and"
         )
-        print("kept and paper cost: of what the reducers left")
+        print("pruning; kept: of what the reducers left")
     print()
     for row in rows:
         print(f"{row['policy']}: {row['text']}")

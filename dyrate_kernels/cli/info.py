@@ -28,6 +28,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import dyrate_kernels as dk
+    from dyrate_kernels.patching.families import FAMILIES
     from dyrate_kernels import native
 
     versions = {"python": platform.python_version()}
@@ -53,6 +54,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
         },
         "policies": dk.policies.names(),
         "reducers": dk.vision.names(),
+        "families": sorted(FAMILIES),
         "bound": bound(given),
     }
 
@@ -92,6 +94,7 @@ def run(given: argparse.Namespace) -> int:
     print(f"native:    {_native_text(native)}")
     print("policies:  " + ", ".join(found["policies"]))
     print("reducers:  " + ", ".join(found["reducers"]))
+    print("families:  " + ", ".join(found["families"]))
     limit = found["bound"]
     print(
         f"bound:     {limit['config']}, {limit['visual_tokens']} visual + {limit['text_tokens']} text tokens, "
