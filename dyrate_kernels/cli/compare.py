@@ -117,10 +117,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     common.console().print(table)
     print("same tokens: share of positions where the answer equals that of the unpatched model")
     if any(row["vision"] for row in rows):
-        print(
-            "visual tokens: before the reducers -> after them -> kept by step; paper cost, FLOPs and read: of the model without reducers and"
-        )
-        print("pruning; kept: of what the reducers left")
+        print("visual tokens: before the reducers -> after them -> kept by step; kept: of what the reducers left;")
+        print("paper cost, FLOPs and read: of the model without reducers and pruning")
     print()
     for row in rows:
         print(f"{row['policy']}: {row['text']}")

@@ -28,8 +28,8 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import dyrate_kernels as dk
-    from dyrate_kernels.patching.families import FAMILIES
     from dyrate_kernels import native
+    from dyrate_kernels.patching.families import FAMILIES
 
     versions = {"python": platform.python_version()}
     for name in PACKAGES:

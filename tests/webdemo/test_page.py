@@ -14,7 +14,7 @@ from dyrate_kernels import shapes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None] + ([] if CHROMIUM else ["chromium"])
-pytestmark = [pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"), pytest.mark.timeout(500)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ class Visitor:
         self.page = self.context.new_page()
         self.requests = []
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(90_000)
         self.page.goto(address)
         self.page.wait_for_selector("#ask")
         self.page.wait_for_selector("#picture img")  # the first example, which is there from the start
