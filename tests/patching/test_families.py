@@ -10,6 +10,7 @@ import transformers
 from transformers.masking_utils import create_causal_mask
 
 import dyrate_kernels as dk
+from dyrate_kernels.patching import graph
 from dyrate_kernels.patching.families import FAMILIES, cache_name
 from tests import models
 from tests.checks import (
@@ -25,6 +26,7 @@ from tests.checks import (
     patched,
     single,
 )
+from tests.fake_graph import TapeRecorder
 from tests.oracle import Oracle, Rule, Turn
 from tests.patching import test_modes as modes
 
@@ -317,3 +319,18 @@ def test_parameters_are_what_the_text_model_has(make_model, family, text):
     model = make_model(family, text)
     own = {id(tensor): tensor.numel() for module in (model.get_decoder(), model.lm_head) for tensor in module.parameters()}
     assert dk.flops.parameters(dk.policies.ModelShape.from_config(model.config)) == sum(own.values())
+
+
+@VARIANTS
+@RETENTION
+def test_replayed_steps(make_model, monkeypatch, family, text, retention):
+    """A captured decode step (a tape in place of the graph) gives the eager tokens and kept counts."""
+    model = make_model(family, text)
+    fields = models.inputs(model, ROWS[:2])
+    monkeypatch.setattr(graph, "recorder_for", lambda device, recorder=TapeRecorder(): recorder)
+    with patched(model, METHODS["dyrate"], retention) as handle:
+        want, stats = model.generate(**fields, **greedy(6)), handle.stats()
+    with patched(model, METHODS["dyrate"], retention, cuda_graph=True) as handle:
+        assert_same(model.generate(**fields, **greedy(6)), want)
+        assert handle.graph.off is None and (handle.graph.captures, handle.graph.replays) == (1, 4)
+        assert [step.kept for step in handle.stats().steps] == [step.kept for step in stats.steps]
