@@ -327,7 +327,8 @@ def test_replayed_steps(make_model, monkeypatch, family, text, retention):
     """A captured decode step (a tape in place of the graph) gives the eager tokens and kept counts."""
     model = make_model(family, text)
     fields = models.inputs(model, ROWS[:2])
-    monkeypatch.setattr(graph, "recorder_for", lambda device, recorder=TapeRecorder(): recorder)
+    recorder = TapeRecorder()
+    monkeypatch.setattr(graph, "recorder_for", lambda device: recorder)
     with patched(model, METHODS["dyrate"], retention) as handle:
         want, stats = model.generate(**fields, **greedy(6)), handle.stats()
     with patched(model, METHODS["dyrate"], retention, cuda_graph=True) as handle:
