@@ -94,7 +94,8 @@ def test_compare(capsys, picture):
     assert status == 0 and "uniform: " in out and "none: " in out
 
 
-def test_reducers_and_combined_budgets(capsys, picture):
+def test_reducers_and_combined_budgets(capsys, picture, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # xdist gives its workers those of its own terminal
     spec = "none+aim:keep=0.5,schedule:k=2:kept=[(0, 60), (3, 20)]+downsample:keep=0.5,none"
     status, out, _ = run(
         capsys, "compare", "--image", picture, "--policies", spec, "--vision", "uniform:keep=0.25", "--max-new-tokens", "6", "--json"
