@@ -10,9 +10,6 @@ FastV(k=2, rate=0.75, ranking='last')
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 from dyrate_kernels.policies.aim import AIM
 from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View
 from dyrate_kernels.policies.depth import Depth
@@ -32,6 +29,7 @@ from dyrate_kernels.policies.st3 import ST3
 from dyrate_kernels.policies.threshold import Threshold
 from dyrate_kernels.policies.uniform import Uniform
 from dyrate_kernels.policies.vtw import VTW
+from dyrate_kernels.registry import Registry
 
 _CLASSES: tuple[type[Policy], ...] = (
     KeepAll,
@@ -53,7 +51,8 @@ _CLASSES: tuple[type[Policy], ...] = (
     Recycle,
     KLGuard,
 )
-_BY_NAME = {cls.name: cls for cls in _CLASSES}
+_REGISTRY: Registry[Policy] = Registry("policy", _CLASSES)
+names, options, get = _REGISTRY.names, _REGISTRY.options, _REGISTRY.get
 
 __all__ = [
     "AIM",
@@ -82,38 +81,3 @@ __all__ = [
     "names",
     "options",
 ]
-
-
-def names() -> list[str]:
-    """The names that :func:`get` knows."""
-    return list(_BY_NAME)
-
-
-def options(name: str) -> list[str]:
-    """The options of the policy ``name``.
-
-    Raises:
-        ValueError: no policy has this name.
-    """
-    return [field.name for field in dataclasses.fields(_lookup(name)) if field.init and not field.metadata.get("bound")]
-
-
-def get(name: str, **options_: Any) -> Policy:
-    """The policy ``name`` with these options.
-
-    Raises:
-        ValueError: no policy has this name, or an option's value is out of range.
-        TypeError: the policy has no such option, or an option's value is of the wrong type.
-    """
-    cls = _lookup(name)
-    known = options(name)
-    for option in options_:
-        if option not in known:
-            raise TypeError(f"policy {name!r} has no option {option!r}; it has {', '.join(known)}")
-    return cls(**options_)
-
-
-def _lookup(name: str) -> type[Policy]:
-    if not isinstance(name, str) or name not in _BY_NAME:
-        raise ValueError(f"policy must be one of {', '.join(_BY_NAME)}, got {name!r}")
-    return _BY_NAME[name]

@@ -8,10 +8,10 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from dyrate_kernels.registry import Registry
 from dyrate_kernels.vision.aim import AIM
 from dyrate_kernels.vision.base import Crop, FeatureReducer, Merged, Reduced, Reducer, Selector, TowerFeatures, TowerMerger, Visual
 from dyrate_kernels.vision.divprune import DivPrune
@@ -38,7 +38,8 @@ _CLASSES: tuple[type[Reducer], ...] = (
     RandomTokens,
     UniformTokens,
 )
-_BY_NAME = {cls.name: cls for cls in _CLASSES}
+_REGISTRY: Registry[Reducer] = Registry("reducer", _CLASSES)
+names, options, get = _REGISTRY.names, _REGISTRY.options, _REGISTRY.get
 
 __all__ = [
     "AIM",
@@ -66,35 +67,6 @@ __all__ = [
     "names",
     "options",
 ]
-
-
-def names() -> list[str]:
-    """The names that :func:`get` knows."""
-    return list(_BY_NAME)
-
-
-def options(name: str) -> list[str]:
-    """The options of the reducer ``name``.
-
-    Raises:
-        ValueError: no reducer has this name.
-    """
-    return [field.name for field in dataclasses.fields(_lookup(name))]
-
-
-def get(name: str, **options_: Any) -> Reducer:
-    """The reducer ``name`` with these options.
-
-    Raises:
-        ValueError: no reducer has this name, or an option's value is out of range.
-        TypeError: the reducer has no such option, or an option's value is of the wrong type.
-    """
-    cls = _lookup(name)
-    known = options(name)
-    for option in options_:
-        if option not in known:
-            raise TypeError(f"reducer {name!r} has no option {option!r}; it has {', '.join(known)}")
-    return cls(**options_)
 
 
 def chain(spec: str | Reducer | Sequence[str | Reducer] | None) -> tuple[Reducer, ...]:
@@ -145,9 +117,3 @@ def _parse(text: str) -> Reducer:
         except (ValueError, SyntaxError):
             values[key] = value
     return get(name, **values)
-
-
-def _lookup(name: str) -> type[Reducer]:
-    if not isinstance(name, str) or name not in _BY_NAME:
-        raise ValueError(f"reducer must be one of {', '.join(_BY_NAME)}, got {name!r}")
-    return _BY_NAME[name]

@@ -1,0 +1,58 @@
+"""Frozen dataclasses by name, made from options: policies and reducers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Classes by their ``name``.
+
+    Args:
+        kind: what they are, for messages.
+        classes: dataclasses with a class attribute ``name``. A field with ``metadata["bound"]`` is no option.
+    """
+
+    def __init__(self, kind: str, classes: Sequence[type[T]]) -> None:
+        self.kind = kind
+        self.by_name: dict[str, type[T]] = {cls.name: cls for cls in classes}  # type: ignore[attr-defined]
+
+    def names(self) -> list[str]:
+        """The names that ``get`` knows."""
+        return list(self.by_name)
+
+    def options(self, name: str) -> list[str]:
+        """The options of ``name``.
+
+        Raises:
+            ValueError: nothing has this name.
+        """
+        fields = dataclasses.fields(self.lookup(name))  # type: ignore[arg-type]
+        return [field.name for field in fields if field.init and not field.metadata.get("bound")]
+
+    def get(self, name: str, **options: Any) -> T:
+        """``name`` with these options.
+
+        Raises:
+            ValueError: nothing has this name, or an option's value is out of range.
+            TypeError: it has no such option, or an option's value is of the wrong type.
+        """
+        cls, known = self.lookup(name), self.options(name)
+        for option in options:
+            if option not in known:
+                raise TypeError(f"{self.kind} {name!r} has no option {option!r}; it has {', '.join(known)}")
+        return cls(**options)
+
+    def lookup(self, name: str) -> type[T]:
+        """The class.
+
+        Raises:
+            ValueError: nothing has this name.
+        """
+        if not isinstance(name, str) or name not in self.by_name:
+            raise ValueError(f"{self.kind} must be one of {', '.join(self.by_name)}, got {name!r}")
+        return self.by_name[name]
