@@ -26,6 +26,7 @@ class Task:
         prompt: what is asked about each picture.
         max_new_tokens: of a caption.
         batch_size: pictures that are generated together, at most.
+        images: where the pictures come from, in full: captions of two places do not belong into one file either.
         column: of Parquet files that holds the pictures; None: the pictures are files.
         max_pixels: of a picture.
     """
@@ -41,13 +42,15 @@ class Task:
     prompt: str = "Describe the picture."
     max_new_tokens: int = 160
     batch_size: int = 8
+    images: str | None = None
     column: str | None = None
     max_pixels: int = MAX_PIXELS
 
     def setting(self) -> dict[str, str]:
         """What captions depend on: captions of another setting do not belong into one file."""
         reducers = None if self.vision is None else "+".join(map(str, self.vision))
-        given = {"model": self.model or "bundled", "dtype": self.dtype, "quantize": self.quantize, "policy": self.policy,
+        given = {"images": self.images,
+                 "model": self.model or "bundled", "dtype": self.dtype, "quantize": self.quantize, "policy": self.policy,
                  "retention": self.retention, "vision": reducers, "prompt": self.prompt, "max_new_tokens": self.max_new_tokens}  # fmt: skip
         return {name: str(value) for name, value in given.items()}
 

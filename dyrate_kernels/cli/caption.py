@@ -73,7 +73,8 @@ def run(given: argparse.Namespace) -> int:
     )
     task = Task(
         model, given.device, given.dtype, given.quantize, policy_from(given), given.retention, given.backend,
-        common.parse_vision(given.vision), given.prompt, given.max_new_tokens, given.batch_size, sources.column, given.max_pixels,
+        common.parse_vision(given.vision), given.prompt, given.max_new_tokens, given.batch_size,
+        str(Path(given.images).expanduser().resolve()), sources.column, given.max_pixels,
     )  # fmt: skip
     say = _Say(quiet=given.json)
     say.line(f"{len(sources.sources)} pictures, engine {engine}")
@@ -105,7 +106,8 @@ def _print(found: dict[str, Any], out: Path) -> None:
     if found["other_files"]:
         print(f"{'left out:':<12}{found['other_files']} files that are no pictures by their names")
     print(f"{'read:':<12}{100 * found['visual_rows_read']:.1f} % of the visual rows, mean over steps and layers")
-    print(f"{'written:':<12}{out / runs.LINES}, {runs.TABLE}, {runs.REPORT}")
+    written = [name for name in (runs.LINES, runs.TABLE, runs.REPORT) if (out / name).exists()]
+    print(f"{'written:':<12}{out}: {', '.join(written)}")
 
 
 class _Say:

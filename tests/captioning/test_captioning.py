@@ -111,6 +111,10 @@ def test_another_setting_and_another_run_are_refused(capsys, folder, tmp_path):
     assert caption(capsys, folder, out, "--limit", "2")[0] == 0 and len(lines(out)) == 2
     status, _, err = caption(capsys, folder, out, "--policy", "fastv")
     assert status == 1 and "holds answers of" in err and "give another folder" in err
+    (tmp_path / "elsewhere").mkdir()
+    drawn(30).save(tmp_path / "elsewhere" / "grey.png")  # a name that both places have
+    status, _, err = caption(capsys, tmp_path / "elsewhere", out)
+    assert status == 1 and "holds answers of" in err and "elsewhere" in err
     with (out / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         status, _, err = caption(capsys, folder, out)
