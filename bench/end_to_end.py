@@ -60,7 +60,7 @@ def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -
             return random_models.inputs(model, size, visual, text)
 
         problem = end_to_end.Problem(name, model, make, batch, new_tokens, backend, pictures)
-        setups = end_to_end.policies_for(model, forced(model), "DyRate at 12.5 %", KEPT)
+        setups = end_to_end.policies_for(model, forced(model), "DyRate at 12.5 %", KEPT, end_to_end.can_fuse(model, backend))
         setups.append(end_to_end.Setup(end_to_end.UNPATCHED))
         try:
             for found in end_to_end.measure(problem, setups, rounds=1, bandwidth=bandwidth):

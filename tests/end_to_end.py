@@ -19,7 +19,9 @@ GENERATIONS = [
 ]
 
 
-def assert_tokens_equal_the_references(demo: tuple[Any, Any], backend: str, policy: Any, retention: str, options: dict, steps: int) -> None:
+def assert_tokens_equal_the_references(
+    demo: tuple[Any, Any], backend: str, policy: Any, retention: str, options: dict, steps: int, **patching: Any
+) -> None:  # fmt: skip
     """The bundled model generates the reference backend's tokens with the reference backend's kept counts."""
     model, processor = demo
     pictures = [draw(make_scene(seed)) for seed in (3, 4)][: 1 if options else 2]
@@ -28,7 +30,7 @@ def assert_tokens_equal_the_references(demo: tuple[Any, Any], backend: str, poli
     inputs = processor(images=pictures, text=[prompt] * len(pictures), return_tensors="pt", padding=True)
     found = []
     for name in ("reference", backend):
-        with dk.patch(model, policy, retention=retention, backend=name) as handle:
+        with dk.patch(model, policy, retention=retention, backend=name, **(patching if found else {})) as handle:
             tokens = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, **options)
             stats = handle.stats()
         assert stats.backend == name

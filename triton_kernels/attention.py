@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decision import decide_row
+from .decision import decide_row, predict_class
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -166,14 +166,17 @@ def decode_attention_kernel(
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kr, stride_kd, stride_vb, stride_vh, stride_vr, stride_vd,
     stride_lb, stride_tb, stride_pb, stride_pq, stride_nkb, stride_nkh, stride_nvb, stride_nvh,
     stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
-    G: tl.constexpr, BLOCK_G: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, STAGES: tl.constexpr,
     HAS_OUTPUT: tl.constexpr, HAS_MASS: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LIST: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_NEW: tl.constexpr, IMPORTANCE: tl.constexpr, DECIDE: tl.constexpr,
     HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(MAX_SPLITS, Hkv, B)``; see the module for the phases and ``backend.decode_attention`` for the tensors.
+    """Grid ``(splits, Hkv, B)``; see the module for the phases and ``backend.decode_attention`` for the tensors.
+
+    MAX_SPLITS is the power of two that holds so many.
 
     Scratch: part float32 ``[B, Hq, MAX_SPLITS, BLOCK_V]``; part_stat float32 ``[B, Hq, MAX_SPLITS, 8]`` (max, sum, mass by type);
     head_stat float32 ``[B, Hq, 2]`` (max, 1 / sum); counter int32 ``[B, Hkv + 1]``, zero before and after; logit float32
@@ -195,7 +198,7 @@ def decode_attention_kernel(
     visual_blocks = tl.cdiv(n_read, BLOCK_N)
     text_blocks = tl.cdiv(n_text, BLOCK_N)
     blocks = visual_blocks + text_blocks
-    splits = tl.minimum(MAX_SPLITS, tl.maximum(tl.cdiv(blocks, min_blocks), 1))
+    splits = tl.minimum(tl.num_programs(0), tl.maximum(tl.cdiv(blocks, min_blocks), 1))
     if split >= splits:
         return
     first_block = (split * blocks) // splits
@@ -307,43 +310,49 @@ def decode_attention_kernel(
         return
 
     # ---- phase 2: the last split of a key/value head combines the splits --------------------------------------------------------
+    # all query heads at once, so that their loads wait for memory together
+    offset_c = tl.arange(0, BLOCK_C)
+    ours = offset_c < G
+    head = b * heads + first_head + offset_c
     offset_s = tl.arange(0, MAX_SPLITS)
-    done = offset_s < splits
-    for g in tl.static_range(G):
-        head = b * heads + first_head + g
-        part = head * MAX_SPLITS + offset_s
-        m = tl.load(part_stat_ptr + part * 8, mask=done, other=float("-inf"), cache_modifier=".cg")
-        norm = tl.load(part_stat_ptr + part * 8 + 1, mask=done, other=0.0, cache_modifier=".cg")
-        top = tl.max(m, 0)
-        finite = tl.where(top == float("-inf"), 0.0, top)
-        factor = tl.where(done, tl.exp2(m - finite), 0.0)
-        total = tl.sum(tl.where(done, norm * factor, 0.0), 0)
-        share = tl.where(total == 0.0, 0.0, 1.0 / total)
-        share = tl.where(top == LOWEST, float("nan"), share)
-        if HAS_MASS:
-            for kind in tl.static_range(4):
-                sums = tl.load(part_stat_ptr + part * 8 + 2 + kind, mask=done, other=0.0, cache_modifier=".cg")
-                tl.store(mass_ptr + head * 4 + kind, tl.sum(sums * factor, 0) * share)
-        if HAS_OUTPUT:
-            output = tl.zeros([BLOCK_V], dtype=tl.float32)
-            for tile in tl.static_range(MAX_SPLITS // SPLIT_TILE):  # a few splits at a time: registers
-                offset = tile * SPLIT_TILE + tl.arange(0, SPLIT_TILE)
-                here = offset < splits
-                part = head * MAX_SPLITS + offset
-                weight = tl.load(part_stat_ptr + part * 8, mask=here, other=float("-inf"), cache_modifier=".cg")
-                weight = tl.where(here, tl.exp2(weight - finite), 0.0)
-                acc = tl.load(
-                    part_ptr + part[:, None] * BLOCK_V + offset_v[None, :],
-                    mask=here[:, None] & (offset_v < value_dim)[None, :],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                output += tl.sum(acc * weight[:, None], 0)
-            output *= share
-            tl.store(output_ptr + head * value_dim + offset_v, output.to(output_ptr.dtype.element_ty), mask=offset_v < value_dim)
-        if HAS_LOGITS:
-            tl.store(head_stat_ptr + head * 2, top)
-            tl.store(head_stat_ptr + head * 2 + 1, share)
+    done = ours[:, None] & (offset_s < splits)[None, :]
+    part = head[:, None] * MAX_SPLITS + offset_s[None, :]
+    m = tl.load(part_stat_ptr + part * 8, mask=done, other=float("-inf"), cache_modifier=".cg")
+    norm = tl.load(part_stat_ptr + part * 8 + 1, mask=done, other=0.0, cache_modifier=".cg")
+    top = tl.max(m, 1)
+    finite = tl.where(top == float("-inf"), 0.0, top)
+    factor = tl.where(done, tl.exp2(m - finite[:, None]), 0.0)
+    total = tl.sum(tl.where(done, norm * factor, 0.0), 1)
+    share = tl.where(total == 0.0, 0.0, 1.0 / total)
+    share = tl.where(top == LOWEST, float("nan"), share)
+    if HAS_MASS:
+        for kind in tl.static_range(4):
+            sums = tl.load(part_stat_ptr + part * 8 + 2 + kind, mask=done, other=0.0, cache_modifier=".cg")
+            tl.store(mass_ptr + head * 4 + kind, tl.sum(sums * factor, 1) * share, mask=ours)
+    if HAS_LOGITS:
+        tl.store(head_stat_ptr + head * 2, top, mask=ours)
+        tl.store(head_stat_ptr + head * 2 + 1, share, mask=ours)
+    if HAS_OUTPUT:
+        output = tl.zeros([BLOCK_C, BLOCK_V], dtype=tl.float32)
+        for tile in tl.static_range(MAX_SPLITS // SPLIT_TILE):  # a few splits at a time: registers
+            offset = tile * SPLIT_TILE + tl.arange(0, SPLIT_TILE)
+            here = ours[:, None] & (offset < splits)[None, :]
+            part = head[:, None] * MAX_SPLITS + offset[None, :]
+            weight = tl.load(part_stat_ptr + part * 8, mask=here, other=float("-inf"), cache_modifier=".cg")
+            weight = tl.where(here, tl.exp2(weight - finite[:, None]), 0.0)
+            acc = tl.load(
+                part_ptr + part[:, :, None] * BLOCK_V + offset_v[None, None, :],
+                mask=here[:, :, None] & (offset_v < value_dim)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            output += tl.sum(acc * weight[:, :, None], 1)
+        output *= share[:, None]
+        tl.store(
+            output_ptr + head[:, None] * value_dim + offset_v[None, :],
+            output.to(output_ptr.dtype.element_ty),
+            mask=ours[:, None] & (offset_v < value_dim)[None, :],
+        )
 
     if IMPORTANCE:
         # read again rather than kept in registers through the main loop
@@ -409,6 +418,12 @@ def decide_kernel(
     b = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * BLOCK_I
     n = tl.load(n_visual_ptr + b)
+    if DECIDE and HAS_PREDICTOR:
+        if start == 0:  # meanwhile the others sum: the rate is there when the last of them decides
+            chosen = predict_class(
+                mass_ptr + b * features, weight_ptr, bias_ptr, b, features, classes, stride_wr, stride_wc, stride_bb, stride_br, BLOCK_F
+            )
+            tl.store(rate_ptr + b, tl.load(rates_ptr + chosen))
     importance_columns(
         logit_ptr, head_stat_ptr, importance_ptr, logit_ptr, b, start, start + BLOCK_I, n, visual_capacity, logit_capacity, heads, heads,
         False, False, BLOCK_H, BLOCK_I,
@@ -420,5 +435,5 @@ def decide_kernel(
             mass_ptr + b * features, importance_ptr + b * visual_capacity, weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr,
             alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr, b, n, visual_capacity, features, classes,
             stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
-            HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS,
+            HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS, HAS_PREDICTOR,
         )  # fmt: skip

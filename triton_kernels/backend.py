@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -23,12 +22,10 @@ from . import interpreted, interpreter, plan
 from . import rows as moving
 from .attention import decide_kernel, decode_attention_kernel
 from .decision import predict_rate_kernel, select_tokens_kernel
-from .launch import Launch
+from .launch import Launch, start
 
 if interpreted():
     interpreter.prepare()
-
-_launches: dict[Hashable, Launch] = {}  # prepared launches, by everything that they depend on but addresses
 
 
 @functools.cache
@@ -88,17 +85,17 @@ def _prepare_attention(
         *query.stride(), *key.stride(), *value.stride(),
         strides(kept, 2)[0], strides(text_type, 2)[0], strides(position, 2)[0], strides(query_position, 1)[0],
         *strides(new_key, 3)[:2], *strides(new_value, 3)[:2], *choice,
-        heads // kv_heads, how.block_g, how.dot, how.block_n, how.block_d, how.block_v,
-        how.max_splits, min(how.max_splits, plan.SPLIT_TILE), how.num_stages,
+        heads // kv_heads, how.block_g, how.block_c, how.dot, how.block_n, how.block_d, how.block_v,
+        how.max_splits, how.split_tile, how.num_stages,
         output, mass, importance, listed, has_window, new_key is not None, importance and not second,
         decide is not None and not second, *flags, *blocks,
     )  # fmt: skip
-    grid = (how.max_splits, kv_heads, batch)
+    grid = (how.splits, kv_heads, batch)
     launch = Launch(decode_attention_kernel, grid, rest, how.num_warps, how.num_stages, how.max_registers)
     deciding = None
     if second:
         rest = (heads, kv_heads + 1, visual_capacity, logit_capacity, features, classes, *choice, decide is not None, *flags, *blocks)
-        deciding = Launch(decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, 8)
+        deciding = Launch(decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, plan.SELECT_WARPS)
     scratch = {
         "part": batch * heads * how.max_splits * how.block_v if output else None,
         "part_stat": batch * heads * how.max_splits * 8,
@@ -166,15 +163,6 @@ def _run_attention(
             ),
         )  # fmt: skip
     return made
-
-
-def _start(kernel: Any, device: torch.device, grid: tuple[int, int, int], rest: tuple, warps: int, tensors: tuple, *forms: Any) -> None:
-    """Starts a kernel whose arguments after the pointers, and ``forms`` (dtypes), say all that a prepared launch depends on."""
-    key = (kernel, device, grid, rest, *forms)
-    launch = _launches.get(key)
-    if launch is None:
-        launch = remember(_launches, key, Launch(kernel, grid, rest, warps))
-    launch.start(device, stream_of(device), tensors)
 
 
 def decode_attention(
@@ -254,7 +242,7 @@ def predict_rate(mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor) -> t
     rest = (features, weight.shape[0], *weight.stride(), *bias.stride(), max(triton.next_power_of_2(features), 16))
     if batch:
         tensors = (mass, weight, bias, rates, rate, index)
-        _start(predict_rate_kernel, mass.device, (batch, 1, 1), rest, 1, tensors, mass.dtype, weight.dtype, bias.dtype)
+        start(predict_rate_kernel, mass.device, (batch, 1, 1), rest, 1, tensors, mass.dtype, weight.dtype, bias.dtype)
     return rate, index
 
 
@@ -271,7 +259,7 @@ def select_tokens(score: Tensor, count: Tensor, n_visual: Tensor, *, alive: Tens
     rest = (tokens, *score.stride(), *strides(alive, 2), alive is not None, wide, block, chunks)
     if batch:
         tensors = (score, vector(count), vector(n_visual), alive, kept, n_kept)
-        _start(select_tokens_kernel, score.device, (batch, 1, 1), rest, 8, tensors, score.dtype)
+        start(select_tokens_kernel, score.device, (batch, 1, 1), rest, plan.SELECT_WARPS, tensors, score.dtype)
     return kept, n_kept
 
 
@@ -350,7 +338,7 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor)
     movers = max(min(triton.cdiv(most, block_m), triton.cdiv(8192, batch * len(described))), 1)
     rest = (kept.stride(0), word, aligned, block_m, block_w, max(width.bit_length() + 1, 1))
     tensors = (table, kept, vector(n_kept), vector(n_visual))
-    _start(moving.compact_kernel, kept.device, (batch, movers, len(described)), rest, 4, tensors)
+    start(moving.compact_kernel, kept.device, (batch, movers, len(described)), rest, 4, tensors)
 
 
 def reorder_(rows: list[Tensor], index: Tensor) -> None:
@@ -374,4 +362,4 @@ def reorder_(rows: list[Tensor], index: Tensor) -> None:
     block_w = max(min(4096 // block_b, 512, triton.next_power_of_2(words)), 1)
     rest = (batch, word, aligned, block_b, block_w)
     blocks = max(min(triton.cdiv(words, block_w), 1024), 1)
-    _start(moving.reorder_kernel, index.device, (blocks, len(described), 1), rest, 4, (table, index.contiguous()))
+    start(moving.reorder_kernel, index.device, (blocks, len(described), 1), rest, 4, (table, index.contiguous()))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+CLASSES = tl.constexpr(4)  # of the predictor, looked at together
+
 
 @triton.jit
 def order_key(value, WIDE: tl.constexpr):
@@ -42,14 +44,20 @@ def predict_class(
     mass = tl.load(mass_ptr + feature, mask=real, other=0.0, cache_modifier=".cg").to(tl.float32)
     best_key = tl.zeros([1], dtype=tl.uint32)
     best = tl.zeros([1], dtype=tl.int32)
-    for r in range(classes):
-        weight = tl.load(weight_ptr + r * stride_wr + feature * stride_wc, mask=real, other=0.0).to(tl.float32)
-        logit = tl.sum(tl.where(real, mass * weight, 0.0), 0, keep_dims=True)
-        logit += tl.load(bias_ptr + b * stride_bb + r * stride_br).to(tl.float32)
+    for first in range(0, classes, CLASSES):  # a few at once: their loads then wait for memory together
+        r = first + tl.arange(0, CLASSES)
+        there = r < classes
+        both = there[:, None] & real[None, :]
+        weight = tl.load(weight_ptr + r[:, None] * stride_wr + feature[None, :] * stride_wc, mask=both, other=0.0).to(tl.float32)
+        logit = tl.sum(tl.where(both, mass[None, :] * weight, 0.0), 1)
+        logit += tl.load(bias_ptr + b * stride_bb + r * stride_br, mask=there, other=0.0).to(tl.float32)
         key = order_key(logit, False)
-        better = key > best_key
-        best = tl.where(better, r, best)
-        best_key = tl.where(better, key, best_key)
+        key = tl.where(there, key, tl.zeros_like(key))
+        highest = tl.max(key, 0, keep_dims=True)
+        index = tl.min(tl.where(key == highest, r, 2147483647), 0, keep_dims=True)
+        better = highest > best_key
+        best = tl.where(better, index, best)
+        best_key = tl.where(better, highest, best_key)
     return tl.sum(best, 0)
 
 
@@ -84,8 +92,9 @@ def select_row(
 ):  # fmt: skip
     """Writes the ``count`` highest of ``n`` scores as ascending indices, -1 past them; returns their number.
 
-    A radix select finds the threshold, eight bits a pass, then a prefix sum collects in ascending order. Rows longer than BLOCK are read
-    in CHUNKS pieces, once a pass.
+    A search finds the threshold, then a prefix sum collects in ascending order. A row that fits into registers is searched bit by bit,
+    which needs one sum a bit and ends at the first threshold that exactly ``count`` tokens reach; rows longer than BLOCK are read in CHUNKS
+    pieces, once for each eight bits of a radix select.
     """
     BITS: tl.constexpr = 64 if WIDE else 32
     key = chunk_keys(score_ptr, alive_ptr, 0, n, stride_s, stride_a, HAS_ALIVE, WIDE, BLOCK)
@@ -97,37 +106,54 @@ def select_row(
     n_kept = tl.minimum(tl.maximum(count, 0), candidates)
 
     bins = tl.arange(0, 256)
-    needed = n_kept
+    needed = n_kept  # of the tokens at the threshold
     threshold = tl.sum(tl.zeros([1], dtype=key.dtype), 0)
-    for step in tl.static_range(BITS // 8):
-        shift = BITS - 8 - 8 * step
-        histogram = tl.zeros([256], dtype=tl.int32)
-        for c in tl.range(0, CHUNKS, num_stages=1):
-            if CHUNKS > 1:
+    if CHUNKS == 1:
+        one = threshold + 1
+        bit = candidates * 0 + (BITS - 1)
+        reached = candidates  # tokens at the threshold or above it
+        while (bit >= 0) & (reached != n_kept):
+            higher = threshold | (one << bit.to(key.dtype))
+            count_higher = tl.sum((key >= higher).to(tl.int32), 0)
+            enough = count_higher >= n_kept
+            threshold = tl.where(enough, higher, threshold)
+            reached = tl.where(enough, count_higher, reached)
+            bit -= 1
+        above = tl.sum((key > threshold).to(tl.int32), 0)
+        needed = n_kept - above
+    else:
+        for step in tl.static_range(BITS // 8):
+            shift = BITS - 8 - 8 * step
+            histogram = tl.zeros([256], dtype=tl.int32)
+            for c in tl.range(0, CHUNKS, num_stages=1):
                 key = chunk_keys(score_ptr, alive_ptr, c * BLOCK, n, stride_s, stride_a, HAS_ALIVE, WIDE, BLOCK)
-            inside = key != 0
-            if step > 0:
-                inside = inside & ((key >> (shift + 8)) == (threshold >> (shift + 8)))
-            histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=inside)
-        at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # tokens with this digit or a higher one
-        digit = tl.sum((at_least >= needed).to(tl.int32), 0) - 1
-        needed -= tl.sum(tl.where(bins > digit, histogram, 0), 0)
-        threshold |= digit.to(key.dtype) << shift
+                inside = key != 0
+                if step > 0:
+                    inside = inside & ((key >> (shift + 8)) == (threshold >> (shift + 8)))
+                histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=inside)
+            at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram  # tokens with this digit or a higher one
+            digit = tl.sum((at_least >= needed).to(tl.int32), 0) - 1
+            needed -= tl.sum(tl.where(bins > digit, histogram, 0), 0)
+            threshold |= digit.to(key.dtype) << shift
 
-    place = 0  # of the next kept token
-    ties = 0  # tokens at the threshold seen so far
+    highest = 0  # tokens above the threshold seen so far
+    ties = 0  # and at it
     for c in tl.range(0, CHUNKS, num_stages=1):
         if CHUNKS > 1:
             key = chunk_keys(score_ptr, alive_ptr, c * BLOCK, n, stride_s, stride_a, HAS_ALIVE, WIDE, BLOCK)
         index = c * BLOCK + tl.arange(0, BLOCK)
-        tie = ((key == threshold) & (key != 0)).to(tl.int32)
-        before = ties + tl.cumsum(tie, 0) - tie
-        taken = ((key > threshold) | ((tie != 0) & (before < needed))).to(tl.int32)
-        target = place + tl.cumsum(taken, 0) - taken
-        tl.store(kept_ptr + target, index, mask=taken != 0)
+        tie = (key == threshold) & (key != 0)
+        over = key > threshold
+        both = tie.to(tl.int32) * 65536 + over.to(tl.int32)  # two counts in one prefix sum: a chunk has fewer than 2^15 tokens
+        before = tl.cumsum(both, 0) - both
+        ties_before = ties + (before >> 16)
+        target = highest + (before & 65535) + tl.minimum(ties_before, needed)
+        tl.store(kept_ptr + target, index, mask=over | (tie & (ties_before < needed)))
         tl.store(kept_ptr + index, tl.full([BLOCK], -1, tl.int32), mask=(index >= n_kept) & (index < width))
-        place += tl.sum(taken, 0)
-        ties += tl.sum(tie, 0)
+        if CHUNKS > 1:
+            sums = tl.sum(both, 0)
+            highest += sums & 65535
+            ties += sums >> 16
     return n_kept
 
 
@@ -138,10 +164,15 @@ def decide_row(
     b, n, width, features, classes,
     stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
     HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, HAS_RATE: tl.constexpr = False,
 ):  # fmt: skip
-    """The decision of sequence ``b``: rate, count, kept list. mass and importance are those of the sequence itself."""
-    if HAS_PREDICTOR:
+    """The decision of sequence ``b``: rate, count, kept list. mass and importance are those of the sequence itself.
+
+    HAS_RATE: another program has already predicted the rate and stored it.
+    """
+    if HAS_RATE:
+        count = count_for_rate(n, tl.load(rate_ptr + b, cache_modifier=".cg"))
+    elif HAS_PREDICTOR:
         chosen = predict_class(mass_ptr, weight_ptr, bias_ptr, b, features, classes, stride_wr, stride_wc, stride_bb, stride_br, BLOCK_F)
         rate = tl.load(rates_ptr + chosen)
         count = count_for_rate(n, rate)

@@ -8,12 +8,14 @@ Triton's own way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import knobs
+
+from dyrate_kernels.ops.forms import remember, stream_of
 
 from . import interpreted
 
@@ -79,3 +81,15 @@ class Launch:
                 self._compiled = compiled
             return
         compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *self.rest)
+
+
+_launches: dict[Hashable, Launch] = {}  # prepared launches, by everything that they depend on but addresses
+
+
+def start(kernel: Any, device: torch.device, grid: tuple[int, int, int], rest: tuple, warps: int, tensors: tuple, *forms: Any) -> None:
+    """Starts a kernel on the current stream. The arguments after the pointers, and ``forms`` (dtypes), say all that a launch depends on."""
+    key = (kernel, device, grid, rest, warps, *forms)
+    launch = _launches.get(key)
+    if launch is None:
+        launch = remember(_launches, key, Launch(kernel, grid, rest, warps))
+    launch.start(device, stream_of(device), tensors)

@@ -87,10 +87,13 @@ class AttentionPlan:
 
     dot: bool
     block_g: int
+    block_c: int
     block_n: int
     block_d: int
     block_v: int
+    splits: int
     max_splits: int
+    split_tile: int
     min_blocks: int
     num_warps: int
     num_stages: int
@@ -100,7 +103,7 @@ class AttentionPlan:
 
 MOST_SPLITS = 64
 WAVES = 4  # where the pairs of sequence and key/value head do not fit in one
-SPLIT_TILE = 32  # splits that the combination holds in registers at once
+COMBINED = 4096  # numbers of partial outputs that the combination holds in registers at once
 
 
 @functools.cache
@@ -124,14 +127,20 @@ def attention(
     wave, pairs = use.programs_per_sm * multiprocessors, max(batch * kv_heads, 1)
     wanted = wave // pairs if pairs <= wave else max(WAVES * wave // pairs, 1)  # more pairs than fit at once: a last wave that is short
     most = max(triton.cdiv(max(rows, 1), block_n * use.min_blocks), 1)
-    splits = min(1 << (wanted.bit_length() - 1), triton.next_power_of_2(most), MOST_SPLITS)
+    splits = min(wanted, most, MOST_SPLITS)
+    max_splits = triton.next_power_of_2(splits)
+    block_c = triton.next_power_of_2(group)
+    block_v = max(16, triton.next_power_of_2(max(value_dim, 1)))
     return AttentionPlan(
         dot=dot,
         block_g=max(16, triton.next_power_of_2(group)) if dot else 1,
+        block_c=block_c,
         block_n=block_n,
         block_d=max(16, triton.next_power_of_2(dim)),
-        block_v=max(16, triton.next_power_of_2(max(value_dim, 1))),
-        max_splits=splits,
+        block_v=block_v,
+        splits=splits,
+        max_splits=max_splits,
+        split_tile=min(max_splits, max(COMBINED // (block_c * block_v), 1)),
         min_blocks=use.min_blocks,
         num_warps=use.num_warps,
         num_stages=use.num_stages,
@@ -142,7 +151,8 @@ def attention(
 
 # Tokens that one pass of the selection holds in registers. Inside the attention launch it is fewer, because the registers of a program are
 # those of its greediest phase: 158 with 2048, 255 with 4096 (sm_90, 4 warps, bf16, D=128; tests/aot prints them).
-SELECT_BLOCK = 4096
+SELECT_BLOCK = 8192
+SELECT_WARPS = 8
 SELECT_BLOCK_IN_ATTENTION = 1024
 
 

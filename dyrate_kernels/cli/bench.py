@@ -70,9 +70,10 @@ def run(given: argparse.Namespace) -> int:
     largest: dict[tuple[int, str], int | None] = {}
     with torch.no_grad():
         for batch in given.batch:
+            fuse = end_to_end.can_fuse(model, backend)
             problem = end_to_end.Problem(name, model, make, batch, given.max_new_tokens, backend, pictures)
             kept = _mean_kept(problem, policy)
-            setups = [*end_to_end.unpatched_setups(device), *end_to_end.policies_for(model, policy, label, kept)]
+            setups = [*end_to_end.unpatched_setups(device), *end_to_end.policies_for(model, policy, label, kept, fuse)]
             if not given.json:
                 print(f"{name}, B={batch}, N={visual}: {len(setups)} set-ups, {given.rounds} rounds", flush=True)
             found = list(end_to_end.measure(problem, setups, rounds=given.rounds, bandwidth=bandwidth))

@@ -59,8 +59,8 @@ def _row(
 ) -> dict[str, Any]:
     import dyrate_kernels as dk
 
-    options = {"retention": given.retention, "backend": given.backend, "cuda_graph": given.cuda_graph, "vision": reducers}
-    with dk.patch(model, policy, **options) as handle:
+    options = {"retention": given.retention, "backend": given.backend, "cuda_graph": given.cuda_graph, "fuse": given.fuse}
+    with dk.patch(model, policy, vision=reducers, **options) as handle:
         arguments = common.generation_arguments(given)
         started = time.perf_counter()
         tokens = model.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :].tolist()

@@ -64,6 +64,7 @@ def run(given: argparse.Namespace) -> int:
         backend=given.backend,
         record_importance=bool(given.plot),
         cuda_graph=given.cuda_graph,
+        fuse=given.fuse,
         vision=reducers,
     ) as handle:
         streamer = None if given.json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)

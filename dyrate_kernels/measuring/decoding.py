@@ -120,7 +120,9 @@ def operators_only() -> Iterator[None]:
         cpu_step.enabled = before
 
 
-def logits_gate(model: Any, fields: dict[str, torch.Tensor], policy: str | Policy, retention: str, backend: str) -> dict[str, Any]:
+def logits_gate(
+    model: Any, fields: dict[str, torch.Tensor], policy: str | Policy, retention: str, backend: str, fuse: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """Logits of four greedy steps under the backend against those under the reference operators, as long as the tokens agree.
 
     A policy that ranks by importance is checked twice. With evenly spaced tokens at a constant rate both read the same rows, and the limit
@@ -129,19 +131,22 @@ def logits_gate(model: Any, fields: dict[str, torch.Tensor], policy: str | Polic
     first run on an H200, where 0.074 failed the single limit at B=1; keeping all gave 0.033.)
     """
     limit = LIMIT[next(model.parameters()).dtype]
-    error = logits_error(model, fields, {"policy": policy, "retention": retention}, backend)
+    error = logits_error(model, fields, {"policy": policy, "retention": retention}, backend, fuse)
     if policy == "none":
         return timing.correctness(limit, logits=error)
     even = dk.policies.Uniform(k=min(3, ModelShape.from_config(model.config).num_layers - 1), rate=0.875)
-    same_rows = logits_error(model, fields, {"policy": even, "retention": retention}, backend)
+    same_rows = logits_error(model, fields, {"policy": even, "retention": retention}, backend, fuse)
     return timing.correctness(limit, logits_of_the_same_rows=same_rows, half_of_own_ranking=error / 2)
 
 
-def logits_error(model: Any, fields: dict[str, torch.Tensor], patching: dict[str, Any], backend: str) -> float:
-    """Largest relative error of a step's logits."""
+def logits_error(
+    model: Any, fields: dict[str, torch.Tensor], patching: dict[str, Any], backend: str, fuse: bool = False
+) -> float:  # fmt: skip
+    """Largest relative error of a step's logits; what they are compared with is never fused."""
     outputs = []
     for name in (backend, "reference"):
-        with dk.patch(model, backend=name, **patching), operators_only() if outputs else contextlib.nullcontext():
+        fused = fuse and not outputs
+        with dk.patch(model, backend=name, fuse=fused, **patching), operators_only() if outputs else contextlib.nullcontext():
             output = generate(model, fields, 4, output_logits=True, return_dict_in_generate=True)
         outputs.append((output.sequences, output.logits))  # not the output itself: it holds the cache
         del output

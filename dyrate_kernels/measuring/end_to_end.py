@@ -22,6 +22,8 @@ import torch
 import dyrate_kernels as dk
 from dyrate_kernels.measuring import decoding, timing
 from dyrate_kernels.measuring.decoding import Clock, generate
+from dyrate_kernels.ops import layers
+from dyrate_kernels.patching.fused import check_fusable
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.stats import Stats
 
@@ -64,6 +66,7 @@ class Setup:
     Attributes:
         label: as rows carry it.
         policy: None for the unpatched model.
+        fuse: ``patch(fuse=True)``.
         options: more arguments of ``generate``.
     """
 
@@ -71,6 +74,7 @@ class Setup:
     policy: str | Policy | None = None
     retention: str = "recoverable"
     options: dict[str, Any] = field(default_factory=dict)
+    fuse: bool = False
 
     @property
     def name(self) -> str:
@@ -96,12 +100,13 @@ def falling_schedule(visual: int, k: int) -> dk.policies.Schedule:
     return dk.policies.Schedule(k=k, kept=[(0, max(visual // 2, 1)), (5, max(visual // 4, 1)), (10, max(visual // 8, 1))])
 
 
-def policies_for(model: Any, policy: Policy, label: str, kept: float) -> list[Setup]:
+def policies_for(model: Any, policy: Policy, label: str, kept: float, fuse: bool = False) -> list[Setup]:
     """The patched set-ups.
 
     Args:
         policy: what is measured.
         kept: the fraction that FastV, which decides once, keeps: the policy's mean.
+        fuse: all of them with ``patch(fuse=True)``, and at last the first one without.
     """
     k = min(policy.k or 3, ModelShape.from_config(model.config).num_layers - 1)
     found = [Setup(f"{label}, recoverable", policy)]
@@ -110,7 +115,17 @@ def policies_for(model: Any, policy: Policy, label: str, kept: float) -> list[Se
     if policy.name != "fastv":
         fastv = dk.policies.FastV(k=k, rate=min(max(1 - kept, 0.0), 1.0))
         found.append(Setup(f"FastV at {100 * kept:.1f} %, evict", fastv, "evict"))
-    return [*found, Setup("dense (policy none)", "none")]
+    found.append(Setup("dense (policy none)", "none"))
+    return [*(replace(setup, label=f"{setup.label}, fused", fuse=True) for setup in found), found[0]] if fuse else found
+
+
+def can_fuse(model: Any, backend: str) -> bool:
+    """``patch(fuse=True)`` has an effect on this model."""
+    try:
+        check_fusable(model)
+    except TypeError:
+        return False
+    return layers.fused(backend, next(model.parameters()).device) is not None
 
 
 def unpatched_setups(device: torch.device) -> list[Setup]:
@@ -151,7 +166,8 @@ def run_once(problem: Problem, setup: Setup, fields: dict[str, torch.Tensor], ru
         answer(None)
         return
     graph = cuda and problem.backend != "reference"
-    with dk.patch(problem.model, setup.policy, retention=setup.retention, backend=problem.backend, cuda_graph=graph) as handle:
+    options = {"retention": setup.retention, "backend": problem.backend, "cuda_graph": graph, "fuse": setup.fuse}
+    with dk.patch(problem.model, setup.policy, **options) as handle:
         answer(handle)
 
 
@@ -176,7 +192,9 @@ def measure(problem: Problem, setups: Sequence[Setup], *, rounds: int, bandwidth
     gates: dict[str, dict[str, Any] | None] = {}
     found = {setup.name: Runs() for setup in setups}
     for setup in setups:
-        gates[setup.name] = None if setup.policy is None else decoding.logits_gate(model, few, setup.policy, setup.retention, backend)
+        gates[setup.name] = (
+            None if setup.policy is None else decoding.logits_gate(model, few, setup.policy, setup.retention, backend, setup.fuse)
+        )
         timing.release()
     wrong = {name for name, gate in gates.items() if gate is not None and not gate["passed"]}
     for number in range(rounds + 1):

@@ -31,6 +31,7 @@ from dyrate_kernels.patching.families import (
     text_model,
     visual_columns,
 )
+from dyrate_kernels.patching.fused import Fused, check_fusable
 from dyrate_kernels.patching.graph import StepGraph
 from dyrate_kernels.patching.parallel import head_shards
 from dyrate_kernels.patching.session import Forward, Session
@@ -58,6 +59,7 @@ def patch(
     k: int | None = None,
     record_importance: bool = False,
     cuda_graph: bool = False,
+    fuse: bool = False,
     vision: str | Reducer | Sequence[str | Reducer] | None = None,
 ) -> Handle:
     """Makes ``model.generate`` drop visual tokens while it generates. Works on this instance only; ``unpatch`` undoes it.
@@ -74,6 +76,8 @@ def patch(
         record_importance: keep importance and kept tokens of every step for ``stats()`` (costs ``5 * N`` bytes a step and sequence).
         cuda_graph: capture a decode step once in every ``generate()`` and replay it for the tokens that follow (``patching.graph``). Needs
             the model on one CUDA device; where a step cannot be captured it runs eagerly, and a warning says why, once.
+        fuse: RMSNorm, rotary embedding and gated SiLU of the decoder layers in one launch each (``patching.fused``), for text models of
+            Llama, Mistral and Qwen2 on backend ``triton``. Results differ by rounding. Elsewhere it has no effect, and says so.
         vision: reducers that leave fewer visual tokens before the language model: a name of ``dyrate_kernels.vision.names()``, with options
             (``"aim:keep=0.5"``), several (``"tome+aim"``), a ``Reducer``, or a list of these; None: none. They work in ``generate``.
 
@@ -90,8 +94,11 @@ def patch(
         raise RuntimeError("model is patched already; call dyrate_kernels.unpatch(model) first, then patch it with the new settings")
     if retention not in RETENTIONS:
         raise ValueError(f"retention must be one of {', '.join(RETENTIONS)}; got {retention!r}")
-    if not isinstance(cuda_graph, bool):
-        raise TypeError(f"cuda_graph must be True or False, got {cuda_graph!r}")
+    for name, value in (("cuda_graph", cuda_graph), ("fuse", fuse)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if fuse:
+        check_fusable(model)
     if isinstance(policy, str):
         options = {name: value for name, value in (("k", k), ("predictor", predictor)) if value is not None}
         policy = policies.get(policy, **options)
@@ -118,7 +125,7 @@ def patch(
             "patch with retention='evict', or set recycle=0",
             stacklevel=2,
         )
-    handle = Handle(model, family, bound, retention, backend, record_importance, cuda_graph, chain)
+    handle = Handle(model, family, bound, retention, backend, record_importance, cuda_graph, chain, fuse)
     logger.info("%s", handle)
     return handle
 
@@ -149,6 +156,7 @@ class Handle:
         model: the patched model.
         policy: the policy, bound to the model.
         retention: as asked for.
+        fused: with ``fuse=True`` what turns the fused modules on and off; else None.
         graph: with ``cuda_graph=True`` what captures and replays decode steps, and counts them; else None.
         vision: the reducers before the language model, in order; empty: none.
     """
@@ -163,6 +171,7 @@ class Handle:
         record_importance: bool,
         cuda_graph: bool = False,
         vision: Sequence[Reducer] = (),
+        fuse: bool = False,
     ) -> None:
         self.model, self.family, self.policy, self.retention = model, family, policy, retention
         self.vision = tuple(vision)
@@ -181,6 +190,7 @@ class Handle:
         self._hooks: list[Any] = []
         self._shrink: ShrinkHooks | None = None
         self.graph = StepGraph(self) if cuda_graph else None
+        self.fused = Fused() if fuse else None
         try:
             self._install()
         except BaseException:
@@ -201,6 +211,8 @@ class Handle:
         deciding = {start - 1 for start in self.policy.layer_groups(self.shape.num_layers)} if reads else set()
         for index, layer in enumerate(decoder_layers(model)):
             attention.swap(layer.self_attn, shows_hidden=index in deciding)
+        if self.fused is not None:
+            self.fused.install(text_model(model))
         self._hooks += [
             model.base_model.register_forward_pre_hook(self._before_base, with_kwargs=True),
             text_model(model).register_forward_pre_hook(self._before_decoder, with_kwargs=True),
@@ -228,6 +240,8 @@ class Handle:
             hook.remove()
         if self._shrink is not None:
             self._shrink.remove()
+        if self.fused is not None:
+            self.fused.remove(text_model(model))
         for layer in decoder_layers(model):
             attention.restore(layer.self_attn)
         for name in (_HANDLE, "generate", "_prepare_cache_for_generation", *_NO_BATCHING):
@@ -247,7 +261,8 @@ class Handle:
         return (
             f"Handle({type(self.model).__name__} {state}: {len(layers)} text attention modules "
             f"({type(layers[0].self_attn).__name__}), policy={self.policy}, retention={self.retention}, backend={self.backend}"
-            f"{f', vision={list(self.vision)}' if self.vision else ''}{', cuda_graph=True' if self.graph is not None else ''})"
+            f"{f', vision={list(self.vision)}' if self.vision else ''}{', cuda_graph=True' if self.graph is not None else ''}"
+            f"{', fuse=True' if self.fused is not None else ''})"
         )
 
     def stats(self, sequence: int | None = None, new_tokens: int | None = None) -> Stats:
@@ -283,6 +298,8 @@ class Handle:
                 self._tell_if_nothing_dropped(self.session)
             return output
         finally:
+            if self.fused is not None:
+                self.fused.off()
             session, self.session = self.session, outer  # None but for drafts: the handle does not keep keys and values alive
             if session is not None:
                 session.part_from_cache()
@@ -432,6 +449,8 @@ class Handle:
     def _before_decoder(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         bound = by_name(self._decoder_names, args, kwargs)
         cache = cache_in(bound)
+        if self.fused is not None:
+            self.fused.off()
         if not isinstance(cache, VisualCache):
             return None
         if bound.get("output_attentions"):
@@ -450,12 +469,16 @@ class Handle:
         # a 4D mask passes transformers' mask creation untouched, which saves its time and its host sync
         bound["attention_mask"] = torch.zeros(1, 1, 1, 1, device=hidden.device)
         bound[attention.CARRIER] = cache
+        if self.fused is not None:
+            self.fused.on(cache.session.backend, hidden.device)
         return (), bound
 
     def _after_decoder(self, module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
         cache = kwargs.get(attention.CARRIER)
         if cache is None:
             return None
+        if self.fused is not None:
+            self.fused.off()
         forward = cache.session.forward
         cache.session.finish_forward()
         return None if forward.narrow is None else _widened(output, forward)

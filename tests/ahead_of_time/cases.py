@@ -26,11 +26,11 @@ def describe(kernel):
 
 
 def test_every_kernel_is_compiled_for_every_architecture(kernels):
-    from dyrate_kernels.triton_kernels import attention, decision, rows
+    from dyrate_kernels.triton_kernels import attention, decision, layers, rows
 
-    modules = (attention, decision, rows)
+    modules = (attention, decision, layers, rows)
     launched = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert len(launched) == 6
+    assert len(launched) == 11
     full = os.environ.get("DYRATE_AOT") == "full"
     for architecture in compiler.ARCHITECTURES:
         here = [k for k in kernels if k.case.architecture == architecture]

@@ -169,6 +169,9 @@ def _call(backend: Any, case: Case) -> None:
         backend.predict_rate(torch.zeros(batch, 32, 4), torch.zeros(5, 128), torch.zeros(batch, 5), torch.zeros(5, dtype=torch.float64))
         return
     dtype = getattr(torch, case.dtype)
+    if case.operator == "layer":
+        _call_layer(dtype, case)
+        return
     # an odd number of rows, so that nothing is aligned by luck
     key = torch.zeros(batch, kv_heads, case.tokens + text, case.dim, dtype=dtype)
     if case.operator == "compact_":
@@ -206,6 +209,20 @@ def _call(backend: Any, case: Case) -> None:
         raise ValueError(f"operator: unknown {case.operator!r}")
 
 
+def _call_layer(dtype: torch.dtype, case: Case) -> None:
+    from dyrate_kernels.triton_kernels import layers
+
+    size = 32 * case.dim
+    x, weight = torch.zeros(1, 1, size, dtype=dtype), torch.zeros(size, size, dtype=dtype)
+    query, key = torch.zeros(1, 32, 1, case.dim, dtype=dtype), torch.zeros(1, 32 // case.group, 1, case.dim, dtype=dtype)
+    layers.rms_norm(x, weight[0], 1e-5)
+    layers.silu_mul(x, x)
+    layers.rotate(query, key, query[:, 0], query[:, 0])
+    layers.linears(x, [weight] * 3, [weight[0]] * 3)
+    layers.linears(x, [weight], [None])
+    layers.gated(x, weight, weight)
+
+
 def main_cases(architecture: int) -> list[Case]:
     """The configurations that matter most: LLaVA-1.5-7B and its kin (G = 1), Qwen2-7B text models (G = 7), bfloat16."""
     return [Case(operator, architecture, group=group) for operator in ("plain", "list", "statistics", "step") for group in (1, 7)] + [
@@ -218,6 +235,7 @@ def main_cases(architecture: int) -> list[Case]:
         Case("predict_rate", architecture),
         Case("compact_", architecture),
         Case("reorder_", architecture),
+        Case("layer", architecture),
     ]
 
 
