@@ -21,6 +21,7 @@ import torch
 import dyrate_kernels as dk
 from bench.operators import operators_backends, run_and_save
 from dyrate_kernels.measuring import decoding, end_to_end, random_models, timing
+from dyrate_kernels.patching.fused import fuses
 
 K = 3
 KEPT = 0.125
@@ -60,7 +61,7 @@ def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -
             return random_models.inputs(model, size, visual, text)
 
         problem = end_to_end.Problem(name, model, make, batch, new_tokens, backend, pictures)
-        setups = end_to_end.policies_for(model, forced(model), "DyRate at 12.5 %", KEPT, end_to_end.can_fuse(model, backend))
+        setups = end_to_end.policies_for(model, forced(model), "DyRate at 12.5 %", KEPT, fuses(model, backend))
         setups.append(end_to_end.Setup(end_to_end.UNPATCHED))
         try:
             for found in end_to_end.measure(problem, setups, rounds=1, bandwidth=bandwidth):

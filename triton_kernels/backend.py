@@ -95,7 +95,7 @@ def _prepare_attention(
     deciding = None
     if second:
         rest = (heads, kv_heads + 1, visual_capacity, logit_capacity, features, classes, *choice, decide is not None, *flags, *blocks)
-        deciding = Launch(decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, plan.SELECT_WARPS)
+        deciding = Launch(decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, plan.DECIDE_WARPS)
     scratch = {
         "part": batch * heads * how.max_splits * how.block_v if output else None,
         "part_stat": batch * heads * how.max_splits * 8,

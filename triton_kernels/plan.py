@@ -70,15 +70,15 @@ def heuristic(group: int, dim: int, itemsize: int) -> Settings:
     """A key tile of about 8 KiB, so that three stages of keys and values leave room for four programs on a multiprocessor.
 
     On an H200 (bench/results/2026-11-26-h200/settings.txt) a decode step whose decision is a second launch takes as long (28 heads over 4,
-    B=1) or up to 26 % less time, and one query head a key/value head is fastest in whole waves of four programs a multiprocessor. Other
-    devices, other sizes of head: not measured.
+    B=1) or up to 26 % less time, and programs are fastest in whole waves of as many as a multiprocessor holds, which is about four
+    (2026-11-27-h200/settings.txt for 28 heads over 4). Other devices, other sizes of head: not measured.
 
     Registers are left to the compiler: with a bound of 168 those of triton 3.4 and 3.6 spill nothing where they set 8 bytes aside now, but
     that of 3.9 spills 152 bytes with seven heads a key/value head (sm_80, bf16, D=128).
     """
     row = triton.next_power_of_2(max(dim, 16)) * itemsize
     block = max(16, min(128, 8192 // row))
-    return Settings(block_n=max(block, 32) if group > 1 and row <= 512 else block, programs_per_sm=4 if group == 1 else 8)
+    return Settings(block_n=max(block, 32) if group > 1 and row <= 512 else block, programs_per_sm=4)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def attention(
 # Tokens that one pass of the selection holds in registers. Inside the attention launch it is fewer, because the registers of a program are
 # those of its greediest phase: 158 with 2048, 255 with 4096 (sm_90, 4 warps, bf16, D=128; tests/aot prints them).
 SELECT_BLOCK = 8192
-SELECT_WARPS = 8
+SELECT_WARPS = 8  # alone, and where it follows the sum over heads in a launch of its own: 10.0 us against 11.0, and a step of
+DECIDE_WARPS = 4  # 414.8 us against 422.1 with eight (H200, B=32, N=2880, bench/results/2026-11-27-h200/settings.txt)
 SELECT_BLOCK_IN_ATTENTION = 1024
 
 

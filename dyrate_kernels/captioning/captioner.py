@@ -95,11 +95,16 @@ class Captioner:
     def __init__(self, task: Task) -> None:
         import dyrate_kernels as dk
         from dyrate_kernels.loading import load_model
+        from dyrate_kernels.patching.fused import fuses
 
         self.task = task
         self.model, self.processor = load_model(task.model, task.device, task.dtype, task.quantize)
         warnings.filterwarnings("ignore", message="nothing was dropped")
-        self.handle = dk.patch(self.model, task.policy, retention=task.retention, backend=task.backend, vision=task.vision or None)
+        on_gpu = self.model.device.type == "cuda"
+        self.handle = dk.patch(
+            self.model, task.policy, retention=task.retention, backend=task.backend, vision=task.vision or None,
+            cuda_graph=on_gpu and task.quantize is None, fuse=on_gpu and fuses(self.model, task.backend),
+        )  # fmt: skip
 
     def __call__(self, sources: Sequence[Source]) -> list[Caption]:
         """A caption or a failure for each, in order. Pictures of like numbers of visual tokens are generated together."""

@@ -56,6 +56,7 @@ def run(given: argparse.Namespace) -> int:
 
     from dyrate_kernels.measuring import end_to_end, timing
     from dyrate_kernels.ops import dispatch
+    from dyrate_kernels.patching.fused import fuses
 
     if given.out is not None:
         common.check_output("--out", given.out)
@@ -70,7 +71,7 @@ def run(given: argparse.Namespace) -> int:
     largest: dict[tuple[int, str], int | None] = {}
     with torch.no_grad():
         for batch in given.batch:
-            fuse = end_to_end.can_fuse(model, backend)
+            fuse = fuses(model, backend)
             problem = end_to_end.Problem(name, model, make, batch, given.max_new_tokens, backend, pictures)
             kept = _mean_kept(problem, policy)
             setups = [*end_to_end.unpatched_setups(device), *end_to_end.policies_for(model, policy, label, kept, fuse)]

@@ -22,8 +22,6 @@ import torch
 import dyrate_kernels as dk
 from dyrate_kernels.measuring import decoding, timing
 from dyrate_kernels.measuring.decoding import Clock, generate
-from dyrate_kernels.ops import layers
-from dyrate_kernels.patching.fused import check_fusable
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.stats import Stats
 
@@ -117,15 +115,6 @@ def policies_for(model: Any, policy: Policy, label: str, kept: float, fuse: bool
         found.append(Setup(f"FastV at {100 * kept:.1f} %, evict", fastv, "evict"))
     found.append(Setup("dense (policy none)", "none"))
     return [*(replace(setup, label=f"{setup.label}, fused", fuse=True) for setup in found), found[0]] if fuse else found
-
-
-def can_fuse(model: Any, backend: str) -> bool:
-    """``patch(fuse=True)`` has an effect on this model."""
-    try:
-        check_fusable(model)
-    except TypeError:
-        return False
-    return layers.fused(backend, next(model.parameters()).device) is not None
 
 
 def unpatched_setups(device: torch.device) -> list[Setup]:

@@ -183,6 +183,15 @@ def _is_silu(activation: Any) -> bool:
     return activation is nn.functional.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
 
 
+def fuses(model: Any, backend: str) -> bool:
+    """``patch(model, fuse=True)`` has an effect: its layers are known, and the backend has kernels for where the model is."""
+    try:
+        check_fusable(model)
+    except TypeError:
+        return False
+    return ops.fused(backend, next(model.parameters()).device) is not None
+
+
 def check_fusable(model: Any) -> None:
     """Raises TypeError where ``fuse=True`` does not know the model's decoder layers."""
     kinds = {type(layer.self_attn) for layer in decoder_layers(model)}

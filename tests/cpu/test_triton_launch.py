@@ -95,21 +95,23 @@ def attention(**changed):
 
 
 def test_plans_follow_capacities():
-    assert attention(rows=64).max_splits == 1
-    assert attention(batch=256).max_splits == 1
+    assert attention(rows=64).splits == attention(batch=256).splits == 1
     few, many = attention(), attention(rows=16512)
-    assert 1 < few.max_splits <= many.max_splits <= plan.MOST_SPLITS
+    assert 1 < few.splits <= many.splits <= plan.MOST_SPLITS
     for how in (few, many, attention(group=7, kv_heads=4), attention(dim=80), attention(dim=5, itemsize=4), attention(dim=256, itemsize=4)):
-        for number in (how.block_n, how.block_d, how.block_v, how.max_splits, how.block_g):
+        for number in (how.block_n, how.block_d, how.block_v, how.max_splits, how.split_tile, how.block_g, how.block_c):
             assert number & (number - 1) == 0
+        assert how.splits <= how.max_splits < 2 * how.splits and how.split_tile <= how.max_splits
     assert attention(group=7).dot and attention(group=7).block_g == 16 and attention(group=20).block_g == 32
-    assert attention(batch=8).max_splits == 2  # 256 pairs: one wave of four programs on each of 132 multiprocessors
-    assert attention(batch=32).max_splits == 2  # 1024 pairs do not fit in one: four waves
+    assert attention(batch=8).splits == 2  # 256 pairs: one wave of four programs on each of 132 multiprocessors
+    assert attention(batch=32).splits == 2  # 1024 pairs do not fit in one: four waves
+    three = attention(batch=11, kv_heads=16)
+    assert (three.splits, three.max_splits) == (3, 4)  # 176 pairs: any number of splits, not the next power of two
     assert not attention().dot and attention(dim=80).block_d == 128 and attention(dim=5).block_d == 16
 
 
 @pytest.mark.parametrize(
-    "tokens, want", [(0, (16, 1)), (1, (16, 1)), (17, (32, 1)), (4096, (4096, 1)), (4097, (4096, 2)), (16384, (4096, 4))]
+    "tokens, want", [(0, (16, 1)), (1, (16, 1)), (17, (32, 1)), (4096, (4096, 1)), (4097, (8192, 1)), (8193, (8192, 2)), (16384, (8192, 2))]
 )
 def test_selections_cover_every_token(tokens, want):
     assert plan.select(tokens) == want

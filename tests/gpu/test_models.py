@@ -54,7 +54,7 @@ def demo():
 @RETENTION
 @pytest.mark.parametrize("method", ["dyrate", "fixed", "fastv", "vtw"] if ON_GPU else ["dyrate"])
 def test_bundled_model(kit, demo, method, retention):
-    """The tokens of the reference backend; on a GPU also of a captured step."""
+    """The tokens of the reference backend; on a GPU also of a captured step and of fused layers."""
     model, processor = demo
     samples = [shapes.make_sample(-1 - i, "describe") for i in range(4 if ON_GPU else 1)]
     content = [{"type": "image"}, {"type": "text", "text": samples[0].prompt}]
@@ -64,8 +64,9 @@ def test_bundled_model(kit, demo, method, retention):
     fields = processor(images=images, text=[prompt] * len(samples), padding=True, return_tensors="pt").to(kit.device)
     options = greedy(32 if ON_GPU else 3)
     want, want_stats, _ = generated(model, fields, options, policy=method, retention=retention, backend="reference")
-    for captured in (False, True) if ON_GPU else (False,):
-        got, stats, handle = generated(model, fields, options, policy=method, retention=retention, backend=kit.backend, cuda_graph=captured)
+    ways = [{}, {"cuda_graph": True}, {"fuse": True}, {"cuda_graph": True, "fuse": True}] if ON_GPU else [{}]
+    for way in [way for way in ways if kit.backend == "triton" or "fuse" not in way]:
+        got, stats, handle = generated(model, fields, options, policy=method, retention=retention, backend=kit.backend, **way)
         assert handle.graph is None or handle.graph.replays > 0
         assert stats.backend == kit.backend
         assert_same(got, want, tolerance=1e-3)

@@ -42,9 +42,10 @@ def check(arguments, dtype, window=None, **lists):
         (torch.float32, harness.SMALL),
         (torch.float32, harness.ONE_SPLIT),
         (torch.float32, harness.TWO_LAUNCHES),
+        (torch.float32, harness.THREE_SPLITS),
         (torch.float16, harness.SMALL),
     ],
-    ids=["float32, splits", "float32, one split", "float32, two launches", "float16, splits"],
+    ids=["float32, splits", "float32, one split", "float32, two launches", "float32, three splits", "float16, splits"],
 )
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_statistics(case, dtype, chosen):
