@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import dyrate_kernels as dk
-from bench import fastv
+from bench import fastv, layers
 from dyrate_kernels import ops
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.measuring.timing import Times
@@ -392,6 +392,7 @@ def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -
         for shape in every
     ]
     work[3:3] = [
+        ("fused layers", lambda: layers.rows(toy, bandwidth, device)),
         *((f"compaction, {name}", lambda name=name: compaction_rows(toy, name, bandwidth, device)) for name in backends),
         *((f"launch overhead, {name}", lambda name=name: overhead_rows(name, device)) for name in backends),
     ]
