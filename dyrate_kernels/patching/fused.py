@@ -60,7 +60,7 @@ class Fused:
 
     def on(self, backend: str, device: torch.device) -> None:
         """The pass that begins is one of ours, on ``device``."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
             return
         self.kernels = ops.fused(backend, device)
         if self.kernels is None and not self._told:
@@ -80,10 +80,16 @@ def _alike(*tensors: Tensor) -> bool:
     return tensors[0].dtype in (torch.float32, torch.float16, torch.bfloat16) and len({tensor.dtype for tensor in tensors}) == 1
 
 
+def _kernels(module: nn.Module) -> ModuleType | None:
+    """What to fuse with in this pass. A forward that accelerate took over while the module was fused outlives the patch: then None."""
+    fused = vars(module).get(_SWITCH)
+    return None if fused is None else fused.kernels
+
+
 def _norm(original: type[nn.Module]) -> dict[str, Any]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        kernels = vars(self)[_SWITCH].kernels
-        if kernels is None or not _alike(hidden_states, self.weight):
+        kernels = _kernels(self)
+        if kernels is None or type(self.weight) is not nn.Parameter or not _alike(hidden_states, self.weight):
             return original.forward(self, hidden_states)
         return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -96,6 +102,8 @@ def _one_row(x: Tensor, *linears: Any) -> bool:
         return False
     for linear in linears:
         if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+            return False
+        if type(linear.weight) is not nn.Parameter:  # quantised or shared out among processes
             return False
         if linear.weight.stride(1) != 1 or not _alike(x, linear.weight, *(() if linear.bias is None else (linear.bias,))):
             return False
@@ -111,7 +119,7 @@ def _products(kernels: ModuleType, x: Tensor, *linears: Any) -> list[Tensor]:
 
 def _feed_forward(original: type[nn.Module]) -> dict[str, Any]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        kernels = vars(self)[_SWITCH].kernels
+        kernels = _kernels(self)
         if kernels is None:
             return original.forward(self, x)
         if _one_row(x, self.gate_proj, self.up_proj) and self.gate_proj.bias is None and self.up_proj.bias is None:
@@ -126,7 +134,7 @@ def _feed_forward(original: type[nn.Module]) -> dict[str, Any]:
 
 def _attention(original: type[nn.Module]) -> dict[str, Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kernels, carrier = vars(self)[_SWITCH].kernels, kwargs.get(CARRIER)
+        kernels, carrier = _kernels(self), kwargs.get(CARRIER)
         embeddings = kwargs.get("position_embeddings")
         if kernels is None or args or not isinstance(carrier, VisualCache) or embeddings is None:
             return original.forward(self, *args, **kwargs)

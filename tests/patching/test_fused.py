@@ -112,6 +112,31 @@ def test_a_module_that_does_more_than_multiply_is_called(kernels):
     assert kernels.calls["linears"] == 4 * (3 * models.LAYERS - 2) and kernels.calls["gated"] == 4 * (models.LAYERS - 1)
 
 
+def test_quantised_weights_are_not_read_as_numbers(kernels):
+    """torchao leaves the class of a linear layer as it is and claims the old dtype for its weight."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = models.build("llava")
+    quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig())
+    assert type(model.model.language_model.layers[0].mlp.down_proj) is nn.Linear
+    want, got = both(model, models.inputs(model, ROWS[:1]), greedy(4), kernels, policy="fixed")
+    assert_same(got, want, tolerance=1e-6)
+    assert not kernels.calls["linears"] and not kernels.calls["gated"] and kernels.calls["silu_mul"] == 4 * models.LAYERS
+
+
+def test_a_forward_that_outlives_the_patch(kernels):
+    """accelerate keeps the forward that it found."""
+    model = models.build("llava")
+    fields = models.inputs(model, ROWS)
+    want = model.generate(**fields, max_new_tokens=3)
+    kept = []
+    with dk.patch(model, "fixed", fuse=True):
+        for layer in model.model.language_model.layers:
+            for module in (layer.mlp, layer.input_layernorm, layer.self_attn):
+                module.forward = module.forward
+                kept.append(module)
+    assert torch.equal(model.generate(**fields, max_new_tokens=3), want)
+
+
 def test_only_generations_of_the_handle_are_fused(kernels):
     model = models.build("llava")
     fields = models.inputs(model, ROWS)
