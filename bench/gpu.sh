@@ -139,7 +139,7 @@ part racecheck sanitizer.log "$(of 55)" bash -c 'sanitizer racecheck'
 part synccheck sanitizer.log "$(of 35)" bash -c 'sanitizer synccheck'
 part initcheck sanitizer.log "$(of 35)" bash -c 'sanitizer initcheck'
 part operators operators.log $([ -n "$toy" ] && echo 300 || of 110) "$python" -m bench.operators "$work/operators.json" $toy --seconds "$(of 90)"
-few=$([ -n "$toy" ] && echo "" || echo "(B=32 and N=2880) or (B=1 and N=576)")
+few=$([ -n "$toy" ] && echo "" || echo "B32-N2880 or B1-N576")
 part pytest pytest.log $([ -n "$toy" ] && echo 200 || of 70) "$python" -m pytest bench -q -p no:cacheprovider -k "$few" --benchmark-json="$out/benchmark.json"
 part end_to_end end_to_end.log $([ -n "$toy" ] && echo 400 || of 130) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy --seconds "$(of 100)"
 # only where it is asked for: other models, and the largest batch that fits

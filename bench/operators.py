@@ -52,6 +52,10 @@ class Shape:
     dim: int
     dtype: torch.dtype
 
+    def word(self) -> str:
+        """The name as ``pytest -k`` can say it, e.g. ``mha-B1-N576``."""
+        return self.name.replace("=", "").replace(" ", "-")
+
     @property
     def rows(self) -> int:
         return self.visual + self.text

@@ -16,6 +16,7 @@ import torch
 import dyrate_kernels as dk
 from dyrate_kernels import ops
 from dyrate_kernels.measuring import timing
+from dyrate_kernels.ops import layers
 
 
 def launches(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -69,7 +70,40 @@ def launches(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor
             found += [(f"{what} {heads}/{kv_heads}, {name}", after[name], reference[name]) for name in ("key", "value")]
             if what == "decode_step":
                 found += follow_ups(got, after, want, reference, backend, capacity)
+    return found + fused_layers(device, backend)
+
+
+def fused_layers(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """What ``patch(fuse=True)`` launches, at sizes that fill no tile; nothing for a backend that fuses nothing."""
+    kernels = layers.fused(backend, device)
+    if kernels is None:
+        return []
+    g = torch.Generator().manual_seed(2)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=g).to(torch.float16)
+
+    x, weight, up = random(1, 1, 150), random(33, 150) / 12, random(33, 150) / 12
+    query, key = random(3, 2, 5, 20).transpose(1, 2), random(3, 2, 3, 20).transpose(1, 2)
+    problems = {
+        "rms_norm": (random(3, 2, 150), random(150), 1e-5),
+        "silu_mul": (random(3, 2, 150), random(3, 2, 150)),
+        "rotate": (query, key, random(3, 2, 20), random(3, 2, 20)),
+        "linears": (x, [weight, up], [None, random(33)]),
+        "gated": (x, weight, up),
+    }
+    found = []
+    for name, given in problems.items():
+        got = getattr(kernels, name)(*_to(given, device))
+        want = getattr(layers, name)(*given)
+        found += [(name, a, b) for a, b in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (got, want)), strict=True)]
     return found
+
+
+def _to(given, device):
+    if isinstance(given, torch.Tensor):
+        return given.to(device, copy=True)
+    return type(given)(_to(part, device) for part in given) if isinstance(given, list | tuple) else given
 
 
 def follow_ups(got, after, want, reference, backend, capacity):
@@ -81,16 +115,16 @@ def follow_ups(got, after, want, reference, backend, capacity):
         narrow = ops.decode_attention(*(tensors[name] for name in rows), **listed, visual_capacity=capacity, backend=which)
         score = want.importance.to(step.kept.device)
         kept, n_kept = ops.select_tokens(score, step.n_kept, tensors["n_visual"], backend=which)
-        wide = torch.rand(2, 5000, generator=torch.Generator().manual_seed(1)).to(score.device)
-        counts = torch.tensor([700, 5000], dtype=torch.int32, device=score.device)
-        chunks, _ = ops.select_tokens(wide, counts, counts.clamp(min=4999), backend=which)
+        wide = torch.rand(2, 9000, generator=torch.Generator().manual_seed(1)).to(score.device)
+        counts = torch.tensor([700, 9000], dtype=torch.int32, device=score.device)
+        chunks, _ = ops.select_tokens(wide, counts, counts.clamp(min=8999), backend=which)
         linear = (tensors[name] for name in ("weight", "bias", "rates"))
         rate, index = ops.predict_rate(want.mass.to(score.device), *linear, backend=which)
         moved = [tensors["key"].clone(), tensors["value"].clone()]
         ops.compact_(moved, kept, n_kept, tensors["n_visual"], backend=which)
         ops.reorder_(moved, torch.arange(score.shape[0], device=score.device).flip(0), backend=which)
         outcomes.append((narrow.output, kept, n_kept, chunks, rate, index, *moved))
-    names = ("kept list", "select_tokens", "select_tokens, count", "select_tokens, 5000", "predict_rate", "class", "key", "value")
+    names = ("kept list", "select_tokens", "select_tokens, count", "select_tokens, 9000", "predict_rate", "class", "key", "value")
     return list(zip(names, *outcomes, strict=True))
 
 

@@ -40,7 +40,7 @@ FASTV_PRUNED = "FastV pruned layer, shorter cache"
 TOPK = "torch topk and sort"
 
 
-@pytest.fixture(params=SHAPES, ids=lambda shape: shape.name, scope="module")
+@pytest.fixture(params=SHAPES, ids=operators.Shape.word, scope="module")
 def data(request):
     """Random inputs."""
     shape = request.param

@@ -42,6 +42,14 @@ def _resize(tensor: Tensor, size: int, fill: int | float | bool = 0, dim: int = 
     return out
 
 
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast what ``scaled_dot_product_attention`` makes of its arguments there: all in autocast's dtype. Else the same tensors."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
 class RowGroup:
     """The layers ``[first, last)``, which hold the same visual rows.
 
@@ -258,6 +266,7 @@ class VisualCache(Cache):
                 f"layer {self._unread} stored rows that no attention has read: the patched attention of that layer was bypassed. "
                 "Do not replace attention modules after dyrate_kernels.patch(); unpatch, change the model, then patch it."
             )
+        key_states, value_states = as_autocast(key_states, value_states)
         self.session.store(layer_idx, key_states, value_states)
         self._unread = layer_idx
         return key_states, value_states

@@ -202,7 +202,7 @@ def _cells(row: Row) -> list[str]:
 
     spread = f"{row['p20_us'] / 1e3:.2f}..{row['p80_us'] / 1e3:.2f}"
     return [
-        row["name"], f"{100 * row['kept']:.1f} %", number("first_token_us", ".1f", 1e-3), number("median_us", ".2f", 1e-3), spread,
+        row["name"], number("kept", ".1%"), number("first_token_us", ".1f", 1e-3), number("median_us", ".2f", 1e-3), spread,
         number("over_unpatched", ".0%"), number("floor_us", ".2f", 1e-3), number("times_floor", ".2f"), number("tokens_per_s", ".1f"),
         number("images_per_s", ".2f"), size("kv_live_bytes"), size("kv_reserved_bytes"), size("peak_bytes"), number("largest_batch", "d"),
     ]  # fmt: skip

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dyrate_kernels.cache import as_autocast
+
 IMPLEMENTATION = "dyrate"  # name of the attention function in transformers' registry
 CARRIER = "dyrate"  # keyword by which a carrier reaches the attention function
 
@@ -124,6 +126,7 @@ def attention_function(
         original = _original_function(module)
         return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = as_autocast(query, key, value)
     return carrier.attend(module.layer_idx, query, key, value, scale, kwargs.get("sliding_window")), None
 
 

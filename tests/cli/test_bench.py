@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dyrate_kernels.cli.main import main
 from dyrate_kernels.measuring import end_to_end, random_models
 from dyrate_kernels.patching import cpu_step
 
+ROOT = Path(__file__).parents[2]
 FAST = ["--rounds", "1", "--max-new-tokens", "12", "--json"]
 
 
@@ -40,6 +42,17 @@ def test_every_set_up_is_measured_beside_its_floor(capsys, tmp_path):
     assert evict["kv_live_bytes"] < dense["kv_live_bytes"] <= dense["kv_reserved_bytes"]
     assert evict["kept_by_step"] == [0.5] * 5 + [0.25] * 5 + [0.1] * 2
     assert len(told["verdicts"]) == 8 and all("unpatched model" in line for line in told["verdicts"])
+
+
+def test_the_committed_rows_of_a_gpu_are_shown(capsys):
+    """They hold what a CPU's never do: captured steps, a captured twin that knows no kept share."""
+    from dyrate_kernels.cli import bench
+
+    rows = json.loads((ROOT / "bench" / "results" / "2026-11-27-h200" / "e2e.json").read_text())
+    bench._show(rows, rows[0]["GB_per_s"] * 1e9)
+    shown = capsys.readouterr().out
+    assert "NVIDIA H200" in shown and "as fast a token as the unpatched model" in shown
+    assert shown.count("6.95") >= 1 and "3.95" in shown  # the twin's milliseconds and a captured step's
 
 
 def test_floor_is_recomputed_from_the_config(capsys):

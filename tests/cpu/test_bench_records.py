@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from bench import choose_backend, plots, report
+from bench import choose_backend, operators, plots, report
 from dyrate_kernels import devices
 
 RIGHT, WRONG = {"passed": True, "errors": {}}, {"passed": False, "errors": {}}
@@ -18,6 +21,22 @@ def row(name, backend, median, batch=32, correct=RIGHT, measured=True, **facts):
     same = {"B": batch, "N": 2880, "heads": "32/32x128", "dtype": "bfloat16", "group": "attention", "gpu": "ACME GPU", "commit": "0"}
     found = {"name": f"{begin} {name}", "backend": backend, "median_us": median, "correct": correct, "measurement": measured}
     return {**same, **found, "share_of_copy": 0.95, "times_floor": 1.05, **facts}
+
+
+def test_the_sizes_that_gpu_sh_asks_pytest_for_exist():
+    """On a CPU it asks for none, so only the names can be checked."""
+    from _pytest.mark.expression import Expression
+
+    text = (Path(__file__).parents[2] / "bench" / "gpu.sh").read_text()
+    asked = Expression.compile(re.search(r'^few=.* \|\| echo "(.+)"\)$', text, re.MULTILINE).group(1))
+    found = []
+    for kind in ("mha", "gqa"):
+        for batch in (1, 8, 32, 64):
+            for visual in (576, 2880, 16384):
+                word = operators.Shape(f"{kind} B={batch} N={visual}", batch, visual, 128, 32, 32, 128, torch.bfloat16).word()
+                if asked.evaluate(lambda name, word=word, **_: name.lower() in word.lower()):
+                    found.append((kind, batch, visual))
+    assert found == [(kind, *size) for kind in ("mha", "gqa") for size in ((1, 576), (32, 2880))]
 
 
 def test_the_faster_backend_is_chosen_from_rows_that_both_measured_rightly():

@@ -12,7 +12,7 @@ from tests.ops import spec
 
 pytestmark = pytest.mark.gpu
 
-SIZES = (0, 1, 2, 15, 16, 17, 31, 33, 144, 576, 1000, 2880, 4095, 4096, 4097, 16384) if ON_GPU else (0, 1, 17, 33, 144, 4097)
+SIZES = (0, 1, 2, 15, 16, 17, 31, 33, 144, 576, 1000, 2880, 4095, 4096, 4097, 8193, 16384) if ON_GPU else (0, 1, 17, 33, 144, 4097)
 SPECIAL = torch.tensor([0.0, -0.0, 1.0, 1.5, -2.0, 1e-45, 3.4e38, float("inf"), float("-inf"), float("nan"), 0.1])
 
 

@@ -72,7 +72,7 @@ def test_select_in_chunks(monkeypatch):
 
 
 @pytest.mark.slow
-def test_select_16384_tokens():
+def test_select_16384_tokens():  # in two chunks
     score = torch.randint(0, 3000, (1, 16384), generator=torch.Generator().manual_seed(2)).float()
     with harness.settings():
         check_selection(score, [4097], [16300])

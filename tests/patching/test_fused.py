@@ -123,6 +123,17 @@ def test_quantised_weights_are_not_read_as_numbers(kernels):
     assert not kernels.calls["linears"] and not kernels.calls["gated"] and kernels.calls["silu_mul"] == 4 * models.LAYERS
 
 
+def test_under_autocast_the_model_is_left_alone(kernels):
+    """Rotary embedding keeps queries and keys in float32 there, values are not: SDPA casts all of them, and so does a patched model."""
+    model = models.build("llava")
+    fields = models.inputs(model, ROWS[:1])
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model.generate(**fields, max_new_tokens=5)
+        with dk.patch(model, "none", fuse=True):
+            got = model.generate(**fields, max_new_tokens=5)
+    assert torch.equal(got, want) and not kernels.calls
+
+
 def test_a_forward_that_outlives_the_patch(kernels):
     """accelerate keeps the forward that it found."""
     model = models.build("llava")
