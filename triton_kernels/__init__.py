@@ -2,7 +2,7 @@
 
 A backend is a module with the functions of ``dyrate_kernels.ops.reference`` and ``unavailable_reason``. Kernels: ``attention`` (split-K
 attention with statistics, and the decision in the same launch), ``decision`` (predictor, count, selection), ``rows`` (compaction,
-reordering).
+reordering), ``layers`` (what ``patch(fuse=True)`` launches around attention).
 ``plan`` shapes their launches, ``launch`` starts them, ``workspace`` holds their scratch memory, ``backend`` is what torch tensors
 meet. Triton is imported when the first of these functions is asked for.
 """
