@@ -24,7 +24,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from dyrate_kernels import vision
 from dyrate_kernels.measuring.random_models import CLIP_336
 from dyrate_kernels.measuring.timing import environment, here
-from dyrate_kernels.patching.vision import TowerRun
+from dyrate_kernels.patching.tower import TowerRun
 
 PATCHES = 576
 SETUPS = (
@@ -72,7 +72,7 @@ def measure(model: Any, pictures: int, rounds: int) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _reduced(model: Any, pixels: Tensor, chain: tuple[vision.Reducer, ...]) -> list[Tensor]:
     run = TowerRun(model, "image", chain, "auto")
-    output = run.encode(model.model.get_image_features, {"pixel_values": pixels}, pixels.shape[1])
+    output = run.encode(model.model.get_image_features, {"pixel_values": pixels}, pixels)
     return [unit.keep for unit in run.reduce(output)]
 
 

@@ -345,6 +345,9 @@ def _count(model: Any, kind: str, pixels: dict[str, Tensor], alone: bool) -> int
     dtype, pixels = parameter.dtype, {name: value.to(parameter.device) for name, value in pixels.items()}
     if kind == "video":
         fields = {name: value.to(dtype) if value.is_floating_point() else value for name, value in pixels.items()}
+        known = inspect.signature(model.model.get_video_features).parameters
+        if "pixel_values_videos" not in known:  # OneVision's name for them in older versions of transformers
+            fields["pixel_values"] = fields.pop("pixel_values_videos")
         features = model.model.get_video_features(**fields, return_dict=True)
     else:
         fields = {name: value.to(dtype) if value.is_floating_point() else value for name, value in pixels.items()}

@@ -31,13 +31,14 @@ from dyrate_kernels.patching.families import (
     text_model,
     visual_columns,
 )
+from dyrate_kernels.patching.forward import Forward
 from dyrate_kernels.patching.fused import Fused, check_fusable
 from dyrate_kernels.patching.graph import StepGraph
 from dyrate_kernels.patching.parallel import head_shards
-from dyrate_kernels.patching.session import Forward, Session
+from dyrate_kernels.patching.session import Session
 from dyrate_kernels.patching.shrink import ShrinkHooks, gather_columns
 from dyrate_kernels.patching.vision import check_supported as check_reducers
-from dyrate_kernels.patching.vision import pixel_kinds, prepare, served
+from dyrate_kernels.patching.vision import pixel_kinds, positions_of_all, prepare, served
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.stats import Snapshot, Stats, collect, snapshot
 from dyrate_kernels.vision import Reducer
@@ -79,7 +80,8 @@ def patch(
         fuse: RMSNorm, rotary embedding and gated SiLU of the decoder layers in one launch each (``patching.fused``), for text models of
             Llama, Mistral and Qwen2 on backend ``triton``. Results differ by rounding. Elsewhere it has no effect, and says so.
         vision: reducers that leave fewer visual tokens before the language model: a name of ``dyrate_kernels.vision.names()``, with options
-            (``"aim:keep=0.5"``), several (``"tome+aim"``), a ``Reducer``, or a list of these; None: none. They work in ``generate``.
+            (``"aim:keep=0.5"``), several (``"tome+aim"``), a ``Reducer``, or a list of these; None: none. They work in ``generate``;
+            those that look into the vision tower (``Reducer.reads_tower``) need a LLaVA or PaliGemma with CLIP or SigLIP.
 
     Returns:
         A ``Handle``, also a context manager that unpatches at its end.
@@ -337,6 +339,7 @@ class Handle:
         mask = self._default_mask(ids, config, given, past) if mask is None else mask
         if past and mask.shape[1] == ids.shape[1]:
             ids = ids[:, past:]  # the whole conversation was given: as transformers does
+        stack.enter_context(positions_of_all(self.model, mask))
         if reduced:
             known = cache.session.column_valid.to(mask.device)
             if known.shape[0] != mask.shape[0] or mask.shape[1] < past:
@@ -461,9 +464,8 @@ class Handle:
         hidden = bound["input_ids"] if hidden is None else hidden
         mask = bound.get("attention_mask") if self.family.sees_ahead is None else cache.session.staged_mask
         cache.session.begin_forward(hidden.shape[0], hidden.shape[1], mask, hidden.device)
-        narrow = cache.session.forward.narrow
-        if narrow is not None:
-            hidden = _narrowed(bound, narrow[0])
+        if cache.session.forward.narrow is not None:
+            hidden = _narrowed(bound, cache.session.forward)
         if cache.session.raters is not None:
             cache.session.raters.read(hidden if hidden.is_floating_point() else module.get_input_embeddings()(hidden))
         # a 4D mask passes transformers' mask creation untouched, which saves its time and its host sync
@@ -501,15 +503,27 @@ class Handle:
         return output
 
 
-def _narrowed(bound: dict[str, Any], source: Tensor) -> Tensor:
-    """Leaves only the columns ``source`` (int64 ``[B, s]``) in the arguments of the text model. Returns what enters its first layer."""
+def _narrowed(bound: dict[str, Any], forward: Forward) -> Tensor:
+    """Leaves only the columns ``forward.narrow`` in the arguments of the text model. Returns what enters its first layer."""
+    source, filled = forward.narrow
     name = "input_ids" if bound.get("inputs_embeds") is None else "inputs_embeds"
     bound[name] = gather_columns(bound[name], source)
-    if bound.get("position_ids") is None:
+    positions = bound.get("position_ids")
+    if positions is None:
         raise ValueError("position_ids are missing; a prompt whose visual tokens were reduced is read through generate(), which makes them")
-    bound["position_ids"] = gather_columns(bound["position_ids"], source)
+    if positions.dim() == 3:  # of three or four kinds (M-RoPE)
+        bound["position_ids"] = torch.stack([gather_columns(each, source) for each in positions])
+    else:
+        bound["position_ids"] = gather_columns(positions, source)
     if bound.get("cache_position") is not None:
         bound["cache_position"] = bound["cache_position"][-source.shape[1] :]
+    visual = bound.get("visual_pos_masks")
+    if visual is not None:  # with features that are added to these columns after the first layers
+        stays = torch.zeros(visual.shape[0], visual.shape[1] + 1, dtype=torch.bool, device=visual.device)
+        stays.scatter_(1, torch.where(filled, source, visual.shape[1]).to(visual.device), True)
+        stays = stays[:, :-1][visual]
+        bound["visual_pos_masks"] = gather_columns(visual, source) & filled.to(visual.device)
+        bound["deepstack_visual_embeds"] = [each[stays.to(each.device)] for each in bound["deepstack_visual_embeds"]]
     return bound[name]
 
 

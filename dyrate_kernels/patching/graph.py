@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 _CACHE = object()  # stands for the cache in the outline of a step's output
 _NOT_IN_A_STEP = ("labels", "mm_encoder_outputs")  # arguments that make a pass something else than a plain step, as does any pixel_values*
 _IGNORED = (*CACHE_NAMES, "attention_mask")  # the cache knows its rows: a decode step reads no mask
+_FOR_POSITIONS = ("mm_token_type_ids",)  # what positions would follow from; it grows with every step in older versions of transformers
 _MOST_WARM_UPS = 3  # in a row: then every step changes what a capture must find unchanged
 _REPLACED = "a step replaces tensors that the next step reads (a policy writes its state in place, tensor.copy_(..))"
 _QUIET_HOOKS = ("dyrate_kernels.", "transformers.")  # modules whose hooks a replay may leave out: they act in other passes only
@@ -425,7 +426,7 @@ def _split(kwargs: dict[str, Any]) -> _Inputs | None:
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Any] = {}
     for name, value in kwargs.items():
-        if name in _IGNORED:
+        if name in _IGNORED or (name in _FOR_POSITIONS and kwargs.get("position_ids") is not None):
             continue
         if value is not None and (name in _NOT_IN_A_STEP or name.startswith("pixel_values")):
             return None

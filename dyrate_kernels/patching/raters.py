@@ -17,7 +17,8 @@ from dyrate_kernels.cache import INSTRUCTION
 from dyrate_kernels.patching.wide import KeyRows, page_rank, sum_of_all_rows, visibility
 
 if TYPE_CHECKING:
-    from dyrate_kernels.patching.session import Session, Slot
+    from dyrate_kernels.patching.forward import Slot
+    from dyrate_kernels.patching.session import Session
     from dyrate_kernels.policies.base import View
 
 

@@ -145,7 +145,7 @@ class Stages:
         within = None
         if session.evict:
             within = before.alive[:, : cache.full.capacity]
-            within = within & session.candidates(group)
+            within = within & session.prompt.candidates(group)
         elif before.kept is not None and not session.policy.at_decode:
             within = session.mark(before.kept)
         step = torch.zeros(mass.shape[0], dtype=torch.int64, device=mass.device)
@@ -155,12 +155,12 @@ class Stages:
         decision = session.policy.decide(view)
         session.forward.noted.rates.append(decision.rate)
         score = importance if decision.score is None else decision.score
-        session.choose_for_prompt([group], score, decision.count[None], within, decision.merge)
+        session.prompt.choose([group], score, decision.count[None], within, decision.merge)
 
     def _drafts(self, index: int, mass: Tensor, importance: Tensor, hidden: Tensor | None) -> None:
         session, forward = self.session, self.session.forward
         within = forward.allowed[index - 1].flatten(0, 1)
-        session.choose_for_drafts([index], mass, importance, hidden, within, index - 1)
+        session.drafts.choose([index], mass, importance, hidden, within, index - 1)
 
     def _write(self, forward) -> None:
         session = self.session
@@ -172,4 +172,4 @@ class Stages:
             noted = forward.drafts
             if noted.rates:
                 session.last_rate = self.mean_rate(noted.rates)[:, -1].contiguous()
-            session.write_drafts(noted.mass, noted.importance, torch.stack(noted.kept) if noted.kept else None)
+            session.drafts.write(noted.mass, noted.importance, torch.stack(noted.kept) if noted.kept else None)

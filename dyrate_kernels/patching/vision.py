@@ -1,46 +1,34 @@
 """Reducers in a patched model: the tower runs once, its features are reduced, and the prompt's columns of what went are masked.
 
-``prepare`` calls the model's own ``get_image_features`` and ``get_video_features`` before ``generate`` does, reads what the reducers ask
-for through hooks, and hands ``generate`` the same prompt with an attention mask that is 0 at the placeholders of dropped tokens. So
-transformers itself makes contiguous positions, the cache never stores what is masked (``Session.narrow`` also keeps it out of the
-layers), and the sequences that come back hold the caller's prompt unchanged. While ``generate`` runs, the features that the model asks
-for are the reduced ones, in the layout of the placeholders.
+``prepare`` calls the model's own ``get_image_features`` and ``get_video_features`` before ``generate`` does, in a ``Run``
+(``tower.TowerRun`` where the reducers can watch the tower, ``grids.GridRun`` for all others), and hands ``generate`` the same prompt with
+an attention mask that is 0 at the placeholders of dropped tokens. So the cache never stores what is masked (``columns.narrow`` also keeps
+it out of the layers), and the sequences that come back hold the caller's prompt unchanged. Positions are contiguous, as transformers
+itself makes them from the mask; where they have three dimensions (Qwen-VL), every token keeps its own (``positions_of_all``). While
+``generate`` runs, the features that the model asks for are the reduced ones, in the layout of the placeholders.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch import Tensor
 
-from dyrate_kernels import ops
-from dyrate_kernels.vision.base import (
-    ATTENTION,
-    ATTENTION_FIRST,
-    KEYS,
-    WHOLE_ATTENTION,
-    WHOLE_KEYS,
-    Crop,
-    FeatureReducer,
-    Reducer,
-    Selector,
-    TowerFeatures,
-    TowerMerger,
-    Visual,
-)
-from dyrate_kernels.vision.tome import Merging, ToMe
+from dyrate_kernels.patching import grids, tower
+from dyrate_kernels.patching.reducing import Run
+from dyrate_kernels.patching.tower import replace_on
+from dyrate_kernels.vision.base import Reducer
+from dyrate_kernels.vision.tome import ToMe
 
-FAMILIES = ("llava", "llava_next", "llava_onevision", "video_llava", "vipllava")
-TOWERS = ("clip_vision_model", "siglip_vision_model")
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
-_ROWS = 128  # query rows at a time where a tower without [CLS] is asked for the attention of all
 
 
 # ---- before a generation ------------------------------------------------------------------------------------------------------------
@@ -50,18 +38,24 @@ def check_supported(model: Any, reducers: Sequence[Reducer]) -> None:
     """Whether these reducers can work in ``model``.
 
     Raises:
-        TypeError: the family or the tower is none that they know.
+        TypeError: they know nothing of the family, or read a tower that they do not know.
         ValueError: ToMe with an attention of the tower that takes no additive mask.
     """
     if not reducers:
         return
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise TypeError(f"vision reducers know {', '.join(FAMILIES)}, not {kind}; patch with vision=None")
-    tower = model.config.vision_config
-    if tower.model_type not in TOWERS:
-        raise TypeError(f"vision reducers know the towers {', '.join(TOWERS)}, not {tower.model_type}; patch with vision=None")
-    attention = getattr(tower, "_attn_implementation", None)
+    kind, eyes = model.config.model_type, model.config.vision_config
+    if not tower.reads(model):
+        if not grids.reads(model):
+            known = ", ".join(sorted({*tower.FAMILIES, *grids.FAMILIES}))
+            raise TypeError(f"vision reducers know {known}; not {kind} with the tower {eyes.model_type}; patch with vision=None")
+        for reducer in reducers:
+            if reducer.reads_tower:
+                raise TypeError(
+                    f"reducer {reducer.name!r} reads the vision tower, which is known of {', '.join(tower.FAMILIES)} with the towers "
+                    f"{', '.join(tower.TOWERS)}, not of {kind} with {eyes.model_type}; use aim, divprune, downsample or uniform"
+                )
+        return
+    attention = getattr(eyes, "_attn_implementation", None)
     if isinstance(reducers[0], ToMe) and attention not in ("eager", "sdpa", None):
         raise ValueError(
             f"reducer 'tome' adds log(size) to the tower's attention, which {attention!r} cannot; load the model with "
@@ -75,16 +69,37 @@ def pixel_kinds(arguments: dict[str, Any]) -> list[str]:
 
 
 @dataclass
+class Features:
+    """Reduced features of one kind.
+
+    Attributes:
+        output: of ``get_image_features`` or ``get_video_features``.
+        pixels: ``shape[0]`` of the pixels that they are of.
+        rows: by picture or video, the sequence of the batch that it is in; ends: where its rows end in ``output``.
+    """
+
+    output: Any
+    pixels: int
+    rows: list[int]
+    ends: list[int]
+
+
+@dataclass
 class Prepared:
     """Reduced features, waiting for the model to ask for them.
 
     Attributes:
         mask: int64 ``[B, S]``, the prompt's attention mask, 0 at the placeholders of dropped tokens.
-        features: by kind, the output of ``get_image_features`` or ``get_video_features`` and how many pictures or videos it is of.
+        features: by kind.
     """
 
     mask: Tensor
-    features: dict[str, tuple[BaseModelOutputWithPooling, int]] = field(default_factory=dict)
+    features: dict[str, Features] = field(default_factory=dict)
+
+
+def run_for(model: Any, kind: str, reducers: Sequence[Reducer], backend: str) -> Run:
+    """What reduces this model's pictures (``kind`` ``image``) or videos."""
+    return (tower.TowerRun if tower.reads(model) else grids.GridRun)(model, kind, reducers, backend)
 
 
 def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: dict[str, Any], ids: Tensor, mask: Tensor) -> Prepared:
@@ -102,7 +117,9 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
     prepared = Prepared(mask)
     for kind in pixel_kinds(arguments):
         encoder = getattr(model.base_model, f"get_{kind}_features")
-        known = inspect.signature(encoder).parameters
+        known = {*inspect.signature(encoder).parameters}
+        if kind == "image" and "kwargs" in known:
+            known.add("image_sizes")  # not named there in older versions of transformers, for a LLaVA with Pixtral's tower
         every = {name for names in PIXELS.values() for name in names}
         fields = {name: arguments[name] for name in known if name not in {"kwargs", *every} and arguments.get(name) is not None}
         pixels = next(arguments[name] for name in PIXELS[kind] if arguments.get(name) is not None)
@@ -110,24 +127,29 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
         fields[next(name for name in (*PIXELS[kind], "pixel_values") if name in known)] = pixels
         place = ids == getattr(model.config, f"{kind}_token_id")
         with torch.no_grad():
-            run = TowerRun(model, kind, reducers, backend)
-            output = run.encode(encoder, fields, pixels.shape[1])
+            run = run_for(model, kind, reducers, backend)
+            output = run.encode(encoder, fields, pixels)
             units = run.reduce(output)
-        total = sum(len(unit.keep) + unit.tail for unit in units)
-        if total != int(place.sum()):
+        ends = list(accumulate(len(unit.keep) + unit.tail for unit in units))
+        if ends[-1] != int(place.sum()):
             raise ValueError(
-                f"input_ids hold {int(place.sum())} {kind} placeholders, but the {kind}s given make {total} visual tokens; "
+                f"input_ids hold {int(place.sum())} {kind} placeholders, but the {kind}s given make {ends[-1]} visual tokens; "
                 "pass what the model's processor returned"
             )
-        columns = place.nonzero()[:, 1]
-        end = torch.tensor([len(unit.keep) + unit.tail for unit in units]).cumsum(0) - 1
-        at_the_end = (columns[end.to(columns.device)] == ids.shape[1] - 1).tolist()
-        rows = [unit.arranged(last) for unit, last in zip(units, at_the_end, strict=True)]
-        keep = torch.cat([kept for _, kept in rows]).to(mask.device)
+        row, column = place.nonzero().unbind(1)
+        last = torch.tensor(ends, device=row.device) - 1
+        at_the_end = (column[last] == ids.shape[1] - 1).tolist()
+        arranged = [unit.arranged(at_end) for unit, at_end in zip(units, at_the_end, strict=True)]
+        keep = torch.cat([kept for _, kept in arranged]).to(mask.device)
         new = mask[:, -ids.shape[1] :]
         new[place.to(mask.device)] *= keep.to(mask.dtype)
-        prepared.features[kind] = (_with_values(output, [values for values, _ in rows]), pixels.shape[0])
+        values = [values for values, _ in arranged]
+        spans = list(accumulate(map(len, values)))
+        prepared.features[kind] = Features(_with_values(output, values), pixels.shape[0], row[last].tolist(), spans)
     return prepared
+
+
+# ---- while it generates -------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -135,498 +157,82 @@ def served(model: Any, prepared: Prepared) -> Iterator[None]:
     """Within: the model's own calls for features are answered by what ``prepare`` made."""
     base = model.base_model
     with contextlib.ExitStack() as stack:
-        for kind, (output, count) in prepared.features.items():
+        for kind, features in prepared.features.items():
             name = f"get_{kind}_features"
-            _replace(stack, base, name, _answer(getattr(base, name), output, count, kind))
+            replace_on(stack, base, name, _answer(getattr(base, name), features, kind))
         yield
 
 
-def _replace(stack: contextlib.ExitStack, owner: nn.Module, name: str, function: Callable) -> None:
-    """Gives an instance a function of its own until ``stack`` ends; one that it had already (accelerate's) comes back then."""
-    own = vars(owner)
-    stack.callback(functools.partial(own.__setitem__, name, own[name]) if name in own else functools.partial(own.pop, name, None))
-    own[name] = function
+@contextlib.contextmanager
+def positions_of_all(model: Any, mask: Tensor) -> Iterator[None]:
+    """Within: a model whose positions have three dimensions makes them from ``mask`` ``[B, S]``, the prompt's before it was reduced: they
+    follow from the size of each picture, so a token keeps its place in it whatever else went.
+    """
+    name = "_prepare_position_ids_for_generation"
+    with contextlib.ExitStack() as stack:
+        if hasattr(model.base_model, "get_rope_index"):
+            original = getattr(model, name)
+
+            @functools.wraps(original)
+            def positions(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+                return original(inputs_tensor, model_kwargs | {"attention_mask": mask})
+
+            replace_on(stack, model, name, positions)
+        yield
 
 
-def _answer(original: Callable, output: BaseModelOutputWithPooling, count: int, kind: str) -> Callable:
+def _answer(original: Callable, features: Features, kind: str) -> Callable:
     @functools.wraps(original)
-    def features(*args: Any, **kwargs: Any) -> Any:
+    def answer(*args: Any, **kwargs: Any) -> Any:
         names = (*PIXELS[kind], "pixel_values")
         pixels = args[0] if args else next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
-        if pixels is None or pixels.shape[0] % count:
+        if pixels is None or pixels.shape[0] % features.pixels:
             return original(*args, **kwargs)
-        times = pixels.shape[0] // count  # older versions of transformers ask for each beam
-        values = output.pooler_output
-        if times > 1:
-            whole = isinstance(values, Tensor)
-            each = values.view(count, -1, *values.shape[1:]) if whole else values
-            values = [item for item in each for _ in range(times)]
-            values = torch.stack(values).flatten(0, 1) if whole else values
-        elif not isinstance(values, Tensor):
-            values = list(values)
-        return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=values)
+        # older versions of transformers ask for each beam
+        return _repeated(features, pixels.shape[0] // features.pixels)
 
-    return features
+    return answer
 
 
-def _with_values(output: Any, values: list[Tensor]) -> BaseModelOutputWithPooling:
-    """What a model's ``get_*_features`` returns, with these values ``[n, d]`` of each picture or video."""
-    found = output.pooler_output
-    pooled = torch.cat(values).view_as(found) if isinstance(found, Tensor) else values
-    return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=pooled)
+def _repeated(features: Features, times: int) -> Any:
+    """A copy of the output that holds what belongs to each sequence ``times`` times in a row."""
+    output = features.output
+
+    def again(values: Any) -> Any:
+        if times == 1:
+            return values if isinstance(values, Tensor) else list(values)
+        items = (
+            [values[start:end] for start, end in zip([0, *features.ends], features.ends, strict=False)] if _flat(values) else list(values)
+        )
+        last = list(accumulate(item.shape[:-1].numel() for item in items))
+        rows = [features.rows[next(unit for unit, until in enumerate(features.ends) if end <= until)] for end in last]
+        order = [place for row in sorted(set(rows)) for place in [p for p, r in enumerate(rows) if r == row] * times]
+        spans = zip([0, *features.ends], features.ends, strict=False)
+        items = [values[start:end] for start, end in spans] if _flat(values) else list(values)
+        last = list(accumulate(item.shape[:-1].numel() for item in items))
+        rows = [features.rows[next(unit for unit, until in enumerate(features.ends) if end <= until)] for end in last]
+        order = [place for row in sorted(set(rows)) for place in [p for p, r in enumerate(rows) if r == row] * times]
+        items = [items[place] for place in order]
+        if not isinstance(values, Tensor):
+            return items
+        return torch.cat(items) if _flat(values) else torch.stack(items)
+
+    found = copy.copy(output)
+    found.pooler_output = again(output.pooler_output)
+    if getattr(output, "deepstack_features", None) is not None:
+        found.deepstack_features = [again(layer) for layer in output.deepstack_features]
+    return found
 
 
-# ---- the tower ----------------------------------------------------------------------------------------------------------------------
+def _flat(values: Any) -> bool:
+    """One row a visual token, not an item a picture."""
+    return isinstance(values, Tensor) and values.dim() == 2
 
 
-@dataclass
-class Unit:
-    """One picture or video, reduced.
-
-    Attributes:
-        values: ``[n, d]``; keep bool ``[n]``; order int64 ``[n]`` or None, as in ``Merged``.
-        tail: placeholders after the rows that the model fills later (a video's newline in older versions of transformers).
-    """
-
-    values: Tensor
-    keep: Tensor
-    order: Tensor | None
-    tail: int
-
-    def arranged(self, last: bool) -> tuple[Tensor, Tensor]:
-        """Values ``[n, d]`` at the placeholders that stay, zeros elsewhere, and which stay, bool ``[n + tail]``.
-
-        Args:
-            last: the prompt ends with the last placeholder, which must stay then: the next token is read off there.
-        """
-        kept = self.keep.nonzero()[:, 0]
-        if self.order is not None:
-            columns, kept = kept, kept[self.order[kept].argsort(stable=True)]
-        else:
-            columns = kept
-        if last and not self.tail and len(columns) and int(columns[-1]) != len(self.keep) - 1:
-            columns = columns.clone()
-            columns[-1] = len(self.keep) - 1
-        keep = torch.zeros_like(self.keep)
-        keep[columns] = True
-        values = torch.zeros_like(self.values)
-        values[columns] = self.values[kept]
-        return values, torch.cat([keep, keep.new_ones(self.tail)])
-
-
-@dataclass
-class Layout:
-    """Where the rows of one picture or video come from.
-
-    Attributes:
-        visual: the rows.
-        patch: int64 ``[n]``, place of the patch in its crop's grid; -1 for rows that are none, and where rows are mixed.
-        scores: by name, float ``[n]``.
-        exact: each patch row is one patch of the tower; False: the model interpolates between patches.
-        tiles: rows and columns of tiles, or None.
-        first: ordinal of its first crop among all crops of the call.
-    """
-
-    visual: Visual
-    patch: Tensor
-    scores: dict[str, Tensor]
-    exact: bool
-    tiles: tuple[int, int] | None
-    first: int
-    tail: int = 0
-
-
-class TowerRun:
-    """One pass through the tower and the projector, watched.
-
-    Args:
-        kind: ``image`` or ``video``.
-    """
-
-    def __init__(self, model: Any, kind: str, reducers: Sequence[Reducer], backend: str) -> None:
-        self.model, self.base, self.kind, self.reducers, self.backend = model, model.base_model, kind, reducers, backend
-        name = {"image": "image_tower", "video": "video_tower"}[kind] if hasattr(self.base, "image_tower") else "vision_tower"
-        self.tower = getattr(self.base, name)
-        self.layers = _encoder_layers(self.tower)
-        config = self.tower.config
-        self.grid = config.image_size // config.patch_size
-        self.has_cls = config.model_type == "clip_vision_model"
-        self.needs = {need for reducer in reducers for need in reducer.needs}
-        self.seen: dict[int, Tensor] = {}  # what goes into the attention of these layers
-        self.cls: Tensor | None = None
-        self.projected: Tensor | None = None
-        self.packed: tuple[Any, ...] | None = None  # arguments of the model's own packing
-        self.pooling: Callable | None = None
-        self.merged: Any = None
-        self.merging: Merging | None = None
-        self.offset = 0  # rows in front of a crop's patches
-        self.scores: dict[str, Tensor] = {}  # by name, [C, T]
-        self.frames = 0
-
-    # -- watching
-
-    def encode(self, encoder: Callable, fields: dict[str, Any], frames: int) -> Any:
-        """Calls the model's ``get_*_features`` with everything in place that the reducers need. ``frames``: of each video."""
-        chosen = fields.get("vision_feature_layer")
-        if chosen is None:
-            config = self.model.config
-            chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
-        depth = len(self.layers)
-        chosen = max(index if index >= 0 else index + depth + 1 for index in ([chosen] if isinstance(chosen, int) else chosen))
-        self.making, self.reading = max(chosen - 1, 0), min(chosen, depth - 1)
-        if self.kind == "video":
-            self.frames = frames
-        with contextlib.ExitStack() as stack:
-            for layer in self._watched_layers():
-                self._hook(stack, self.layers[layer].self_attn.register_forward_pre_hook(self._see(layer), with_kwargs=True))
-            self._hook(stack, self.layers[self.making].register_forward_hook(self._see_cls))
-            projector = self.base.multi_modal_projector
-            self._hook(stack, projector.register_forward_pre_hook(self._before_projector))
-            self._hook(stack, projector.register_forward_hook(self._after_projector))
-            for name in ("pack_image_features", "apply_pooling"):
-                if hasattr(self.base, name):
-                    _replace(stack, self.base, name, self._watched_call(name, getattr(self.base, name)))
-            if isinstance(self.reducers[0], ToMe):
-                self._merge_in_tower(stack)
-            return encoder(**fields, return_dict=True)
-
-    def _watched_layers(self) -> set[int]:
-        found = set()
-        if self.needs & {ATTENTION, KEYS}:
-            found.add(self.making)
-        if ATTENTION_FIRST in self.needs:
-            found.add(0)
-        if self.needs & {WHOLE_ATTENTION, WHOLE_KEYS}:
-            found.add(self.reading)
-        return found
-
-    @staticmethod
-    def _hook(stack: contextlib.ExitStack, handle: Any) -> None:
-        stack.callback(handle.remove)
-
-    def _see(self, layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.seen[layer] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    def _see_cls(self, module: nn.Module, args: tuple, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        self.cls = hidden[:, 0] if self.has_cls else None
-
-    def _watched_call(self, name: str, original: Callable) -> Callable:
-        @functools.wraps(original)
-        def call(features: Any = None, *args: Any, **kwargs: Any) -> Any:
-            features = kwargs.pop("image_features", features)
-            if name == "pack_image_features":
-                sizes = kwargs.pop("image_sizes", None)
-                sizes, args = (args[0], args[1:]) if sizes is None else (sizes, args)
-                self.packed = (original, [len(item) for item in features], sizes, args, kwargs)
-                return original(features, sizes, *args, **kwargs)
-            self.pooling = original
-            return original(features, *args, **kwargs)
-
-        return call
-
-    def _before_projector(self, module: nn.Module, args: tuple) -> tuple | None:
-        features = args[0]
-        patches = self.grid**2
-        self.offset = features.shape[1] - patches
-        if self.offset not in (0, 1) or (self.offset == 1 and not self.has_cls):
-            raise ValueError(
-                f"vision reducers expect {patches} patches of each crop, with or without [CLS], got {features.shape[1]} rows; "
-                "check vision_feature_select_strategy"
-            )
-        self._score()
-        first = self.reducers[0]
-        if isinstance(first, TowerMerger):
-            among = self.offset == 1
-            found = first.merge(TowerFeatures(features[:, self.offset :], None if among else self._cls_like(features), self.scores))
-            self.merged = found
-            return (torch.cat([features[:, : self.offset], found.features], dim=1), *args[1:])
-        return None
-
-    def _cls_like(self, features: Tensor) -> Tensor | None:
-        """[CLS] of the same layers as the features; None where features of several layers are joined, of which one alone is at hand."""
-        return self.cls if self.cls is not None and self.cls.shape[-1] == features.shape[-1] else None
-
-    def _after_projector(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.projected = output
-
-    def _score(self) -> None:
-        """Works out what the reducers asked for, without an attention matrix where there is a [CLS]."""
-        skip = int(self.has_cls)
-        for name, layer, whole in ((ATTENTION, self.making, False), (ATTENTION_FIRST, 0, False), (WHOLE_ATTENTION, self.reading, True)):
-            if name in self.needs:
-                module = self.layers[layer].self_attn
-                self.scores[name] = attention_received(module, self.seen[layer], self.has_cls, self.backend, whole)[:, skip:]
-        if KEYS in self.needs:
-            module = self.layers[self.making].self_attn
-            self.scores[KEYS] = _heads(module.k_proj(self.seen[self.making]), module.num_heads).mean(1)[:, skip:]
-        if WHOLE_KEYS in self.needs:
-            self.scores[WHOLE_KEYS] = self.layers[self.reading].self_attn.k_proj(self.seen[self.reading])[:, skip:]
-
-    def _merge_in_tower(self, stack: contextlib.ExitStack) -> None:
-        plan = self.reducers[0].plan(self.grid**2, self.making + 1)
-        for index, layer in enumerate(self.layers):
-            _replace(stack, layer, "forward", self._merging_forward(layer, plan[index] if index < len(plan) else 0, index == 0))
-
-    def _merging_forward(self, layer: nn.Module, r: int, first: bool) -> Callable:
-        """A layer that works on merged tokens; from outside it takes and gives one row for each original token."""
-
-        @functools.wraps(layer.forward)
-        def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-            if first:
-                crops, tokens, _ = hidden_states.shape
-                self.merging = Merging(crops, tokens, int(self.has_cls), hidden_states.device)
-            merging = self.merging
-            index = merging.place.to(hidden_states.device)[..., None].expand(-1, -1, hidden_states.shape[2])
-            hidden = hidden_states.gather(1, index)
-            normed = layer.layer_norm1(hidden)
-            attended, _ = layer.self_attn(hidden_states=normed, attention_mask=merging.bias(hidden.dtype), **kwargs)
-            hidden = hidden + attended
-            if r:
-                keys = _heads(layer.self_attn.k_proj(normed), layer.self_attn.num_heads).mean(1)
-                hidden = merging.merge(hidden, keys, r)
-            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-            return hidden.gather(1, merging.source[..., None].expand(-1, -1, hidden.shape[2]))
-
-        return forward
-
-    # -- reducing
-
-    def reduce(self, output: Any) -> list[Unit]:
-        """The reduced pictures or videos, in the order of the model's output."""
-        return [self._reduce_one(layout, number) for number, layout in enumerate(self.layouts(output))]
-
-    def _reduce_one(self, layout: Layout, number: int) -> Unit:
-        visual = layout.visual
-        keep, order = torch.ones_like(visual.patch), None
-        values = visual.values
-        if self.merging is not None or self.merged is not None:
-            if not layout.exact:
-                raise ValueError(
-                    f"reducer {self.reducers[0].name!r} merges in the tower, but {self.model.config.model_type} interpolates this "
-                    f"{self.kind}'s patches afterwards; use aim, divprune or a reducer that selects"
-                )
-            keep, order = self._from_tower(layout)
-        for place, reducer in enumerate(self.reducers):
-            if isinstance(reducer, Selector):
-                keep = keep & self._select(reducer, layout, keep, number, whole=place == 0 and layout.exact)
-            elif isinstance(reducer, FeatureReducer):
-                rows = keep.nonzero()[:, 0]
-                found = reducer.reduce(visual.take(keep, values))
-                values = values.index_copy(0, rows, found.values.to(values.dtype))
-                keep = keep.index_copy(0, rows, found.keep)
-        return Unit(values, keep, order, layout.tail)
-
-    def _from_tower(self, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        visual = layout.visual
-        inside = visual.patch
-        crop, patch = layout.first + visual.crop[inside], layout.patch[inside]
-        keep, order = torch.ones_like(inside), None
-        if self.merged is not None:
-            chosen, places = self.merged.keep, self.merged.order
-        else:
-            skip = int(self.has_cls)
-            chosen = torch.zeros(self.merging.source.shape, dtype=torch.bool, device=self.merging.place.device)
-            chosen, places = chosen.scatter(1, self.merging.place, True)[:, skip:], None
-        keep[inside] = chosen.to(keep.device)[crop, patch]
-        if places is not None:
-            rank = torch.zeros(len(keep), dtype=torch.int64, device=keep.device)
-            rank[inside] = 2 * places.to(keep.device)[crop, patch].sign()
-            if not visual.video:
-                rank = torch.where((visual.segment == 1) & (rank < 0), 1, rank)
-            part = torch.where(visual.segment < 0, visual.segment.max() + 1, visual.segment)
-            order = part * 5 + rank
-        return keep, order
-
-    def _select(self, reducer: Selector, layout: Layout, alive: Tensor, number: int, whole: bool) -> Tensor:
-        visual = layout.visual
-        keep = torch.ones_like(alive)
-        ids = range(int(visual.crop.max()) + 1)
-        crops = [self._whole_crop(layout, index) if whole else self._crop_of(layout, index, alive) for index in ids]
-        if visual.video:
-            chosen = [reducer.choose([crop], None, number * self.frames + index)[0] for index, crop in enumerate(crops)]
-        else:
-            chosen = reducer.choose(crops, layout.tiles, number)
-        for index, mark in enumerate(chosen):
-            rows = visual.patch & (visual.crop == index)
-            if whole:
-                keep[rows] = mark.to(keep.device)[layout.patch[rows]]
-            else:
-                keep[rows & alive] = mark.to(keep.device)
-        return keep
-
-    def _whole_crop(self, layout: Layout, index: int) -> Crop:
-        place = torch.arange(self.grid**2, device=layout.patch.device)
-        scores = {name: score[layout.first + index].to(place.device) for name, score in self.scores.items() if score.dim() == 2}
-        return Crop(scores, place // self.grid, place % self.grid, self.grid, self.grid)
-
-    def _crop_of(self, layout: Layout, index: int, alive: Tensor) -> Crop:
-        visual = layout.visual
-        every = visual.patch & (visual.crop == index)
-        rows = every & alive
-        height, width = (int(place[every].max()) + 1 if bool(every.any()) else 1 for place in (visual.y, visual.x))
-        scores = {name: score[rows] for name, score in layout.scores.items()}
-        return Crop(scores, visual.y[rows], visual.x[rows], height, width)
-
-    # -- where rows come from
-
-    def layouts(self, output: Any) -> list[Layout]:
-        """One for each picture or video."""
-        if self.packed is not None:
-            return self._packed_layouts(output.pooler_output)
-        if self.pooling is not None:
-            return self._pooled_layouts(output.pooler_output)
-        rows = self.projected.shape[1]
-        values = output.pooler_output
-        values = values if isinstance(values, Tensor) else torch.stack(list(values))
-        crops = max(self.frames, 1)
-        index = torch.arange(crops * rows, device=values.device)
-        found = []
-        for number, item in enumerate(values.reshape(-1, crops * rows, values.shape[-1])):
-            crop, patch = index // rows, index % rows - self.offset
-            special = patch < 0
-            y, x = torch.where(special, -1, patch // self.grid), torch.where(special, -1, patch % self.grid)
-            visual = Visual(item, crop, y, x, crop, self.kind == "video")
-            found.append(self._layout(visual, torch.where(special, -1, patch), None, number * crops))
-        return found
-
-    def _layout(self, visual: Visual, patch: Tensor, tiles: tuple[int, int] | None, first: int) -> Layout:
-        """One whose rows are patches, unmixed."""
-        scores = {}
-        for name, score in self.scores.items():
-            if score.dim() == 2:
-                found = score.to(patch.device)[first + visual.crop.clamp(min=0), patch.clamp(min=0)]
-                scores[name] = torch.where(patch < 0, torch.nan, found)
-        return Layout(visual, patch, scores, True, tiles, first)
-
-    def _channels(self, crops: int, first: int) -> tuple[Tensor, list[str]]:
-        """``[crops, T', c]``: what goes through the model's own packing in place of features, and the names of the scores in it."""
-        rows = self.projected.shape[1]
-        device = self.projected.device
-        index = torch.arange(crops * rows, device=device, dtype=torch.float32)
-        names = [name for name, score in self.scores.items() if score.dim() == 2]
-        columns = [index, (index * 7919) % 10007]  # interpolated rows cannot have both right
-        for name in names:
-            score = self.scores[name][first : first + crops].float().to(device)
-            columns.append(torch.cat([score.new_zeros(crops, self.offset), score], dim=1).flatten())
-        crop = torch.nn.functional.one_hot(torch.arange(crops, device=device), crops).float().repeat_interleave(rows, 0)
-        return torch.cat([torch.stack(columns, dim=1), crop], dim=1).view(crops, rows, -1), names
-
-    def _packed_layouts(self, pooled: Sequence[Tensor]) -> list[Layout]:
-        original, counts, sizes, args, options = self.packed
-        config, found, first = self.model.config, [], 0
-        rows = self.projected.shape[1]
-        grid_shape = inspect.getmodule(type(self.base)).get_anyres_image_grid_shape
-        for number, crops in enumerate(counts):
-            channels, names = self._channels(crops, first)
-            newline = torch.full((channels.shape[2],), torch.nan, device=channels.device)
-            packed = original([channels], sizes[number : number + 1], *args, **{**options, "image_newline": newline})[0][0]
-            tiles = None
-            if crops > 1:
-                tiles = tuple(int(n) for n in grid_shape(sizes[number], config.image_grid_pinpoints, config.vision_config.image_size))
-            is_newline = packed[:, 0].isnan()
-            index = packed[:, 0].nan_to_num(0.0).round().long().clamp(0, crops * rows - 1)
-            flat = channels.flatten(0, 1)
-            exact = bool((is_newline | ((packed[:, 0] == flat[index, 0]) & (packed[:, 1] == flat[index, 1]))).all())
-            layout = self._packed_one(pooled[number], packed, is_newline, index, tiles, first, exact)
-            if not exact:
-                layout.scores = {name: packed[:, 2 + place] for place, name in enumerate(names)}
-            found.append(layout)
-            first += crops
-        return found
-
-    def _packed_one(
-        self, values: Tensor, packed: Tensor, is_newline: Tensor, index: Tensor, tiles: tuple[int, int] | None, first: int, exact: bool
-    ) -> Layout:  # fmt: skip
-        rows, side = self.projected.shape[1], self.grid
-        place = torch.arange(len(index), device=index.device)
-        base = place < rows
-        crops = 1 if tiles is None else tiles[0] * tiles[1] + 1
-        if exact:
-            crop, patch = index // rows, index % rows - self.offset
-        else:
-            crop = torch.where(base, 0, packed[:, -crops:].nan_to_num(0.0).argmax(1))
-            patch = torch.where(base, place - self.offset, 0)
-        y, x = patch // side, patch % side
-        segment = torch.where(base, 0, 1)
-        # the joined grid of the tiles, line by line: each ends with a newline
-        line = torch.where(is_newline & ~base, 1, 0).cumsum(0) - torch.where(is_newline, 1, 0)
-        starts = torch.where(is_newline, place + 1, rows).cummax(0).values
-        starts = torch.cat([starts.new_full((1,), rows), starts[:-1]])
-        if tiles is not None:
-            y, x = torch.where(base, y, line), torch.where(base, x, place - starts)
-        y = torch.where(is_newline, line if tiles is not None else -1, y)
-        special = is_newline | (base & (patch < 0))
-        x = torch.where(special, -1, x)
-        segment = torch.where(is_newline & (tiles is None), -1, segment)
-        crop = torch.where(is_newline, -1, crop)
-        patch = torch.where(special, -1, patch)
-        visual = Visual(values, crop, torch.where(base & special, -1, y), x, segment, False)
-        layout = self._layout(visual, patch, tiles, first)
-        layout.exact = exact
-        return layout
-
-    def _pooled_layouts(self, pooled: Tensor) -> list[Layout]:
-        """OneVision's videos: every frame is interpolated to half its side; in newer versions of transformers a newline follows."""
-        videos, frames = pooled.shape[0], self.frames
-        found = []
-        for number in range(videos):
-            channels, names = self._channels(frames, number * frames)
-            small = self.pooling(channels)
-            each = small.shape[1]
-            side = round(each**0.5)
-            values = pooled[number]
-            extra = values.shape[0] - frames * each
-            place = torch.arange(frames * each, device=values.device)
-            tail = place.new_full((extra,), -1)
-            crop = torch.cat([place // each, tail])
-            y, x = torch.cat([place % each // side, tail]), torch.cat([place % each % side, tail])
-            visual = Visual(values, crop, y, x, crop, True)
-            flat = small.flatten(0, 1)
-            nan = flat.new_full((extra,), torch.nan)
-            scores = {name: torch.cat([flat[:, 2 + place], nan]) for place, name in enumerate(names)}
-            found.append(Layout(visual, torch.where(crop < 0, -1, 0), scores, False, None, number * frames, tail=1 - extra))
-        return found
-
-
-def _encoder_layers(tower: nn.Module) -> nn.ModuleList:
-    encoder = getattr(tower, "encoder", None)
-    return tower.vision_model.encoder.layers if encoder is None else encoder.layers
-
-
-def _heads(rows: Tensor, heads: int) -> Tensor:
-    """``[C, T, E]`` -> ``[C, heads, T, E / heads]``."""
-    return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def attention_received(module: nn.Module, hidden: Tensor, has_cls: bool, backend: str, whole: bool = False) -> Tensor:
-    """float ``[C, T]``: the attention that each token receives in a tower's layer, mean over heads.
-
-    From [CLS] it is one query row a crop, which ``ops.decode_attention`` answers: no attention matrix is made. Without one it is the mean
-    over all rows, a block of them at a time.
-
-    Args:
-        module: the layer's attention; hidden ``[C, T, E]``, what goes into it.
-        whole: all heads taken as one (PruMerge).
-    """
-    heads = 1 if whole else module.num_heads
-    key = _heads(module.k_proj(hidden), heads)
-    query = _heads(module.q_proj(hidden[:, :1] if has_cls else hidden), heads)
-    crops, _, tokens, width = key.shape
-    scale = width**-0.5
-    if has_cls and not whole:
-        count = torch.full((crops,), tokens, dtype=torch.int32, device=key.device)
-        key = key.contiguous()
-        found = ops.decode_attention(
-            query[:, :, 0].contiguous(), key, key, count, torch.zeros_like(count), visual_capacity=tokens, scale=scale, importance=True,
-            visual_bound=tokens, clean=True, backend=backend,
-        )  # fmt: skip
-        return found.importance
-    total = key.new_zeros(crops, tokens, dtype=torch.float32)
-    for start in range(0, query.shape[2], _ROWS):
-        logits = query[:, :, start : start + _ROWS].float() @ key.float().transpose(-1, -2) * scale
-        total += logits.softmax(-1).mean(1).sum(1)
-    return total / query.shape[2]
+def _with_values(output: Any, values: list[Tensor]) -> Any:
+    """What a model's ``get_*_features`` returned, with these values ``[n, d]`` of each picture or video."""
+    found, every = output.pooler_output, torch.cat(values)
+    pooled = every.view_as(found) if isinstance(found, Tensor) else list(every.split([len(item) for item in found]))
+    changed = copy.copy(output)  # in older versions of transformers its class has no such field
+    changed.pooler_output = pooled
+    return changed

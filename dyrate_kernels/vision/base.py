@@ -136,6 +136,11 @@ class Reducer:
         """Whether these options ask for any token to be dropped at all."""
         return True
 
+    @property
+    def reads_tower(self) -> bool:
+        """Whether it needs to look into the vision tower; else what comes out of the projector is enough."""
+        return bool(self.needs)
+
 
 @dataclass(frozen=True)
 class Selector(Reducer):
@@ -185,6 +190,10 @@ class TowerMerger(Reducer):
     @property
     def drops(self) -> bool:
         return self.tokens is not None or self.keep < 1
+
+    @property
+    def reads_tower(self) -> bool:
+        return True
 
     def merge(self, tower: TowerFeatures) -> Merged:
         """See :class:`Merged`."""

@@ -39,6 +39,10 @@ class ToMe(Reducer):
     def drops(self) -> bool:
         return self.tokens is not None or self.keep < 1
 
+    @property
+    def reads_tower(self) -> bool:
+        return True
+
     def plan(self, patches: int, layers: int) -> list[int]:
         """Pairs to merge in each of ``layers`` layers; never more than half of what is left (section 3)."""
         left, plan = patches, []

@@ -18,6 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import dyrate_kernels as dk
 from dyrate_kernels import chat, vision
 from dyrate_kernels.patching.api import shape_for
+from dyrate_kernels.patching.vision import check_supported
 from dyrate_kernels.policies.base import Policy
 
 SIDES = ("plain", "pruned")
@@ -116,13 +117,12 @@ class Engine:
 
     def reducers(self) -> list[str]:
         """Those before the language model that this model can have; empty where it can have none."""
-        try:
-            from dyrate_kernels.patching.vision import check_supported
-
-            check_supported(self.model, vision.chain("aim"))
-        except TypeError:
-            return []
-        return [name for name in vision.names() if name != "temporal"]
+        found = []
+        for name in vision.names():
+            with contextlib.suppress(TypeError):
+                check_supported(self.model, vision.chain(name))
+                found.append(name)
+        return [name for name in found if name != "temporal"]
 
     def policy(self, wish: Wish) -> Policy:
         """What the wish asks for."""

@@ -68,5 +68,10 @@ def test_generate_compare_and_caption(capsys, idefics, tmp_path, retention):
     assert {line["name"]: line["caption"] for line in lines} == texts  # batched and padded as alone
     assert len({line["visual_tokens"] for line in lines}) > 1
     assert main(["generate", "--image", picture, "--plot", str(tmp_path / "kept.png"), *shared]) == 0 and (tmp_path / "kept.png").exists()
-    assert main(["generate", "--image", picture, "--vision", "aim", *shared]) == 1
-    assert "vision reducers know llava" in capsys.readouterr().err
+    capsys.readouterr()
+    plot = str(tmp_path / "reduced.png")
+    assert main(["generate", "--image", picture, "--vision", "aim:keep=0.5", "--plot", plot, *shared, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["visual_tokens"][0] == found["visual_tokens_in"][0] // 2 and (tmp_path / "reduced.png").exists()
+    assert main(["generate", "--image", picture, "--vision", "hired", *shared]) == 1
+    assert "reducer 'hired' reads the vision tower" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dyrate_kernels.patching.vision import attention_received
+from dyrate_kernels.patching.tower import attention_received
 from tests import models
 
 

@@ -88,7 +88,9 @@ def main() -> None:
     found: dict[str, Any] = {name: answer(loaded[case[0]], *case[1:]) for name, case in CASES.items()}
     model = loaded["llava"]
     found["unpatched"] = {"tokens": model.generate(**models.inputs(model, ROWS), **greedy(6)).sequences.tolist()}
-    found["heads"] = model.get_decoder().layers[0].self_attn.q_proj.weight.to_local().shape[0] // models.HEAD_DIM
+    weight = model.get_decoder().layers[0].self_attn.q_proj.weight
+    shard = weight.to_local() if hasattr(weight, "to_local") else weight  # older versions of transformers hold the shard alone
+    found["heads"] = shard.shape[0] // models.HEAD_DIM
     try:
         dk.patch(model, cuda_graph=True)
     except ValueError as error:

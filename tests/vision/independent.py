@@ -52,8 +52,14 @@ def _tower(model: Any, kind: str) -> Any:
 def _chosen_layers(model: Any) -> list[int]:
     config = model.config
     chosen = getattr(config, "vision_feature_layer", None)
-    chosen = getattr(config, "vision_feature_layers", None) if chosen is None else chosen
+    chosen = getattr(config, "vision_feature_layers", -1) if chosen is None else chosen
     return [chosen] if isinstance(chosen, int) else list(chosen)
+
+
+def _normed(model: Any, tower: Any) -> Any:
+    """PaliGemma has no choice of layers: it takes the tower's output, which is normed."""
+    inner = tower if hasattr(tower, "encoder") else tower.vision_model
+    return inner.post_layernorm if model.config.model_type == "paligemma" else lambda hidden: hidden
 
 
 @torch.no_grad()
@@ -63,7 +69,7 @@ def facts(model: Any, pixels: Tensor, kind: str = "image") -> Facts:
     tower.set_attn_implementation("eager")
     out = tower(pixels, output_attentions=True, output_hidden_states=True)
     chosen = _chosen_layers(model)
-    hidden = torch.cat([out.hidden_states[index] for index in chosen], dim=-1)
+    hidden = _normed(model, tower)(torch.cat([out.hidden_states[index] for index in chosen], dim=-1))
     depth = len(out.attentions)
     last = max(index % (depth + 1) for index in chosen)
     clip = tower.config.model_type == "clip_vision_model"
@@ -116,7 +122,7 @@ def tome_facts(model: Any, pixels: Tensor, keep: float, kind: str = "image") -> 
                 state, then = outputs[index % (len(inner.encoder.layers) + 1)]
                 parts.append(next(state[place] for place, tokens in enumerate(then) if held[0] in tokens))
             if held[0] >= start:
-                features[crop, held[0] - start] = torch.cat(parts)
+                features[crop, held[0] - start] = _normed(model, tower)(torch.cat(parts))
             else:
                 cls.append(torch.cat(parts))
     return replace(found, features=features, cls=torch.stack(cls) if cls else None)

@@ -423,9 +423,15 @@ def test_what_interpolation_forbids(make_model):
 def test_other_families_and_towers_are_refused(make_model, monkeypatch):
     model = copy.deepcopy(make_model())
     model.config.vision_config.model_type = "pixtral"
-    with pytest.raises(TypeError, match="know the towers clip_vision_model, siglip_vision_model, not pixtral"):
+    for name in ("hired", "visionzip", "tome"):
+        with pytest.raises(TypeError, match=f"'{name}' reads the vision tower, which is known of .*not of llava with pixtral; use aim"):
+            dk.patch(model, "none", vision=name)
+    for vision in (None, "aim"):  # which asks for nothing of the tower
+        dk.patch(model, "none", vision=vision).unpatch()
+    model = copy.deepcopy(make_model("llava_next", "llama"))
+    model.config.vision_config.model_type = "pixtral"
+    with pytest.raises(TypeError, match="know gemma3, .*vipllava; not llava_next with the tower pixtral"):
         dk.patch(model, "none", vision="aim")
-    dk.patch(model, "none", vision=None).unpatch()
     flash = copy.deepcopy(make_model())
     flash.config.vision_config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'tome' adds log"):

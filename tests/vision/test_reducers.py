@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dyrate_kernels import vision
-from dyrate_kernels.patching.vision import TowerRun, attention_received
+from dyrate_kernels.patching.tower import TowerRun, attention_received
 from dyrate_kernels.vision import matching, tome
 from dyrate_kernels.vision.base import ATTENTION, ATTENTION_FIRST, KEYS, WHOLE_ATTENTION, WHOLE_KEYS, Crop, TowerFeatures, Visual, budget
 from tests import models
@@ -336,7 +336,7 @@ def test_interpolated_tiles_are_chosen_by_interpolated_scores(large_onevision):
     pixels = torch.randn(1, 5, 3, 24, 24, generator=generator)
     fields = {"pixel_values": pixels, "image_sizes": torch.tensor([[48, 48]])}
     run = TowerRun(model, "image", vision.chain("fastervlm:keep=0.3"), "reference")
-    output = run.encode(model.model.get_image_features, fields, 1)
+    output = run.encode(model.model.get_image_features, fields, pixels)
     (layout,) = run.layouts(output)
     found = independent.facts(model, pixels[0])
     canvas = found.attention[1:].view(2, 2, 6, 6).permute(0, 2, 1, 3).reshape(1, 1, 12, 12)
@@ -368,7 +368,7 @@ def test_pooled_frames_are_chosen_by_pooled_scores(large_onevision):
     pixels = torch.randn(2, 3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     for name in ("fastervlm", "hired"):
         run = TowerRun(model, "video", vision.chain(f"{name}:keep=0.4"), "reference")
-        units = run.reduce(run.encode(model.model.get_video_features, {_video_pixels(model): pixels}, 3))
+        units = run.reduce(run.encode(model.model.get_video_features, {_video_pixels(model): pixels}, pixels))
         found = independent.facts(model, pixels.flatten(0, 1), "video")
         small = nn.functional.interpolate(found.attention.view(6, 1, 6, 6), size=[3, 3], mode="bilinear").flatten(1)
         for video, unit in enumerate(units):
@@ -389,14 +389,15 @@ def test_a_chain_hands_on_what_is_left(make_model):
     fields = models.inputs(model, [["text 2", "image", "text 3"]])
     rows = independent.reduced(model, fields, "fastervlm", keep=0.5)["image"][0]
     want = independent.aim(rows, 0.5)
+    given = {name: fields[name] for name in ("pixel_values", "image_sizes")}
     with torch.no_grad():
         run = TowerRun(model, "image", vision.chain("fastervlm:keep=0.5+aim:keep=0.5"), "reference")
-        output = run.encode(model.model.get_image_features, {k: fields[k] for k in ("pixel_values", "image_sizes")}, 1)
+        output = run.encode(model.model.get_image_features, given, given["pixel_values"])
         (unit,) = run.reduce(output)
     torch.testing.assert_close(unit.values[unit.keep], torch.stack([row.value for row in want]), rtol=1e-4, atol=1e-5)
     run = TowerRun(model, "image", vision.chain("fastervlm:keep=0.5+uniform:keep=0.5"), "reference")
     with torch.no_grad():
-        (unit,) = run.reduce(run.encode(model.model.get_image_features, {k: fields[k] for k in ("pixel_values", "image_sizes")}, 1))
+        (unit,) = run.reduce(run.encode(model.model.get_image_features, given, given["pixel_values"]))
     left = {crop: sum(row.crop == crop and row.patch >= 0 for row in rows) for crop in {row.crop for row in rows} - {-1}}
     newlines = sum(row.patch < 0 for row in rows)
     assert int(unit.keep.sum()) == newlines + sum(independent.count_of(count, 0.5) for count in left.values())
