@@ -17,6 +17,10 @@ if importlib.util.find_spec("pytest_benchmark") is None:
         pytest.skip("pytest-benchmark is not installed: pip install pytest-benchmark")
 
 
+# rows whose difference is the decision: mass -> rate -> kept list
+DECISION = ("dyrate decode_step: attention, rate, top-k, kept list", "dyrate decode_attention with statistics")
+
+
 @dataclasses.dataclass
 class Table:
     """What the run prints at its end. Nothing gets in whose result failed its comparison with the reference."""
@@ -29,17 +33,25 @@ class Table:
         self.rows.append((shape, name, times, moved, peer))
 
     def lines(self) -> list[str]:
-        """Header and rows; the ratio says how many times as fast as the peer's row, where there is one."""
+        """Header and rows; ``times`` says how many times as fast as the row named behind it, of the same shape."""
         found = {(shape, name): times for shape, name, times, _, _ in self.rows}
-        out = [f"{'':<22}{'':<58}{'median us':>11}{'p20':>10}{'p80':>10}{'x peer':>9}{'GB/s':>9}{'of copy':>9}"]
+        out = [
+            f"{'':<22}{'':<58}{'median us':>11}{'p20':>10}{'p80':>10}{'MB':>9}{'GB/s':>9}{'of copy':>9}{'times':>9}  as fast as",
+        ]
         for shape, name, times, moved, peer in self.rows:
-            other = found.get((shape, peer))
+            other = found.get((shape, peer)) if peer != name else None
             rate = moved / times.median if moved else None
             out.append(
                 f"{shape:<22}{name:<58}{1e6 * times.median:>11.1f}{1e6 * times.p20:>10.1f}{1e6 * times.p80:>10.1f}"
-                f"{f'{other.median / times.median:.2f}' if other else '':>9}{f'{rate / 1e9:.1f}' if rate else '':>9}"
-                f"{f'{rate / self.bandwidth:.1%}' if rate else '':>9}"
+                f"{f'{moved / 1e6:.2f}' if moved else '':>9}{f'{rate / 1e9:.1f}' if rate else '':>9}"
+                f"{f'{rate / self.bandwidth:.1%}' if rate else '':>9}{f'{other.median / times.median:.2f}' if other else '':>9}"
+                f"{f'  {peer}' if other else ''}"
             )
+        for shape in dict.fromkeys(shape for shape, *_ in self.rows):
+            whole, without = (found.get((shape, name)) for name in DECISION)
+            if whole and without:
+                name = "the decision: decode_step less attention with statistics"
+                out.append(f"{shape:<22}{name:<58}{1e6 * (whole.median - without.median):>11.1f}")
         return out
 
 
@@ -54,8 +66,10 @@ def table() -> Table:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the table."""
+    """Prints the table, or why there is none."""
     if not _tables or not _tables[0].rows:
+        if terminalreporter.stats.get("passed"):
+            terminalreporter.write_line("no table: nothing was timed (--benchmark-disable), or it ran in pytest-xdist's workers (no -n)")
         return
     here = timing.environment()
     terminalreporter.section("decode step")

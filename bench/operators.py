@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 import dyrate_kernels as dk
-from bench import fastv, layers
+from bench import fastv, layers, oracle
 from dyrate_kernels import ops
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.measuring.timing import Times
 
 LIMIT = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # of ||out - ref|| / ||ref|| against float64
 OURS = "dyrate"
+Gate = Callable[[Any, int], dict[str, Any]]  # (a call's result, which set of inputs it is of) -> timing.correctness
 
 
 def label(backend: str) -> str:
@@ -141,20 +142,16 @@ class Data:
         """What every attention call takes beside the rows."""
         return {"visual_capacity": self.shape.visual, "backend": self.backend, "n_visual": self.n_visual, "n_text": self.n_text}
 
-    def reference(self, **more: Any) -> tuple[list[int], ops.DecodeAttention]:
-        """(sequences, float64 reference) of set 0 for the first and the last sequence."""
+    def reference(self, kept: Tensor | None = None, number: int = 0) -> tuple[list[int], oracle.Attention]:
+        """(sequences, what is right) of a set of inputs for the first and the last sequence."""
         picked = sorted({0, self.shape.batch - 1})
-        fields = {name: value[picked] if isinstance(value, Tensor) else value for name, value in more.items()}
-        want = ops.decode_attention(
-            *(tensor[0][picked].double() for tensor in (self.query, self.key, self.value)),
-            self.n_visual[picked], self.n_text[picked], visual_capacity=self.shape.visual, text_type=self.text_type[picked],
-            mass=True, importance=True, backend="reference", **fields,
-        )  # fmt: skip
-        return picked, want
+        rows = (tensor[number][picked] for tensor in (self.query, self.key, self.value))
+        kept = None if kept is None else kept[picked]
+        return picked, oracle.attention(*rows, self.shape.visual, self.text_type[picked], kept)
 
 
-def gate(shape: Shape, picked: list[int], want: ops.DecodeAttention, got: Any) -> dict[str, Any]:
-    """Against the float64 reference. Statistics are held to a tighter limit by scaling their error."""
+def gate(shape: Shape, picked: list[int], want: oracle.Attention, got: Any) -> dict[str, Any]:
+    """Against ``bench.oracle``."""
     if isinstance(got, Tensor):
         return timing.correctness(LIMIT[shape.dtype], output=timing.relative(got[picked], want.output))
     errors = {"output": timing.relative(got.output[picked], want.output)}
@@ -164,87 +161,151 @@ def gate(shape: Shape, picked: list[int], want: ops.DecodeAttention, got: Any) -
     return timing.correctness(LIMIT[shape.dtype], **errors)
 
 
-def kept_gate(shape: Shape, attention: dict[str, Any], step: ops.DecodeStep) -> dict[str, Any]:
-    """The kept list is what a stable sort of the step's own importance gives."""
-    order = step.importance.double().argsort(dim=1, descending=True, stable=True)[:, : shape.kept].sort(dim=1).values
-    rest = step.kept[:, shape.kept :]
-    wrong = float((step.kept[:, : shape.kept] != order).sum() + (rest != -1).sum() + (step.n_kept != shape.kept).sum())
-    return {**attention, "passed": attention["passed"] and wrong == 0, "errors": attention["errors"] | {"kept_wrong": wrong}}
+def step_gate(shape: Shape, attention: dict[str, Any], step: ops.DecodeStep, linear: dict[str, Tensor]) -> dict[str, Any]:
+    """``attention`` is right, the rate is what the predictor gives for the step's own mass, and the kept list is the highest of its own
+    importance.
+    """
+    rates = float((step.rate != oracle.rate(step.mass, **linear)).sum())
+    count = oracle.count(shape.visual, float(linear["rates"][-1]))
+    wrong = selection_wrong(step.importance, count, step.kept, step.n_kept)
+    errors = {"kept_wrong": wrong, "rates_wrong": rates}
+    return {**attention, "passed": attention["passed"] and not any(errors.values()), "errors": attention["errors"] | errors}
+
+
+def selection_wrong(score: Tensor, count: int, kept: Tensor, n_kept: Tensor) -> float:
+    """How many entries of a kept list are not those of the ``count`` highest of ``score``."""
+    wrong = (kept[:, :count] != oracle.highest(score, count)).sum() + (kept[:, count:] != -1).sum() + (n_kept != count).sum()
+    return float(wrong)
+
+
+def fastv_gate(shape: Shape, attention: dict[str, Any], step: fastv.FastVStep, key: Tensor, value: Tensor) -> dict[str, Any]:
+    """``attention`` is right, and what FastV chose by its own weights, and gathered, too."""
+    score = step.attention.mean(1)[:, : shape.visual]
+    wrong = oracle.fastv_wrong(score, step.index, shape.kept, shape.visual, shape.rows)
+    for gathered, rows in ((step.key, key), (step.value, value)):
+        for sequence, index in enumerate(step.index):
+            wrong += int((gathered[sequence] != rows[sequence][:, index]).any())
+    return {**attention, "passed": attention["passed"] and wrong == 0, "errors": attention["errors"] | {"choice_wrong": float(wrong)}}
+
+
+def both(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """A gate that was passed before the clock ran, on the first set of inputs, and after it, on the last."""
+    errors = {name: max(first["errors"][name], second["errors"][name]) for name in first["errors"]}
+    return {**first, "passed": first["passed"] and second["passed"], "errors": errors}
+
+
+def row(name: str, times: Times, gate: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """``timing.row``; what is wrong has no speed."""
+    if gate["passed"]:
+        return timing.row(name, times, gate=gate, **facts)
+    return timing.row(name, None, gate=gate, **{**facts, "note": f"wrong, so it has no speed: {gate['errors']}"[:300]})
 
 
 def attention_rows(shape: Shape, backends: list[str], bandwidth: float, device: torch.device) -> Iterator[dict[str, Any]]:
     """Everything about one shape: attention and the decision of each backend, the dense twins, FastV."""
     data = Data(shape, backends[0], device)
-    picked, want = data.reference()
     facts = {"bandwidth": bandwidth, "sets": data.sets, **shape.facts()}
     base = shape.attention_bytes
     for backend in backends:
         data.backend = backend
-        yield from our_attention_rows(data, picked, want, {"backend": backend, **facts})
+        yield from our_attention_rows(data, {"backend": backend, **facts})
 
     # dense twins
+    right = attention_gate(data)
     for name, make in dense_twins(data):
         try:
-            calls = data.calls(make())
-            passed, times = gate(shape, picked, want, calls[0]()), timing.time_captured(calls)
-            yield timing.row(f"dense {name}", times, group="attention", moved=base, gate=passed, **facts)
+            times, passed = measured(data.calls(make()), right)
+            yield row(f"dense {name}", times, passed, group="attention", moved=base, **facts)
         except Exception as error:  # another package's kernel that does not run here is no failure of this one
             yield timing.row(f"dense {name}", None, group="attention", note=f"{type(error).__name__}: {error}"[:300], **facts)
-    scale = shape.dim**-0.5
-    eager = data.calls(fastv.step, n_visual=shape.visual, n_keep=shape.kept, scale=scale)
-    passed = gate(shape, picked, want, eager[0]().output)
+    eager = data.calls(fastv.step, n_visual=shape.visual, n_keep=shape.kept, scale=shape.dim**-0.5)
+
+    def chosen(got: fastv.FastVStep, number: int) -> dict[str, Any]:
+        return fastv_gate(shape, right(got.output, number), got, data.key[number], data.value[number])
+
     name = "FastV eager step (attention matrix, mean, topk, gather)"
-    yield timing.row(name, timing.time_launched(eager), group="attention", gate=passed, moved=base, **facts)
-    times = timing.time_captured(eager)
-    yield timing.row("FastV eager step, in a CUDA graph", times, group="attention", gate=passed, moved=base, **facts)
+    yield row(name, *measured(eager, chosen, timing.time_launched), group="attention", moved=base, **facts)
+    yield row("FastV eager step, in a CUDA graph", *measured(eager, chosen), group="attention", moved=base, **facts)
 
 
-def our_attention_rows(data: Data, picked: list[int], want: Any, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def attention_gate(data: Data, kept: Tensor | None = None) -> Gate:
+    """For results of attention over all rows, or over the ``kept`` ones of set 0 alike in every set."""
+    found: dict[int, tuple[list[int], oracle.Attention]] = {}
+
+    def right(got: Any, number: int) -> dict[str, Any]:
+        if number not in found:
+            found[number] = data.reference(kept, number)
+        return gate(data.shape, *found[number], got)
+
+    return right
+
+
+def measured(
+    calls: list[Callable[[], Any]], right: Gate, clock: Callable[..., Times] = timing.time_captured
+) -> tuple[Times, dict[str, Any]]:  # fmt: skip
+    """Times, and whether the results are right: of the first set of inputs before the clock runs, of the last after it."""
+    before = right(calls[0](), 0)
+    times = clock(calls)
+    return times, both(before, right(calls[-1](), len(calls) - 1))
+
+
+def our_attention_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Attention plain, with statistics, through a kept list, and the decision, on ``data.backend``."""
     shape, ours = data.shape, label(data.backend)
     base, extra = shape.attention_bytes, shape.statistics_bytes
 
-    def timed(name: str, calls: list[Callable[[], Any]], passed: dict[str, Any], moved: int) -> tuple[Times, dict[str, Any]]:
-        times = timing.time_captured(calls)
-        return times, timing.row(f"{ours} {name}", times, group="attention", moved=moved, gate=passed, **facts)
+    def timed(name: str, calls: list[Callable[[], Any]], right: Gate, moved: int) -> tuple[Times, dict[str, Any], dict[str, Any]]:
+        times, passed = measured(calls, right)
+        return times, passed, row(f"{ours} {name}", times, passed, group="attention", moved=moved, **facts)
 
+    right = attention_gate(data)
     statistics = {"text_type": data.text_type, "mass": True, "importance": True}
-    plain, with_statistics = data.ours(ops.decode_attention), data.ours(ops.decode_attention, **statistics)
-    yield timed("decode_attention", plain, gate(shape, picked, want, plain[0]()), base)[1]
-    passed = gate(shape, picked, want, with_statistics[0]())
-    seen, found = timed("decode_attention with statistics", with_statistics, passed, base + extra)
+    yield timed("decode_attention", data.ours(ops.decode_attention), right, base)[2]
+    seen, _, found = timed("decode_attention with statistics", data.ours(ops.decode_attention, **statistics), right, base + extra)
     yield found
     steps = data.ours(ops.decode_step, text_type=data.text_type, **data.linear)
-    first = steps[0]()
-    passed = kept_gate(shape, gate(shape, picked, want, first), first)
-    whole, found = timed("decode_step", steps, passed, base + extra + 4 * shape.batch * shape.visual)
+    whole, passed, found = timed(
+        "decode_step",
+        steps,
+        lambda got, number: step_gate(shape, right(got, number), got, data.linear),
+        base + extra + 4 * shape.batch * shape.visual,
+    )
     yield found
     alone = Times(*(max(a - b, 0.0) for a, b in zip(whole, (seen.median,) * 3, strict=True)))
-    yield timing.row(
-        f"{ours} decision (decode_step minus attention with statistics)", alone, group="attention", gate=passed,
-        note="difference of medians", **facts,
+    yield row(
+        f"{ours} decision (decode_step minus attention with statistics)", alone, passed, group="attention", note="difference of medians",
+        **facts,
     )  # fmt: skip
 
     # its parts alone
-    score, statistics = first.importance, {"text_type": data.text_type}
-    scores = data.ours(ops.score_last_query, **statistics)
-    got = zip(("mass", "importance"), scores[0](), (want.mass, want.importance), strict=True)
-    errors = {name: timing.relative(ours[picked], theirs) for name, ours, theirs in got}
-    yield timed("score_last_query", scores, timing.correctness(LIMIT[shape.dtype], **errors), base // 2 + extra)[1]
+    scores = data.ours(ops.score_last_query, text_type=data.text_type)
+
+    def scored(got: Any, number: int) -> dict[str, Any]:
+        picked, want = data.reference(number=number)
+        errors = {name: timing.relative(a[picked], getattr(want, name)) for name, a in zip(("mass", "importance"), got, strict=True)}
+        return timing.correctness(LIMIT[shape.dtype], **errors)
+
+    yield timed("score_last_query", scores, scored, base // 2 + extra)[2]
+    first = steps[0]()
+    score, mass = first.importance, first.mass
     selection = [lambda: ops.select_tokens(score, data.count, data.n_visual, backend=data.backend)]
-    chosen, _ = selection[0]()
-    agree = timing.correctness(0.0, kept_wrong=float((chosen != first.kept).sum()))
-    yield timed("select_tokens", selection, agree, 8 * shape.batch * shape.visual)[1]
-    prediction = [lambda: ops.predict_rate(first.mass, **data.linear, backend=data.backend)]
-    agree = timing.correctness(0.0, rates_wrong=float((prediction[0]()[0] != first.rate).sum()))
-    yield timed("predict_rate", prediction, agree, 16 * shape.batch * shape.heads)[1]
+
+    def selected(got: Any, number: int) -> dict[str, Any]:
+        return timing.correctness(0.0, kept_wrong=selection_wrong(score, shape.kept, *got))
+
+    yield timed("select_tokens", selection, selected, 8 * shape.batch * shape.visual)[2]
+    prediction = [lambda: ops.predict_rate(mass, **data.linear, backend=data.backend)]
+    rates = oracle.rate(mass, **data.linear)
+
+    def predicted(got: Any, number: int) -> dict[str, Any]:
+        return timing.correctness(0.0, rates_wrong=float((got[0] != rates).sum()))
+
+    yield timed("predict_rate", prediction, predicted, 16 * shape.batch * shape.heads)[2]
 
     # the pruned layers: 12.5 % of the rows through the kept list
-    some = {"kept": data.kept, "n_kept": data.n_kept}
-    _, want_some = data.reference(**some)
-    listed = data.ours(ops.decode_attention, **some)
+    listed = data.ours(ops.decode_attention, kept=data.kept, n_kept=data.n_kept)
     few = dataclasses.replace(shape, visual=shape.kept)
-    yield timed("decode_attention, 12.5 % kept", listed, gate(shape, picked, want_some, listed[0]()), few.attention_bytes)[1]
+    yield timed("decode_attention, 12.5 % kept", listed, attention_gate(data, data.kept), few.attention_bytes)[2]
 
 
 def dense_twins(data: Data) -> Iterator[tuple[str, Callable[[], Callable[..., Tensor]]]]:
@@ -321,16 +382,15 @@ def compaction_rows(toy: bool, backend: str, bandwidth: float, device: torch.dev
     }
 
     checked = [rows[0], rows[-1]]
-    before = [tensor.clone() for tensor in checked]
+    want = [oracle.compacted(tensor, kept) for tensor in checked]
     ops.compact_(rows, kept, n_kept, n_visual, backend=backend)
-    ops.compact_(before, kept, n_kept, n_visual, backend="reference")
-    wrong = float(sum((a != b).sum() for a, b in zip(checked, before, strict=True)))
-    del before
+    wrong = float(sum((a != b).sum() for a, b in zip(checked, want, strict=True)))
+    del want
     passed = timing.correctness(0.0, elements_wrong=wrong)
     times = timing.time_captured([lambda: ops.compact_(rows, kept, n_kept, n_visual, backend=backend)])
-    yield timing.row(f"{label(backend)} compact_, {tokens} -> {kept_tokens}", times, moved=moved, gate=passed, **facts)
+    yield row(f"{label(backend)} compact_, {tokens} -> {kept_tokens}", times, passed, moved=moved, **facts)
     times = timing.time_captured([lambda: ops.compact_(rows, kept, n_kept, n_kept, backend=backend)])
-    yield timing.row(f"{label(backend)} compact_ where nothing changed", times, gate=passed, **facts)
+    yield row(f"{label(backend)} compact_ where nothing changed", times, passed, **facts)
 
     index = torch.arange(batch, device=device).roll(1)
     few = rows[:2]
@@ -340,9 +400,7 @@ def compaction_rows(toy: bool, backend: str, bandwidth: float, device: torch.dev
     del before
     times = timing.time_captured([lambda: ops.reorder_(few, index, backend=backend)])
     moved = 2 * sum(tensor.numel() * tensor.element_size() for tensor in few)
-    yield timing.row(
-        f"{label(backend)} reorder_ of one layer", times, moved=moved, gate=timing.correctness(0.0, elements_wrong=wrong), **facts
-    )
+    yield row(f"{label(backend)} reorder_ of one layer", times, timing.correctness(0.0, elements_wrong=wrong), moved=moved, **facts)
 
 
 def overhead_rows(backend: str, device: torch.device) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,8 @@
 On a GPU: batches of 1 to 64, 576 to 16384 visual tokens, with and without grouped queries, in bfloat16 with the Triton kernels. The
 table's times are those of CUDA graph replays with a cold L2 (``dyrate_kernels.measuring.timing``), FastV's those of its eager launches,
 pytest-benchmark's own those of a call that is waited for. Without a GPU: toy sizes with the reference operators (plain PyTorch), which
-shows how to run it and no speed worth quoting. A benchmark whose result is not that of the float64 reference fails before it is timed.
+shows how to run it and no speed worth quoting. A benchmark whose result is not that of ``bench.oracle``, on the first set of inputs before
+the clock runs and on the last after it, fails and has no line in the table. Run it in one process: pytest-xdist's workers print no table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
-from bench import fastv, operators
+from bench import fastv, operators, oracle
 from dyrate_kernels import ops
 from dyrate_kernels.measuring import timing
 
@@ -36,6 +37,7 @@ SHAPES = [
 ]
 FASTV = "FastV, score layer: eager attention, mean, topk, gather"
 STATISTICS = "dyrate decode_attention with statistics"
+STEP = "dyrate decode_step: attention, rate, top-k, kept list"
 FASTV_PRUNED = "FastV pruned layer, shorter cache"
 TOPK = "torch topk and sort"
 
@@ -58,28 +60,26 @@ class Case:
 
     Attributes:
         calls: one a set of inputs.
-        gate: what the result must pass.
+        gate: what the result of a set must pass.
         moved: bytes at least.
         eager: launched by Python, not from a graph.
         peer: the row of the same work that the ratio is to.
     """
 
     calls: list[Callable[[], Any]]
-    gate: Callable[[Any], dict[str, Any]]
+    gate: operators.Gate
     moved: int | None = None
     eager: bool = False
     peer: str | None = FASTV
 
 
-def _attention(data: operators.Data, calls: list[Callable[[], Any]], moved: int, field: str | None = None, eager: bool = False) -> Case:
-    picked, want = data.reference()
-    return Case(calls, lambda got: operators.gate(data.shape, picked, want, getattr(got, field) if field else got), moved, eager)
+def _attention(data: operators.Data, calls: list[Callable[[], Any]], moved: int, eager: bool = False) -> Case:
+    return Case(calls, operators.attention_gate(data), moved, eager)
 
 
 def _pruned(data: operators.Data, calls: list[Callable[[], Any]], eager: bool = False) -> Case:
-    picked, want = data.reference(kept=data.kept, n_kept=data.n_kept)
     few = dataclasses.replace(data.shape, visual=data.shape.kept)
-    return Case(calls, lambda got: operators.gate(data.shape, picked, want, got), few.attention_bytes, eager, FASTV_PRUNED)
+    return Case(calls, operators.attention_gate(data, data.kept), few.attention_bytes, eager, FASTV_PRUNED)
 
 
 def decode_attention(data):
@@ -92,11 +92,10 @@ def with_statistics(data):
 
 
 def decode_step(data):
-    shape = data.shape
-    case = _attention(data, data.ours(ops.decode_step, text_type=data.text_type, **data.linear), 0)
-    gate = case.gate
+    shape, right = data.shape, operators.attention_gate(data)
     moved = shape.attention_bytes + shape.statistics_bytes + 4 * shape.batch * shape.visual
-    return dataclasses.replace(case, gate=lambda got: operators.kept_gate(shape, gate(got), got), moved=moved)
+    calls = data.ours(ops.decode_step, text_type=data.text_type, **data.linear)
+    return Case(calls, lambda got, number: operators.step_gate(shape, right(got, number), got, data.linear), moved)
 
 
 def kept_list(data):
@@ -105,14 +104,25 @@ def kept_list(data):
 
 def last_query(data):
     """What a prefill is scored with."""
-    picked, want = data.reference()
 
-    def gate(got):
-        errors = {name: timing.relative(a[picked], b) for name, a, b in zip(("mass", "importance"), got, (want.mass, want.importance))}
+    def gate(got, number):
+        picked, want = data.reference(number=number)
+        errors = {name: timing.relative(a[picked], getattr(want, name)) for name, a in zip(("mass", "importance"), got, strict=True)}
         return timing.correctness(operators.LIMIT[data.shape.dtype], **errors)
 
     moved = data.shape.attention_bytes // 2 + data.shape.statistics_bytes
     return Case(data.ours(ops.score_last_query, text_type=data.text_type), gate, moved, peer=None)
+
+
+def prediction(data):
+    """The decision's first half: mass -> rate."""
+    shape = data.shape
+    generator = torch.Generator(device=data.query[0].device).manual_seed(6)
+    mass = torch.rand(shape.batch, shape.heads, 4, generator=generator, device=data.query[0].device)
+    linear = data.linear | {"bias": data.linear["bias"] / 9 * 1e-3}  # every rate has its chance
+    want = oracle.rate(mass, **linear)
+    gate = lambda got, _: timing.correctness(0.0, rates_wrong=float((got[0] != want).sum()))  # noqa: E731
+    return Case([lambda: ops.predict_rate(mass, **linear, backend=BACKEND)], gate, 16 * shape.batch * shape.heads, peer=None)
 
 
 def _scores(data):
@@ -121,28 +131,26 @@ def _scores(data):
 
 
 def selection(data):
+    """Its second half: how many -> which."""
     score = _scores(data)
-    want = score.argsort(dim=1, descending=True, stable=True)[:, : data.shape.kept].sort(dim=1).values
 
-    def gate(got):
-        wrong = (got[0][:, : data.shape.kept] != want).sum() + (got[1] != data.shape.kept).sum()
-        return timing.correctness(0.0, kept_wrong=float(wrong))
+    def gate(got, number):
+        return timing.correctness(0.0, kept_wrong=operators.selection_wrong(score, data.shape.kept, *got))
 
     return Case([lambda: ops.select_tokens(score, data.count, data.n_visual, backend=BACKEND)], gate, 8 * score.numel(), peer=TOPK)
 
 
 def torch_topk(data):
     score = _scores(data)
-    want = score.argsort(dim=1, descending=True, stable=True)[:, : data.shape.kept].sort(dim=1).values
+    want = oracle.highest(score, data.shape.kept)
     call = lambda: score.topk(data.shape.kept, dim=1).indices.sort(dim=1).values  # noqa: E731
-    return Case([call], lambda got: timing.correctness(0.0, kept_wrong=float((got != want).sum())), 8 * score.numel(), peer=TOPK)
+    return Case([call], lambda got, _: timing.correctness(0.0, kept_wrong=float((got != want).sum())), 8 * score.numel(), peer=TOPK)
 
 
 def compaction(data):
-    """One layer. Timed again and again, the kept rows move within the same buffer: as many bytes each time."""
+    """One layer. Timed again and again, the kept rows move within the same buffer: as many bytes each time, and the same result."""
     rows = [data.key[0].clone(), data.value[0].clone()]
-    want = [tensor.clone() for tensor in rows]
-    ops.compact_(want, data.kept, data.n_kept, data.n_visual, backend="reference")
+    want = [oracle.compacted(tensor, data.kept) for tensor in rows]
     moves = int((data.kept >= data.shape.kept).sum())
     moved = 4 * moves * data.shape.kv_heads * data.shape.dim * data.shape.dtype.itemsize
 
@@ -150,7 +158,10 @@ def compaction(data):
         ops.compact_(rows, data.kept, data.n_kept, data.n_visual, backend=BACKEND)
         return rows
 
-    return Case([call], lambda got: timing.correctness(0.0, wrong=float(sum((a != b).sum() for a, b in zip(got, want)))), moved, peer=None)
+    def gate(got, number):
+        return timing.correctness(0.0, wrong=float(sum((a != b).sum() for a, b in zip(got, want, strict=True))))
+
+    return Case([call], gate, moved, peer=None)
 
 
 def sdpa(data):
@@ -169,6 +180,24 @@ def sdpa_math(data):
     return _attention(data, data.calls(call), data.shape.attention_bytes, eager=True)
 
 
+def sdpa_flash(data):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    groups = data.shape.heads // data.shape.kv_heads
+
+    def call(query, key, value):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # which takes as many key heads as query heads
+            rows = (tensor.repeat_interleave(groups, dim=1) if groups > 1 else tensor for tensor in (key, value))
+            return torch.nn.functional.scaled_dot_product_attention(query[:, :, None], *rows)[:, :, 0]
+
+    case = _attention(data, data.calls(call), data.shape.attention_bytes)
+    try:
+        case.calls[0]()
+    except RuntimeError as error:
+        pytest.skip(f"torch has no flash attention here: {str(error).splitlines()[0]}")
+    return case
+
+
 def _twin(name):
     def make(data):
         twins = dict(operators.dense_twins(data))
@@ -180,9 +209,13 @@ def _twin(name):
 
 
 def fastv_score_layer(data):
-    shape = data.shape
+    shape, right = data.shape, operators.attention_gate(data)
     calls = data.calls(fastv.step, n_visual=shape.visual, n_keep=shape.kept, scale=shape.dim**-0.5)
-    return _attention(data, calls, shape.attention_bytes, "output", eager=True)
+
+    def gate(got, number):
+        return operators.fastv_gate(shape, right(got.output, number), got, data.key[number], data.value[number])
+
+    return Case(calls, gate, shape.attention_bytes, eager=True)
 
 
 def fastv_masked(data):
@@ -205,29 +238,25 @@ def fastv_cached(data):
 def kvpress_score(data):
     """TOVA, kvpress's press that ranks by the newest row's attention, mean over heads, as FastV does. It is given the attention matrix."""
     presses = pytest.importorskip("kvpress.presses.tova_press", exc_type=ImportError)
-    press, (picked, want) = presses.TOVAPress(), data.reference()
-    scale = data.shape.dim**-0.5
+    press, scale = presses.TOVAPress(), data.shape.dim**-0.5
 
     def call(query, key, value):
         attention = fastv.eager_attention(query, key, value, scale)[1]
         return press.score(None, None, key, value, attention, {})[:, 0, : data.shape.visual]
 
-    limit = operators.LIMIT[data.shape.dtype]
-    moved = data.shape.attention_bytes
-    return Case(
-        data.calls(call),
-        lambda got: timing.correctness(limit, score=timing.relative(got[picked], want.importance)),
-        moved,
-        True,
-        STATISTICS,
-    )
+    def gate(got, number):
+        picked, want = data.reference(number=number)
+        return timing.correctness(operators.LIMIT[data.shape.dtype], score=timing.relative(got[picked], want.importance))
+
+    return Case(data.calls(call), gate, data.shape.attention_bytes, True, STATISTICS)
 
 
 CASES: dict[str, Callable[[operators.Data], Case]] = {
     "dyrate decode_attention": decode_attention,
     STATISTICS: with_statistics,
-    "dyrate decode_step: attention, rate, top-k, kept list": decode_step,
+    STEP: decode_step,
     "torch SDPA": sdpa,
+    "torch SDPA, flash": sdpa_flash,
     "torch SDPA, math": sdpa_math,
     "FlashAttention with_kvcache": _twin("FlashAttention with_kvcache"),
     "FlashInfer paged decode": _twin("FlashInfer paged decode"),
@@ -238,7 +267,8 @@ CASES: dict[str, Callable[[operators.Data], Case]] = {
     "FastV pruned layer, rows gathered": fastv_dropped,
     FASTV_PRUNED: fastv_cached,
     "dyrate score_last_query (prefill)": last_query,
-    "dyrate select_tokens": selection,
+    "dyrate predict_rate (the decision's first half)": prediction,
+    "dyrate select_tokens (its second half)": selection,
     TOPK: torch_topk,
     "dyrate compact_, one layer": compaction,
 }
@@ -256,8 +286,8 @@ def test_decode(benchmark, data, table, name):
         return result
 
     with torch.no_grad():
-        passed = case.gate(whole())
-        assert passed["passed"], passed
+        first = case.gate(whole(), 0)
+        assert first["passed"], first
         benchmark.group = data.shape.name
         benchmark.extra_info.update(timing.environment() | data.shape.facts() | {"backend": BACKEND, "floor_bytes": case.moved})
         benchmark.pedantic(whole, rounds=20 if ON_GPU else 8, warmup_rounds=2)
@@ -265,6 +295,8 @@ def test_decode(benchmark, data, table, name):
             times = (timing.time_launched if case.eager else timing.time_captured)(calls, budget=0.05)
         else:
             times = timing.summary(benchmark.stats.stats.data) if benchmark.stats else None
+        after = case.gate(calls[-1](), len(calls) - 1)
+        assert after["passed"], f"right before it was timed, wrong after: {after}"
     if times is not None:  # None: --benchmark-disable
         table.add(data.shape.name, name, times, case.moved, case.peer)
         benchmark.extra_info.update(median_us=1e6 * times.median, p20_us=1e6 * times.p20, p80_us=1e6 * times.p80)
