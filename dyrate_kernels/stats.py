@@ -154,14 +154,17 @@ class Record:
         """``step`` is written, or will be before anyone reads."""
         self.steps = max(self.steps, step + 1)
 
-    def write(self, session: Session, step: int | None, mass: Tensor, importance: Tensor | None, kept: Tensor | None = None) -> None:
+    def write(
+        self, session: Session, step: int | None, mass: Tensor, importance: Tensor | None, kept: Tensor | None = None,
+        rate: Tensor | None = None, chosen: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Notes one step.
 
         Args:
             step: None for a decode step (the session's own device counter is the index).
             mass: ``[B, Hq, 4]``.
             importance: ``[B, N]`` or None.
-            kept: int32 ``[G, B]`` where the session's groups do not say it.
+            kept: int32 ``[G, B]``, rate ``[B]``, chosen bool ``[B, N]`` where the session and its groups do not say it.
         """
         cache = session.cache
         forward = session.forward
@@ -175,14 +178,16 @@ class Record:
             kept = torch.stack([g.n_visual if g.n_kept is None or reads_all else g.n_kept for g in groups])
         if session.unpruned:
             self.again.index_copy_(0, index, self.kept.index_select(0, index) + 1)
-        rate = torch.zeros_like(session.last_rate) if reads_all else session.last_rate
+        if rate is None:
+            rate = torch.zeros_like(session.last_rate) if reads_all else session.last_rate
         if rate is not None:
             self.rate.index_copy_(0, index, rate.to(self.rate.dtype)[None])
         self.mass.index_copy_(0, index, mass.to(self.device, torch.float32).mean(1)[None])
         self.kept.index_copy_(0, index, kept[None])
         if self.keep_importance and importance is not None:
             self.importance.index_copy_(0, index, importance.to(self.device, torch.float32)[None, :, : self.tokens])
-            self.chosen.index_copy_(0, index, self._chosen(session, reads_all)[None, :, : self.tokens])
+            chosen = self._chosen(session, reads_all) if chosen is None else chosen
+            self.chosen.index_copy_(0, index, chosen[None, :, : self.tokens])
 
     def _chosen(self, session: Session, all_tokens: bool) -> Tensor:
         group = (session.cache.groups[1:] or session.cache.groups)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from dyrate_kernels import ops
 from dyrate_kernels.patching.stages import Noted
 from dyrate_kernels.patching.wide import KeyRows
-from dyrate_kernels.policies.base import View
+from dyrate_kernels.policies.base import Decision, View
 from dyrate_kernels.stats import Record
 
 if TYPE_CHECKING:
@@ -23,10 +24,14 @@ class Drafts:
 
     Args:
         session: whose.
+
+    Attributes:
+        after: of a policy that remembers: its state before the last pass's drafted rows and after each of them.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.after: list[dict[str, Tensor]] = []
 
     def decide(self, mass: Tensor, importance: Tensor) -> None:
         """Drafted rows: each decides for itself (recoverable); under evict the kept set stays as it is (compaction is frozen)."""
@@ -64,11 +69,14 @@ class Drafts:
         first = self._first_step(drafted)
         each = cache.full.n_visual.repeat_interleave(drafted)
         steps = torch.arange(first, first + drafted, device=each.device)
-        state = {name: tensor.repeat_interleave(drafted, 0) for name, tensor in session.state.items()}
-        hidden = None if hidden is None else hidden.flatten(0, 1)
-        view = View(steps.repeat(batch), mass.flatten(0, 1), importance.flatten(0, 1), each, within, state, hidden, stage)
-        decision = policy.decide(view)
-        score = view.importance if decision.score is None else decision.score
+        if policy.remembers and session.stages is None:
+            decision = self._one_after_the_other(first, mass, importance, hidden)
+        else:
+            state = {name: tensor.repeat_interleave(drafted, 0) for name, tensor in session.state.items()}
+            hidden = None if hidden is None else hidden.flatten(0, 1)
+            view = View(steps.repeat(batch), mass.flatten(0, 1), importance.flatten(0, 1), each, within, state, hidden, stage)
+            decision = policy.decide(view)
+        score = importance.flatten(0, 1) if decision.score is None else decision.score
         counts = decision.count if decision.count.dim() == 2 else decision.count[None].expand(len(indices), -1)
         rate = decision.rate.view(batch, drafted)
         session.last_rate = rate[:, -1].contiguous()
@@ -81,6 +89,34 @@ class Drafts:
             cache.groups[index].kept = kept.view(batch, drafted, -1)[:, -1, :width].contiguous()
             cache.groups[index].n_kept = n_kept.view(batch, drafted)[:, -1].contiguous()
 
+    def _one_after_the_other(self, first: int, mass: Tensor, importance: Tensor, hidden: Tensor | None) -> Decision:
+        """A policy that remembers: each row changes the state for the next one. What it was after each is kept, for ``rewind``."""
+        session, policy = self.session, self.session.policy
+        batch, drafted = mass.shape[:2]
+        n_visual = session.cache.full.n_visual
+        self.after = [_copy(session.state)]
+        found = []
+        for row in range(drafted):
+            step = torch.full((batch,), first + row, dtype=torch.int64, device=n_visual.device)
+            row_hidden = None if hidden is None else hidden[:, row]
+            view = View(step, mass[:, row], importance[:, row], n_visual, None, session.state, row_hidden)
+            decision = policy.decide(view)
+            found.append(replace(decision, score=view.importance if decision.score is None else decision.score))
+            self.after.append(_copy(session.state))
+        parts = ([getattr(decision, name) for decision in found] for name in ("rate", "count", "score"))
+        rate, count, score = parts
+        return Decision(torch.stack(rate, 1).flatten(), torch.stack(count, -1).flatten(-2), torch.stack(score, 1).flatten(0, 1))
+
+    def rewind(self, columns: int) -> None:
+        """The newest ``columns`` of the drafted ones were refused: the policy's state is what it was before them."""
+        if 0 < columns < len(self.after):
+            self.session.state = _copy(self.after[-1 - columns])
+            del self.after[-columns:]
+
+    def forget(self) -> None:
+        """Another pass begins."""
+        self.after = []
+
     def _first_step(self, drafted: int) -> int:
         """Step of the first drafted row of this pass."""
         forward = self.session.forward
@@ -91,9 +127,12 @@ class Drafts:
         session = self.session
         if session.record is None:
             session.record = Record(session, mass.shape[0])
-        first = self._first_step(mass.shape[1])
+        first, rates = self._first_step(mass.shape[1]), session.forward.drafts.rates
+        rate = None if not rates else rates[0] if session.stages is None else session.stages.mean_rate(rates)
+        chosen = session.forward.allowed.get(1)
         for row in range(mass.shape[1]):
-            session.record.write(session, first + row, mass[:, row], importance[:, row], None if kept is None else kept[:, :, row])
+            of_row = [None if each is None else each[:, row] for each in (rate, chosen)]
+            session.record.write(session, first + row, mass[:, row], importance[:, row], None if kept is None else kept[:, :, row], *of_row)
 
     @staticmethod
     def restrict(mask: Tensor, rows: KeyRows, allowed: Tensor) -> Tensor:
@@ -104,3 +143,7 @@ class Drafts:
         mask = mask.clone()
         mask[:, -drafted:] &= may
         return mask
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dyrate_kernels.patching.families import decoder_layers
+
 
 @dataclass(frozen=True)
 class HeadShards:
@@ -58,14 +60,15 @@ class HeadShards:
 
 
 def head_shards(model: Any) -> HeadShards | None:
-    """How a model that was loaded with tensor parallelism shares its heads; None: it was not, or over one process.
+    """How a model that was loaded with tensor parallelism shares its heads; None: it was not, or over one process, or transformers has no
+    plan for its text model (Qwen3-VL), so that each process holds all heads.
 
     Raises:
         ValueError: its key/value heads cannot be shared out evenly, or its layers lie in several processes.
     """
     size = getattr(model, "tp_size", None) or 1
     mesh = getattr(model, "_device_mesh", None)
-    if size == 1 or mesh is None:
+    if size == 1 or mesh is None or _holds_all_heads(model):
         return None
     names = mesh.mesh_dim_names or ()
     if "pp" in names and mesh["pp"].size() > 1:
@@ -75,3 +78,13 @@ def head_shards(model: Any) -> HeadShards | None:
     if heads % size:
         raise ValueError(f"tp_size={size} must divide the {heads} key/value heads of this model; load it over fewer processes")
     return HeadShards((mesh["tp"] if "tp" in names else mesh).get_group(), size)
+
+
+def _holds_all_heads(model: Any) -> bool:
+    weight = getattr(getattr(decoder_layers(model)[0].self_attn, "q_proj", None), "weight", None)
+    if weight is None:
+        return False
+    config = model.config.get_text_config()
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    here = weight.to_local() if hasattr(weight, "to_local") else weight
+    return here.shape[0] == config.num_attention_heads * dim

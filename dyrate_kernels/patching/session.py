@@ -193,6 +193,7 @@ class Session:
             raise ValueError(f"the cache holds {cache.batch_size} sequences, input_ids has {batch}; pass a cache of the same batch")
         if self.turn < 0:  # a plain forward on a fresh cache: its columns are the prompt
             self.begin_turn(length, length, frozen=False)
+        self.drafts.forget()
         if not cache.is_initialized:
             cache.allocate_metadata(batch, device)
             self.step = torch.zeros(1, dtype=torch.int64, device=device)
@@ -288,6 +289,7 @@ class Session:
 
     def rewind(self, columns: int) -> None:
         """The newest ``columns`` were cropped away."""
+        self.drafts.rewind(columns)
         self.step.sub_(columns).clamp_(min=0)
         self.column.sub_(columns)
 

@@ -185,8 +185,8 @@ class Policy:
             ``recoverable`` it binds the decode steps if the policy does not decide again there.
         at_decode: decides again at every decode step.
         constant: the count never changes after prefill, so under ``evict`` a decode step has nothing to decide.
-        remembers: a decode step may change the state (in place), and so what later steps decide. Tokens that are drafted
-            for assisted decoding all decide by the state that the last plain step left.
+        remembers: a decode step may change the state (in place), and so what later steps decide. Tokens that are drafted for assisted
+            decoding decide one after the other then; the state goes back where they are refused.
         rescores: each group of layers (``layer_groups``) is decided for at the layer before it, in a call of its own.
         needs_recoverable: tokens that it dropped must be able to come back, so retention ``evict`` is refused.
     """

@@ -38,9 +38,11 @@ for _retention in ("recoverable", "evict"):
     CASES[f"window {_retention}"] = ("mistral", _retention, METHODS["dyrate"], {}, {})
     CASES[f"reducer {_retention}"] = ("llava", _retention, METHODS["dyrate"], {"vision": "fastervlm:keep=0.6"}, {})
     CASES[f"qwen {_retention}"] = ("qwen", _retention, METHODS["dyrate"], {}, {})
+    CASES[f"qwen3 {_retention}"] = ("qwen3", _retention, METHODS["dyrate"], {}, {})
 CASES["recycle"] = ("llava", "recoverable", dk.policies.get("recycle", policy=dk.policies.Fixed(k=2, rate=0.7), entropy=0.1), {}, {})
 CASES["klguard"] = ("llava", "recoverable", dk.policies.get("klguard", policy=dk.policies.Fixed(k=2, rate=0.7), every=2), {}, {})
-MODELS = {"llava": ("llava", "llama"), "mistral": ("llava", "mistral"), "qwen": ("qwen2_5_vl", "own")}
+MODELS = {"llava": ("llava", "llama"), "mistral": ("llava", "mistral"), "qwen": ("qwen2_5_vl", "own"), "qwen3": ("qwen3_vl", "own")}
+WHOLE = ("qwen3",)  # transformers 5.24 has no plan for this text model: each process holds all of it
 
 
 def answer(model: Any, retention: str, rule: Any, options: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def answer(model: Any, retention: str, rule: Any, options: dict[str, Any], gener
         "rate": [step.rate for step in stats.steps],
         "mass": [step.mass for step in stats.steps],
         "kv bytes": stats.kv_bytes_live,
+        "shared": handle.heads is not None,
         **more,
     }
 

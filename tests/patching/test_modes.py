@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import dyrate_kernels as dk
 from dyrate_kernels.patching.families import cache_name
 from tests import models
 from tests.checks import (
@@ -157,7 +158,7 @@ def test_prompt_lookup_with_every_method(make_model, method, retention):
 
 @pytest.mark.parametrize(("family", "text"), [("llava", "llama"), ("llava", "mistral"), ("llava_next", "llama"), ("vipllava", "llama")])
 @RETENTION
-@pytest.mark.parametrize("method", ["dyrate", "schedule"])
+@pytest.mark.parametrize("method", ["dyrate", "schedule", "dycoke"])
 def test_assistant_model(make_model, family, text, method, retention):
     """The unpruned model drafts for the pruned one: some drafts are accepted, some are not."""
     model = make_model(family, text)
@@ -418,3 +419,19 @@ def test_stats_of_one_sequence(make_model, retention):
     assert sum(part.kv_bytes_live for part in parts) == whole.kv_bytes_live
     assert sum(part.flops for part in parts) == pytest.approx(whole.flops, rel=1e-12)
     assert [[part.steps[i].kept[0] for part in parts] for i in range(6)] == [step.kept for step in whole.steps]
+
+
+def test_what_a_policy_remembers_goes_with_accepted_drafts_alone(make_model):
+    """Each step keeps what it keeps in plain decoding; refused drafts leave nothing behind."""
+    model = make_model()
+    drafted = 0
+    for seed in range(4):
+        fields = _echo(model, ["text 5", "image", "text 2", "image", "text 8"], seed)
+        found = []
+        for options in ({}, {"prompt_lookup_num_tokens": 3, "eos_token_id": -1}):
+            with dk.patch(model, dk.policies.DyCoke(k=2, rate=0.6, similarity=0.9), record_importance=True) as handle:
+                tokens = model.generate(**fields, **greedy(12, **options)).sequences[0, : fields["input_ids"].shape[1] + 12]
+                found.append((tokens.tolist(), [step.kept_tokens[0] for step in handle.stats().steps[:12]]))
+        assert found[0] == found[1]
+        drafted += len({str(kept) for kept in found[0][1]}) > 2
+    assert drafted  # sets changed on the way
