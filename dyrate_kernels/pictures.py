@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".ico", ".avif")
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning: where it speaks of a decompression bomb
+_opening = threading.Lock()
 
 
 class UnreadableError(ValueError):
@@ -25,6 +27,18 @@ class UnreadableError(ValueError):
         self.kind = kind
 
 
+def _open(source: str | Path | bytes) -> Image:
+    """Without Pillow's own limit, which holds for the whole process and would come before ``max_pixels``."""
+    from PIL import Image
+
+    with _opening:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
 def read_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image:
     """The first frame, upright by its EXIF orientation, in RGB.
 
@@ -37,28 +51,30 @@ def read_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Im
     Raises:
         UnreadableError: says of which kind.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps, UnidentifiedImageError
 
     if not isinstance(source, bytes):
         file = Path(source)
-        if not file.is_file():
+        if not file.exists():
             raise UnreadableError("missing", "no such file")
+        if not file.is_file():
+            raise UnreadableError("not a picture", "not a file")
         if file.stat().st_size == 0:
             raise UnreadableError("empty", "the file is empty")
     elif not source:
         raise UnreadableError("empty", "there are no bytes")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with _open(source) as picture:
             width, height = picture.size
             if width * height > max_pixels:
                 raise UnreadableError("too large", f"{width} x {height} pixels are more than {max_pixels}")
+            if picture.mode == "F":
+                raise UnreadableError("not a picture", "its pixels are floating point numbers, whose white is not known")
             if picture.mode.startswith("I"):  # 16 bits, which convert() would clip
                 picture = picture.convert("I").point(lambda value: value / 256).convert("L")
             return ImageOps.exif_transpose(picture).convert("RGB")
     except UnreadableError:
         raise
-    except Image.DecompressionBombError as error:
-        raise UnreadableError("too large", str(error)) from error
     except UnidentifiedImageError as error:
         raise UnreadableError("not a picture", "not a picture that can be read (cannot identify its format)") from error
     except Exception as error:  # Pillow raises many kinds for a broken file

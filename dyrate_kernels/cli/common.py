@@ -150,6 +150,10 @@ def split_vision(text: str) -> tuple[str, str | None]:
     parts = split_list(text, "+")
     names = set(vision.names())
     first = next((place for place, part in enumerate(parts) if place and part.partition(":")[0] in names), len(parts))
+    if "=" not in parts[0] and len(parts) > 1 and first > 1:  # else a '+' may be part of an option's value
+        raise ValueError(f"--policies: reducer must be one of {', '.join(vision.names())}; got {parts[1]!r} in {text!r}")
+    if text.count("+") > len(parts) - 1 + sum(part.count("+") for part in parts):
+        raise ValueError(f"--policies: a reducer is missing beside a '+' in {text!r}")
     return "+".join(parts[:first]), "+".join(parts[first:]) or None
 
 

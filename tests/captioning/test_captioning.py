@@ -248,6 +248,24 @@ def test_pictures_are_read_upright_and_whole():
     assert error.value.kind == "too large"
 
 
+def test_the_callers_limit_is_the_limit(tmp_path, monkeypatch):
+    """Not Pillow's, which holds for the whole process and stays as it was."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    data = io.BytesIO()
+    drawn(1).save(data, "png")
+    assert read_picture(data.getvalue()).size == drawn(1).size and Image.MAX_IMAGE_PIXELS == 50
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.fromarray(np.linspace(0, 1, 64, dtype="float32").reshape(8, 8)).save(tmp_path / "float.tif")
+    for name, kind, words in [("pipe.png", "not a picture", "not a file"), ("float.tif", "not a picture", "floating point"),
+                              ("none.png", "missing", "no such file")]:  # fmt: skip
+        with pytest.raises(UnreadableError, match=words) as error:
+            read_picture(tmp_path / name)
+        assert error.value.kind == kind
+
+
 # -- Ray -----------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -126,6 +126,11 @@ def test_split_vision():
     assert split_vision("aim") == ("aim", None) and split_vision("aim+aim") == ("aim", "aim")
     assert split_vision("recycle:policy=(fastv:k=2):share=1+uniform") == ("recycle:policy=(fastv:k=2):share=1", "uniform")
     assert split_vision("dyrate:predictor=a+b") == ("dyrate:predictor=a+b", None)
+    with pytest.raises(ValueError, match="reducer must be one of hired, .*got 'bogus:keep=1' in 'none"):
+        split_vision("none+bogus:keep=1")
+    for text in ("none++aim", "none+aim+"):
+        with pytest.raises(ValueError, match="a reducer is missing beside a"):
+            split_vision(text)
 
 
 def test_info(capsys):
