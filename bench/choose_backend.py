@@ -1,7 +1,7 @@
 """Which backend ``auto`` takes for an operator on this kind of GPU: from the rows of ``bench/operators.py`` into the device's file.
 
     python -m bench.operators OUT.json
-    python -m bench.choose_backend OUT.json [--out FILE]
+    python -m bench.choose_backend OUT.json [--out FILE]        # rows of bench.operators, or a record (its folder or report.json)
 
 An operator goes to the CUDA kernels where the geometric mean of ``cuda / triton`` over its rows is below 1 by more than the noise, else to
 the Triton ones. Only rows count that were measured on a GPU, with a result that passed its gate, by both. Everything else in
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.operators import label
-from bench.report import passed
+from bench.report import passed, read
 from dyrate_kernels import devices
 
 NOISE = 0.01  # a smaller gain is none
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    rows = json.loads(given.rows.read_text(encoding="utf-8"))
+    rows = read(given.rows)["rows"]
     chosen, measured = choose(rows)
     if not chosen:
         raise SystemExit("no operator was measured on a GPU with both backends and a right result: nothing is written")

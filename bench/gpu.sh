@@ -4,10 +4,11 @@
 #   bench/gpu.sh OUT_DIR          on a machine with a CUDA GPU
 #   bench/gpu.sh OUT_DIR --toy    rehearsal of every part on a CPU, in Triton's interpreter, at toy size
 #   bench/gpu.sh OUT_DIR --only "tests operators"    these parts alone ("more": 13B, OneVision, the largest batch; never by default)
-#   bench/gpu.sh OUT_DIR --seconds 400               in less time: every part gets less
+#   bench/gpu.sh OUT_DIR --seconds 400               in less time: every part gets less (with --toy: all of it in so many seconds)
 #
 # Needs the package installed (pip install --no-deps --no-build-isolation -e .) and no network. PYTHON names the interpreter (python3).
-# OUT_DIR gets report.md, report.json and one log a part. A failing part does not stop the others; the exit status is 1 if any failed.
+# OUT_DIR gets report.md, report.json and one log a part; the logs of parts that do not run now stay as they are.
+# A failing part does not stop the others; the exit status is 1 if any failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,9 +16,13 @@ usage() {
   echo "usage: bench/gpu.sh OUT_DIR [--toy] [--only \"PART ...\"] [--seconds N]" >&2
   exit 2
 }
-out="" toy="" only="" whole=585
+out="" toy="" only="" seconds=""
 while [ $# -gt 0 ]; do
   case "$1" in
+    -h | --help)
+      sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' bench/gpu.sh
+      exit 0
+      ;;
     --toy) toy=--toy ;;
     --only)
       [ -n "${2:-}" ] || usage
@@ -26,7 +31,7 @@ while [ $# -gt 0 ]; do
       ;;
     --seconds)
       case "${2:-}" in "" | *[!0-9]*) usage ;; esac
-      whole=$2
+      seconds=$2
       shift
       ;;
     -*) usage ;;
@@ -50,11 +55,13 @@ trap 'rm -rf "$work"' EXIT
 rm -f "$out"/report.md "$out"/report.json
 
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
+whole=585
+[ -n "$toy" ] || whole=${seconds:-$whole}
 total=$whole # seconds for everything
 of() { echo $(($1 * whole / 585)); } # of SECONDS: what a part that has so many of 585 gets
 if [ -n "$toy" ]; then
   export TRITON_INTERPRET=1 DYRATE_GPU_TESTS_ON_CPU=1 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
-  total=1800
+  total=${seconds:-1800} # a rehearsal's parts are as slow as the machine: less time in all makes none of them quicker
 fi
 
 if ! "$python" -c 'import dyrate_kernels.ops' 2>"$work/import"; then
@@ -113,7 +120,13 @@ sanitizer() { # sanitizer TOOL: bench/sanitize.py under compute-sanitizer
 export -f sanitizer
 export python toy work
 
-for log in environment tests sanitizer operators pytest end_to_end; do : >"$out/$log.log"; done
+for name in $only; do # parts that run now start their logs anew
+  case "$name" in
+    kernels | *check) : >"$out/sanitizer.log" ;;
+    more) : >"$out/end_to_end.log" ;;
+    *) : >"$out/$name.log" ;;
+  esac
+done
 part environment environment.log $([ -n "$toy" ] && echo 60 || of 30) "$python" -m bench.report environment $toy
 ran='"$@" | tee "$work/tests"; status=${PIPESTATUS[0]}; grep -q " passed" "$work/tests" || { echo "no test ran"; exit 1; }; exit $status'
 pytest=("$python" -m pytest tests/gpu tests/patching/test_graph.py -m gpu -q -p no:cacheprovider --maxfail=40)
@@ -141,7 +154,8 @@ part initcheck sanitizer.log "$(of 35)" bash -c 'sanitizer initcheck'
 part operators operators.log $([ -n "$toy" ] && echo 300 || of 110) "$python" -m bench.operators "$work/operators.json" $toy --seconds "$(of 90)"
 few=$([ -n "$toy" ] && echo "" || echo "B32-N2880 or B1-N576")
 part pytest pytest.log $([ -n "$toy" ] && echo 200 || of 70) "$python" -m pytest bench -q -p no:cacheprovider -k "$few" --benchmark-json="$out/benchmark.json"
-part end_to_end end_to_end.log $([ -n "$toy" ] && echo 400 || of 130) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy --seconds "$(of 100)"
+part end_to_end end_to_end.log $([ -n "$toy" ] && echo 950 || of 130) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy \
+  --seconds $([ -n "$toy" ] && echo 900 || of 100)
 # only where it is asked for: other models, and the largest batch that fits
 e2e() { "$python" -m dyrate_kernels.cli.main bench e2e --rounds 1 "${@:2}" --out "$work/more-$1.json"; }
 more() {

@@ -25,9 +25,14 @@ OPERATORS = (
 )
 
 
+def right(row: Row) -> bool:
+    """It did not fail its gate (``gate_of_twin`` in older records). A row that fails has no speed."""
+    return all(gate is None or gate["passed"] for gate in (row["correct"], row.get("gate_of_twin")))
+
+
 def shown(rows: Iterable[Row]) -> list[Row]:
     """Timed rows that did not fail their gate."""
-    return [row for row in rows if row["median_us"] and (row["correct"] is None or row["correct"]["passed"])]
+    return [row for row in rows if row["median_us"] and right(row)]
 
 
 def series(rows: list[Row]) -> dict[str, list[Row]]:

@@ -2,12 +2,13 @@
 
     python -m bench.report environment [--toy]
     python -m bench.report write OUT_DIR --parts parts.tsv --rows operators.json end_to_end.json
-    python -m bench.report tables RECORD_DIR
+    python -m bench.report tables RECORD_DIR_OR_FILE
     python -m bench.report compare RECORD_DIR OTHER_DIR
 
 The first prints the machine and fails where no compiled kernels can run. The second writes ``report.json`` (environment, parts, targets,
 all rows), ``report.md`` and, with matplotlib, the plots of ``bench.plots``; rows may come from ``dyrate bench e2e --out`` as well. The
-third prints a record's tables as the README shows them, the fourth how the rows that two records share differ. A speed-up is the ratio of
+third prints a record's tables as the README shows them, the fourth how the rows that two records share differ; both take a folder with a
+report.json, or a file of rows. A row whose result failed its gate has no speed, whatever the record holds. A speed-up is the ratio of
 two rows of one run whose results both passed their gate; a target is met or not by such rows alone, and neither is printed for a rehearsal.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 import dyrate_kernels as dk
 from bench import plots
 from bench.operators import OURS, label
-from dyrate_kernels.measuring import timing
+from dyrate_kernels.measuring import end_to_end, timing
 
 Row = dict[str, Any]
 FASTV = "FastV eager step (attention matrix, mean, topk, gather)"
@@ -42,7 +43,7 @@ def find(rows: Iterable[Row], name: str, **facts: Any) -> Row | None:
 
 def passed(row: Row | None) -> bool:
     """It was timed, and its result is right."""
-    return row is not None and bool(row["measurement"]) and row["correct"] is not None and row["correct"]["passed"]
+    return row is not None and bool(row["measurement"]) and row["correct"] is not None and plots.right(row)
 
 
 def speed_up(ours: Row | None, other: Row | None) -> float | None:
@@ -165,13 +166,15 @@ def markdown(report: dict[str, Any]) -> str:
     text += [_table(["B", "N", "heads", "row", "against", "times as fast"], (s.values() for s in report["speed_ups"])), ""]
     head = ["row", "B", "N", "heads", "dtype", "median us", "p20", "p80", "GB/s", "share of copy", "floor us", "x floor", "correct"]
     keys = ["name", "B", "N", "heads", "dtype", "median_us", "p20_us", "p80_us", "GB_per_s", "share_of_copy", "floor_us", "times_floor"]
+    speed = {"median_us", "p20_us", "p80_us", "GB_per_s", "share_of_copy", "times_floor"}
     for group in dict.fromkeys(row["group"] for row in rows):
         text += [f"## Rows: {group}", ""]
         lines = []
         for row in (row for row in rows if row["group"] == group):
-            gate = row["correct"]
-            state = "" if gate is None else "yes" if gate["passed"] else "NO"
-            lines.append([*(row.get(key) for key in keys), row.get("note") or state])
+            right = plots.right(row)
+            state = "NO" if not right else "" if row["correct"] is None else "yes"
+            cells = (row.get(key) if right or key not in speed else None for key in keys)
+            lines.append([*cells, "; ".join(filter(None, ("" if state == "yes" and row.get("note") else state, row.get("note"))))])
         text += [_table(head, lines), ""]
     text += [f"Commit {here['commit']}. Floor: bytes that must move over the copy bandwidth measured in the same run.", ""]
     return "\n".join(text)
@@ -186,7 +189,7 @@ def _time(micro: float | None) -> str:
 def tables(report: dict[str, Any]) -> str:
     """What the README shows of a record: whole models, the attention of a layer, the targets. Rows that failed their gate are left out."""
     here = report["environment"]
-    rows = [row for row in report["rows"] if row["median_us"] and (row["correct"] is None or row["correct"]["passed"])]
+    rows = plots.shown(report["rows"])
     versions = ", ".join(f"{name} {here[name]}" for name in ("torch", "triton", "transformers", "commit"))
     text = [f"{here['gpu']}, {versions}", ""]
     if not here["measurement"]:
@@ -196,6 +199,7 @@ def tables(report: dict[str, Any]) -> str:
         found = [row for row in models if (row["model"], row["B"], row["N"]) == (model, batch, visual)]
         head = [f"{model}, batch {batch}, {visual} visual tokens", "kept", "a token", "of unpatched", "x floor", "first token", "images/s"]
         text += [_table(head, (_model_cells(row) for row in found)), ""]
+    text += [end_to_end.PAIRED, ""] if models else []
     attention = [row for row in rows if row["group"] == "attention"]
     if attention:
         shown = [*plots.OPERATORS[:4], "decision (decode_step minus attention with statistics)"]
@@ -207,8 +211,8 @@ def tables(report: dict[str, Any]) -> str:
         text += [_table(head, ([name, *(cells.get((name, *shape), "") for shape in shapes)] for name in names)), ""]
     if any(t["met"] is not None for t in report["targets"]):
         verdict = {True: "met", False: "missed", None: "not measured"}
-        lines = ([t["what"], t["target"], t["measured"], verdict[t["met"]]] for t in report["targets"])
-        text += [_table(["target", "asked", "measured", ""], lines), ""]
+        lines = ([t["what"], t["backend"], t["target"], t["measured"], verdict[t["met"]]] for t in report["targets"])
+        text += [_table(["target", "backend", "asked", "measured", ""], lines), ""]
     return "\n".join(text)
 
 
@@ -224,11 +228,11 @@ def _model_cells(row: Row) -> list[Any]:
 def compare(report: dict[str, Any], other: dict[str, Any]) -> str:
     """The rows that both have, and the second's time as a share of the first's."""
     keys = ("name", "model", "B", "N", "heads", "dtype")
-    found = {tuple(row.get(key) for key in keys): row for row in other["rows"] if row["median_us"]}
+    found = {tuple(row.get(key) for key in keys): row for row in plots.shown(other["rows"])}
     lines = []
-    for row in report["rows"]:
+    for row in plots.shown(report["rows"]):
         twin = found.get(tuple(row.get(key) for key in keys))
-        if row["median_us"] and twin is not None:
+        if twin is not None:
             shape = " ".join(str(row[key]) for key in ("model", "B", "N", "heads") if row.get(key) is not None)
             lines.append([row["name"], shape, row["median_us"], twin["median_us"], f"{twin['median_us'] / row['median_us']:.3f}"])
     first, second = (f"{r['environment']['gpu']}, {r['environment']['commit']}" for r in (report, other))
@@ -260,11 +264,32 @@ def write(out: Path, parts: Path, row_files: list[Path]) -> None:
         plots.write(out)
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "report.json" if folder.is_dir() else folder
+ENVIRONMENT = ("gpu", "driver", "torch", "triton", "transformers", "commit")  # what each row carries of it
+
+
+def read(place: Path) -> dict[str, Any]:
+    """A record: of a folder's report.json, of such a file, or of a list of rows, whose environment is read off them.
+
+    Raises:
+        SystemExit: it is none of these; says what it is.
+    """
+    path = place / "report.json" if place.is_dir() else place
     if not path.is_file():
-        raise SystemExit(f"{folder}: expected a record, a folder with a report.json; there is none")
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise SystemExit(f"{place}: expected a record, a folder with a report.json; there is none")
+    wanted = f"{path}: expected a record's report.json, or the rows that dyrate bench e2e --out or python -m bench.operators wrote"
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SystemExit(f"{wanted}; this is no JSON: {error}") from None
+    if isinstance(body, list) and all(isinstance(row, dict) and {"name", "group", "median_us"} <= row.keys() for row in body):
+        first = body[0] if body else {}
+        here = {key: first.get(key) for key in ENVIRONMENT} | {"measurement": any(row.get("measurement") for row in body)}
+        return {"environment": here, "rows": body, "targets": targets(body)}
+    if isinstance(body, dict) and "benchmarks" in body:
+        raise SystemExit(f"{wanted}; this is of pytest-benchmark: `pytest-benchmark compare {path}` reads it")
+    if not isinstance(body, dict) or not {"environment", "rows"} <= body.keys():
+        raise SystemExit(f"{wanted}; this is something else")
+    return body
 
 
 def main() -> None:
@@ -282,7 +307,7 @@ def main() -> None:
         comparing.add_argument(name, type=Path)
     given = parser.parse_args()
     if given.command in ("tables", "compare"):
-        records = [_read(path) for path in (given.record, getattr(given, "other", None)) if path is not None]
+        records = [read(path) for path in (given.record, getattr(given, "other", None)) if path is not None]
         print(tables(*records) if given.command == "tables" else compare(*records))
         return
     if given.command == "write":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,9 @@ def add_parser(commands: Any) -> None:
     e2e.add_argument("--batch", type=common.positive, nargs="+", default=[1], metavar="B", help="one or several; default: 1")
     e2e.add_argument("--visual", type=common.positive, metavar="N", help="visual tokens of a sequence; default: the shape's own number")
     e2e.add_argument("--text", type=common.positive, default=64, metavar="N", help="text tokens of the prompt; default: 64")
-    e2e.add_argument("--max-new-tokens", type=common.positive, default=64, metavar="N", help="tokens of every answer; default: 64")
+    e2e.add_argument(
+        "--max-new-tokens", type=common.positive, default=64, metavar="N", help="tokens of every answer, 2 or more; default: 64",
+    )  # fmt: skip
     e2e.add_argument(
         "--policy", metavar="SPEC",
         help="NAME:OPTION=VALUE:..; default: the published schedule, half, a quarter and an eighth of the tokens from steps 0, 5, 10 on",
@@ -40,7 +43,9 @@ def add_parser(commands: Any) -> None:
     e2e.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     e2e.add_argument("--layers", type=common.positive, metavar="L", help="fewer decoder layers than the shape has")
     e2e.add_argument("--rounds", type=common.positive, default=3, metavar="R", help="set-ups take turns so many times; default: 3")
-    e2e.add_argument("--largest-batch", action="store_true", help="also look for the largest batch that fits (on a GPU; takes minutes)")
+    e2e.add_argument(
+        "--largest-batch", action="store_true", help="also look for the largest batch that fits (takes minutes; ignored on a CPU)"
+    )
     e2e.add_argument("--out", metavar="FILE", help="write the rows there as JSON; python -m bench.report reads them")
     e2e.set_defaults(run=run)
 
@@ -54,19 +59,23 @@ def run(given: argparse.Namespace) -> int:
     """Does it."""
     import torch
 
-    from dyrate_kernels.measuring import end_to_end, timing
+    from dyrate_kernels.measuring import decoding, end_to_end, timing
     from dyrate_kernels.ops import dispatch
     from dyrate_kernels.patching.fused import fuses
 
     if given.out is not None:
         common.check_output("--out", given.out)
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if given.max_new_tokens < 2:
+        raise ValueError("--max-new-tokens 1: the time of a token is that between two; ask for 2 or more")
+    device = _device(given.device)
+    if given.largest_batch and device.type == "cpu":
+        print("--largest-batch is ignored on a CPU: nothing there says what fits", file=sys.stderr)
     backend = dispatch.name_for(given.backend, device)
     bandwidth, times = timing.copy_bandwidth(device=device)
     rows = [timing.row("device-to-device copy", times, group="copy", bandwidth=bandwidth, moved=bandwidth * times.median)]
     name = given.config or ("llava-1.5-7b" if device.type == "cuda" else "small")
     model, make, visual, pictures = _build(given, name, device)
-    policy = end_to_end.falling_schedule(visual, _k(model)) if given.policy is None else common.parse_policy(given.policy)
+    policy = end_to_end.falling_schedule(visual, decoding.fitting_k(model)) if given.policy is None else common.parse_policy(given.policy)
     label = policy.name if given.policy is None else given.policy
     largest: dict[tuple[int, str], int | None] = {}
     with torch.no_grad():
@@ -95,10 +104,18 @@ def run(given: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _k(model: Any) -> int:
-    from dyrate_kernels.policies.base import ModelShape
+def _device(name: str | None) -> Any:
+    import torch
 
-    return min(3, ModelShape.from_config(model.config).num_layers - 1)
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: expected cpu, or cuda with or without a number")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch finds no CUDA device here")
+    return device
 
 
 def _build(given: argparse.Namespace, name: str, device: Any) -> tuple[Any, Any, int, int]:
@@ -133,14 +150,14 @@ def _bundled(device: Any, dtype: Any) -> tuple[Any, Any, int, int]:
 
 
 def _mean_kept(problem: Problem, policy: Any) -> float:
-    """The share of visual tokens that the policy's decode steps read; FastV is given the same."""
+    """The share of visual tokens that the policy's decode steps read, of those whose times count; FastV is given the same."""
     import dyrate_kernels as dk
     from dyrate_kernels.measuring import decoding, end_to_end
 
     with dk.patch(problem.model, policy, backend=problem.backend) as handle:
         decoding.generate(problem.model, problem.make_inputs(1), problem.new_tokens)
         steps = end_to_end.kept_over_steps(handle.stats())
-    return sum(steps[1:]) / max(len(steps) - 1, 1)
+    return end_to_end.kept_while_timed(steps)
 
 
 def _largest(problem: Problem, setups: list[Setup]) -> dict[str, int | None]:
@@ -186,13 +203,18 @@ def _show(rows: list[Row], bandwidth: float) -> None:
         for row in here:
             table.add_row(*_cells(row))
         console.print(table)
+        for row in here:
+            if row["median_us"] is None:  # whole, where a cell of the table would cut it
+                console.print(f"{row['name']}: {row['note']}", markup=False, highlight=False, soft_wrap=True)
+    if any(row.get("over_unpatched") is not None for row in models):
+        console.print(f"{end_to_end.PAIRED}\n{end_to_end.COUNTED}", highlight=False)
     for line in end_to_end.verdicts(rows):
         console.print(line)
 
 
 def _cells(row: Row) -> list[str]:
     if row["median_us"] is None:
-        return [row["name"], f"not measured: {row['note']}"]
+        return [row["name"], "not measured"]
 
     def number(key: str, form: str, factor: float = 1.0) -> str:
         return "" if row.get(key) is None else format(row[key] * factor, form)

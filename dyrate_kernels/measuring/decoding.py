@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor, StaticCache
 
 import dyrate_kernels as dk
@@ -16,10 +19,14 @@ from dyrate_kernels.measuring.timing import Times
 from dyrate_kernels.patching import cpu_step
 from dyrate_kernels.patching.families import cache_in, cache_name
 from dyrate_kernels.patching.graph import CudaRecorder
-from dyrate_kernels.policies.base import ModelShape, Policy
+from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View
+from dyrate_kernels.policies.none import KeepAll
+from dyrate_kernels.policies.schedule import Schedule
+from dyrate_kernels.policies.uniform import able_tokens, evenly_spaced
 
 LIMIT = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float32: 1e-3}  # of the relative error of the logits
 GATED = 4  # sequences that the gate looks at
+GATE_TOKENS = 12  # of each of its answers: the published schedule shrinks at steps 5 and 10 of decoding
 AHEAD = 2_000_000  # clock cycles the device waits before a timed replay, so that the host is done launching it: about 1 ms
 WARM = 4  # tokens whose times do not count: the first steps compile, warm up and capture
 
@@ -38,7 +45,7 @@ class Clock(LogitsProcessor):
         self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._wrapped: Any = None
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.times and scores.is_cuda:
             torch.cuda.synchronize()  # once: else the first token would count as soon as it is launched
         self.times.append(time.perf_counter())
@@ -61,14 +68,14 @@ class Clock(LogitsProcessor):
         return timed
 
     def replays(self) -> Times:
-        """Device time of the replays but the first."""
+        """Device time of the replays but the first (where there are more)."""
         torch.cuda.synchronize()
-        return timing.summary([start.elapsed_time(end) * 1e-3 for start, end in self.marks[1:]])
+        return timing.summary([start.elapsed_time(end) * 1e-3 for start, end in self.marks[1:] or self.marks])
 
     def gaps(self) -> list[float]:
-        """Host seconds between tokens, without the first steps of a long answer."""
+        """Host seconds between tokens, of the steps that count."""
         gaps = [b - a for a, b in zip(self.times[:-1], self.times[1:], strict=True)]
-        return gaps[WARM:] if len(gaps) > 2 * WARM else gaps[1:] or gaps
+        return gaps[left_out(len(gaps)) :]
 
     @property
     def first_token(self) -> float:
@@ -76,9 +83,14 @@ class Clock(LogitsProcessor):
         return self.times[0] - self.start
 
 
-def generate(model: Any, fields: dict[str, torch.Tensor], new_tokens: int, clock: Clock | None = None, **options: Any) -> Any:
+def left_out(steps: int) -> int:
+    """How many of ``steps`` decode steps, the first ones, do not count: of a long answer ``WARM``, else one where another is left."""
+    return WARM if steps > 2 * WARM else min(1, max(steps - 1, 0))
+
+
+def generate(model: Any, fields: dict[str, Tensor], new_tokens: int, processor: LogitsProcessor | None = None, **options: Any) -> Any:
     """Greedy, exactly ``new_tokens`` tokens."""
-    processors = [] if clock is None else [clock]
+    processors = [] if processor is None else [processor]
     return model.generate(
         **fields, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, logits_processor=processors, **options
     )
@@ -101,6 +113,12 @@ def kv_bytes(model: Any, batch: int, visual: int, text: float, kept: float, k: i
     return int(2 * batch * rows * shape.num_kv_heads * shape.head_dim * next(model.parameters()).element_size())
 
 
+def visual_tokens(model: Any, fields: dict[str, Tensor]) -> int:
+    """Of a sequence; the most where they differ."""
+    ids = [model.config.image_token_id, getattr(model.config, "video_token_id", None)]
+    return int(sum((fields["input_ids"] == token).sum(1) for token in ids if token is not None).max())
+
+
 def held_bytes(output: Any) -> int:
     """Bytes of the keys and values in the cache that ``generate(return_dict_in_generate=True)`` of an unpatched model returned."""
     cache = cache_in(output)
@@ -120,51 +138,186 @@ def operators_only() -> Iterator[None]:
         cpu_step.enabled = before
 
 
-def logits_gate(
-    model: Any, fields: dict[str, torch.Tensor], policy: str | Policy, retention: str, backend: str, fuse: bool = False
-) -> dict[str, Any]:  # fmt: skip
-    """Logits of four greedy steps under the backend against those under the reference operators, as long as the tokens agree.
+@dataclass(frozen=True)
+class EvenSchedule(Schedule):
+    """A schedule of evenly spaced tokens: which ones stay depends on no score."""
 
-    A policy that ranks by importance is checked twice. With evenly spaced tokens at a constant rate both read the same rows, and the limit
-    is that of their rounding. With its own ranking they may differ by a few rows: random weights attend so evenly that the score of the
-    last kept row and that of the first dropped one are closer than bfloat16 resolves; there the limit is twice as wide. (Chosen after the
-    first run on an H200, where 0.074 failed the single limit at B=1; keeping all gave 0.033.)
+    name: ClassVar[str] = "even schedule"
+
+    def decide(self, view: View) -> Decision:
+        decision = super().decide(view)
+        decision.score = evenly_spaced(decision.count, able_tokens(view)).to(torch.float32)
+        return decision
+
+
+class Repeat(LogitsProcessor):
+    """Lets an answer repeat another one's tokens ``[B, steps]``, so that every step of both can be compared."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self.tokens[:, self.step : self.step + 1]
+        self.step += 1
+        return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
+
+
+class Answer(NamedTuple):
+    """Tokens ``[B, steps]`` and the logits ``[B, V]`` of each of the first ``GATE_TOKENS`` steps."""
+
+    tokens: Tensor
+    logits: tuple[Tensor, ...]
+
+
+def answer(model: Any, fields: dict[str, Tensor], like: Answer | None = None, new_tokens: int = GATE_TOKENS, **options: Any) -> Answer:
+    """Greedy, or with the tokens of another answer."""
+    repeat = None if like is None else Repeat(like.tokens)
+    output = generate(model, fields, new_tokens, repeat, output_logits=True, return_dict_in_generate=True, **options)
+    # not the output itself: it holds the cache
+    return Answer(output.sequences[:, fields["input_ids"].shape[1] :], output.logits[:GATE_TOKENS])
+
+
+def difference(got: Answer, want: Answer) -> tuple[float, int]:
+    """(largest relative error of a step's logits as long as the tokens agree, how many steps were compared). NaN where one is."""
+    worst, steps, same = 0.0, 0, torch.ones(got.tokens.shape[0], dtype=torch.bool, device=got.tokens.device)
+    for step, (a, b) in enumerate(zip(got.logits, want.logits, strict=True)):
+        if not same.any():
+            break
+        worst, steps = _worse(worst, timing.relative(a[same], b[same])), step + 1
+        same &= got.tokens[:, step] == want.tokens[:, step]
+    return worst, steps
+
+
+def _worse(a: float, b: float) -> float:
+    """The larger one; NaN where one is (``max`` would lose it)."""
+    return a if b <= a or a != a else b
+
+
+def logits_gate(
+    model: Any, fields: dict[str, Tensor], policy: Policy, retention: str, backend: str, fuse: bool = False,
+    known: dict[Any, float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Whether answers of ``GATE_TOKENS`` tokens are right under a policy. What they are compared with is never fused.
+
+    - Keeping every token: logits against the unpatched model's, and against the reference operators'.
+    - Dropping, in three steps, to evenly spaced tokens: against the reference operators, which read the same rows.
+    - Dropping by the policy's own ranking: the same, as long as the tokens agree (``steps_compared``). Both may differ by a few rows:
+      random weights attend so evenly that the score of the last kept row and that of the first dropped one are closer than bfloat16
+      resolves; there the limit is twice as wide. (Chosen after the first run on an H200, where 0.074 failed the single limit at B=1;
+      keeping all gave 0.033.)
+    - Retention ``evict``: which rows the cache holds after two steps that moved rows (:func:`compaction_error`).
+
+    Args:
+        known: errors of earlier calls for the same model, fields and backend, which are then not computed again. Written to.
     """
     limit = LIMIT[next(model.parameters()).dtype]
-    error = logits_error(model, fields, {"policy": policy, "retention": retention}, backend, fuse)
-    if policy == "none":
-        return timing.correctness(limit, logits=error)
-    even = dk.policies.Uniform(k=min(3, ModelShape.from_config(model.config).num_layers - 1), rate=0.875)
-    same_rows = logits_error(model, fields, {"policy": even, "retention": retention}, backend, fuse)
-    return timing.correctness(limit, logits_of_the_same_rows=same_rows, half_of_own_ranking=error / 2)
+    known = {} if known is None else known
+    k = fitting_k(model, policy)
+    how = {"retention": retention, "backend": backend, "fuse": fuse}
+    visual = visual_tokens(model, fields)
+
+    def once(find: Callable[[], float], *key: Any) -> float:
+        if key not in known:
+            known[key] = find()
+            timing.release()
+        return known[key]
+
+    def against_unpatched() -> float:
+        want = answer(model, fields)
+        with dk.patch(model, KeepAll(k), **how):
+            got = answer(model, fields, want)
+        return difference(got, want)[0]
+
+    errors = {"keeping_all_of_unpatched": once(against_unpatched, "unpatched", k, *how.values())}
+    if not policy.drops:
+        errors["keeping_all"] = once(lambda: _reference_error(model, fields, KeepAll(k), how)[0], "all", k, *how.values())
+        return timing.correctness(limit, **errors)
+    even = EvenSchedule(k, [(step, max(visual // part, 1)) for step, part in ((0, 2), (3, 4), (6, 8))])
+    errors["same_rows"] = once(lambda: _reference_error(model, fields, even, how)[0], "even", k, *how.values())
+    own, steps = _reference_error(model, fields, policy, how, free=True)
+    errors["half_of_own_ranking"] = own / 2
+    if retention == "evict":
+        errors["compacted_rows"] = once(lambda: compaction_error(model, fields, k, backend, fuse), "rows", k, fuse)
+    return timing.correctness(limit, **errors) | {"steps_compared": steps}
 
 
-def logits_error(
-    model: Any, fields: dict[str, torch.Tensor], patching: dict[str, Any], backend: str, fuse: bool = False
-) -> float:  # fmt: skip
-    """Largest relative error of a step's logits; what they are compared with is never fused."""
-    outputs = []
-    for name in (backend, "reference"):
-        fused = fuse and not outputs
-        with dk.patch(model, backend=name, fuse=fused, **patching), operators_only() if outputs else contextlib.nullcontext():
-            output = generate(model, fields, 4, output_logits=True, return_dict_in_generate=True)
-        outputs.append((output.sequences, output.logits))  # not the output itself: it holds the cache
-        del output
-    (sequences, logits), (other_sequences, other_logits) = outputs
-    worst, same = 0.0, torch.ones(sequences.shape[0], dtype=torch.bool, device=sequences.device)
-    length = fields["input_ids"].shape[1]
-    for step, (a, b) in enumerate(zip(logits, other_logits, strict=True)):
-        if same.any():
-            worst = max(worst, timing.relative(a[same], b[same]))
-        same &= sequences[:, length + step] == other_sequences[:, length + step]
+def fitting_k(model: Any, policy: Policy | None = None) -> int:
+    """The policy's k, or its default, but one that the model has layers for."""
+    return min((None if policy is None else policy.k) or 3, ModelShape.from_config(model.config).num_layers - 1)
+
+
+def _reference_error(
+    model: Any, fields: dict[str, Tensor], policy: Policy, how: dict[str, Any], free: bool = False
+) -> tuple[float, int]:  # fmt: skip
+    """:func:`difference` from the reference operators; these repeat the tokens, or with ``free`` find their own."""
+    with dk.patch(model, policy, **how):
+        got = answer(model, fields)
+    with dk.patch(model, policy, retention=how["retention"], backend="reference"), operators_only():
+        want = answer(model, fields, None if free else got)
+    return difference(got, want)
+
+
+def compaction_error(model: Any, fields: dict[str, Tensor], k: int, backend: str, fuse: bool = False) -> float:
+    """Largest relative error of a visual row of the pruned layers after two steps that moved rows; 1 where tokens other than those chosen
+    are held.
+
+    The prompt keeps every token, so the same answer, but stopped before its first decode step, gives an unpruned cache with the same rows,
+    to the bit, in every layer. From there those that should be left are gathered on the host: neither an operator nor the cache's own
+    list of tokens says which those are.
+    """
+    how = {"retention": "evict", "backend": backend, "fuse": fuse}
+    visual = visual_tokens(model, fields)
+    counts = [max(visual // part, 1) for part in (2, 5)]
+    even = EvenSchedule(k, [(1, counts[0]), (3, counts[1])])
+    with dk.patch(model, even, **how), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing was dropped
+        cache = cache_in(generate(model, fields, 1, return_dict_in_generate=True))
+    every = cache.groups[1].n_visual.tolist()
+    if max(every) != visual:
+        return 1.0
+    order = [tokens[:count].argsort() for tokens, count in zip(cache.groups[1].token.cpu(), every, strict=True)]
+    layers = cache.groups[1].layers
+    # on the host, so that both caches need not fit into the GPU's memory at once
+    whole = {layer: [rows[place] for rows, place in zip(_visual_rows(cache, layer), order, strict=True)] for layer in layers}
+    del cache
+    timing.release()
+    with dk.patch(model, even, **how):
+        cache = cache_in(generate(model, fields, 5, return_dict_in_generate=True))
+    held = [tokens[:count] for tokens, count in zip(cache.groups[1].token.cpu(), cache.groups[1].n_visual.tolist(), strict=True)]
+    for tokens, whole_count in zip(held, every, strict=True):
+        able = torch.ones(1, whole_count, dtype=torch.bool)
+        for count in counts:
+            able = evenly_spaced(torch.tensor([count]), able)
+        if sorted(tokens.tolist()) != able[0].nonzero()[:, 0].tolist():
+            return 1.0
+    worst = 0.0
+    for layer in layers:
+        for got, rows, tokens in zip(_visual_rows(cache, layer), whole.pop(layer), held, strict=True):
+            want = rows[tokens].double()
+            error = (got.double() - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-30)
+            worst = _worse(worst, float(error.max()) if len(error) else 0.0)
     return worst
+
+
+def _visual_rows(cache: Any, layer: int) -> list[Tensor]:
+    """Of each sequence: the live visual rows of a layer, ``[n, Hkv * 2D]`` with keys and values side by side, on the host."""
+    counts = cache.group_of[layer].n_visual.tolist()
+    buffers = [buffer[:, :, : max(counts)].cpu().transpose(1, 2) for buffer in (cache.keys[layer], cache.values[layer])]
+    return [torch.cat(buffers, -1)[sequence, :count].flatten(1) for sequence, count in enumerate(counts)]
+
+
+def unpatched_gate(model: Any, fields: dict[str, Tensor], new_tokens: int, **options: Any) -> dict[str, Any]:
+    """The unpatched model's logits with these options of ``generate()`` against those without: over a DynamicCache, the same tokens."""
+    want = answer(model, fields, None, new_tokens)
+    got = answer(model, fields, want, new_tokens, **options)
+    return timing.correctness(LIMIT[next(model.parameters()).dtype], of_dynamic_cache=difference(got, want)[0])
 
 
 # ---- the unpatched model, captured ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def static_twin(model: Any, fields: dict[str, torch.Tensor], steps: int) -> tuple[Times, torch.Tensor]:
+def static_twin(model: Any, fields: dict[str, Tensor], steps: int) -> tuple[Times, Tensor]:
     """(device time of a captured decode step of the unpatched model over a StaticCache, its first logits)."""
     batch, length = fields["input_ids"].shape
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + steps + 8)
@@ -177,7 +330,7 @@ def static_twin(model: Any, fields: dict[str, torch.Tensor], steps: int) -> tupl
     live = torch.zeros(batch, 1, 1, length + steps + 8, dtype=torch.bool, device=device)  # a 4D mask is taken as it is: no host sync
     live[..., : length + 1] = True
 
-    def step() -> torch.Tensor:
+    def step() -> Tensor:
         return model(
             input_ids=token, **{cache_name(): cache}, position_ids=position.expand(batch, 1), cache_position=position, attention_mask=live,
             logits_to_keep=1,

@@ -6,6 +6,9 @@ cache (which transformers compiles on a GPU; on a GPU also captured by hand), Fa
 retentions, and the patched model that keeps everything. Set-ups take turns in every round, so that a slow moment of the machine hits all of
 them. A set-up whose logits are wrong has no speed.
 
+The first steps of an answer warm up and have no time (``decoding.left_out``). ``kept``, the floor, and the share that FastV is given are
+means over the steps that have one; ``kept_by_step`` and ``kept_mean`` are of all steps.
+
 Floor of a token: the weights and the live keys and values that its step reads, over the bandwidth of a copy measured in the same run
 (design.md, section 10).
 """
@@ -28,6 +31,8 @@ from dyrate_kernels.stats import Stats
 Row = dict[str, Any]
 UNPATCHED = "unpatched generate(), DynamicCache"
 OURS = "dyrate"
+PAIRED = "of unpatched: median over the rounds of the ratio within a round; times are medians over all rounds, whose quotient may differ."
+COUNTED = "kept, floor: means over the steps whose times count, which leaves out the first ones of an answer."
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Setup:
     """
 
     label: str
-    policy: str | Policy | None = None
+    policy: Policy | None = None
     retention: str = "recoverable"
     options: dict[str, Any] = field(default_factory=dict)
     fuse: bool = False
@@ -90,6 +95,7 @@ class Runs:
     held: int | None = None
     peak: int | None = None
     replays: timing.Times | None = None
+    replayed: int = 0  # the last so many steps
     note: str | None = None
 
 
@@ -103,17 +109,17 @@ def policies_for(model: Any, policy: Policy, label: str, kept: float, fuse: bool
 
     Args:
         policy: what is measured.
-        kept: the fraction that FastV, which decides once, keeps: the policy's mean.
+        kept: the fraction that FastV, which decides once, keeps: the policy's mean over the steps that count.
         fuse: all of them with ``patch(fuse=True)``, and at last the first one without.
     """
-    k = min(policy.k or 3, ModelShape.from_config(model.config).num_layers - 1)
+    k = decoding.fitting_k(model, policy)
     found = [Setup(f"{label}, recoverable", policy)]
     if not policy.needs_recoverable:
         found.append(Setup(f"{label}, evict", policy, "evict"))
     if policy.name != "fastv":
         fastv = dk.policies.FastV(k=k, rate=min(max(1 - kept, 0.0), 1.0))
         found.append(Setup(f"FastV at {100 * kept:.1f} %, evict", fastv, "evict"))
-    found.append(Setup("dense (policy none)", "none"))
+    found.append(Setup("dense (policy none)", dk.policies.KeepAll(k=k)))
     return [*(replace(setup, label=f"{setup.label}, fused", fuse=True) for setup in found), found[0]] if fuse else found
 
 
@@ -136,9 +142,11 @@ def run_once(problem: Problem, setup: Setup, fields: dict[str, torch.Tensor], ru
         if runs is None:
             return
         if timed_replays:
+            if not clock.marks and handle.graph.off is None and problem.new_tokens <= 2 * decoding.WARM:
+                return  # over before a step was captured
             if handle.graph.off is not None or not clock.marks:
                 raise RuntimeError(f"no captured step: {handle.graph.off}")
-            runs.replays = clock.replays()
+            runs.replays, runs.replayed = clock.replays(), min(max(len(clock.marks) - 1, 1), problem.new_tokens - 1)
             return
         gaps = clock.gaps()
         runs.gaps += gaps
@@ -166,6 +174,12 @@ def kept_over_steps(stats: Stats) -> list[float]:
     return [sum(step.kept) / total for step in stats.steps]
 
 
+def kept_while_timed(steps: Sequence[float]) -> float:
+    """The mean over the decode steps whose times count, of what :func:`kept_over_steps` found."""
+    decode = steps[1:]
+    return statistics.mean(decode[decoding.left_out(len(decode)) :] or steps)
+
+
 def measure(problem: Problem, setups: Sequence[Setup], *, rounds: int, bandwidth: float, twin: bool = True) -> Iterator[Row]:
     """The rows of every set-up.
 
@@ -180,10 +194,17 @@ def measure(problem: Problem, setups: Sequence[Setup], *, rounds: int, bandwidth
     few = problem.make_inputs(min(problem.batch, decoding.GATED))
     gates: dict[str, dict[str, Any] | None] = {}
     found = {setup.name: Runs() for setup in setups}
+    known: dict[Any, float] = {}
     for setup in setups:
-        gates[setup.name] = (
-            None if setup.policy is None else decoding.logits_gate(model, few, setup.policy, setup.retention, backend, setup.fuse)
-        )
+        gates[setup.name] = None
+        if setup.policy is not None:
+            gates[setup.name] = decoding.logits_gate(model, few, setup.policy, setup.retention, backend, setup.fuse, known)
+        elif setup.options:
+            try:
+                # as large and as long as what is timed, so that a step that is compiled is compiled once
+                gates[setup.name] = decoding.unpatched_gate(model, fields, problem.new_tokens, **setup.options)
+            except Exception as error:
+                found[setup.name].note = _failure(error)
         timing.release()
     wrong = {name for name, gate in gates.items() if gate is not None and not gate["passed"]}
     for number in range(rounds + 1):
@@ -194,13 +215,11 @@ def measure(problem: Problem, setups: Sequence[Setup], *, rounds: int, bandwidth
             captured = number == 0 and cuda and setup.policy is not None and backend != "reference"
             try:
                 run_once(problem, setup, fields, runs if number or captured else None, timed_replays=captured)
-            except torch.OutOfMemoryError:
-                runs.note = "does not fit into the GPU's memory"
-                timing.release()
             except Exception as error:
-                if setup.policy is not None:
+                if setup.policy is not None and not isinstance(error, torch.OutOfMemoryError):
                     raise
-                runs.note = f"{type(error).__name__}: {error}"[:300]  # another package's path; it differs between versions
+                runs.note = _failure(error)
+                timing.release()
     base = found.get(UNPATCHED)
     for setup in setups:
         yield from _rows(problem, setup, found[setup.name], gates[setup.name], fields, bandwidth, base)
@@ -208,10 +227,21 @@ def measure(problem: Problem, setups: Sequence[Setup], *, rounds: int, bandwidth
         yield _twin_row(problem, fields, bandwidth)
 
 
+def _failure(error: Exception) -> str:
+    """Of an unpatched model's path, which is another package's and differs between its versions, or for want of memory."""
+    return "does not fit into the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"[:300]
+
+
+def _wrong(gate: dict[str, Any]) -> str:
+    """The note of a row whose gate did not pass."""
+    errors = ", ".join(f"{name} {error:.3g}" for name, error in gate["errors"].items() if not error <= gate["limit"])
+    return f"wrong, and so it has no speed: {errors}, where at most {gate['limit']:g} is right"
+
+
 def _facts(problem: Problem, fields: dict[str, torch.Tensor]) -> Row:
     shape = ModelShape.from_config(problem.model.config)
     parameter = next(problem.model.parameters())
-    visual = _visual_tokens(problem.model, fields)
+    visual = decoding.visual_tokens(problem.model, fields)
     return {
         "group": "model", "model": problem.name, "B": problem.batch, "N": visual,
         "text": fields["input_ids"].shape[1] - visual, "new_tokens": problem.new_tokens,
@@ -221,16 +251,10 @@ def _facts(problem: Problem, fields: dict[str, torch.Tensor]) -> Row:
     }  # fmt: skip
 
 
-def _visual_tokens(model: Any, fields: dict[str, torch.Tensor]) -> int:
-    """Of a sequence; the most where they differ."""
-    ids = [model.config.image_token_id, getattr(model.config, "video_token_id", None)]
-    return int(sum((fields["input_ids"] == token).sum(1) for token in ids if token is not None).max())
-
-
-def _moved(problem: Problem, fields: dict[str, torch.Tensor], kept: float, k: int) -> int:
-    """Bytes that a step reads, mean over the steps."""
-    visual = _visual_tokens(problem.model, fields)
-    text = fields["input_ids"].shape[1] - visual + (problem.new_tokens - 1) / 2
+def _moved(problem: Problem, fields: dict[str, torch.Tensor], kept: float, k: int, first: int | None = None) -> int:
+    """Bytes that a step reads, mean over the steps from ``first`` on (counted from 0); None: from the first whose time counts."""
+    visual, steps = decoding.visual_tokens(problem.model, fields), problem.new_tokens - 1
+    text = fields["input_ids"].shape[1] - visual + ((decoding.left_out(steps) if first is None else first) + steps) / 2
     return decoding.weight_bytes(problem.model) + decoding.kv_bytes(problem.model, problem.batch, visual, text, kept, k)
 
 
@@ -240,7 +264,7 @@ def _rows(
 ) -> Iterator[Row]:  # fmt: skip
     facts = _facts(problem, fields) | {"bandwidth": bandwidth, "gate": gate}
     if not runs.medians:
-        note = runs.note or "its logits differ from the reference's: no speed"
+        note = runs.note or ("not timed" if gate is None else _wrong(gate))
         yield timing.row(setup.name, None, **facts, note=note)
         return
     kept, k = 1.0, 1
@@ -248,10 +272,12 @@ def _rows(
         steps = kept_over_steps(runs.stats)
         facts |= {"kept_mean": runs.stats.kept_mean, "kept_by_step": [round(share, 4) for share in steps], "k": runs.stats.k}
         facts |= {"retention": setup.retention, "backend": runs.stats.backend}
-        kept, k = statistics.mean(steps[1:] or steps), runs.stats.k
+        kept, k = kept_while_timed(steps), runs.stats.k
+        if runs.replays is not None:
+            share, first = statistics.mean(steps[-runs.replayed :]), problem.new_tokens - 1 - runs.replayed
+            replayed = facts | {"kept": share, "moved": _moved(problem, fields, share, k, first)}
+            yield timing.row(f"{OURS} captured step, {setup.label}", runs.replays, **replayed)
     facts |= {"kept": kept, "moved": _moved(problem, fields, kept, k)}
-    if runs.replays is not None:
-        yield timing.row(f"{OURS} captured step, {setup.label}", runs.replays, **facts)
     first, token = statistics.median(runs.first), statistics.median(runs.medians)
     whole = first + token * (problem.new_tokens - 1)
     times = timing.summary(runs.gaps)._replace(median=token)
@@ -279,12 +305,9 @@ def _twin_row(problem: Problem, fields: dict[str, torch.Tensor], bandwidth: floa
         del output
         timing.release()
         times, first = decoding.static_twin(problem.model, fields, problem.new_tokens)
-        passed = timing.correctness(decoding.LIMIT[next(problem.model.parameters()).dtype], logits=timing.relative(first[:, -1], want))
-        found = timing.row(name, times, **facts)
-        return found | {
-            "gate_of_twin": passed,
-            "note": None if passed["passed"] else "its logits differ from generate()'s: not a fair twin",
-        }
+        gate = timing.correctness(decoding.LIMIT[next(problem.model.parameters()).dtype], of_generate=timing.relative(first[:, -1], want))
+        right = gate["passed"]
+        return timing.row(name, times if right else None, **facts, gate=gate, **({} if right else {"note": _wrong(gate)}))
     except Exception as error:  # another package's path; it differs between versions of transformers
         return timing.row(name, None, **facts, note=f"{type(error).__name__}: {error}"[:300])
 

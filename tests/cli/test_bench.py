@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dyrate_kernels import policies
 from dyrate_kernels.cli.main import main
-from dyrate_kernels.measuring import end_to_end, random_models
+from dyrate_kernels.measuring import decoding, end_to_end, random_models, timing
+from dyrate_kernels.ops import reference
 from dyrate_kernels.patching import cpu_step
+from dyrate_kernels.patching.session import Session
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--rounds", "1", "--max-new-tokens", "12", "--json"]
@@ -36,11 +39,13 @@ def test_every_set_up_is_measured_beside_its_floor(capsys, tmp_path):
         assert row["tokens_per_s"] == pytest.approx(1e6 * row["B"] / row["median_us"], rel=1e-3)
         whole = row["first_token_us"] + 11 * row["median_us"]
         assert row["images_per_s"] == pytest.approx(1e6 * row["B"] * 5 / whole, rel=1e-3)
-        if row["name"].startswith("dyrate"):
+        if row["name"] != end_to_end.UNPATCHED:
             assert row["correct"]["passed"]
     evict, dense = (next(r for r in rows if r["name"] == f"dyrate generate(), {n}") for n in ("schedule, evict", "dense (policy none)"))
     assert evict["kv_live_bytes"] < dense["kv_live_bytes"] <= dense["kv_reserved_bytes"]
     assert evict["kept_by_step"] == [0.5] * 5 + [0.25] * 5 + [0.1] * 2
+    assert evict["kept"] == pytest.approx((5 * 0.25 + 2 * 0.1) / 7), "of steps 5 to 11, whose times count"
+    assert "dyrate generate(), FastV at 20.7 %, evict" in names
     assert len(told["verdicts"]) == 8 and all("unpatched model" in line for line in told["verdicts"])
 
 
@@ -60,7 +65,7 @@ def test_floor_is_recomputed_from_the_config(capsys):
     told = rows_of(capsys, "--config", "toy", "--text", "10", "--policy", "fixed:k=2:rate=0.75")
     layer = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
     weights = 4 * (4 * layer + 32 + 32 * 200)
-    text = 10 + 11 / 2  # the prompt's, and the mean of what eleven steps add
+    text = 10 + (4 + 11) / 2  # the prompt's, and the mean of what those of eleven steps add whose times count, all but four
     for row in told["rows"]:
         if row["group"] != "model":
             continue
@@ -90,12 +95,120 @@ def test_what_is_wrong_has_no_speed(capsys, monkeypatch):
     assert main(["bench", "e2e", *FAST[:-1], "--config", "toy"]) == 1
     printed = capsys.readouterr().out
     assert "not measured" in printed and "as fast" not in printed
+    assert f"{ours[0]['name']}: {ours[0]['note']}\n" in printed, "the note is whole, on a line of its own"
+
+
+def moves_nothing(rows, kept, n_kept, n_visual):
+    pass
+
+
+def moves_the_wrong_rows(rows, kept, n_kept, n_visual, right=reference.compact_):
+    right(rows, torch.where(kept < 0, kept, (kept - 1).clamp(min=0)), n_kept, n_visual)
+
+
+def moves_only_the_list(rows, kept, n_kept, n_visual, right=reference.compact_):
+    right([tensor for tensor in rows if tensor.dim() == 2], kept, n_kept, n_visual)
+
+
+def forgets_the_last_buffer(rows, kept, n_kept, n_visual, right=reference.compact_):
+    right(rows if len(rows) == 1 else rows[:-1], kept, n_kept, n_visual)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    model = random_models.build("toy", torch.device("cpu"))
+    return model, random_models.inputs(model, 2, 20, 10)
+
+
+@pytest.mark.parametrize("broken", [moves_nothing, moves_the_wrong_rows, moves_only_the_list, forgets_the_last_buffer])
+def test_the_gate_sees_a_broken_compaction(monkeypatch, toy, broken):
+    policy = end_to_end.falling_schedule(20, 2)
+    assert decoding.compaction_error(*toy, 2, "reference") == 0.0
+    monkeypatch.setattr(reference, "compact_", broken)
+    gate = decoding.logits_gate(*toy, policy, "evict", "reference")
+    assert not gate["passed"] and gate["errors"]["compacted_rows"] > 0.1
+    assert decoding.logits_gate(*toy, policy, "recoverable", "reference")["passed"], "there nothing moves"
+
+
+def test_a_broken_compaction_has_no_speed(capsys, monkeypatch):
+    monkeypatch.setattr(reference, "compact_", moves_nothing)
+    told = rows_of(capsys, "--config", "toy", status=1)
+    speeds = {row["name"]: row["median_us"] for row in told["rows"] if row["name"].startswith("dyrate")}
+    assert len(speeds) == 4 and all((speed is None) == name.endswith("evict") for name, speed in speeds.items())
+    assert not any("evict" in line for line in told["verdicts"])
+
+
+def test_the_gate_compares_with_the_unpatched_model_and_looks_at_every_shrink(monkeypatch, toy):
+    policy = end_to_end.falling_schedule(20, 3)
+    gate = decoding.logits_gate(*toy, policy, "evict", "reference")
+    assert gate["passed"] and gate["steps_compared"] == 12 > policy.kept[-1][0]
+    attend = Session.attend
+    monkeypatch.setattr(Session, "attend", lambda self, *arguments: 1.5 * attend(self, *arguments))  # wrong in the same way everywhere
+    for wrong in (policy, policies.KeepAll(k=3)):
+        gate = decoding.logits_gate(*toy, wrong, "evict", "reference")
+        assert not gate["passed"]
+        assert [name for name, error in gate["errors"].items() if error > gate["limit"]] == ["keeping_all_of_unpatched"]
+
+
+def test_a_difference_that_is_no_number_is_not_lost():
+    tokens, numbers = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 4)
+    got, want = (decoding.Answer(tokens, (numbers, bad, numbers)) for bad in (numbers * float("nan"), numbers))
+    error, steps = decoding.difference(got, want)
+    assert error != error and steps == 3 and not timing.correctness(1.0, logits=error)["passed"]
+
+
+def test_a_static_cache_that_is_wrong_has_no_speed(capsys, monkeypatch):
+    answer = decoding.answer
+
+    def wrong(*arguments, **options):
+        found = answer(*arguments, **options)
+        return found._replace(logits=[2 * step for step in found.logits]) if "cache_implementation" in options else found
+
+    monkeypatch.setattr(decoding, "answer", wrong)
+    rows = {row["name"]: row for row in rows_of(capsys, "--config", "toy", status=1)["rows"]}
+    static = next(row for name, row in rows.items() if "StaticCache" in name)
+    assert static["median_us"] is None and "no speed: of_dynamic_cache 1" in static["note"] and not static["correct"]["passed"]
+    assert rows[end_to_end.UNPATCHED]["median_us"]
+
+
+def test_a_captured_twin_that_is_wrong_has_no_speed(monkeypatch, toy):
+    problem = end_to_end.Problem("toy", toy[0], lambda batch: toy[1], 2, 4, "reference")
+    right = end_to_end._twin_row(problem, toy[1], 1e9)
+    assert right["median_us"] and right["correct"]["passed"]
+    twin = decoding.static_twin
+
+    def wrong(*arguments):
+        times, first = twin(*arguments)
+        return times, 2 * first
+
+    monkeypatch.setattr(decoding, "static_twin", wrong)
+    row = end_to_end._twin_row(problem, toy[1], 1e9)
+    assert row["median_us"] is None and row["GB_per_s"] is None and not row["correct"]["passed"] and "no speed" in row["note"]
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(2, 1), (3, 2), (9, 2), (10, 5), (64, 5)])
+def test_shares_are_of_the_steps_whose_times_count(tokens, first):
+    clock = decoding.Clock()
+    clock.times = [float(token) ** 2 for token in range(tokens)]
+    gaps = clock.gaps()
+    assert gaps == [step**2 - (step - 1) ** 2 for step in range(first, tokens)]
+    assert end_to_end.kept_while_timed([1.0] * first + [0.5] * (tokens - first)) == 0.5
+
+
+def test_few_layers_and_what_a_cpu_ignores(capsys):
+    """Policy none, which the rows are beside and the gate uses, takes a k that the model has layers for."""
+    arguments = ["--config", "toy", "--layers", "2", "--policy", "fixed:k=1:rate=0.5", "--largest-batch"]
+    assert main(["bench", "e2e", *FAST, *arguments]) == 0
+    printed = capsys.readouterr()
+    assert all(row["median_us"] for row in json.loads(printed.out)["rows"])
+    assert "--largest-batch is ignored on a CPU" in printed.err
 
 
 def test_table_says_plainly_what_is_lost(capsys):
     assert main(["bench", "e2e", *FAST[:-1], "--config", "toy"]) == 0
     printed = capsys.readouterr().out
     assert "copy bandwidth" in printed and "of unpatched" in printed and "its own floor" in printed
+    assert end_to_end.PAIRED in printed and end_to_end.COUNTED in printed
     assert "SLOWER" in printed, "at this size the patch costs more than it saves"
 
 
@@ -107,6 +220,9 @@ def test_table_says_plainly_what_is_lost(capsys):
         (["--config", "bundled", "--layers", "2"], "leave out --visual and --layers"),
         (["--config", "toy", "--out", "/no/such/folder/x.json"], "does not exist"),
         (["--config", "toy", "--policy", "fixd"], "fixd"),
+        (["--config", "toy", "--max-new-tokens", "1"], "ask for 2 or more"),
+        (["--config", "toy", "--device", "meta"], "--device meta: expected cpu, or cuda"),
+        (["--config", "toy", "--device", "gpu"], "--device gpu: expected cpu, or cuda"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, message):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 
 from bench import choose_backend, operators, plots, report
 from dyrate_kernels import devices
+from dyrate_kernels.measuring import end_to_end
 
 RIGHT, WRONG = {"passed": True, "errors": {}}, {"passed": False, "errors": {}}
 
@@ -76,6 +79,13 @@ def test_the_choice_is_written_beside_what_the_file_holds(tmp_path, monkeypatch,
     devices.measured.cache_clear()
     assert body["settings"] == {"kind": 1} and body["backend"] == {"compact_": "cuda"}
     assert "0.500 over 1 rows" in capsys.readouterr().out
+    both = [row("compact_, 2880 -> 720", "triton", 10.0), row("compact_, 2880 -> 720", "cuda", 20.0)]
+    (tmp_path / "report.json").write_text(json.dumps(record(both)))
+    for given in (tmp_path, tmp_path / "report.json"):
+        monkeypatch.setattr(sys, "argv", ["choose_backend", str(given), "--out", str(tmp_path / "chosen")])
+        choose_backend.main()
+        assert json.loads((tmp_path / "chosen").read_text())["backend"] == {"compact_": "triton"}
+    monkeypatch.setattr(sys, "argv", ["choose_backend", str(rows)])
     rows.write_text("[]")
     with pytest.raises(SystemExit, match="nothing is written"):
         choose_backend.main()
@@ -144,13 +154,57 @@ def test_tables_show_what_is_right_and_nothing_else():
     assert "| dyrate decode_attention with statistics | 123 |" in text
     assert "| dyrate generate(), dyrate, evict | 12.5 % | 5.43 ms | 50 % | 1.05 | 2.50 ms | 3.25 |" in text
     assert "78" not in text and "wrong" not in text and "| met |" in text
+    assert end_to_end.PAIRED in text
+    lines = [line for line in text.splitlines() if line.startswith("| decode_attention with statistics,")]
+    assert len(lines) == 1 and "| triton | >= 0.90 | 0.95 | met |" in lines[0]
+    both = [row("decode_attention with statistics", "triton", 123.4), row("decode_attention with statistics", "cuda", 100.0)]
+    assert "| cuda | >= 0.90 | 0.95 | met |" in report.tables(record(both))
+    old = row("unpatched captured step", "triton", 222.0, correct=None, gate_of_twin=WRONG, **steps)
+    assert "captured" not in report.tables(record([old])), "older records kept the twin's gate apart"
     assert "not a measurement" not in text
     assert "not a measurement" in report.tables(record([row("decode_step", "triton", 1.0, measured=False)], measurement=False))
 
 
+def test_a_report_prints_no_speed_of_a_row_that_is_wrong():
+    facts = {"p20_us": 71.0, "p80_us": 72.0, "GB_per_s": 73.0, "floor_us": 74.0}
+    shares = {"share_of_copy": 0.76, "times_floor": 7.7}
+    rows = [row("decode_step", "triton", 70.0, correct=WRONG, **facts | shares), row("decode_step", "cuda", 60.0, **facts)]
+    here = HERE | {"backends": {}}
+    text = report.markdown({**record(rows), "environment": here, "parts": [], "speed_ups": []})
+    shape = "32 | 2880 | 32/32x128 | bfloat16"
+    assert f"| dyrate decode_step | {shape} |  |  |  |  |  | 74 |  | NO |" in text
+    assert f"| dyrate cuda decode_step | {shape} | 60 | 71 | 72 | 73 | 0.95 | 74 | 1.05 | yes |" in text
+
+
+def test_tables_of_rows_alone_and_of_other_files(tmp_path, monkeypatch, capsys):
+    versions = {"torch": "2", "triton": "3", "transformers": "5", "driver": "1"}
+    path = tmp_path / "e2e.json"
+    monkeypatch.setattr(sys, "argv", ["report", "tables", str(path)])
+    path.write_text(json.dumps([row("generate(), dyrate, evict", "triton", 5432.0, group="model", model="LLaVA", **versions)]))
+    report.main()
+    text = capsys.readouterr().out
+    assert "ACME GPU, torch 2, triton 3, transformers 5, commit 0" in text and "5.43 ms" in text and "not a measurement" not in text
+    others = [
+        ('{"machine_info": {}, "benchmarks": []}', "this is of pytest-benchmark"),
+        ("[1]", "something else"),
+        ("{", "this is no JSON"),
+    ]
+    for body, message in others:
+        path.write_text(body)
+        with pytest.raises(SystemExit, match=f"expected a record's report.json, or the rows that .*{message}"):
+            report.main()
+
+
 def test_two_records_are_compared_row_by_row(tmp_path, monkeypatch, capsys):
     first = record([row("decode_step", "triton", 20.0), row("decode_step", "triton", 8.0, batch=1), row("reorder_", "triton", 3.0)])
+    for side in ("first", "second"):  # a row that is wrong on one side
+        name = {"name": f"wrong in the {side}"}
+        first["rows"].append(row("", "triton", 5.0, correct=WRONG if side == "first" else RIGHT) | name)
     second = record([row("decode_step", "triton", 10.0), row("decode_step", "triton", None, batch=1)], commit="beef")
+    second["rows"] += [
+        row("", "triton", 6.0, correct=WRONG if side == "second" else RIGHT) | {"name": f"wrong in the {side}"}
+        for side in ("first", "second")
+    ]
     for name, body in (("a", first), ("b", second)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(body))
@@ -162,3 +216,41 @@ def test_two_records_are_compared_row_by_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", "tables", str(tmp_path / "c")])
     with pytest.raises(SystemExit, match=r"expected a record, a folder with a report\.json"):
         report.main()
+
+
+GPU_SH = Path(__file__).parents[2] / "bench" / "gpu.sh"
+
+
+def rehearse(*arguments):
+    """With a python that does nothing and succeeds."""
+    return subprocess.run(
+        ["bash", str(GPU_SH), *arguments], env={**os.environ, "PYTHON": "true"}, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_gpu_sh_tells_what_it_is():
+    for option in ("-h", "--help"):
+        told = rehearse(option)
+        assert told.returncode == 0 and told.stdout.startswith("Everything that needs a GPU") and "set -uo" not in told.stdout
+    assert rehearse("--no-such-option").returncode == 2
+
+
+def test_gpu_sh_empties_the_logs_of_the_parts_that_run(tmp_path):
+    logs = ("environment", "tests", "sanitizer", "operators", "pytest", "end_to_end")
+    for log in logs:
+        (tmp_path / f"{log}.log").write_text("of an earlier run\n")
+    assert rehearse(str(tmp_path), "--toy", "--only", "kernels end_to_end").returncode == 0
+    kept = [log for log in logs if "of an earlier run" in (tmp_path / f"{log}.log").read_text()]
+    assert kept == ["environment", "tests", "operators", "pytest"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "budget", "inner"),
+    [(["--toy"], 950, 900), (["--toy", "--seconds", "300"], (285, 288), 900), ([], 130, 100), (["--seconds", "117"], 26, 20)],
+)
+def test_gpu_sh_gives_a_rehearsal_time(tmp_path, arguments, budget, inner):
+    rehearse(str(tmp_path), *arguments, "--only", "end_to_end")
+    line = (tmp_path / "end_to_end.log").read_text().splitlines()[0]
+    found = int(re.search(r"at most (\d+)s", line).group(1))
+    low, high = budget if isinstance(budget, tuple) else (budget, budget)
+    assert low <= found <= high and line.endswith(f"--seconds {inner}")
