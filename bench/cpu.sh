@@ -15,6 +15,7 @@ trap 'rm -rf "$work"' EXIT
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
 
 "$python" -m bench.host_time | tee "$out/host_time.txt"
+"$python" -m bench.launch_overhead | tee "$out/launch_overhead.txt"
 "$python" -m dyrate_kernels.cli.main bench e2e --config bundled --batch 1 4 --max-new-tokens 32 --rounds 5 --out "$work/bundled.json"
 "$python" -m dyrate_kernels.cli.main bench e2e --config small --batch 1 4 --max-new-tokens 24 --rounds 3 --out "$work/small.json"
 "$python" -m pytest bench -q -p no:cacheprovider --benchmark-json="$out/benchmark.json"

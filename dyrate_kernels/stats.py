@@ -46,7 +46,8 @@ class Stats:
         vision: names of the reducers before the language model, joined by ``+``; None where there are none.
         visual_tokens_in: visual tokens of each sequence before the reducers.
         visual_tokens: N of each sequence: what the language model received. All costs below count these.
-        visual_places: ``[B][N]``, None where no reducer dropped anything: which of the visual tokens before them each one stands in the place of.
+        visual_places: ``[B][N]``, None where no reducer dropped anything: which of the visual tokens before them each one stands in the
+            place of.
         steps: one entry a step, the prefill first.
         kept_mean: mean over steps and sequences with an image of kept / N in layers >= k; 1.0 without any image.
         visual_share: the same over all layers, passes that were run again included: what visual tokens cost where text costs nothing and
