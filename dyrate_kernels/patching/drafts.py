@@ -68,10 +68,10 @@ class Drafts:
         batch, drafted = mass.shape[:2]
         first = self._first_step(drafted)
         each = cache.full.n_visual.repeat_interleave(drafted)
-        steps = torch.arange(first, first + drafted, device=each.device)
         if policy.remembers and session.stages is None:
             decision = self._one_after_the_other(first, mass, importance, hidden)
         else:
+            steps = torch.arange(first, first + drafted, device=each.device)
             state = {name: tensor.repeat_interleave(drafted, 0) for name, tensor in session.state.items()}
             hidden = None if hidden is None else hidden.flatten(0, 1)
             view = View(steps.repeat(batch), mass.flatten(0, 1), importance.flatten(0, 1), each, within, state, hidden, stage)
@@ -103,8 +103,7 @@ class Drafts:
             decision = policy.decide(view)
             found.append(replace(decision, score=view.importance if decision.score is None else decision.score))
             self.after.append(_copy(session.state))
-        parts = ([getattr(decision, name) for decision in found] for name in ("rate", "count", "score"))
-        rate, count, score = parts
+        rate, count, score = ([getattr(decision, name) for decision in found] for name in ("rate", "count", "score"))
         return Decision(torch.stack(rate, 1).flatten(), torch.stack(count, -1).flatten(-2), torch.stack(score, 1).flatten(0, 1))
 
     def rewind(self, columns: int) -> None:

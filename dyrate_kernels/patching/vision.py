@@ -201,12 +201,6 @@ def _repeated(features: Features, times: int) -> Any:
     def again(values: Any) -> Any:
         if times == 1:
             return values if isinstance(values, Tensor) else list(values)
-        items = (
-            [values[start:end] for start, end in zip([0, *features.ends], features.ends, strict=False)] if _flat(values) else list(values)
-        )
-        last = list(accumulate(item.shape[:-1].numel() for item in items))
-        rows = [features.rows[next(unit for unit, until in enumerate(features.ends) if end <= until)] for end in last]
-        order = [place for row in sorted(set(rows)) for place in [p for p, r in enumerate(rows) if r == row] * times]
         spans = zip([0, *features.ends], features.ends, strict=False)
         items = [values[start:end] for start, end in spans] if _flat(values) else list(values)
         last = list(accumulate(item.shape[:-1].numel() for item in items))

@@ -144,8 +144,10 @@ def test_policy_and_retention(browser, address):
 
 def test_example(browser, address):
     with Visitor(browser, address) as visitor:
+        before = visitor.page.locator("#picture img").get_attribute("src")
         visitor.page.locator("#examples button").nth(2).click()
-        visitor.page.wait_for_timeout(1000)
+        visitor.page.wait_for_function("old => ![null, old].includes(document.querySelector('#picture img')?.src ?? null)", arg=before)
+        visitor.page.wait_for_timeout(300)  # shown before it is sent
         assert visitor.compare()[0] == answer(shapes.draw(shapes.make_scene(42)), "none")
 
 
