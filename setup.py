@@ -1,14 +1,17 @@
-"""Build of dyrate_kernels: the Python packages always, the native extension where nvcc is found.
+"""Build of dyrate_kernels: the Python packages always, the native extension where there is nvcc and a GPU to compile for.
 
 Environment variables:
-    DYRATE_CUDA        "auto" (default): build the extension if nvcc is found; "1": no nvcc is an error; "0": skip it.
-    DYRATE_CUDA_ARCHS  GPU architectures, for example "90" or "8.0;9.0+PTX" ("+PTX": also code that later GPUs compile).
+    DYRATE_CUDA        "auto" (default): build the extension if nvcc is found, for the GPUs that nvidia-smi lists; "1": build it, for
+                       every architecture where there is no such GPU, and no nvcc is an error; "0": skip it.
+    DYRATE_CUDA_ARCHS  what to compile for instead of the GPUs that are here: "all", or architectures, for example "90" or "8.0;9.0+PTX"
+                       ("+PTX": also code that later GPUs compile). With nvcc this builds the extension, GPU or not.
     CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, before PATH and the usual folders.
 
-An nvcc that is found but does not work is an error: an install that silently lacks its kernels is worse than one that
-stops. Where nvcc is found but pybind11, CMake or a make program is not (possible only with ``pip install
+Compiling takes minutes for all architectures, so nothing is compiled where nobody asked for it and no GPU would run it; the build
+record says how to ask. An nvcc that is to be used but does not work is an error: an install that silently lacks its kernels is worse
+than one that stops. Where it is to be used but pybind11, CMake or a make program is not (possible only with ``pip install
 --no-build-isolation``), the install is one without extension that records why; with DYRATE_CUDA=1 it is an error. torch is
-not needed, and no GPU, driver or network.
+not needed, and no driver or network.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -35,8 +39,11 @@ EXTENSION = f"{PACKAGE}._native"
 BUILD_INFO = "_build_info.json"
 
 USUAL_FOLDERS = (Path("/usr/local/cuda/bin"), Path("/opt/cuda/bin"))
+NVIDIA_SMI_FOLDERS = (Path("/usr/bin"), Path("/usr/lib/wsl/lib"))  # after PATH; WSL does not put its own there
+NVIDIA_SMI_SECONDS = 30.0  # many GPUs without persistence mode take several seconds; a driver that hangs never answers
 # One per generation that has its own machine code; code for x.y also runs on x.z with z >= y. The last one is PTX too.
 DEFAULT_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+NOTHING_IS_BUILT = ("egg_info", "dist_info", "sdist")  # commands before and beside a build: they ask neither nvcc nor nvidia-smi
 SETUPTOOLS = int(setuptools.__version__.split(".")[0])
 OLDEST_CMAKE = (3, 24)  # as in CMakeLists.txt
 
@@ -93,8 +100,10 @@ def _cmake_version(cmake: str) -> tuple[int, ...]:
     return (int(found[1]), int(found[2])) if found and done.returncode == 0 else ()
 
 
-def plan_build(environ: Mapping[str, str], usual_folders: Sequence[Path] = USUAL_FOLDERS) -> Plan:
-    """Decide from the environment. CudaBuildError where the decision is that the install must stop."""
+def plan_build(
+    environ: Mapping[str, str], usual_folders: Sequence[Path] = USUAL_FOLDERS, smi_folders: Sequence[Path] = NVIDIA_SMI_FOLDERS
+) -> Plan:
+    """Decide from the environment and the GPUs. CudaBuildError where the decision is that the install must stop."""
     wanted = _switch(environ.get("DYRATE_CUDA", ""))
     if wanted is False:
         return Plan(reason="built with DYRATE_CUDA=0")
@@ -103,8 +112,20 @@ def plan_build(environ: Mapping[str, str], usual_folders: Sequence[Path] = USUAL
         if wanted:
             raise CudaBuildError(f"DYRATE_CUDA=1 needs nvcc, and none was found. Looked at: {', '.join(looked)}")
         return Plan(reason=f"built without nvcc (none was found at: {', '.join(looked)})")
+    named, here = environ.get("DYRATE_CUDA_ARCHS", "").strip(), Gpus()
+    if not named:
+        here = find_gpus(environ, smi_folders)
+        if not here.capabilities and not wanted:
+            why = f"nvcc is at {nvcc}, but no GPU was found to compile for ({here.reason})"
+            return Plan(reason=f"nothing was compiled: {why}. {TO_BUILD_IT}")
     release, supported = ask_nvcc(nvcc)
-    architectures = parse_architectures(environ.get("DYRATE_CUDA_ARCHS", ""), supported)
+    if named:
+        architectures = parse_architectures(named, supported)
+    else:
+        architectures = architectures_of(here.capabilities, supported)
+        if not architectures and not wanted:
+            gpus = ", ".join(f"sm_{number}" for number in here.capabilities)
+            return Plan(reason=f"nothing was compiled: neither the kernels nor nvcc {release} have code for the GPU here ({gpus})")
     if missing := lacking_tools():
         named = ", ".join(missing)
         if wanted:
@@ -112,7 +133,60 @@ def plan_build(environ: Mapping[str, str], usual_folders: Sequence[Path] = USUAL
                 f"DYRATE_CUDA=1 needs {named}, which the building environment lacks: pip install it, or build with isolation"
             )
         return Plan(reason=f"built without {named} (nvcc {release} was found at {nvcc}): pip install it, then this package again")
-    return Plan(nvcc=nvcc, release=release, architectures=architectures)
+    return Plan(nvcc=nvcc, release=release, architectures=architectures or parse_architectures("all", supported))
+
+
+TO_BUILD_IT = "To build it, install with DYRATE_CUDA_ARCHS=all (every GPU, as for a wheel; takes minutes) or with that of one GPU, e.g. 90"
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """Compute capabilities of the GPUs here, ascending, each once (90 for 9.0), and why there are none."""
+
+    capabilities: tuple[int, ...] = ()
+    reason: str | None = None
+
+
+def find_gpus(environ: Mapping[str, str], smi_folders: Sequence[Path] = NVIDIA_SMI_FOLDERS) -> Gpus:
+    """Ask nvidia-smi. Never raises: whatever keeps it from answering is the reason."""
+    path = environ.get("PATH", "")
+    places = [path] if path else []
+    found = next(filter(None, (shutil.which("nvidia-smi", path=place) for place in [*places, *map(str, smi_folders)])), None)
+    if found is None:
+        return Gpus(reason="there is no nvidia-smi")
+    command = [found, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return Gpus(reason=f"{found} does not run: {error}")
+    try:
+        said = process.communicate(timeout=NVIDIA_SMI_SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # not waited for: one that hangs in the driver does not die
+        return Gpus(reason=f"{found} did not answer within {NVIDIA_SMI_SECONDS:.0f} s")
+    # a line a GPU; "[N/A]" for one that does not say
+    matches = [re.fullmatch(r"(\d{1,2})\.(\d)", line.strip()) for line in said.splitlines()]
+    capabilities = tuple(sorted({int(match[1] + match[2]) for match in matches if match}))
+    if not capabilities:
+        return Gpus(reason=f"{found} exits with {process.returncode} and says {said.strip()[:200]!r}")
+    return Gpus(capabilities)
+
+
+def architectures_of(capabilities: Sequence[int], supported: frozenset[int]) -> tuple[str, ...]:
+    """What to compile so that each of these GPUs has code, in CMake's form, ascending; nothing for GPUs older than any of the defaults.
+
+    A GPU that this nvcc does not know gets the newest code that it can run: of an older member of its generation, else PTX.
+    """
+    chosen: dict[int, bool] = {}  # architecture -> with PTX
+    for capability in capabilities:
+        runs = [number for number in supported if DEFAULT_ARCHITECTURES[0] <= number <= capability]
+        if runs:
+            best = max(runs)
+            chosen[best] = chosen.get(best, False) or best // 10 != capability // 10
+    return tuple(f"{number}{'' if ptx else '-real'}" for number, ptx in sorted(chosen.items()))
 
 
 def _switch(text: str) -> bool | None:
@@ -188,12 +262,14 @@ def _run_nvcc(nvcc: Path, argument: str) -> str:
 
 
 def parse_architectures(text: str, supported: frozenset[int]) -> tuple[str, ...]:
-    """DYRATE_CUDA_ARCHS -> CMake's form, ascending. Empty: the defaults that this nvcc knows, the last one with PTX.
+    """DYRATE_CUDA_ARCHS -> CMake's form, ascending. "all": the defaults that this nvcc knows, the last one with PTX.
 
     "90", "9.0", "sm_90" and "90a" are accepted, separated by spaces, commas or semicolons; "+PTX" may follow each.
     """
     items = [item for item in re.split(r"[\s,;]+", text.strip()) if item]
     if not items:
+        raise CudaBuildError(f"DYRATE_CUDA_ARCHS: expected 'all' or for example '90', got {text!r}")
+    if [item.lower() for item in items] == ["all"]:
         known = [number for number in DEFAULT_ARCHITECTURES if number in supported]
         if not known:
             raise CudaBuildError(f"nvcc knows none of the architectures {DEFAULT_ARCHITECTURES}: set DYRATE_CUDA_ARCHS")
@@ -202,7 +278,7 @@ def parse_architectures(text: str, supported: frozenset[int]) -> tuple[str, ...]
     for item in items:
         match = re.fullmatch(r"(?:sm_|compute_)?(?:(\d{1,2})\.(\d)|(\d{2,3}))([af]?)(\+ptx)?", item.lower())
         if match is None:
-            raise CudaBuildError(f"DYRATE_CUDA_ARCHS: expected for example '90' or '8.0;9.0+PTX', got {item!r}")
+            raise CudaBuildError(f"DYRATE_CUDA_ARCHS: expected 'all', or for example '90' or '8.0;9.0+PTX', got {item!r}")
         number = int(match[3] or match[1] + match[2])
         if number not in supported:
             known_list = ", ".join(str(other) for other in sorted(supported))
@@ -320,11 +396,14 @@ def _write_info(folder: Path, plan: Plan) -> None:
 
 
 def main() -> None:
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
-        plan = plan_build(os.environ)
+        plan = Plan(reason="no plan was made") if command in NOTHING_IS_BUILT else plan_build(os.environ)
     except CudaBuildError as error:
         raise SystemExit(f"error: {error}") from None
-    print(f"native extension: {f'nvcc {plan.release}' if plan.build else plan.reason}", file=sys.stderr)
+    if command not in NOTHING_IS_BUILT:
+        what = f"nvcc {plan.release} for {', '.join(plan.architectures)}" if plan.build else plan.reason
+        print(f"native extension: {what}", file=sys.stderr)
     BuildPy.plan = BuildExt.plan = plan
     packages = find_packages(str(ROOT), include=[PACKAGE, f"{PACKAGE}.*"])
     triton = [f"{PACKAGE}.{name}" for name in ("triton_kernels", *_below("triton_kernels"))]

@@ -1,8 +1,9 @@
 """The compiled extension ``dyrate_kernels._native``: is it there, why not, and what it sees of the machine.
 
-The extension is built by ``setup.py`` where nvcc is found. It links the CUDA runtime statically and loads the driver on
-the first call, so it imports on a machine with no driver. It holds the kernels of the ``cuda`` backend (``ops/cuda.py``) and a
-probe. Nothing here imports torch, and nothing asks the driver before ``probe`` or ``unusable_reason`` is called.
+The extension is built by ``setup.py`` where nvcc and a GPU are found, or where it is told to. It links the CUDA runtime
+statically and loads the driver on the first call, so it imports on a machine with no driver. It holds the kernels
+of the ``cuda`` backend (``ops/cuda.py``) and a probe. Nothing here imports torch, and nothing asks the driver before ``probe`` or
+``unusable_reason`` is called.
 """
 
 from __future__ import annotations

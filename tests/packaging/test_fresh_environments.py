@@ -100,6 +100,18 @@ def test_without_cuda(checkout: Path, python: Path, tmp_path: Path, editable: bo
     assert not list((checkout / "dyrate_kernels").glob("_native.*.so"))
 
 
+def test_an_nvcc_without_a_gpu_is_not_run(checkout: Path, python: Path, tmp_path: Path, path_with) -> None:
+    """The plain install, on a machine with a toolkit and no GPU: it says how to build, and leaves no extension."""
+    environ = {"PATH": path_with(f"touch {tmp_path}/was_run; exit 1"), "CUDA_HOME": "", "CUDA_PATH": "", "CUDACXX": ""}
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho No devices were found; exit 6\n")
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    done = install(python, "--no-deps", "-e", str(checkout), **environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "was_run").exists()
+    reason = report(python, tmp_path)["reason"]
+    assert "No devices were found" in reason and "DYRATE_CUDA_ARCHS=all" in reason
+
+
 @needs_nvcc
 @pytest.mark.parametrize("editable", [False, True])
 def test_with_cuda_then_without(checkout: Path, python: Path, tmp_path: Path, editable: bool) -> None:
@@ -129,6 +141,7 @@ def test_without_isolation_and_without_pybind11(checkout: Path, python: Path, tm
     assert install(python, "setuptools>=77").returncode == 0
     answers = 'case "$1" in --version) echo release 12.4;; *) echo compute_90;; esac'
     environ = {"PATH": path_with(answers), "CUDA_HOME": "", "CUDA_PATH": "", "CUDACXX": "", "PIP_NO_INDEX": "1", "DYRATE_CUDA": switch}
+    environ["DYRATE_CUDA_ARCHS"] = "90"
     done = install(python, "--no-deps", "--no-build-isolation", str(checkout), **environ)
     if switch:
         assert done.returncode != 0
@@ -139,7 +152,8 @@ def test_without_isolation_and_without_pybind11(checkout: Path, python: Path, tm
 
 
 def test_a_broken_nvcc_stops_the_install(checkout: Path, python: Path, path_with) -> None:
-    done = install(python, "--no-deps", str(checkout), PATH=path_with("exit 1"), CUDA_HOME="", CUDA_PATH="", CUDACXX="")
+    environ = {"PATH": path_with("exit 1"), "CUDA_HOME": "", "CUDA_PATH": "", "CUDACXX": "", "DYRATE_CUDA_ARCHS": "all"}
+    done = install(python, "--no-deps", str(checkout), **environ)
     assert done.returncode != 0
     assert "exits with 1" in done.stdout + done.stderr
 
@@ -151,7 +165,8 @@ def test_an_nvcc_that_cannot_compile_stops_the_install(checkout: Path, python: P
     if real is None:
         pytest.skip("needs nvcc on PATH")
     broken = f'case "$1" in --version|--list-gpu-arch) exec {real} "$1";; esac; echo no compiler here >&2; exit 1'
-    done = install(python, "--no-deps", str(checkout), PATH=path_with(broken), CUDA_HOME="", CUDA_PATH="", CUDACXX="")
+    environ = {"PATH": path_with(broken), "CUDA_HOME": "", "CUDA_PATH": "", "CUDACXX": "", "DYRATE_CUDA_ARCHS": "90"}
+    done = install(python, "--no-deps", str(checkout), **environ)
     assert done.returncode != 0
     assert "did not build with nvcc" in done.stdout + done.stderr
     assert "DYRATE_CUDA=0" in done.stdout + done.stderr

@@ -192,6 +192,21 @@ def test_a_build_without_cuda_says_why(recorded: Path) -> None:
         native.load()
 
 
+def test_the_backends_say_how_to_build_what_was_not_compiled(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through `dyrate info` and `backends()` the build record reaches the user whole."""
+    from dyrate_kernels.cli.main import main
+    from dyrate_kernels.ops import dispatch
+
+    recorded.write_text(json.dumps({**NO_CUDA, "reason": "nothing was compiled: install with DYRATE_CUDA_ARCHS=all"}))
+    dispatch._load.cache_clear()
+    try:
+        assert dyrate_kernels.backends()["cuda"] == "unavailable: nothing was compiled: install with DYRATE_CUDA_ARCHS=all"
+        assert main(["info"]) == 0
+        assert capsys.readouterr().out.count("DYRATE_CUDA_ARCHS=all") == 2  # backends, native
+    finally:
+        dispatch._load.cache_clear()
+
+
 def test_a_tree_that_was_not_installed_says_so(recorded: Path) -> None:
     assert "not installed" in (native.missing_reason() or "")
 

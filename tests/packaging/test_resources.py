@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from bench import resources
 from dyrate_kernels import native
+
+CSRC = Path(__file__).parents[2] / "csrc"
 
 NAMES = {
     "15AttentionKernelINS_8BFloat16ELi256ELi8ELb0EEENS_13AttentionCallE": "AttentionKernel bfloat16 D<=256 G=8 unaligned",
@@ -17,11 +23,27 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[resources.Kernel]:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[resources.Kernel]:
+    """Those of the extension; where it was not built and nvcc is here, of its sources, compiled for one architecture."""
     cuobjdump = resources.find_cuobjdump()
-    if native.missing_reason() is not None or cuobjdump is None:
-        pytest.skip(native.missing_reason() or "no cuobjdump")
-    return resources.kernels(Path(native.load().__file__), cuobjdump)
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump")
+    if native.missing_reason() is None:
+        return resources.kernels(Path(native.load().__file__), cuobjdump)
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    if nvcc is None:
+        pytest.skip(f"no nvcc, and no extension: {native.missing_reason()}")
+    folder = tmp_path_factory.mktemp("objects")
+
+    def made(source: Path) -> list[resources.Kernel]:
+        target = folder / f"{source.stem}.o"
+        how = ["-std=c++17", "--generate-code=arch=compute_90,code=sm_90", f"-I{CSRC}"]
+        done = subprocess.run([nvcc, "-c", *how, str(source), "-o", str(target)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return resources.kernels(target, cuobjdump)
+
+    with ThreadPoolExecutor(2) as pool:
+        return [kernel for found in pool.map(made, sorted(CSRC.glob("*.cu"))) for kernel in found]
 
 
 def test_every_kernel_is_there(kernels: list[resources.Kernel]) -> None:
@@ -31,7 +53,7 @@ def test_every_kernel_is_there(kernels: list[resources.Kernel]) -> None:
     wanted |= {f"AttentionKernel {element} D<=256 G=8 {how}" for element in types for how in ("aligned", "unaligned")}
     wanted |= {"DecideKernel", "SelectKernel", "PredictKernel", "CompactKernel", "ReorderKernel", "write_architecture"}
     assert names == wanted
-    built = {f"sm_{text.removesuffix('-real')}" for text in native.build_info().architectures}
+    built = {f"sm_{text.removesuffix('-real')}" for text in native.build_info().architectures or ("90-real",)}
     assert {kernel.architecture for kernel in kernels} == built
     assert len(kernels) == len(wanted) * len(built)
 
