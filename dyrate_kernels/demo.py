@@ -28,6 +28,10 @@ def load_demo(device: str | Any = "cpu", dtype: Any = None) -> tuple[Any, Any]:
             "or train it with: python -m dyrate_kernels.training.demo --out DIR"
         )
     import torch
+
+    from dyrate_kernels.quiet import import_transformers
+
+    import_transformers()
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(DEMO_FOLDER, dtype=dtype or torch.float32, local_files_only=True)

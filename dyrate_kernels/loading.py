@@ -38,6 +38,9 @@ def load_model(
     import torch
     import transformers
 
+    from dyrate_kernels.quiet import import_transformers
+
+    import_transformers()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*requires torchvision.*")

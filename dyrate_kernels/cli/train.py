@@ -46,6 +46,9 @@ def run(given: argparse.Namespace) -> int:
         import accelerate  # noqa: F401
     except ImportError:
         raise RuntimeError("training needs the package accelerate: pip install 'dyrate-kernels[train]'") from None
+    from dyrate_kernels.quiet import import_transformers
+
+    import_transformers("trainer")
     from dyrate_kernels.training.data import open_source
     from dyrate_kernels.training.predictor import Options, train_predictor
 

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
@@ -62,6 +63,39 @@ def test_import_is_light(tmp_path: Path) -> None:
     heavy = "{'torch', 'transformers', 'triton', 'numpy', 'dyrate_kernels._native'}"
     assert run(f"import sys, dyrate_kernels; print({heavy} & set(sys.modules))", tmp_path) == "set()"
     assert run(f"import sys, dyrate_kernels.native; print({heavy} & set(sys.modules))", tmp_path) == "set()"
+
+
+@pytest.mark.parametrize(
+    ("code", "unasked"),
+    [
+        ("", "torch transformers torchao bitsandbytes peft accelerate ray gradio datasets matplotlib"),
+        # transformers itself imports torchao and accelerate
+        (
+            "[getattr(dyrate_kernels, name) for name in dyrate_kernels.__all__]; dyrate_kernels.patch(dyrate_kernels.load_demo()[0])",
+            "bitsandbytes ray gradio datasets matplotlib",
+        ),
+        ("import dyrate_kernels.cli.main", "torch transformers ray gradio datasets matplotlib"),
+        ("from dyrate_kernels import quiet; quiet.import_transformers('trainer')", "ray gradio matplotlib"),  # as `dyrate train`
+    ],
+)
+def test_nothing_unasked_is_imported_or_printed(tmp_path: Path, code: str, unasked: str) -> None:
+    """As in an environment with every package of the extras: each of them has something to say when it is imported."""
+    environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONWARNINGS")}
+    environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    whole = f"import sys, dyrate_kernels; {code}\nprint(sorted(set({unasked.split()!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", whole], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def test_only_errors_of_other_packages_pass_while_transformers_is_imported(caplog: pytest.LogCaptureFixture) -> None:
+    from dyrate_kernels import quiet
+
+    logger = logging.getLogger("torchao")
+    with quiet._errors_alone():
+        logger.warning("a library of another Python")
+        logger.error("broken")
+    logger.warning("afterwards")
+    assert [record.message for record in caplog.records] == ["broken", "afterwards"]
 
 
 @pytest.mark.parametrize("name", dyrate_kernels.__all__)
