@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import types
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from dyrate_kernels.files import is_file
+
+Line = TypeVar("Line")
+_FIRST = b'{"setting"'
 
 
 class Journal:
@@ -18,26 +26,52 @@ class Journal:
         lines: of the earlier run. A last one that a kill cut in two is dropped, from the file too.
 
     Raises:
-        ValueError: the file is of another setting, or no such file.
+        ValueError: the file is of another setting, or no such file; it is left as it is.
     """
 
     def __init__(self, path: Path, setting: dict[str, Any]) -> None:
         self.path, self.setting = path, setting
         self.lines: list[dict[str, Any]] = []
-        texts = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        if texts and not texts[-1].endswith("\n"):
-            texts.pop()
-            path.write_text("".join(texts), encoding="utf-8")
-        for number, text in enumerate(texts, 1):
-            try:
-                line = json.loads(text)
-                made = line["setting"] if number == 1 else None
-            except (KeyError, TypeError, ValueError) as error:
-                raise self.wrong(number, error) from None
+        *whole, rest = (path.read_bytes() if path.exists() else b"").split(b"\n")
+        for number, line in enumerate(whole, 1):
+            value = self._parsed(number, line)
             if number > 1:
-                self.lines.append(line)
-            elif made != setting:
+                self.lines.append(value)
+            elif value.get("setting") != setting:
+                made = value.get("setting", "another version")
                 raise ValueError(f"{path} holds answers of {made}, this run is of {setting}; give another folder, or remove the file")
+        if not whole and not rest.startswith(_FIRST[: len(rest)]):
+            raise self.wrong(1, ValueError("it does not begin with a setting"))
+        if rest:
+            os.truncate(path, path.stat().st_size - len(rest))
+
+    def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            if not isinstance(value, dict):
+                raise TypeError(f"it is {str(value)[:40]}")
+            if number == 1 and "setting" not in value:
+                raise ValueError("it has no setting")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self.wrong(number, error) from None
+        return value
+
+    def read(self, kind: type[Line]) -> list[Line]:
+        """The lines as objects of a dataclass.
+
+        Raises:
+            ValueError: one lacks a field, has another, or a value of another type; names the file and the line.
+        """
+        types_of, found = typing.get_type_hints(kind), []
+        for number, line in enumerate(self.lines, 2):
+            try:
+                for name, hint in types_of.items():
+                    if name not in line or not _fits(line[name], hint):
+                        raise ValueError(f"{name!r} is {str(line[name])[:40]!r}" if name in line else f"it has no {name!r}")
+                found.append(kind(**line))
+            except (TypeError, ValueError) as error:
+                raise self.wrong(number, error) from None
+        return found
 
     def wrong(self, number: int, error: Exception) -> ValueError:
         """What to raise where a line does not hold what it should; the first one has number 1."""
@@ -51,3 +85,22 @@ class Journal:
                 print(json.dumps({"setting": self.setting}), file=file)
             for line in lines:
                 print(json.dumps(line), file=file)
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a file begins as a journal does."""
+    if not is_file(path):
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_FIRST) + 3).removeprefix(b"\xef\xbb\xbf").startswith(_FIRST)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a dataclass's type: plain ones, lists of them, ``X | None``; others are not looked at."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
+    if hint in (int, float):
+        return isinstance(value, int | float if hint is float else int) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dyrate_kernels.captioning.inputs import Source, payloads
+from dyrate_kernels.files import printable
 from dyrate_kernels.pictures import MAX_PIXELS, UnreadableError, read_picture
 
 _READERS = 4  # threads that decode pictures
@@ -80,9 +81,13 @@ class Caption:
     seconds: float = 0.0
     worker: int = field(default_factory=os.getpid)
 
+    def __post_init__(self) -> None:
+        if (self.caption is None) == (self.error is None):
+            raise ValueError(f"{self.name}: there must be a caption, or an error")
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON and Parquet, which take texts in UTF-8 alone."""
+        return {name: printable(value) if isinstance(value, str) else value for name, value in asdict(self).items()}
 
 
 class Captioner:
@@ -122,6 +127,8 @@ class Captioner:
         return [found[place] for place in range(len(sources))]
 
     def _read(self, payload: Any) -> Any:
+        if isinstance(payload, UnreadableError):
+            return payload
         try:
             return read_picture(payload, self.task.max_pixels)
         except UnreadableError as error:

@@ -59,7 +59,7 @@ def run_ray(task: Task, sources: Sequence[Source], workers: int | None, address:
         for name in ("ray", "ray.data"):
             logging.getLogger(name).setLevel(logging.ERROR)
         window = WINDOW * task.batch_size
-        rows = [{"number": number} | asdict(source) for number, source in enumerate(sources)]
+        rows = [{"number": number, **asdict(source), "file": os.fsencode(source.file)} for number, source in enumerate(sources)]
         blocks = max(min(-(-len(rows) // window), 20_000), 1)
         data = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             _Worker, fn_constructor_args=(task,), batch_size=window, compute=ray.data.ActorPoolStrategy(size=min(count, blocks)),
@@ -84,6 +84,6 @@ class _Worker:
         self.captioner = Captioner(task)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        sources = [Source(str(n), str(f), int(r)) for n, f, r in zip(batch["name"], batch["file"], batch["row"], strict=True)]
+        sources = [Source(str(n), os.fsdecode(f), int(r)) for n, f, r in zip(batch["name"], batch["file"], batch["row"], strict=True)]
         found = [caption.to_dict() for caption in self.captioner(sources)]
         return {name: [each[name] for each in found] for name in found[0]}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dyrate_kernels.pictures import SUFFIXES
+from dyrate_kernels.files import printable
+from dyrate_kernels.journal import is_journal
+from dyrate_kernels.pictures import SUFFIXES, UnreadableError, find_picture
 
+LINES, TABLE, REPORT = "captions.jsonl", "captions.parquet", "report.json"
+"""What a run writes into its folder."""
 COLUMNS = ("image", "jpg", "jpeg", "png", "bytes", "image_bytes", "img", "path", "file_name", "image_path")
 
 
@@ -18,8 +23,8 @@ class Source:
     """One picture.
 
     Attributes:
-        name: what its caption is filed under; unique in a run. Of a file its path below the folder; of a row the file's name and the
-            row's number, or what the id column holds.
+        name: what its caption is filed under; unique in a run, and UTF-8 (``files.printable``). Of a file its path below the folder; of
+            a row the file's name and the row's number, or what the id column holds.
         file: the picture, or the Parquet file.
         row: of the Parquet file; -1 for a picture.
     """
@@ -37,43 +42,48 @@ class Sources:
         sources: in a fixed order.
         column: of the Parquet files that holds pictures; None for a folder.
         others: files of the folder that are no pictures by their names.
+        closed: folders that cannot be listed.
     """
 
     sources: list[Source]
     column: str | None
     others: int
+    closed: tuple[str, ...] = ()
 
 
 def find(images: str | Path, out: Path, column: str | None = None, id_column: str | None = None) -> Sources:
-    """The pictures of a folder (all below it, but not below ``out``) or the rows of a Parquet file or a folder of such files.
+    """The pictures of a folder (all below it, through links too, each folder once) or the rows of a Parquet file or a folder of such files.
+
+    Nothing below ``out`` is taken (but for pictures where ``out`` is the folder itself), and nothing that an earlier run has written.
 
     Args:
         column: of Parquet files; None: the first of ``COLUMNS`` that is there.
         id_column: whose values name the rows.
 
     Raises:
-        ValueError: there is no such place, no picture in it, no such column, or two rows have one id; says which.
+        ValueError: there is no such place, no picture in it, a Parquet file that cannot be read or lacks a column, or two rows have one id;
+            says which.
         ImportError: Parquet files need pyarrow.
     """
     place = Path(images).expanduser()
     if place.is_file():
-        if place.suffix != ".parquet":
+        if place.suffix.lower() != ".parquet":
             raise ValueError(f"--images {images}: must be a folder of pictures or a Parquet file (.parquet)")
         return _rows([place], place.parent, column, id_column)
     if not place.is_dir():
         raise ValueError(f"--images {images}: no such folder or file")
-    pictures, tables, others = [], [], 0
-    skipped = out.resolve()
-    for folder, folders, names in os.walk(place):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (Path(folder) / name).resolve() != skipped)
-        for name in sorted(names):
-            file = Path(folder) / name
-            if name.startswith("."):
-                continue
+    pictures: dict[str, Source] = {}
+    tables, others, closed = [], 0, []
+    for folder, names in _folders(place, out.resolve(), closed):
+        ours = {LINES, TABLE, REPORT} if LINES in names and is_journal(folder / LINES) else set()
+        for file in (folder / name for name in names if not name.startswith(".") and name not in ours):
             if file.suffix.lower() == ".parquet":
                 tables.append(file)
             elif file.suffix.lower() in SUFFIXES:
-                pictures.append(Source(file.relative_to(place).as_posix(), str(file)))
+                name = printable(file.relative_to(place).as_posix())
+                while name in pictures:  # a name that looks as another one is written
+                    name = name.replace("\\", "\\\\")
+                pictures[name] = Source(name, str(file))
             else:
                 others += 1
     if pictures and tables:
@@ -82,56 +92,107 @@ def find(images: str | Path, out: Path, column: str | None = None, id_column: st
         return _rows(tables, place, column, id_column)
     if not pictures:
         raise ValueError(f"--images {images}: no picture in this folder ({others} other files); endings read: {', '.join(SUFFIXES)}")
-    return Sources(pictures, None, others)
+    return Sources(list(pictures.values()), None, others, tuple(closed))
+
+
+def _folders(place: Path, out: Path, closed: list[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder below a place, with its files in order; first those that are really there, then those that links lead to."""
+    seen, starts = set(), [place]
+    while starts:
+        for name, folders, files in os.walk(starts.pop(0), onerror=lambda error: closed.append(printable(str(error.filename)))):
+            folder = Path(name)
+            state = folder.stat()
+            if (state.st_dev, state.st_ino) in seen or (folder.resolve() == out and folder != place):
+                folders.clear()
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            inside = sorted(each for each in folders if not each.startswith("."))
+            starts += [folder / each for each in inside if (folder / each).is_symlink()]
+            folders[:] = [each for each in inside if not (folder / each).is_symlink()]
+            yield folder, sorted(files)
 
 
 def _rows(files: Sequence[Path], base: Path, column: str | None, id_column: str | None) -> Sources:
-    parquet = _parquet()
-    names = parquet.ParquetFile(files[0]).schema_arrow.names
-    if column is None:
-        column = next((name for name in COLUMNS if name in names), None)
-    if column not in names:
-        wanted = f"no column {column!r}" if column else f"none of the columns {', '.join(COLUMNS)}"
-        raise ValueError(f"{files[0]}: {wanted}; it has {', '.join(names)}; name it with --image-column")
-    if id_column is not None and id_column not in names:
-        raise ValueError(f"{files[0]}: no column {id_column!r} for --id-column; it has {', '.join(names)}")
-    found, seen = [], set()
+    """All rows. Every file is looked into before the first picture is."""
+    counts, ids = [], []
     for file in files:
-        table = parquet.ParquetFile(file)
-        ids = None if id_column is None else table.read(columns=[id_column]).column(0).to_pylist()
-        for row in range(table.metadata.num_rows):
-            name = f"{file.relative_to(base).as_posix()}:{row}" if ids is None else str(ids[row])
-            if name in seen:
-                raise ValueError(f"--id-column {id_column}: {name!r} stands in two rows; ids must be unique")
-            seen.add(name)
-            found.append(Source(name, str(file), row))
+        with _opened(file) as table:
+            names = table.schema_arrow.names
+            if column is None:
+                column = next((name for name in COLUMNS if name in names), None)
+            if names.count(column) != 1:
+                wanted = f"no single column {column!r}" if column else f"none of the columns {', '.join(COLUMNS)}"
+                raise ValueError(f"{file}: {wanted}; it has {', '.join(names)}; name it with --image-column")
+            if id_column is not None and names.count(id_column) != 1:
+                raise ValueError(f"{file}: no single column {id_column!r} for --id-column; it has {', '.join(names)}")
+            counts.append(table.metadata.num_rows)
+            ids.append(None if id_column is None else table.read(columns=[id_column]).column(id_column).to_pylist())
+    found: dict[str, Source] = {}
+    for file, count, keys in zip(files, counts, ids, strict=True):
+        for row in range(count):
+            name = printable(f"{file.relative_to(base).as_posix()}:{row}" if keys is None else str(keys[row]))
+            if name in found:
+                raise ValueError(f"{file}: --id-column {id_column}: {name!r} stands in two rows; ids must be unique")
+            found[name] = Source(name, str(file), row)
     if not found:
         raise ValueError(f"{files[0]}: no rows")
-    return Sources(found, column, 0)
+    return Sources(list(found.values()), column, 0)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A Parquet file.
+
+    Raises:
+        ValueError: it cannot be read; names it.
+    """
+    parquet = _parquet()
+    import pyarrow
+
+    try:
+        with file.open("rb") as stream:  # no path: a name may be no UTF-8
+            yield parquet.ParquetFile(stream)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read as a Parquet file ({error}); restore it, or take it out of the folder") from error
 
 
 def payloads(sources: Sequence[Source], column: str | None) -> Iterator[Any]:
-    """What ``read_picture`` takes, in order: a file's path, or a row's bytes. A row's path is taken below its file's folder."""
+    """What ``read_picture`` takes, in order, or an UnreadableError: a file's path, or what a row holds, whose path is taken below its
+    file's folder.
+    """
     if column is None:
-        yield from (source.file for source in sources)
+        yield from (Path(source.file) for source in sources)
         return
-    parquet, groups = _parquet(), {}
-    for source in sources:
-        if source.file not in groups:
-            groups = {source.file: parquet.ParquetFile(source.file)}  # one open at a time: rows come file by file
-            cached: dict[int, list[Any]] = {}
-        group, offset = _locate(groups[source.file].metadata, source.row)
-        if group not in cached:
-            cached = {group: groups[source.file].read_row_group(group, columns=[column]).column(0).to_pylist()}
-        yield _payload(cached[group][offset], Path(source.file).parent)
+    file, found = None, iter(())
+    for place, source in enumerate(sources):
+        if source.file != file:
+            file = source.file
+            rows = [each.row for each in sources[place:]]  # rows come file by file
+            found = _cells(Path(file), column, rows)
+        yield next(found)
 
 
-def _payload(value: Any, folder: Path) -> Any:
-    if isinstance(value, dict):  # Hugging Face's image feature
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        return str(folder / value)
-    return value if isinstance(value, bytes) else b""
+def _cells(file: Path, column: str, rows: Sequence[int]) -> Iterator[Any]:
+    """Pictures of a file's rows. A group of rows that cannot be read is as many failures."""
+    group, cells = -1, None
+    try:
+        with _opened(file) as table:
+            for row in rows:
+                try:
+                    wanted, offset = _locate(table.metadata, row)
+                    if wanted != group:
+                        group, cells = wanted, None
+                        cells = table.read_row_group(group, columns=[column]).column(column)
+                    if cells is None:
+                        raise ValueError("its group of rows cannot be read")
+                    yield find_picture(cells[offset].as_py(), file.parent)
+                except UnreadableError as error:
+                    yield error
+                except Exception as error:  # damaged pages and texts that are none
+                    yield UnreadableError("broken", f"row {row} of {printable(file.name)} cannot be read ({error})")
+    except ValueError as error:  # gone or damaged since the run began
+        while True:
+            yield UnreadableError("broken", printable(str(error)))
 
 
 def _locate(metadata: Any, row: int) -> tuple[int, int]:

@@ -13,11 +13,9 @@ from typing import Any
 
 from dyrate_kernels.captioning import engines
 from dyrate_kernels.captioning.captioner import Caption, Task
-from dyrate_kernels.captioning.inputs import Sources
+from dyrate_kernels.captioning.inputs import LINES, REPORT, TABLE, Sources
 from dyrate_kernels.files import write_json
 from dyrate_kernels.journal import Journal
-
-LINES, TABLE, REPORT = "captions.jsonl", "captions.parquet", "report.json"
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,14 @@ def run(
     started again, leaves each picture there once. ``captions.parquet`` (with pyarrow) and ``report.json`` are written at the end.
 
     Raises:
-        ValueError: ``out`` holds captions of another setting.
+        ValueError: ``out`` holds captions of another setting, or lines that are no captions.
         RuntimeError: another run is writing there.
         Whatever the engine raises: what was written until then stays.
     """
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         journal = Journal(out / LINES, task.setting())
-        known = {line["name"]: line for line in journal.lines}
+        known = {caption.name: caption.to_dict() for caption in journal.read(Caption)}
         wanted = {source.name for source in sources.sources}
         known = {name: line for name, line in known.items() if name in wanted}
         if retry_failed:
@@ -76,22 +74,25 @@ def run(
         if lost:
             raise RuntimeError(f"{len(lost)} pictures got no answer, the first is {lost[0]!r}; start the run again, it goes on")
         ordered = [known[source.name] for source in sources.sources]
-        found = report(ordered, sources.others, new, time.perf_counter() - started)
+        found = report(ordered, sources, new, time.perf_counter() - started)
         write_table(out / TABLE, ordered)
         write_json(out / REPORT, {"setting": task.setting(), **found})
         return found
 
 
-def report(lines: list[dict[str, Any]], others: int, new: int, seconds: float) -> dict[str, Any]:
+def report(lines: list[dict[str, Any]], sources: Sources, new: int, seconds: float) -> dict[str, Any]:
     """Counts and rates of all lines; the time is this run's alone."""
     good = [line for line in lines if line["error"] is None]
+    failed = [line for line in lines if line["error"] is not None]
     tokens = sum(line["visual_tokens"] for line in good)
     return {
         "pictures": len(lines),
         "captioned": len(good),
-        "failed": len(lines) - len(good),
-        "failures": dict(Counter(line["kind"] for line in lines if line["error"] is not None).most_common()),
-        "other_files": others,
+        "failed": len(failed),
+        "failures": dict(Counter(line["kind"] for line in failed).most_common()),
+        "first_failure": f"{failed[0]['name']}: {failed[0]['error']}" if failed else None,
+        "other_files": sources.others,
+        "closed_folders": list(sources.closed),
         "generated_tokens": sum(line["tokens"] for line in good),
         "visual_tokens": tokens,
         "visual_rows_read": sum(line["read"] for line in good) / tokens if tokens else 1.0,
@@ -113,7 +114,8 @@ def write_table(path: Path, lines: list[dict[str, Any]]) -> None:
         ("read", pa.float64()), ("tokens", pa.int64()), ("seconds", pa.float64()), ("worker", pa.int64()),
     ])  # fmt: skip
     part = path.with_suffix(".part")
-    parquet.write_table(pa.Table.from_pylist(lines, schema=schema), part)
+    with part.open("wb") as file:  # no path: a name may be no UTF-8
+        parquet.write_table(pa.Table.from_pylist(lines, schema=schema), file)
     part.replace(path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dyrate_kernels.cli import common
 from dyrate_kernels.cli.generate import add_policy, policy_from
+from dyrate_kernels.files import printable
 from dyrate_kernels.pictures import MAX_PIXELS
 
 _EVERY = 15  # seconds between two lines of progress where they cannot overwrite each other
@@ -39,7 +40,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--workers", type=common.positive, metavar="N", help="of engine ray; default: one a GPU, or one")
     parser.add_argument("--address", help="of a running Ray cluster, e.g. auto or ray://HOST:10001; default: Ray is started here")
-    parser.add_argument("--image-column", metavar="NAME", help="of Parquet files; default: image, or the first like it")
+    parser.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="of Parquet files; default: image, or the first like it; of a list of pictures the first is captioned",
+    )
     parser.add_argument("--id-column", metavar="NAME", help="of Parquet files: names the rows; default: file and row number")
     parser.add_argument(
         "--max-pixels", type=common.positive, default=MAX_PIXELS, metavar="N", help=f"larger pictures are failures; default: {MAX_PIXELS}"
@@ -93,6 +98,8 @@ def run(given: argparse.Namespace) -> int:
         common.print_json(found)
     else:
         _print(found, out)
+    if not found["captioned"]:
+        raise RuntimeError(f"none of the {found['pictures']} pictures has a caption; the first: {found['first_failure']}")
     return 0
 
 
@@ -105,9 +112,11 @@ def _print(found: dict[str, Any], out: Path) -> None:
         print(f"{'failed:':<12}{found['failed']} ({kinds}); --retry-failed asks for them again")
     if found["other_files"]:
         print(f"{'left out:':<12}{found['other_files']} files that are no pictures by their names")
+    if found["closed_folders"]:
+        print(f"{'not listed:':<12}{len(found['closed_folders'])} folders, the first is {found['closed_folders'][0]}")
     print(f"{'read:':<12}{100 * found['visual_rows_read']:.1f} % of the visual rows, mean over steps and layers")
     written = [name for name in (runs.LINES, runs.TABLE, runs.REPORT) if (out / name).exists()]
-    print(f"{'written:':<12}{out}: {', '.join(written)}")
+    print(f"{'written:':<12}{printable(str(out))}: {', '.join(written)}")
 
 
 class _Say:

@@ -38,7 +38,7 @@ from dyrate_kernels.evaluation.suite import Item
 from dyrate_kernels.files import write_json
 from dyrate_kernels.journal import Journal
 from dyrate_kernels.loading import load_model, parse_value
-from dyrate_kernels.training.data import whole_pictures
+from dyrate_kernels.pictures import UnreadableError, read_picture, whole_pictures
 from dyrate_kernels.vision import chain
 
 OPTIONS = ("pretrained", "policy", "retention", "vision", "backend", "batch_size", "device", "dtype", "stats")
@@ -182,7 +182,7 @@ class DyRate(lmms):
         settings_of = {group: _generation(requests[places[0]]) for group, places in groups.items()}
         if groups:
             with (
-                whole_pictures(),
+                whole_pictures,
                 self.contender.patch(self.model, self.backend) as handle,
             ):
                 for group, places in groups.items():
@@ -257,7 +257,11 @@ class DyRate(lmms):
         for place, text in enumerate(texts):
             content += [{"type": "image"}] if place else []
             content += [{"type": "text", "text": text.strip()}] if text.strip() else []
-        return Item(name, task, [{"role": "user", "content": content}], [picture.convert("RGB") for picture in pictures], MOST)
+        try:
+            pictures = [read_picture(picture) for picture in pictures]
+        except UnreadableError as error:
+            raise OSError(f"{name}: its picture cannot be read ({error}); answers so far are kept where stats names a file") from error
+        return Item(name, task, [{"role": "user", "content": content}], pictures, MOST)
 
     def loglikelihood(self, requests: list[Instance]) -> Any:
         """Not supported: a method that prunes while it generates has no likelihood of a given text to speak of."""
@@ -321,11 +325,7 @@ def _key(request: Instance, settings: str) -> str:
 
 def _by_key(journal: Journal | None) -> defaultdict[str, list[Request]]:
     found = defaultdict(list)
-    for number, line in enumerate([] if journal is None else journal.lines, 2):
-        try:
-            request = Request(**line)
-        except TypeError as error:
-            raise journal.wrong(number, error) from None  # type: ignore[union-attr]
+    for request in [] if journal is None else journal.read(Request):
         found[request.key].append(request)
     return found
 

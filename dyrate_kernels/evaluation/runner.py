@@ -262,12 +262,4 @@ def model_name(model: Any) -> str:
 
 def _answers(journal: Journal, names: set[str]) -> dict[str, Answer]:
     """Those of an earlier run to these questions."""
-    found = {}
-    for number, line in enumerate(journal.lines, 2):
-        try:
-            answer = Answer(**line)
-        except TypeError as error:
-            raise journal.wrong(number, error) from None
-        if answer.item in names:
-            found[answer.item] = answer
-    return found
+    return {answer.item: answer for answer in journal.read(Answer) if answer.item in names}

@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dyrate_kernels import chat
+from dyrate_kernels.files import printable
+from dyrate_kernels.json_files import Broken, read_entries
+from dyrate_kernels.pictures import UnreadableError, find_picture, read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +85,16 @@ class ShapesSource(Sequence[Example]):
 
 
 class ConversationSource(Sequence[Example]):
-    """LLaVA's format: a JSON list of ``{"image": file, "conversations": [{"from": "human", "value": ..}, {"from": "gpt", ..}, ..]}``.
+    """LLaVA's format: a list of ``{"image": file, "conversations": [{"from": "human", "value": ..}, {"from": "gpt", ..}, ..]}``.
 
-    Every answer of a conversation is an example, with the turns before it as its prompt.
+    Every answer of a conversation is an example, with the turns before it as its prompt. The turns may also stand as columns
+    (``{"from": [..], "value": [..]}``), as JSON in a text, or with the names ``role`` and ``content``. ``image`` (or ``images``) holds one
+    picture or a list of them, each as ``pictures.find_picture`` takes it. An entry of which nothing can be used is one example that
+    cannot be read.
 
     Args:
         path: the JSON (or JSON-lines) file.
-        images: folder that the ``image`` entries are relative to.
+        images: folder that pictures' paths are relative to.
 
     Raises:
         ValueError: the file is not such a list, or holds no answer.
@@ -97,27 +103,36 @@ class ConversationSource(Sequence[Example]):
 
     def __init__(self, path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> None:
         self.path, self.folder = Path(path), Path(images) if images is not None else Path(path).parent
-        self.entries = _read_json(self.path)
-        self.places = [
-            (entry, turn)
-            for entry, content in enumerate(self.entries)
-            for turn, line in enumerate(_lines(content))
-            if _speaker(line) == "gpt"
-        ]
-        if not self.places:
-            raise ValueError(f"{self.path} holds no answer: expected entries with conversations of 'human' and 'gpt' turns")
+        self.entries = read_entries(self.path)
+        self.places: list[tuple[int, int]] = []
+        self.unusable: dict[int, str] = {}
+        """Reason by the example's place, of entries without an answer."""
+        for number, (where, content) in enumerate(self.entries):
+            try:
+                answers = [turn for turn, line in enumerate(_lines(content)) if _speaker(line) == "gpt"]
+                if not answers:
+                    raise Unreadable("the conversation has no answer")
+            except Unreadable as error:
+                self.unusable[len(self.places)] = f"{self.path.name} {where}: {error}"
+                answers = [-1]
+            self.places += [(number, turn) for turn in answers]
+        if len(self.unusable) == len(self.places):
+            first = f"; the first: {self.unusable[0]}" if self.unusable else ""
+            raise ValueError(
+                f"{self.path} holds no answer: expected a list of entries with conversations of 'human' and 'gpt' turns{first}"
+            )
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
-        entry, turn = self.places[index]
-        content = self.entries[entry]
-        name = f"{self.path.name}[{entry}] turn {turn}"
-        files = content.get("image")
-        files = [] if files is None else [files] if isinstance(files, str) else list(files)
-        images = [read_image(self.folder / file) for file in files]
-        return conversation(name, _lines(content)[: turn + 1], images)
+        if index in self.unusable:
+            raise Unreadable(self.unusable[index])
+        number, turn = self.places[index]
+        where, content = self.entries[number]
+        name = f"{self.path.name} {where} turn {turn}"
+        with _named(name):
+            return conversation(name, _lines(content)[: turn + 1], _pictures(content, self.folder))
 
 
 class DatasetSource(Sequence[Example]):
@@ -125,13 +140,16 @@ class DatasetSource(Sequence[Example]):
 
     Args:
         data: a ``datasets.Dataset``, or anything indexed with rows of dicts.
+        folder: that pictures' paths are relative to.
 
     Raises:
-        ValueError: it has none of these columns.
+        ValueError: it has none of these columns, or no rows.
     """
 
-    def __init__(self, data: Any) -> None:
-        self.data = data
+    def __init__(self, data: Any, folder: str | os.PathLike[str] = ".") -> None:
+        self.data, self.folder = data, Path(folder)
+        if not len(data):
+            raise ValueError("the dataset is empty")
         names = set(data.column_names) if hasattr(data, "column_names") else set(data[0])
         if not ({"question", "answer"} <= names or "conversations" in names):
             raise ValueError(f"the dataset must have the columns 'question' and 'answer', or 'conversations'; it has {sorted(names)}")
@@ -157,25 +175,35 @@ class DatasetSource(Sequence[Example]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        name = f"row {index}"
         try:
             row = self.data[index]
         except Exception as error:  # the picture is decoded here, by a codec that raises what it likes
             if isinstance(error, IndexError):
                 raise
-            raise Unreadable(f"row {index} cannot be read ({error})") from error
-        pictures = row.get("images") or row.get("image")
-        pictures = [] if pictures is None else list(pictures) if isinstance(pictures, list | tuple) else [pictures]
-        images = [read_image(picture) for picture in pictures]
-        if self.turns:
-            return conversation(f"row {index}", _lines(row), images)
-        answer = row["answer"]
-        answer = answer[0] if isinstance(answer, list) and answer else answer
-        if not isinstance(row["question"], str) or not isinstance(answer, str) or not answer.strip():
-            raise Unreadable(f"row {index} has no question or no answer")
-        return Example(f"row {index}", [chat.user(row["question"], images=len(images))], images, answer)
+            raise Unreadable(f"{name} cannot be read ({error})") from error
+        with _named(name):
+            if not isinstance(row, dict):
+                raise Unreadable(f"it must be an object, got {str(row)[:60]}")
+            if self.turns:
+                return conversation(name, _lines(row), _pictures(row, self.folder))
+            question, answer = row.get("question"), row.get("answer")
+            answer = answer[0] if isinstance(answer, list) and answer else answer
+            if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
+                raise Unreadable("it has no question or no answer")
+            return conversation(name, [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], _pictures(row, self.folder))
 
 
-def conversation(name: str, lines: list[dict[str, str]], images: list[Any]) -> Example:
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Unreadable with the example's name before it."""
+    try:
+        yield
+    except Unreadable as error:
+        raise Unreadable(f"{name}: {error}") from error
+
+
+def conversation(name: str, lines: list[dict[str, Any]], images: list[Any]) -> Example:
     """Turns of LLaVA's format up to an answer, the last one of them.
 
     Raises:
@@ -187,9 +215,10 @@ def conversation(name: str, lines: list[dict[str, str]], images: list[Any]) -> E
         raise Unreadable("the conversation has no answer")
     messages, marks = [], 0
     for place, line in enumerate(lines):
-        wanted, text = ("human", "gpt")[place % 2], line.get("value")
+        wanted, text = ("human", "gpt")[place % 2], line.get("value", line.get("content"))
         if _speaker(line) != wanted or not isinstance(text, str):
             raise Unreadable(f"turn {place} must be a text of {wanted!r}, got {str(line)[:80]}")
+        text = printable(text)  # no tokenizer takes half of a character
         if wanted == "gpt":
             messages.append(chat.assistant(text))
             continue
@@ -205,57 +234,62 @@ def conversation(name: str, lines: list[dict[str, str]], images: list[Any]) -> E
     return Example(name, messages, images, answer)
 
 
-def read_image(source: Any) -> Any:
-    """A picture as RGB, decoded to its last byte.
+def read_image(source: Any, folder: str | os.PathLike[str] = "") -> Any:
+    """A picture as RGB (``pictures.read_picture``), decoded to its last byte.
+
+    Args:
+        source: as ``pictures.find_picture`` takes it.
+        folder: that paths are relative to.
 
     Raises:
         Unreadable: it is missing or damaged.
     """
-    from PIL import Image, ImageOps
-
     try:
-        if isinstance(source, dict):  # an undecoded datasets.Image
-            import io
-
-            source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
-        with whole_pictures():
-            picture = source if isinstance(source, Image.Image) else Image.open(source)
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except Exception as error:  # Pillow raises many kinds for a broken file
-        shown = source if isinstance(source, str | Path) else type(source).__name__
+        return read_picture(find_picture(source, Path(folder)))
+    except UnreadableError as error:
+        shown = str(source)[:120] if isinstance(source, str | Path) else f"({type(source).__name__})"
         raise Unreadable(f"the picture {shown} cannot be read ({error})") from error
 
 
-@contextlib.contextmanager
-def whole_pictures() -> Iterator[None]:
-    """A truncated picture is an error, though other packages (lmms-eval) have Pillow fill it up in grey."""
-    from PIL import ImageFile
-
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+def _pictures(content: dict[str, Any], folder: Path) -> list[Any]:
+    """All pictures of an entry; none where it names none."""
+    found = content.get("images")
+    found = content.get("image") if found is None or found == [] else found
+    if found is None:
+        return []
+    several = isinstance(found, list | tuple) and not any(isinstance(each, int | list | tuple) for each in found)  # numbers are one picture
+    return [read_image(each, folder) for each in (found if several else [found])]
 
 
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
-    try:
-        entries = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path} must be a JSON list of objects with 'conversations', got {str(entries)[:80]}")
-    return entries
+def _lines(content: Any) -> list[dict[str, Any]]:
+    """The turns of an entry.
 
-
-def _lines(content: dict[str, Any]) -> list[dict[str, str]]:
+    Raises:
+        Unreadable: it has none, or they are in no form that is known.
+    """
+    if isinstance(content, Broken):
+        raise Unreadable(f"it is not JSON ({content.why})")
+    if not isinstance(content, dict):
+        raise Unreadable(f"it must be an object with 'conversations', got {str(content)[:60]}")
     lines = content.get("conversations")
-    return [line for line in lines if isinstance(line, dict)] if isinstance(lines, list) else []
+    if isinstance(lines, str):
+        try:
+            lines = json.loads(lines)
+        except (ValueError, RecursionError) as error:
+            raise Unreadable(f"its conversations are a text that is no JSON ({error})") from None
+    if isinstance(lines, dict):
+        columns = [lines.get("from", lines.get("role")), lines.get("value", lines.get("content"))]
+        if not all(isinstance(column, list) for column in columns) or len(columns[0]) != len(columns[1]):
+            raise Unreadable(f"its conversations must be columns 'from' and 'value' of one length, got {str(lines)[:60]}")
+        return [{"from": speaker, "value": text} for speaker, text in zip(*columns, strict=True)]
+    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+        raise Unreadable(f"its conversations must be a list of turns, got {str(lines)[:60]}")
+    return lines
 
 
-def _speaker(line: dict[str, str]) -> str:
-    return {"user": "human", "assistant": "gpt"}.get(str(line.get("from")), str(line.get("from")))
+def _speaker(line: dict[str, Any]) -> str:
+    speaker = str(line.get("from", line.get("role")))
+    return {"user": "human", "assistant": "gpt"}.get(speaker, speaker)
 
 
 @dataclass
@@ -285,6 +319,10 @@ class Rows(Dataset[Row]):
     max_answer: int | None = None
     skipped: dict[int, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for place, why in getattr(self.source, "unusable", {}).items():
+            self._skip(place, why)
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -295,11 +333,16 @@ class Rows(Dataset[Row]):
             try:
                 return self.encode(self.source[place])
             except Unreadable as error:
-                self.skipped[place] = str(error)
-                if len(self.skipped) <= _MOST_WARNINGS:
-                    more = "; further ones are only counted" if len(self.skipped) == _MOST_WARNINGS else ""
-                    logger.warning("example %d is skipped: %s%s", place, error, more)
+                self._skip(place, str(error))
+            except Exception as error:  # a processor that will not take it raises what it likes
+                self._skip(place, f"{type(error).__name__}: {error}")
         raise ValueError(f"none of the {len(self)} examples can be used; the last reason: {self.skipped[index]}")
+
+    def _skip(self, place: int, why: str) -> None:
+        self.skipped[place] = printable(why)
+        if len(self.skipped) <= _MOST_WARNINGS:
+            more = "; further ones are only counted" if len(self.skipped) == _MOST_WARNINGS else ""
+            logger.warning("example %d is skipped: %s%s", place, self.skipped[place], more)
 
     def _from(self, index: int) -> Iterator[int]:
         return ((index + step) % len(self) for step in range(len(self)))

@@ -141,7 +141,7 @@ def test_datasets(tmp_path, processor):
     plain.save_to_disk(str(tmp_path / "plain"))
     rows = Rows(DatasetSource.load(str(tmp_path / "plain")), processor)
     assert [processor.tokenizer.decode(rows[i].answer, skip_special_tokens=True).strip() for i in range(3)] == ["One.", "Three.", "Three."]
-    assert rows.skipped == {1: "row 1 has no question or no answer"}
+    assert rows.skipped == {1: "row 1: it has no question or no answer"}
     turns = {"image": pictures[:1], "conversations": [[_human("<image>\nWhat?"), _gpt("This.")]]}
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(turns).cast_column("image", datasets.Image())}).save_to_disk(
         str(tmp_path / "turns")
@@ -162,7 +162,7 @@ def test_a_damaged_picture_in_a_dataset():
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "is not JSON"),
         ('{"a": 1}', "must be a JSON list"),
         ("[]", "holds no answer"),
         ('[{"conversations": []}]', "holds no answer"),

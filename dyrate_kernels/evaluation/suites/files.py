@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 from dyrate_kernels import chat
 from dyrate_kernels.evaluation.suite import Item
+from dyrate_kernels.files import is_file, printable
+from dyrate_kernels.json_files import read_json
 from dyrate_kernels.training.data import Unreadable, read_image
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -140,10 +142,10 @@ class FileSuite(ABC):
         """Of an answer, as the data set's official evaluation counts them; 1 is a right answer."""
 
     def _take(self, questions: list[Question]) -> None:
-        missing = [each for each in questions if not each.picture.is_file() or each.picture.stat().st_size == 0]
+        missing = [each for each in questions if not is_file(each.picture) or each.picture.stat().st_size == 0]
         if missing:
             first = missing[0]
-            state = "is empty" if first.picture.is_file() else "is missing"
+            state = "is empty" if is_file(first.picture) else "is missing"
             raise FileNotFoundError(
                 f"{self.file}: the pictures of {len(missing)} of {len(questions)} questions cannot be read: {first.picture} {state} "
                 f"(question {first.id}); give their folder as images"
@@ -178,7 +180,7 @@ class FileSuite(ABC):
     def __getitem__(self, index: int) -> Item:
         question = self.questions[index]
         pictures = Pictures(question.picture, question.id)
-        return Item(question.name, question.group, [chat.user(question.prompt, images=1)], pictures, self.most)
+        return Item(question.name, question.group, [chat.user(printable(question.prompt), images=1)], pictures, self.most)
 
     def score(self, index: int, text: str) -> tuple[float, float]:
         """(points, points that could be had); see ``points``."""
@@ -208,30 +210,7 @@ class FileSuite(ABC):
     def picture(self, *names: str) -> Path:
         """The first of the names that is there; the first one where none is, to be complained about if its question is asked."""
         places = [self.images / folder / name for folder in self.folders for name in names]
-        return next((place for place in places if place.is_file()), places[0])
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON or JSON-lines file.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file, so no JSON ({error}); give the data set's file of questions") from None
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        whole = error
-    try:
-        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({whole}), nor JSON lines ({error})") from None
-    if not lines:
-        raise ValueError(f"{path} is empty")
-    return lines
+        return next((place for place in places if is_file(place)), places[0])
 
 
 def with_suffixes(name: str | int) -> Iterable[str]:
