@@ -1,8 +1,13 @@
-"""A conversation as the text that a processor reads."""
+"""Conversations and their pictures as what a model reads: the one place where a command's prompts and a training's answers are made."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Message = dict[str, Any]
 """``{"role": "user" | "assistant", "content": [{"type": "image"} | {"type": "text", "text": ..}, ..]}``."""
@@ -29,14 +34,88 @@ def render(processor: Any, messages: list[Message], answer_follows: bool = True)
     return " ".join([*lines, "ASSISTANT:"] if answer_follows else lines)
 
 
+def encode(processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Any]], model: Any = None) -> dict[str, Tensor]:
+    """Model inputs for rendered conversations: tensors of B rows, padded on the left.
+
+    What begins a sequence stands there once where the chat template writes it, the tokenizer puts it there, or both do; where neither does
+    it is not added, as the model was trained without. What a tokenizer puts behind a text is left out: an answer follows.
+
+    Args:
+        texts: of :func:`render`, B of them.
+        pictures: PIL pictures of each text, in the order of its marks.
+        model: whose device and floating-point type the tensors get; None: as the processor makes them.
+
+    Raises:
+        Whatever the processor raises.
+    """
+    import torch
+
+    tokenizer = processor.tokenizer
+    before, behind = _around(tokenizer)
+    options: dict[str, Any] = {}
+    begin = "".join(tokenizer.convert_ids_to_tokens(before))
+    written = [text for text in (begin, getattr(tokenizer, "bos_token", None)) if text]
+    begun = [text.lstrip().startswith(tuple(written)) if written else False for text in texts]
+    if before and any(begun):
+        options["add_special_tokens"], behind = False, []
+        texts = [text.lstrip() if done else begin + text for text, done in zip(texts, begun, strict=True)]
+    with _able_to_pad(tokenizer, len(texts)) as padding:
+        images = [list(each) for each in pictures if len(each)]
+        fields = dict(processor(images=images or None, text=list(texts), return_tensors="pt", **padding, **options))
+    fields = {name: value for name, value in fields.items() if isinstance(value, torch.Tensor)}
+    columns = fields["input_ids"].shape
+    if behind and bool((fields["input_ids"][:, -len(behind) :] == torch.tensor(behind)).all()):
+        fields = {name: value[:, : -len(behind)] if value.shape[:2] == columns else value for name, value in fields.items()}
+    return fields if model is None else placed(fields, model)
+
+
+def placed(fields: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The tensors on the model's device, floating-point ones in its type."""
+    return {name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in fields.items()}
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids that the tokenizer puts before and behind a text of its own accord."""
+    whole, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return whole[:start], whole[start + len(text) :]
+    return [], []
+
+
+@contextlib.contextmanager
+def _able_to_pad(tokenizer: Any, rows: int) -> Iterator[dict[str, Any]]:
+    """How to pad so many rows on the left. A tokenizer without a padding token pads with its end token meanwhile: the mask hides it."""
+    if rows == 1:
+        yield {}
+        return
+    missing = tokenizer.pad_token is None
+    if missing:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+    try:
+        yield {"padding": True, "padding_side": "left"}
+    finally:
+        if missing:
+            tokenizer.pad_token = None
+
+
 def answer_ids(processor: Any, messages: list[Message], text: str) -> list[int]:
-    """Token ids of an answer as a generation after ``render(processor, messages)`` would give them, end of sequence included."""
+    """Token ids of an answer as a generation after ``render(processor, messages)`` would give them, its end included, once: the special
+    token that the chat template writes behind an answer, else the tokenizer's end of sequence.
+    """
     tokenizer = processor.tokenizer
     prompt = render(processor, messages)
     whole = render(processor, [*messages, assistant(text)], answer_follows=False)
     behind = whole[len(prompt) :] if whole.startswith(prompt) else f" {text}"
+    said = behind.rfind(text.strip())
+    tail = behind[said + len(text.strip()) :] if said >= 0 else ""
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    after = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+    special = set(getattr(tokenizer, "all_special_ids", ())) | {tokenizer.eos_token_id}
+    ends = [place for place, token in enumerate(after) if token in special]
+    if ends:
+        return ids[: len(ids) - (len(after) - 1 - ends[0])]
     end = tokenizer.eos_token_id
-    while ids and end is not None and ids[-1] != end and not tokenizer.decode(ids[-1:]).strip():
-        ids = ids[:-1]  # a template's newline behind the end
-    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+    while ids and end is not None and not tokenizer.decode(ids[-1:]).strip():
+        ids = ids[:-1]  # a template's newline behind the answer
+    return ids if end is None else [*ids, end]

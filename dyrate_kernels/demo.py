@@ -63,5 +63,4 @@ def scene_inputs(model: Any, processor: Any, batch: int = 1, task: str = "descri
     samples = [shapes.make_sample(-1 - number, task) for number in range(batch)]
     prompts = [chat.render(processor, [chat.user(sample.prompt, images=1)]) for sample in samples]
     images = [sample.image(size) for sample in samples]
-    fields = processor(images=images, text=prompts, padding=True, return_tensors="pt").to(model.device)
-    return {name: field.to(model.dtype) if field.is_floating_point() else field for name, field in fields.items()}
+    return chat.encode(processor, prompts, [[image] for image in images], model)

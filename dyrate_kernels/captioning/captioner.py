@@ -160,28 +160,14 @@ class Captioner:
         return self._generate(names[:half], pictures[:half]) + self._generate(names[half:], pictures[half:])
 
     def _ask(self, names: Sequence[str], pictures: Sequence[Any]) -> list[Caption]:
-        import torch
-
-        from dyrate_kernels import chat
-        from dyrate_kernels.evaluation.runner import until_end
+        from dyrate_kernels import answering, chat
 
         started = time.perf_counter()
-        tokenizer = self.processor.tokenizer
-        side, tokenizer.padding_side = tokenizer.padding_side, "left"
-        try:
-            text = chat.render(self.processor, [chat.user(self.task.prompt, images=1)])
-            inputs = self.processor(images=[[picture] for picture in pictures], text=[text] * len(names), padding=True, return_tensors="pt")
-        finally:
-            tokenizer.padding_side = side
-        inputs = {key: value.to(self.model.device) if hasattr(value, "to") else value for key, value in inputs.items()}
-        inputs = {key: value.to(self.model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
-                  for key, value in inputs.items()}  # fmt: skip
-        with torch.no_grad():
-            output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.task.max_new_tokens)
-        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+        text = chat.render(self.processor, [chat.user(self.task.prompt, images=1)])
+        inputs = chat.encode(self.processor, [text] * len(names), [[picture] for picture in pictures], self.model)
+        rows = answering.generate(self.model, self.processor, inputs, self.task.max_new_tokens)
         captions = []
         for place, (name, row) in enumerate(zip(names, rows, strict=True)):
-            row = until_end(row, tokenizer.eos_token_id)
             stats = self.handle.stats(place, len(row))
             captions.append(Caption(
                 name, self.processor.decode(row, skip_special_tokens=True).strip(), visual_tokens=stats.visual_tokens_in[0],

@@ -94,14 +94,14 @@ def load_image(path: str) -> Any:
         raise ValueError(f"--image {path}: {error}") from error
 
 
-def prepare(processor: Any, image: Any, prompt: str, device: Any) -> dict[str, Any]:
+def prepare(processor: Any, image: Any, prompt: str, device: Any, dtype: Any = None) -> dict[str, Any]:
     """Model inputs for one picture and one question."""
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what to do with the picture")
     from dyrate_kernels import chat
 
-    text = chat.render(processor, [chat.user(prompt, images=1)])
-    return dict(processor(images=image, text=text, return_tensors="pt").to(device))
+    fields = chat.encode(processor, [chat.render(processor, [chat.user(prompt, images=1)])], [[image]])
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in fields.items()}
 
 
 def make_policy(name: str, options: dict[str, Any]) -> Any:
@@ -157,12 +157,15 @@ def split_vision(text: str) -> tuple[str, str | None]:
     return "+".join(parts[:first]), "+".join(parts[first:]) or None
 
 
-def generation_arguments(given: argparse.Namespace) -> dict[str, Any]:
-    """What ``generate`` receives besides the inputs."""
+def answer(model: Any, processor: Any, inputs: dict[str, Any], given: argparse.Namespace, streamer: Any = None) -> list[int]:
+    """Token ids of the answer to one prompt, as the options say."""
     import torch
 
+    from dyrate_kernels import answering
+
     torch.manual_seed(given.seed)
-    return {"max_new_tokens": given.max_new_tokens, "do_sample": given.sample}
+    options = {} if streamer is None else {"streamer": streamer}
+    return answering.generate(model, processor, inputs, given.max_new_tokens, sample=given.sample, **options)[0]
 
 
 def print_json(value: Any) -> None:

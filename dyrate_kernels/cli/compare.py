@@ -36,10 +36,8 @@ def run(given: argparse.Namespace) -> int:
         policy, reducers = common.split_vision(name)
         chosen.append((name, common.parse_policy(policy), common.parse_vision(reducers or given.vision)))
     model, processor = common.load_model(given)
-    inputs = common.prepare(processor, image, given.prompt, model.device)
-    prompt = inputs["input_ids"].shape[1]
-    arguments = common.generation_arguments(given)
-    reference = model.generate(**inputs, **arguments)[0, prompt:].tolist()
+    inputs = common.prepare(processor, image, given.prompt, model.device, model.dtype)
+    reference = common.answer(model, processor, inputs, given)
     rows = []
     for number, (name, policy, reducers) in enumerate(chosen, 1):
         if not given.json and sys.stderr.isatty():
@@ -61,9 +59,8 @@ def _row(
 
     options = {"retention": given.retention, "backend": given.backend, "cuda_graph": given.cuda_graph, "fuse": given.fuse}
     with dk.patch(model, policy, vision=reducers, **options) as handle:
-        arguments = common.generation_arguments(given)
         started = time.perf_counter()
-        tokens = model.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :].tolist()
+        tokens = common.answer(model, processor, inputs, given)
         seconds = time.perf_counter() - started
         stats = handle.stats()
     same = sum(a == b for a, b in zip(tokens, reference, strict=False)) / max(len(tokens), len(reference), 1)

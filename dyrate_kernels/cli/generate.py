@@ -56,7 +56,7 @@ def run(given: argparse.Namespace) -> int:
 
     import dyrate_kernels as dk
 
-    inputs = common.prepare(processor, image, given.prompt, model.device)
+    inputs = common.prepare(processor, image, given.prompt, model.device, model.dtype)
     with dk.patch(
         model,
         policy,
@@ -69,10 +69,9 @@ def run(given: argparse.Namespace) -> int:
     ) as handle:
         streamer = None if given.json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
-        tokens = model.generate(**inputs, **common.generation_arguments(given), streamer=streamer)
+        new_tokens = common.answer(model, processor, inputs, given, streamer)
         seconds = time.perf_counter() - started
         stats = handle.stats()
-    new_tokens = tokens[0, inputs["input_ids"].shape[1] :]
     text = processor.decode(new_tokens, skip_special_tokens=True).strip()
     if given.plot:
         from dyrate_kernels import plots

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dyrate_kernels import answering
 from dyrate_kernels.evaluation.runner import encode
 from dyrate_kernels.evaluation.suite import Suite
 from dyrate_kernels.patching.api import patch
@@ -64,11 +65,9 @@ def measure(
         with patch(model, KeepAll(k=layer + 1), record_importance=True) as handle:
             for start in range(0, len(suite), batch_size):
                 items = [suite[index] for index in range(start, min(start + batch_size, len(suite)))]
-                inputs = encode(processor, items).to(model.device)
-                output = model.generate(**inputs, do_sample=False, max_new_tokens=max(item.most for item in items))
-                end = processor.tokenizer.eos_token_id
-                for place, row in enumerate(output[:, inputs["input_ids"].shape[1] :].tolist()):
-                    stats = handle.stats(place, row.index(end) + 1 if end in row else len(row))
+                rows = answering.generate(model, processor, encode(processor, items, model), max(item.most for item in items))
+                for place, row in enumerate(rows):
+                    stats = handle.stats(place, len(row))
                     if stats.visual_tokens[0]:
                         sequences.append(_of_one(stats, share))
         if not sequences:

@@ -29,11 +29,11 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria
 
-from dyrate_kernels import policies
+from dyrate_kernels import answering, policies
 from dyrate_kernels.evaluation.cider import tokenize
-from dyrate_kernels.evaluation.runner import Contender, encode, model_name, until_end
+from dyrate_kernels.evaluation.runner import Contender, encode, model_name
 from dyrate_kernels.evaluation.suite import Item
 from dyrate_kernels.files import write_json
 from dyrate_kernels.journal import Journal
@@ -199,14 +199,10 @@ class DyRate(lmms):
 
     @torch.no_grad()
     def _ask(self, handle: Any, requests: list[Instance], keys: list[str], settings: dict[str, Any], until: list[str]) -> list[Request]:
-        tokenizer = self.processor.tokenizer
-        inputs = encode(self.processor, [self._item(request) for request in requests]).to(self.device)
-        length = inputs["input_ids"].shape[1]
-        clock = _Clock(tokenizer, length, until)
+        inputs = encode(self.processor, [self._item(request) for request in requests], self.model)
+        clock = _Clock()
         started = time.perf_counter()
-        output = self.model.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([clock]))
-        rows = [until_end(row, tokenizer.eos_token_id) for row in output[:, length:].tolist()]
-        rows = [row[: clock.stopped.get(place)] for place, row in enumerate(rows)]
+        rows = answering.generate(self.model, self.processor, inputs, stop=until, stopping_criteria=[clock], **settings)
         times = np.array(clock.times) - started
         each = float(times[-1]) / sum(len(row) for row in rows)
         found = []
@@ -275,27 +271,16 @@ class DyRate(lmms):
 
 
 class _Clock(StoppingCriteria):
-    """Notes when each token is there, and ends a row at a stop string. transformers' own loop waits for the device at the same place."""
+    """Notes when each token is there; ends nothing. transformers' own loop waits for the device at the same place."""
 
-    def __init__(self, tokenizer: Any, start: int, until: Sequence[str]) -> None:
-        self.tokenizer, self.start, self.until = tokenizer, start, until
+    def __init__(self) -> None:
         self.times: list[float] = []
-        self.stopped: dict[int, int] = {}
-        """Row -> tokens that it has, for rows that a stop string ended."""
-        self.tail = max(map(len, until), default=0) + 8
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         if input_ids.is_cuda:
             torch.cuda.synchronize(input_ids.device)
         self.times.append(time.perf_counter())
-        count = input_ids.shape[1] - self.start
-        if self.until:
-            for place, row in enumerate(input_ids[:, self.start :][:, -self.tail :].tolist()):
-                if place not in self.stopped:
-                    text = self.tokenizer.decode(row, skip_special_tokens=True)
-                    if any(stop in text for stop in self.until):
-                        self.stopped[place] = count
-        return torch.tensor([place in self.stopped for place in range(input_ids.shape[0])], device=input_ids.device)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def _generation(request: Instance) -> tuple[dict[str, Any], list[str]]:
@@ -314,7 +299,7 @@ def _generation(request: Instance) -> tuple[dict[str, Any], list[str]]:
     sample = bool(given.pop("do_sample", temperature > 0)) and temperature > 0
     if given:
         raise ValueError(f"{where}: {', '.join(sorted(given))} not supported; leave it out, e.g. in a task of your own (include_path)")
-    settings = {"max_new_tokens": most, "do_sample": sample, **({"temperature": temperature, **sampling} if sample else {})}
+    settings = {"max_new_tokens": most, "sample": sample, **({"temperature": temperature, **sampling} if sample else {})}
     return settings, [stop for stop in until if stop]
 
 

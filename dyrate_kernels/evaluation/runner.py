@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from dyrate_kernels import chat, flops
+from dyrate_kernels import answering, chat, flops
 from dyrate_kernels.evaluation.downsample import downsampled, thin
 from dyrate_kernels.evaluation.floor import copy_bandwidth_of
 from dyrate_kernels.evaluation.suite import Item, Suite
@@ -172,11 +172,10 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int],
         lengths = inputs["attention_mask"].sum(1)
         pictures = sum(len(item.images) for item in items)
         inputs = thin(inputs, placeholder, int(n_visual.sum()) // max(pictures, 1), side)
-    inputs = inputs.to(model.device)
+    inputs = chat.placed(inputs, model)
     clock = _Clock(model.device)
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=items[0].most, logits_processor=[clock])
+    rows = answering.generate(model, processor, inputs, items[0].most, logits_processor=[clock])
     first, seconds = clock.stop()
-    rows = [until_end(row, processor.tokenizer.eos_token_id) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
     decoded = max(sum(len(row) - 1 for row in rows), 1)
     weights = flops.weight_bytes(handle.shape)
     every = [handle.stats(place, len(row)) for place, row in enumerate(rows)]
@@ -236,20 +235,9 @@ class _Clock(LogitsProcessor):
         return self.first - self.started, self._now() - self.first
 
 
-def encode(processor: Any, items: Sequence[Item]) -> Any:
-    """Model inputs of several questions, padded on the left."""
-    side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
-    try:
-        images = [list(item.images) for item in items if item.images]
-        texts = [chat.render(processor, item.messages) for item in items]
-        return processor(images=images or None, text=texts, padding=True, return_tensors="pt")
-    finally:
-        processor.tokenizer.padding_side = side
-
-
-def until_end(row: list[int], end: int | None) -> list[int]:
-    """A row of token ids up to the end of sequence, that included."""
-    return row[: row.index(end) + 1] if end in row else row
+def encode(processor: Any, items: Sequence[Item], model: Any = None) -> dict[str, torch.Tensor]:
+    """Model inputs of several questions (``chat.encode``)."""
+    return chat.encode(processor, [chat.render(processor, item.messages) for item in items], [item.images for item in items], model)
 
 
 def model_name(model: Any) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StaticCache
 
 import dyrate_kernels as dk
+from dyrate_kernels import answering
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.measuring.timing import Times
 from dyrate_kernels.patching import cpu_step
@@ -90,11 +91,13 @@ def left_out(steps: int) -> int:
 
 
 def generate(model: Any, fields: dict[str, Tensor], new_tokens: int, processor: LogitsProcessor | None = None, **options: Any) -> Any:
-    """Greedy, exactly ``new_tokens`` tokens."""
+    """Greedy, exactly ``new_tokens`` tokens, whatever the checkpoint's generation defaults."""
     processors = [] if processor is None else [processor]
-    return model.generate(
-        **fields, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, logits_processor=processors, **options
-    )
+    given = answering.settings(model, new_tokens) | {"min_new_tokens": new_tokens, "logits_processor": processors}
+    for name in ("stop_strings", "forced_eos_token_id"):
+        if getattr(model.generation_config, name, None) is not None:
+            given[name] = None
+    return model.generate(**fields, **given | options)
 
 
 def weight_bytes(model: Any) -> int:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from dyrate_kernels import chat
@@ -354,7 +353,7 @@ class Rows(Dataset[Row]):
         if len(answer) < 2:
             raise Unreadable(f"{example.name}: an answer of {len(answer)} token leaves no step to choose a rate for")
         if self.max_length is not None:
-            ids = self.processor(images=example.images or None, text=text, return_tensors="pt")["input_ids"]
+            ids = chat.encode(self.processor, [text], [example.images])["input_ids"]
             if ids.shape[1] + len(answer) > self.max_length:
                 raise Unreadable(f"{example.name}: {ids.shape[1]} + {len(answer)} tokens are more than {self.max_length}")
         return Row(text, example.images, answer)
@@ -367,19 +366,14 @@ class Collator:
     processor: Any
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        prompt = chat.encode(self.processor, [row.text for row in rows], [row.images for row in rows])
         tokenizer = self.processor.tokenizer
-        side, tokenizer.padding_side = tokenizer.padding_side, "left"
-        try:
-            images = [row.images for row in rows if row.images]
-            prompt = self.processor(images=images or None, text=[row.text for row in rows], padding=True, return_tensors="pt")
-        finally:
-            tokenizer.padding_side = side
         longest = max(len(row.answer) for row in rows)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         answer = torch.tensor([row.answer + [pad] * (longest - len(row.answer)) for row in rows])
         mask = torch.tensor([[1] * len(row.answer) + [0] * (longest - len(row.answer)) for row in rows])
         return {
-            "prompt": {name: value for name, value in prompt.items() if isinstance(value, Tensor)},
+            "prompt": prompt,
             "answer": answer,
             "answer_mask": mask,
         }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyrate_kernels import chat
+from dyrate_kernels import answering, chat
 from dyrate_kernels.patching.api import patch
 from dyrate_kernels.policies.vtw import VTW
 from dyrate_kernels.training.data import Example, Unreadable
@@ -68,7 +68,7 @@ def search_layer(
         if not example.images:
             skipped += 1
             continue
-        inputs = processor(images=example.images, text=chat.render(processor, example.messages), return_tensors="pt").to(model.device)
+        inputs = chat.encode(processor, [chat.render(processor, example.messages)], [example.images], model)
         whole = _next_token(model, inputs)
         for place, k in enumerate(layers):
             with patch(model, VTW(k=k), retention="evict"):
@@ -84,7 +84,8 @@ def search_layer(
 
 def _next_token(model: Any, inputs: Any) -> Tensor:
     """Log-probabilities after the prompt, float64 ``[V]``."""
-    output = model.generate(**inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    settings = answering.settings(model, 1) | {"output_logits": True, "return_dict_in_generate": True}
+    output = model.generate(**inputs, **settings)
     return output.logits[0][0].double().log_softmax(-1)
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria
 
 import dyrate_kernels as dk
-from dyrate_kernels import chat, vision
+from dyrate_kernels import answering, chat, vision
 from dyrate_kernels.patching.api import shape_for
 from dyrate_kernels.patching.vision import check_supported
 from dyrate_kernels.policies.base import Policy
@@ -176,18 +176,14 @@ class Engine:
     def _inputs(self, picture: Any, wish: Wish) -> dict[str, Any]:
         text = chat.render(self.processor, [chat.user(wish.question, images=1)])
         try:
-            inputs = self.processor(images=picture, text=text, return_tensors="pt")
+            inputs = chat.encode(self.processor, [text], [[picture]], self.model)
         except Exception as error:
             raise ValueError(f"The picture cannot be prepared for this model: {error}") from error
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         length = inputs["input_ids"].shape[1] + wish.max_new_tokens
         if limit is not None and length > limit:
             raise ValueError(f"Question, picture and answer would be {length} tokens; this model reads {limit}. Ask something shorter.")
-        model = self.model
-        return {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in inputs.items()
-            if isinstance(value, torch.Tensor)
-        }  # fmt: skip
+        return inputs
 
     @contextlib.contextmanager
     def _company(self) -> Iterator[Any]:
@@ -256,8 +252,7 @@ class _Turns(StoppingCriteria):
             self._wait(side)
             if not self.stopped:
                 step.start()
-                with torch.no_grad():
-                    model.generate(**inputs, do_sample=False, max_new_tokens=most, stopping_criteria=StoppingCriteriaList([step]))
+                answering.generate(model, self.processor, inputs, most, stopping_criteria=[step])
                 step.finish()
         except BaseException as error:  # told to the visitor, whatever it is
             self.news.put((side, error))
