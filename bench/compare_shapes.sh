@@ -14,7 +14,7 @@ compare() { # NAME POLICIES ALSO COSTS
   local against=()
   [ "$seed" = 0 ] || against=(--against "docs/results/$1/shapes.json")
   python -m dyrate_kernels.cli.main eval --seed "$seed" --scenes 150 --batch-size 50 --tasks describe,colour,shape \
-    --policies "$2" --also "$3" --cost "$4" --out "$answers/$1-seed$seed" --report "$report/$1" "${against[@]}"
+    --policies "$2" --also "$3" --cost "$4" --leave-out --out "$answers/$1-seed$seed" --report "$report/$1" "${against[@]}"
 }
 
 compare k1 "dyrate, dyrate:predictor=trained@evict as dyrate@evict, dyrate:predictor=$trained/low as dyrate-low,

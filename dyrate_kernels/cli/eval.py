@@ -53,6 +53,9 @@ def add_parser(commands: Any) -> None:
         "reducer's keep is set to it), on other scenes, or on the "
         f"questions of --data behind the first --limit (up to {CALIBRATION} are needed, about other pictures)",
     )  # fmt: skip
+    parser.add_argument(
+        "--leave-out", action="store_true", help="with --cost: leave out, and name, what cannot cost that much, instead of refusing the run"
+    )
     parser.add_argument("--also", default="", metavar="A,B,..", help="with --cost: policies that are not tuned, in the same table")
     parser.add_argument("--against", metavar="FILE", help="JSON of an earlier table: says which scores come out again")
     parser.add_argument("--report", metavar="DIR", help="write table (Markdown, JSON) and plots there too")
@@ -118,8 +121,9 @@ def run(given: argparse.Namespace) -> int:
     suite, others, about = open_suite(given, bool(costs))
     model, processor = common.load_model(given)
     tuned: dict[str, dict[str, float]] = {}
+    left_out: list[str] = []
     if costs:
-        chosen, tuned = _at_costs(model, processor, others, chosen, costs, folder, given, say)
+        chosen, tuned, left_out = _at_costs(model, processor, others, chosen, costs, folder, given, say)
         chosen += contenders(given.also)[1:] if given.also else []
     answers = {}
     for number, contender in enumerate(chosen, 1):
@@ -139,8 +143,13 @@ def run(given: argparse.Namespace) -> int:
         "machine": machine(model),
         "lines": [line.to_dict() for line in lines],
     }
+    starts = first_layers(model, chosen)
+    if len(set(starts.values())) > 1:
+        table["first_layers"] = starts
     if tuned:
         table["tuned"] = tuned
+    if left_out:
+        table["left_out"] = left_out
     found = against.pairs(lines, before, ("long", "short")) if before is not None else []
     if before is not None:
         table["against"] = {f"{pair.label}, {pair.group}": [*pair.now, *pair.before, pair.agrees] for pair in found}
@@ -155,6 +164,10 @@ def run(given: argparse.Namespace) -> int:
         common.print_json(table)
     else:
         _print_table(lines)
+        for why in left_out:
+            print(f"left out: {why}")
+        if "first_layers" in table:
+            print(report.first_layers_text(starts))
         if before is not None:
             _print_pairs(found, given.against)
         for label, numbers in table.get("summary", {}).items():
@@ -224,42 +237,77 @@ def costs_in(text: str | None) -> list[float]:
     return found
 
 
+def first_layers(model: Any, chosen: list[Any]) -> dict[str, int]:
+    """Of the contenders that prune: the first layer that sees the pruned set."""
+    layers = model.config.get_text_config().num_hidden_layers
+    return {each.label: each.bound(model).layer_groups(layers)[0] for each in chosen if each.policy.name != "none"}
+
+
 def _at_costs(
     model: Any, processor: Any, suite: Any, chosen: list[Any], costs: list[float], folder: Path, given: argparse.Namespace, say: Any
-) -> tuple[list[Any], dict[str, dict[str, float]]]:  # fmt: skip
-    """The unpruned model, and every other contender at every cost. What was found is kept in ``tuned.json`` for the next run."""
+) -> tuple[list[Any], dict[str, dict[str, float]], list[str]]:  # fmt: skip
+    """The unpruned model, every other contender at every cost that it can meet, what was tuned (kept in ``tuned.json`` for the next run),
+    and why the others are left out.
+
+    Raises:
+        ValueError: a contender cannot meet a cost, but for ``--leave-out``.
+    """
     import json
     from dataclasses import replace
 
-    from dyrate_kernels.evaluation.equal_cost import tune
+    from dyrate_kernels.evaluation.equal_cost import WITHIN, check_cost, check_reachable, mean_cost, tune
     from dyrate_kernels.policies.base import ModelShape
 
     path = folder / "tuned.json"
     folder.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     shape = ModelShape.from_config(model.config)
-    found, tuned = [chosen[0]], {}
-    for cost in costs:
-        for contender in chosen[1:]:
-            label = f"{contender.label}@{100 * cost:g}"
-            if contender.vision and contender.policy.name == "none":
-                *before, last = contender.vision
-                found.append(replace(contender, label=label, vision=(*before, replace(last, keep=cost))))
-                continue
-            if contender.policy.name == "none":  # a coarser picture: the nearest square
-                ids = processor(text=processor.image_token, images=[suite[0].images[0]])["input_ids"][0]
-                side = max(round(math.sqrt(cost * list(ids).count(model.config.image_token_id))), 1)
-                found.append(replace(contender, label=label, side=side))
-                continue
-            policy = contender.bound(model)
-            if known.get(label, {}).get("policy") != str(contender.policy):
-                say(f"tuning {label}")
-                result = tune(model, processor, suite, contender, cost, batch_size=CALIBRATION, backend=given.backend)
-                known[label] = {"policy": str(contender.policy), "strength": result.strength, "cost": result.cost}
+    found, tuned, refused = [chosen[0]], {}, []
+
+    def at(contender: Any, cost: float, label: str) -> Any:
+        if contender.vision and contender.policy.name == "none":
+            *before, last = contender.vision
+            made = replace(contender, label=label, vision=(*before, replace(last, keep=cost)))
+            setting = str(made.vision)
+            if known.get(label, {}).get("policy") != setting:
+                say(f"counting {label}")
+                found = mean_cost(model, processor, suite, made, CALIBRATION, given.backend)
+                check_cost(contender.label, cost, found)
+                known[label] = {"policy": setting, "cost": found}
                 write_json(path, known)
-            tuned[label] = known[label]
-            found.append(replace(contender, label=label, policy=policy.at_strength(known[label]["strength"], shape.num_layers)))
-    return found, tuned
+            return made
+        if contender.policy.name == "none":  # a coarser picture: the nearest square
+            ids = processor(text=processor.image_token, images=[suite[0].images[0]])["input_ids"][0]
+            tokens = list(ids).count(model.config.image_token_id)
+            side = max(round(math.sqrt(cost * tokens)), 1)
+            check_cost(contender.label, cost, side * side / tokens, f" with side={side}, the nearest")
+            return replace(contender, label=label, side=side)
+        policy = contender.bound(model)
+        if known.get(label, {}).get("policy") != str(contender.policy) or abs(known[label]["cost"] - cost) > WITHIN:
+            say(f"tuning {label}")
+            result = tune(model, processor, suite, contender, cost, batch_size=CALIBRATION, backend=given.backend)
+            known[label] = {"policy": str(contender.policy), "strength": result.strength, "cost": result.cost}
+            write_json(path, known)
+        tuned[label] = known[label]
+        return replace(contender, label=label, policy=policy.at_strength(known[label]["strength"], shape.num_layers))
+
+    def check(contender: Any, cost: float, label: str) -> None:
+        if contender.policy.name != "none":
+            check_reachable(model, contender, cost)
+
+    left = [(contender, cost) for cost in costs for contender in chosen[1:]]
+    for step in (check, at):  # what can be told without a question is told before the first one
+        for contender, cost in [*left]:
+            try:
+                made = step(contender, cost, f"{contender.label}@{100 * cost:g}")
+                found += [] if made is None else [made]
+            except ValueError as error:
+                refused.append(str(error))
+                left.remove((contender, cost))
+        say("")
+        if refused and not given.leave_out:
+            raise ValueError("--cost: " + "; ".join(refused))
+    return found, tuned, refused
 
 
 def _progress(text: str) -> None:

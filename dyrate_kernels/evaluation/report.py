@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dyrate_kernels.evaluation.curves import Curves, measure
+from dyrate_kernels.evaluation.equal_cost import WITHIN
 from dyrate_kernels.evaluation.runner import Answer
 from dyrate_kernels.evaluation.suite import Part, Suite
 from dyrate_kernels.evaluation.table import Line, lead, summarise
@@ -59,12 +62,14 @@ def write(
     about = ", ".join(f"{key} {table[key]}" for key in ("seed", "scenes", "data", "questions") if key in table)
     machine = ", ".join(map(" ".join, table["machine"].items()))
     text = [f"# {name}: {about}\n", f"`{command}`\n", f"Batches of {table['batch_size']}; {machine}.\n"]
+    text += [f"Left out: {why}\n" for why in table.get("left_out", [])]
     for group, rows in groups.items():
         text += [f"## {group} answers ({rows[0].questions} questions, n = {rows[0].n:.0f} tokens)\n", markdown(rows)]
+        text += [first_layers_text(table["first_layers"]) + "\n"] if "first_layers" in table else []
         inside = {row.group for row in lines if row.group not in PARTS and (row.group in suite.long) == (group == PARTS[0])}
         difference = leads({label: [answer for answer in each if answer.group in inside] for label, each in answers.items()})
         if difference:
-            text += ["Difference of the scores, in points [95 %, paired]:\n", difference]
+            text += ["Difference of the scores, in points [95 %, paired]; -: they do not cost the same here:\n", difference]
     (folder / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
     if table.get("tuned"):
         draw_scores(folder / f"{name}.png", {f"{group} answers": rows for group, rows in groups.items()})
@@ -79,12 +84,30 @@ def write(
 def cells(line: Line) -> list[str]:
     """A line of a table, in the order of ``HEADINGS``."""
     return [
-        line.label, interval(line.score, line.low, line.high), interval(line.retained, line.retained_low, line.retained_high),
+        shown_label(line), interval(line.score, line.low, line.high), interval(line.retained, line.retained_low, line.retained_high),
         *(f"{100 * value:.1f} %" for value in (
             line.agreement, line.kept, line.visual_share, line.paper_cost, line.exact_cost, line.flops_share,
         )),
         size(line.kv_bytes), f"{1000 * line.time_per_token:.2f}", f"{1000 * line.floor:.3f}",
     ]  # fmt: skip
+
+
+def shown_label(line: Line) -> str:
+    """The label; where the line does not cost what the label says, also what it costs: ``fastv@33.3 (here 66.2)``."""
+    cost = cost_of(line.label)
+    off = cost is not None and abs(line.visual_share - cost) > WITHIN
+    return f"{line.label} (here {100 * line.visual_share:.1f})" if off else line.label
+
+
+def first_layers_text(starts: dict[str, int]) -> str:
+    """``Pruned from layer 1 on: dyrate, fixed; from layer 3 on: fastv.`` of labels that do not all begin at one layer."""
+    by_layer: dict[int, list[str]] = {}
+    for label, layer in starts.items():
+        by_layer.setdefault(layer, []).append(label)
+    for layer, labels in by_layer.items():
+        others = {method_of(label) for other, those in by_layer.items() if other != layer for label in those}
+        by_layer[layer] = list(dict.fromkeys(label if method_of(label) in others else method_of(label) for label in labels))
+    return "Pruned from " + "; from ".join(f"layer {layer} on: {', '.join(by_layer[layer])}" for layer in sorted(by_layer)) + "."
 
 
 def interval(value: float, low: float, high: float) -> str:
@@ -120,9 +143,17 @@ def leads(answers: dict[str, Sequence[Answer]]) -> str:
     firsts = {level: labels[0] for level, labels in levels.items()}
     methods = list(dict.fromkeys(method_of(label) for labels in levels.values() for label in labels[1:]))
     rows = [[f"{method_of(next(iter(firsts.values())))} less ..", *(f"at {level} %" for level in levels)], ["---"] * (len(levels) + 1)]
+
+    def cell(first: str, other: str) -> str:
+        shares = [float(np.mean([answer.visual_share for answer in answers[label]])) for label in (first, other)]
+        if max(abs(share - float(first.rpartition("@")[2]) / 100) for share in shares) > WITHIN:
+            return "-"
+        value, low, high = lead(answers[first], answers[other])
+        return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
     for method in methods:
-        found = (lead(answers[first], answers[f"{method}@{level}"]) for level, first in firsts.items())
-        rows.append([method, *(f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for value, low, high in found)])
+        pairs = [(first, f"{method}@{level}") for level, first in firsts.items()]
+        rows.append([method, *(cell(first, other) if other in answers else "-" for first, other in pairs)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
@@ -167,8 +198,13 @@ def draw_scores(path: Path, groups: dict[str, list[Line]]) -> None:
 
 def method_of(label: str) -> str:
     """``fastv@evict@33.3`` -> ``fastv@evict``: the label without the cost it was tuned to."""
+    return label if cost_of(label) is None else label.rpartition("@")[0]
+
+
+def cost_of(label: str) -> float | None:
+    """``fastv@evict@33.3`` -> 0.333: the cost that a contender was tuned to; None: it was not."""
     head, _, tail = label.rpartition("@")
-    return head if head and tail.replace(".", "", 1).isdigit() else label
+    return float(tail) / 100 if head and tail.replace(".", "", 1).isdigit() else None
 
 
 def draw_curves(path: Path, found: Sequence[Curves]) -> None:

@@ -58,17 +58,18 @@ def test_a_data_set(capsys, tmp_path):
     file, images = publish("pope", tmp_path, 12)
     given = (
         "--out", str(tmp_path / "out"), "--suite", "pope", "--data", str(file), "--images", str(images), "--limit", "4", "--policies",
-        "fixed:k=1@evict,downsample,none+random as +random", "--cost", "50",
+        "fixed:k=1@evict,downsample,none+random as +random", "--cost", "56",
     )  # fmt: skip
     status, out, err = run(capsys, *given, "--report", str(tmp_path / "report"))
     assert (status, err) == (0, "") and "short answers (4 questions" in out and "none: precision " in out and "f1 " in out
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert (table["suite"], table["data"], table["questions"]) == ("pope", "pope.json", 4) and set(table["summary"]["none"]) > {"f1"}
     assert {(line["label"], line["group"]) for line in table["lines"]} == {
-        (label, group) for label in ("none", "fixed_k=1@evict@50", "downsample@50", "+random@50") for group in ("short", "pope")
+        (label, group) for label in ("none", "fixed_k=1@evict@56", "downsample@56", "+random@56") for group in ("short", "pope")
     }
-    assert {line["visual_share"] for line in table["lines"] if line["label"] == "+random@50"} == {0.5}
-    assert table["tuned"]["fixed_k=1@evict@50"]["cost"] == pytest.approx(0.5, abs=0.02)
+    shares = [line["visual_share"] for line in table["lines"] if line["label"] == "+random@56"]
+    assert shares == pytest.approx([0.56] * len(shares), abs=0.01)
+    assert table["tuned"]["fixed_k=1@evict@56"]["cost"] == pytest.approx(0.56, abs=0.01)
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "pope.json", "pope.md", "pope.png", "pope-curves.json", "pope-curves.png"
     }  # fmt: skip
@@ -99,3 +100,29 @@ def test_contenders():
     wrapped = contenders("recycle:policy=(fastv:k=2:rate=0.9):share=1, fixed")[1].policy
     assert wrapped.share == 1 and (wrapped.policy.name, wrapped.policy.k, wrapped.policy.rate) == ("fastv", 2, 0.9)
     assert found[2].policy.kept == ((0, 50), (3, 20)) and found[0].policy.name == "none"
+
+
+def test_a_cost_that_cannot_be_met_is_refused_before_anything_is_asked_or_left_out_by_name(capsys, tmp_path):
+    given = ("--out", str(tmp_path), "--scenes", "2", "--tasks", "describe,colour", "--cost", "33.3")
+    status, out, err = run(capsys, *given, "--policies", "fixed:k=1,fastv,downsample:side=3 as coarse,vtw@evict")
+    words = "fastv cannot cost 33.3 %: pruning from layer 3 of 6 on it costs at least 50.0 %; with k=1 it can"
+    assert (status, out) == (1, "") and words in err
+    assert not [*tmp_path.glob("*.jsonl")] and not (tmp_path / "tuned.json").exists()
+    status, _, err = run(capsys, "--out", str(tmp_path), "--cost", "57.9", "--policies", "downsample,vtw@evict,none+downsample as +small")
+    assert status == 1 and "downsample cannot cost 57.9 %: it would cost 56.2 % with side=9" in err and not [*tmp_path.glob("*.jsonl")]
+    assert "vtw@evict cannot cost 57.9 %" in err and "+small cannot cost 57.9 %: it would cost 56.2 %" in err
+    report = tmp_path / "report"
+    status, out, _ = run(capsys, *given, "--policies", "fixed:k=1,fastv,vtw@evict", "--leave-out", "--report", str(report))
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert status == 0 and {line["label"] for line in table["lines"]} == {"none", "fixed_k=1@33.3", "vtw@evict@33.3"}
+    for line in table["lines"]:  # under recoverable a short answer's prompt, which reads everything, weighs more
+        if line["label"] != "none" and line["group"] == "long":
+            assert line["visual_share"] == pytest.approx(0.333, abs=0.02)
+    short = next(line for line in table["lines"] if line["label"] == "fixed_k=1@33.3" and line["group"] == "short")
+    text = (report / "shapes.md").read_text()
+    shown = f"fixed_k=1@33.3 (here {100 * short['visual_share']:.1f})"
+    assert short["visual_share"] > 0.5 and shown in out and shown in text
+    assert len(table["left_out"]) == 1 and table["left_out"][0] in out and table["left_out"][0] in text
+    where = "Pruned from layer 1 on: fixed_k=1; from layer 2 on: vtw@evict."
+    assert table["first_layers"] == {"fixed_k=1@33.3": 1, "vtw@evict@33.3": 2} and where in out and where in text
+    assert "| vtw@evict | - |" in text.partition("## short")[2]

@@ -154,7 +154,7 @@ def _same_alone(model, processor, most):
         inputs = encode(processor, [questions[place]], model)
         with dk.patch(model, contender.policy):
             assert answering.generate(model, processor, inputs, most) == [row]
-        assert len({token for token in row[:-1]} & set(answering.end_ids(model))) == 0
+        assert len(set(row[:-1]) & set(answering.end_ids(model))) == 0
     return together
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,10 +47,18 @@ def test_a_lead_is_paired():
         lead(answers(hard), answers(hard)[::-1])
 
 
-def test_leads_have_a_row_a_method_and_a_column_a_cost():
+def test_leads_have_a_row_a_method_and_a_column_a_cost_where_costs_are_the_same():
     ones, half = answers(np.ones(40)), answers(np.arange(40) % 2)
     given = {"none": ones, "dyrate@50": ones, "fastv@evict@50": half, "dyrate@20": half, "fastv@evict@20": ones, "vtw": half}
+    costs = {"dyrate@50": 0.5, "fastv@evict@50": 0.506, "dyrate@20": 0.2, "fastv@evict@20": 0.2}
+    given = {label: [replace(each, visual_share=costs.get(label, 1.0)) for each in those] for label, those in given.items()}
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in report.leads(given).splitlines()]
     assert rows[0] == ["dyrate less ..", "at 50 %", "at 20 %"] and len(rows) == 3 and rows[2][0] == "fastv@evict"
     assert rows[2][1].startswith("+50.0 [+") and rows[2][2].startswith("-50.0 [-")
     assert report.leads({"none": ones, "vtw": half}) == ""
+    given["fastv@evict@20"] = [replace(each, visual_share=0.51) for each in given["fastv@evict@20"]]
+    assert report.leads(given).splitlines()[2].split("|")[3].strip() == "-"
+    line = summarise("fastv@evict@20", "short", given["fastv@evict@20"], ones)
+    assert report.shown_label(line) == "fastv@evict@20 (here 51.0)"
+    assert report.shown_label(replace(line, visual_share=0.205)) == "fastv@evict@20"
+    assert report.shown_label(replace(line, label="vtw")) == "vtw"

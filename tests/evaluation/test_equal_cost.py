@@ -9,7 +9,7 @@ import torch
 import dyrate_kernels as dk
 from dyrate_kernels.evaluation import curves
 from dyrate_kernels.evaluation.downsample import check_square, downsampled, thin
-from dyrate_kernels.evaluation.equal_cost import TOLERANCE, Tuned, mean_cost, search, tune
+from dyrate_kernels.evaluation.equal_cost import TOLERANCE, WITHIN, Tuned, mean_cost, search, tune
 from dyrate_kernels.evaluation.runner import Contender, ask_all, encode
 from dyrate_kernels.evaluation.suite import ShapesSuite
 from dyrate_kernels.policies import ModelShape
@@ -30,14 +30,32 @@ def test_tuned_to_a_cost(demo, policy):
     assert mean_cost(*demo, suite, found.contender, 4) == found.cost
 
 
-def test_a_method_of_few_costs_takes_the_nearest(demo):
+def test_a_method_of_few_costs_meets_them_and_refuses_others(demo):
     suite = ShapesSuite(2, tasks=("describe",))
-    found = tune(*demo, suite, Contender("vtw", P.VTW(), "evict"), 0.36, batch_size=2)
+    found = tune(*demo, suite, Contender("vtw", P.VTW(), "evict"), 0.34, batch_size=2)
     assert found.contender.policy.k == 2 and found.cost == pytest.approx(2 / 6)
+    with pytest.raises(ValueError, match="vtw cannot cost 40 %.* costs 33.3 % or 50.0 %; ask for another cost"):
+        tune(*demo, suite, Contender("vtw", P.VTW(), "evict"), 0.4, batch_size=2)
     with pytest.raises(ValueError, match="no one knob"):
         tune(*demo, suite, Contender("schedule", P.Schedule()), 0.5)
     with pytest.raises(ValueError, match="cost must be"):
         tune(*demo, suite, Contender("fixed", P.Fixed()), 0.0)
+
+
+@pytest.mark.parametrize("retention, least, able", [("recoverable", 0.36, 1), ("evict", 1 / 3, 2)])
+def test_a_cost_below_the_layers_that_read_everything_is_refused_with_the_k_that_can(demo, retention, least, able):
+    suite = ShapesSuite(2, tasks=("describe",))
+    contender = Contender("fastv", P.FastV(k=3), retention)
+    with pytest.raises(ValueError, match=f"fastv cannot cost {100 * least:g} %: .*layer 3 of 6.* at least 50.0 %; with k={able} it can"):
+        tune(demo[0], None, None, contender, least)  # no question is asked, so nothing to ask is needed
+    other = Contender("fastv", P.FastV(k=able), retention)
+    assert tune(*demo, suite, other, least, batch_size=2).cost == pytest.approx(least, abs=WITHIN)
+
+
+def test_a_cost_that_only_asking_rules_out_is_refused_with_its_range(demo):
+    suite = ShapesSuite(2, tasks=("describe",))
+    with pytest.raises(ValueError, match=r"guard cannot cost 20 %: .* it costs [234]\d\.\d to \d+\.\d %"):
+        tune(*demo, suite, Contender("guard", P.KLGuard(policy=P.Uniform(k=1))), 0.2, batch_size=2)
 
 
 def test_search_of_a_steep_and_of_a_stepped_cost():
