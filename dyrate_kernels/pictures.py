@@ -136,6 +136,8 @@ def _is_empty(value: Any) -> bool:
 
 def _first(values: list[Any], folder: Path) -> Path | bytes | Image:
     """Of a list: the picture that its numbers are, or the first of its pictures."""
+    if values and all(isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) for each in values):
+        return find_picture(dict(values), folder)  # a map of Parquet
     leaf: Any = values
     while isinstance(leaf, list | tuple) and leaf:
         leaf = next((each for each in leaf if each is not None), None)

@@ -26,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status (0 well, 1 failed, 2 wrong usage)."""
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name that is no UTF-8 must not end a run that is done
+        sys.stdout.reconfigure(errors="backslashreplace")
     given = build_parser().parse_args(arguments)
     if given.debug:
         return given.run(given)

@@ -49,6 +49,7 @@ def run(given: argparse.Namespace) -> int:
     from dyrate_kernels.quiet import import_transformers
 
     import_transformers("trainer")
+    from dyrate_kernels.files import printable
     from dyrate_kernels.training.data import open_source
     from dyrate_kernels.training.predictor import Options, train_predictor
 
@@ -59,6 +60,8 @@ def run(given: argparse.Namespace) -> int:
         budget_weight=given.budget_weight, tau_start=given.tau[0], tau_end=given.tau[1], seed=given.seed, max_length=given.max_length,
         max_answer=given.max_answer, save_every=given.save_every, log_every=given.log_every,
     )  # fmt: skip
+    if printable(given.out) != given.out:
+        raise ValueError(f"--out {given.out}: a name that is not UTF-8, which safetensors cannot write; give another")
     source = open_source(given.data, given.images, given.examples, given.seed, given.split)
     model, processor = common.load_model(given)
     if not given.json:

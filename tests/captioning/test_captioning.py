@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import io
 import json
@@ -179,6 +180,206 @@ def test_parquet(capsys, tmp_path):
     parquet.write_table(pa.table({"image": [data(1)] * 2, "key": ["a", "a"]}), tmp_path / "v.parquet")
     status, _, err = caption(capsys, tmp_path / "v.parquet", tmp_path / "more", "--id-column", "key")
     assert status == 1 and "'a' stands in two rows" in err
+
+
+def png(seed):
+    buffer = io.BytesIO()
+    drawn(seed).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_cells_of_every_arrow_type(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    data, text = png(1), base64.b64encode(png(1)).decode()
+    (tmp_path / "a.png").write_bytes(data)
+    good = {
+        "binary": pa.array([data], pa.binary()), "large_binary": pa.array([data], pa.large_binary()),
+        "fixed_size_binary": pa.array([data], pa.binary(len(data))), "dictionary": pa.array([data]).dictionary_encode(),
+        "texts in a dictionary": pa.array([text]).dictionary_encode(), "base64": pa.array([text]),
+        "large_string": pa.array([text], pa.large_string()),
+        "data URL": pa.array(["data:image/png;base64," + text]), "path": pa.array(["a.png"]), "bytes of base64": pa.array([text.encode()]),
+        "uint8": pa.array([list(data)], pa.list_(pa.uint8())), "int64": pa.array([list(data)]),
+        "fixed_size_list": pa.array([list(data)], pa.list_(pa.uint8(), len(data))), "struct": pa.array([{"bytes": data, "path": None}]),
+        "struct of a path": pa.array([{"bytes": None, "path": "a.png"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        "list of struct": pa.array([[{"bytes": data, "path": None}, {"bytes": png(2), "path": None}]]),
+        "list of binary": pa.array([[data, png(2)]]),
+        "pixels": pa.array([np.asarray(drawn(1)).tolist()]), "map": pa.array([[("bytes", data)]], pa.map_(pa.string(), pa.binary())),
+    }  # fmt: skip
+    bad = {
+        "null": ("empty", pa.nulls(1)), "null text": ("empty", pa.array([None], pa.string())), "number": ("not a picture", pa.array([5])),
+        "nan": ("not a picture", pa.array([float("nan")])), "truth": ("not a picture", pa.array([True])),
+        "address": ("not a picture", pa.array(["https://host/a.png"])),
+        "struct of null": ("empty", pa.array([{"bytes": None, "path": None}])),
+        "empty list": ("empty", pa.array([[]], pa.list_(pa.binary()))), "no such path": ("missing", pa.array(["b.png"])),
+        "long text": ("not a picture", pa.array(["word " * 200])), "time": ("not a picture", pa.array([1], pa.timestamp("s"))),
+        "text that is none": ("broken", pa.Array.from_buffers(
+            pa.string(), 1, pa.array([b"caf\xe9"]).buffers())),
+    }  # fmt: skip
+    for name, column in good.items():
+        parquet.write_table(pa.table({"image": column, "image.more": ["x"]}), tmp_path / "t.parquet")
+        sources = inputs.find(tmp_path / "t.parquet", tmp_path / "out")
+        (payload,) = inputs.payloads(sources.sources, sources.column)
+        assert np.array_equal(read_picture(payload), drawn(1)), name
+    for name, (kind, column) in bad.items():
+        parquet.write_table(pa.table({"image": column}), tmp_path / "t.parquet")
+        sources = inputs.find(tmp_path / "t.parquet", tmp_path / "out")
+        (found,) = inputs.payloads(sources.sources, sources.column)
+        assert isinstance(found, UnreadableError) and found.kind == kind, (name, found)
+
+
+def test_a_bad_file_among_parquet_files_is_named_before_the_first_picture(capsys, tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "in").mkdir()
+    odd = tmp_path / "in" / os.fsdecode(b"caf\xe9.parquet")
+    with odd.open("wb") as file:
+        parquet.write_table(pa.table({"image": [png(1)], "id": ["a"]}), file)
+    whole = odd.read_bytes()
+    twice = io.BytesIO()
+    parquet.write_table(pa.Table.from_arrays([pa.array([png(1)])] * 2, ["image", "image"]), twice)
+    no_id, other = io.BytesIO(), io.BytesIO()
+    parquet.write_table(pa.table({"image": [png(1)]}), no_id)
+    parquet.write_table(pa.table({"picture": [png(1)], "id": ["b"]}), other)
+    for content in (b"", whole[:-30], whole[30:], b"words" * 99, twice.getvalue(), other.getvalue(), no_id.getvalue()):
+        (tmp_path / "in" / "part-1.PARQUET").write_bytes(content)
+        status, _, err = caption(capsys, tmp_path / "in", tmp_path / "out", "--id-column", "id")
+        assert status == 1 and "part-1.PARQUET: " in err and not (tmp_path / "out").exists()
+    (tmp_path / "in" / "part-1.PARQUET").unlink()
+    assert caption(capsys, tmp_path / "in", tmp_path / "out")[0] == 0
+    assert [line["name"] for line in lines(tmp_path / "out")] == ["caf\\xe9.parquet:0"]
+
+
+def test_damaged_rows_of_a_parquet_file_are_failures(tmp_path):
+    """The file's end, where the groups of rows are listed, is whole; what one of them holds is not."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "t.parquet"
+    parquet.write_table(pa.table({"image": [png(seed) for seed in range(6)]}), file, row_group_size=2, compression="snappy")
+    column = parquet.ParquetFile(file).metadata.row_group(1).column(0)
+    content = bytearray(file.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start : start + 200] = b"\xff" * 200
+    file.write_bytes(content)
+    sources = inputs.find(file, tmp_path / "out")
+    found = list(inputs.payloads(sources.sources, sources.column))
+    assert [getattr(each, "kind", None) for each in found] == [None, None, "broken", "broken", None, None]
+    assert "row 2 of t.parquet" in str(found[2])
+    file.unlink()
+    assert [each.kind for each in inputs.payloads(sources.sources[:2], sources.column)] == ["broken"] * 2
+
+
+# -- names and folders ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_names_that_are_no_utf8(capsys, tmp_path):
+    place = tmp_path / os.fsdecode(b"pictures \xff")
+    place.mkdir()
+    names = [b"caf\xe9.png", b"caf\\xe9.png", b"\xe9 words.jpg", b"line\nbreak.png", "ü\u2028.png".encode()]
+    for seed, name in enumerate(names):
+        (place / os.fsdecode(name)).write_bytes(png(seed) if name.endswith(b"png") else b"no picture")
+    out = tmp_path / os.fsdecode(b"out \xff")
+    for new in (5, 0):
+        status, text, err = caption(capsys, place, out, "--json")
+        assert status == 0 and json.loads(text)["new"] == new, err
+    with (out / "captions.jsonl").open(encoding="utf-8") as file:
+        found = [json.loads(line) for line in file][1:]
+    wanted = {"caf\\xe9.png", "caf\\\\xe9.png", "\\xe9 words.jpg", "line\nbreak.png", "ü\u2028.png"}
+    assert {line["name"] for line in found} == wanted and sum(line["caption"] is not None for line in found) == 4
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with (out / "captions.parquet").open("rb") as file:
+        assert set(parquet.read_table(file).column("name").to_pylist()) == wanted
+    (place / os.fsdecode(names[0])).rename(place / "new.png")
+    status, text, _ = caption(capsys, place, out)
+    assert status == 0 and "written:" in text and "\\xff" in text
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path):
+    inside, outside = tmp_path / "pictures", tmp_path / "elsewhere"
+    (inside / "b" / "c").mkdir(parents=True)
+    (outside / "deep").mkdir(parents=True)
+    for place in (inside, inside / "b", inside / "b" / "c", outside, outside / "deep"):
+        drawn(1).save(place / "x.png")
+    (inside / "a loop").symlink_to(inside, target_is_directory=True)
+    (inside / "b" / "up").symlink_to("..", target_is_directory=True)
+    (inside / "a twin").symlink_to(inside / "b", target_is_directory=True)
+    (inside / "one").symlink_to(outside, target_is_directory=True)
+    (inside / "two").symlink_to(outside, target_is_directory=True)
+    (outside / "back").symlink_to(inside, target_is_directory=True)
+    (inside / "gone").symlink_to(tmp_path / "nowhere", target_is_directory=True)
+    (inside / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (inside / "file.png").symlink_to(outside / "x.png")
+    found = inputs.find(inside, tmp_path / "out")
+    assert sorted(source.name for source in found.sources) == [
+        "b/c/x.png", "b/x.png", "file.png", "gone.png", "one/deep/x.png", "one/x.png", "x.png",
+    ]  # fmt: skip
+    (tmp_path / "link").symlink_to(inside, target_is_directory=True)
+    assert inputs.find(tmp_path / "link", tmp_path / "out").sources[0].name == "file.png"
+
+
+def test_folders_that_cannot_be_listed_are_told(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    drawn(1).save(tmp_path / "x.png")
+    scandir = os.scandir
+
+    def scan(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    found = inputs.find(tmp_path, tmp_path / "out")
+    assert len(found.sources) == 1 and found.closed == (str(tmp_path / "closed"),)
+
+
+def test_what_a_run_has_written_is_no_picture(capsys, tmp_path):
+    """Captions beside the pictures, below them, and those of other runs there."""
+    for seed in range(2):
+        drawn(seed).save(tmp_path / f"{seed}.png")
+    drawn(5).save(tmp_path / "report.json.png")
+    for out in (tmp_path, tmp_path / "one", tmp_path / "two"):
+        assert caption(capsys, tmp_path, out, "--limit", "2")[0] == 0
+        status, text, _ = caption(capsys, tmp_path, out, "--json")
+        report = json.loads(text)
+        assert status == 0 and (report["pictures"], report["new"], report["other_files"]) == (3, 1, 0)
+
+
+def test_parquet_files_beside_what_a_run_has_written(capsys, tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"image": [png(1)]}), tmp_path / "a.parquet")
+    (tmp_path / "mine").mkdir()
+    parquet.write_table(pa.table({"image": [png(2)]}), tmp_path / "mine" / "captions.parquet")  # no run's: there is no journal beside it
+    for new in (2, 0):
+        status, text, _ = caption(capsys, tmp_path, tmp_path, "--json")
+        assert status == 0 and (json.loads(text)["pictures"], json.loads(text)["new"]) == (2, new)
+
+
+def test_a_run_without_a_caption_fails(capsys, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "x.png").write_bytes(b"words")
+    for more in ((), ("--json",), ("--retry-failed",)):
+        status, text, err = caption(capsys, tmp_path / "pictures", tmp_path / "out", *more)
+        assert status == 1 and "none of the 1 pictures has a caption; the first: x.png: not a picture" in err
+        assert json.loads(text)["failed"] == 1 if more == ("--json",) else "failed:     1 (1 not a picture)" in text
+    drawn(1).save(tmp_path / "pictures" / "y.png")
+    assert caption(capsys, tmp_path / "pictures", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: line.pop("read"), lambda line: line.pop("name"), lambda line: line.update(tokens="3"),
+        lambda line: line.update(error="both"),
+        lambda line: line.update(caption=None), lambda line: line.update(more=1),
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named(capsys, tmp_path, change):
+    drawn(1).save(tmp_path / "x.png")
+    out = tmp_path / "out"
+    assert caption(capsys, tmp_path, out)[0] == 0
+    first, line = (out / "captions.jsonl").read_text().splitlines()
+    changed = json.loads(line)
+    change(changed)
+    (out / "captions.jsonl").write_text(f"{first}\n{line}\n{json.dumps(changed)}\n")
+    status, _, err = caption(capsys, tmp_path, out)
+    assert status == 1 and "captions.jsonl line 3 is no answer of this version" in err
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------------------------
