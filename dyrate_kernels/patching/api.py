@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import copy
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from dyrate_kernels import policies
 from dyrate_kernels import vision as reducers
 from dyrate_kernels.cache import VisualCache
 from dyrate_kernels.ops import dispatch
-from dyrate_kernels.patching import attention
+from dyrate_kernels.patching import attention, calls
+from dyrate_kernels.patching.calls import Call
 from dyrate_kernels.patching.families import (
     blocks_ahead,
     by_name,
@@ -34,11 +34,13 @@ from dyrate_kernels.patching.families import (
 from dyrate_kernels.patching.forward import Forward
 from dyrate_kernels.patching.fused import Fused, check_fusable
 from dyrate_kernels.patching.graph import StepGraph
+from dyrate_kernels.patching.overrides import Override
 from dyrate_kernels.patching.parallel import head_shards
 from dyrate_kernels.patching.session import Session
 from dyrate_kernels.patching.shrink import ShrinkHooks, gather_columns
+from dyrate_kernels.patching.vision import PIXELS, features_for, pixel_kinds, prepare
 from dyrate_kernels.patching.vision import check_supported as check_reducers
-from dyrate_kernels.patching.vision import pixel_kinds, positions_of_all, prepare, served
+from dyrate_kernels.patching.wrapped import unwrapped
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.stats import Snapshot, Stats, collect, snapshot
 from dyrate_kernels.vision import Reducer
@@ -66,7 +68,8 @@ def patch(
     """Makes ``model.generate`` drop visual tokens while it generates. Works on this instance only; ``unpatch`` undoes it.
 
     Args:
-        model: a supported vision-language model (``patching.families.FAMILIES``).
+        model: a supported vision-language model (``patching.families.FAMILIES``), or what ``torch.compile`` or PEFT made of one: then the
+            model inside is patched.
         policy: a name of ``dyrate_kernels.policies.names()`` or a policy object, e.g. ``policies.FastV(k=3, rate=0.5)``.
         retention: ``"recoverable"`` (every row stays; layers >= k read only the chosen ones, which may come back) or ``"evict"`` (dropped
             rows are gone, the prompt is shrunk in layers >= k).
@@ -91,6 +94,7 @@ def patch(
         ValueError: a bad argument, or one that does not fit this model.
         RuntimeError: the model is patched already, or the named backend cannot run.
     """
+    model = unwrapped(model)
     family = check_supported(model)
     if _HANDLE in vars(model):
         raise RuntimeError("model is patched already; call dyrate_kernels.unpatch(model) first, then patch it with the new settings")
@@ -138,7 +142,7 @@ def unpatch(model: Any) -> None:
     Raises:
         RuntimeError: the model is not patched.
     """
-    handle = vars(model).get(_HANDLE)
+    handle = vars(unwrapped(model)).get(_HANDLE)
     if handle is None:
         raise RuntimeError("model is not patched; nothing to undo")
     handle.unpatch()
@@ -161,6 +165,7 @@ class Handle:
         fused: with ``fuse=True`` what turns the fused modules on and off; else None.
         graph: with ``cuda_graph=True`` what captures and replays decode steps, and counts them; else None.
         vision: the reducers before the language model, in order; empty: none.
+        running: the calls of ``generate()`` under way, in all threads, the newest last.
     """
 
     def __init__(
@@ -177,19 +182,18 @@ class Handle:
     ) -> None:
         self.model, self.family, self.policy, self.retention = model, family, policy, retention
         self.vision = tuple(vision)
-        self._reducing: bool | None = None  # this generation's prompt is reduced; True: its hidden states are wanted at every column
-        self._serving = False  # reduced features are at hand: a generate() inside of generate() is not to make them again
         self._asked_backend = backend
         self.record_importance = record_importance
         self.shape = ModelShape.from_config(model.config).replace(stored_weights=stored_weights(model))
         self.heads = head_shards(model)
         if cuda_graph and self.heads is not None:
             raise ValueError("cuda_graph=True is not available for a model whose heads are shared among processes; leave it out")
-        self.session: Session | None = None  # of the generation under way
-        self._last: Snapshot | None = None
+        self.running: list[Call] = []
+        self._last: Snapshot | str | None = None  # of the last generation; a str: why there is none
         self._told = False
         self._active = True
         self._hooks: list[Any] = []
+        self._overrides: list[Override] = []
         self._shrink: ShrinkHooks | None = None
         self.graph = StepGraph(self) if cuda_graph else None
         self.fused = Fused() if fuse else None
@@ -222,15 +226,24 @@ class Handle:
         ]
         if self.retention == "evict" and self.policy.at_prefill:
             self._shrink = ShrinkHooks(decoder_layers(model), self.policy.layer_groups(self.shape.num_layers))
-        for name in ("generate", "_prepare_cache_for_generation"):
-            vars(model)[name] = getattr(self, f"_{name.strip('_')}")  # bound methods: a deep copy of the model gets its own handle's
+        self._override(model, "generate", "generate")
+        self._override(model, "_prepare_cache_for_generation", "prepare_cache")
         for name in _NO_BATCHING:
-            if hasattr(type(model), name):
-                vars(model)[name] = functools.partial(_refuse_batching, name)
+            if hasattr(model, name):
+                self._override(model, name, "refuse_batching")
+        if self.vision:
+            for kind in PIXELS:
+                if hasattr(model.base_model, f"get_{kind}_features"):
+                    self._override(model.base_model, f"get_{kind}_features", f"{kind}_features")
+            if hasattr(model.base_model, "get_rope_index"):
+                self._override(model, "_prepare_position_ids_for_generation", "prepare_positions")
         if self.policy.reads_logits:
             self._hooks.append(model.register_forward_hook(self._after_model, with_kwargs=True))
         if self.graph is not None:
             self.graph.install()
+
+    def _override(self, owner: Any, name: str, answer: str) -> None:
+        self._overrides.append(Override(owner, name, self, f"_answer_{answer}"))
 
     def unpatch(self) -> None:
         """Undoes the patch; a second call does nothing."""
@@ -246,10 +259,20 @@ class Handle:
             self.fused.remove(text_model(model))
         for layer in decoder_layers(model):
             attention.restore(layer.self_attn)
-        for name in (_HANDLE, "generate", "_prepare_cache_for_generation", *_NO_BATCHING):
-            vars(model).pop(name, None)
+        for override in self._overrides:
+            override.remove()
+        vars(model).pop(_HANDLE, None)
         if self.graph is not None:
             self.graph.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        """The handle of a copied model, in which nothing is under way."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self) | {"running": []}, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(attention.UNPATCH_FIRST)
 
     def __enter__(self) -> Handle:
         return self
@@ -278,47 +301,59 @@ class Handle:
             RuntimeError: nothing was generated yet.
             ValueError: there is no such sequence or step.
         """
-        last = self._last if self.session is None else snapshot(self.session)
+        session = self.session
+        last = self._last if session is None else snapshot(session)
         if last is None:
             raise RuntimeError("nothing was generated yet: call model.generate(...) on the patched model, then stats()")
+        if isinstance(last, str):
+            raise RuntimeError(f"the last generate() was not pruned: {last}")
         return collect(last, sequence, new_tokens)
+
+    @property
+    def session(self) -> Session | None:
+        """Of the generation under way: of this thread, else the newest one; None while there is none."""
+        call = calls.current(self)
+        if call is not None:
+            return call.session
+        return next((call.session for call in reversed([*self.running]) if call.session is not None), None)
 
     # ---- generate ---------------------------------------------------------------------------------------------------------------
 
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """``generate`` of the model's class, and then a word if nothing was dropped."""
-        outer, self.session, self._last = self.session, None, None  # a model that drafts for itself generates inside its own generate()
-        try:
-            with contextlib.ExitStack() as stack:
-                if self.vision and not self._serving:
-                    args, kwargs = self._reduce(stack, args, kwargs)
-                if self.graph is not None:
-                    stack.enter_context(self.graph.generation())
-                output = type(self.model).generate(self.model, *args, **kwargs)
-            if self.session is not None:
-                self._last = snapshot(self.session)
-                self._tell_if_nothing_dropped(self.session)
-            return output
-        finally:
-            if self.fused is not None:
-                self.fused.off()
-            session, self.session = self.session, outer  # None but for drafts: the handle does not keep keys and values alive
-            if session is not None:
-                session.part_from_cache()
+    def _answer_generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """``generate`` as the model has it, and then a word if nothing was dropped."""
+        with calls.begin(self) as call:
+            call.asks = _asked_cache(self.model, args, kwargs)
+            self.running.append(call)
+            try:
+                if self.vision:
+                    args, kwargs = self._reduce(call, args, kwargs)
+                output = original(*args, **kwargs)
+                if call.outer is None or call.outer.owner is not self:  # else it drafts, or is a question on the way to the answer
+                    self._last = call.unpruned if call.session is None else snapshot(call.session)
+                    self._tell_if_nothing_dropped(call)
+                return output
+            finally:
+                self.running.remove(call)
+                if self.fused is not None:
+                    self.fused.off()
+                session, call.session, call.features, call.graph = call.session, None, None, None
+                if session is not None:
+                    session.part_from_cache()
 
-    def _reduce(self, stack: contextlib.ExitStack, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _reduce(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Reduces the visual tokens of a prompt: the arguments of ``generate`` with what went masked. The model's own calls for features
-        are answered by the reduced ones until ``stack`` ends.
+        in this call are answered by the reduced ones.
         """
         given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
         config = given.get("generation_config") or self.model.generation_config
         cache = cache_in(given)
-        settings = {name: given.get(name, getattr(config, name, None)) for name in ("use_cache", "cache_implementation")}
         ours = isinstance(cache, VisualCache)
-        if not ours and (cache is not None or settings["use_cache"] is False or settings["cache_implementation"] is not None):
+        if not ours and _why_unpruned(cache, call.asks) is not None:
             return args, kwargs  # as unpatched
-        if getattr(config, "is_assistant", False):
-            return args, kwargs  # what it drafts decides nothing, and it may be given the features of another model
+        if getattr(config, "is_assistant", False):  # what it drafts decides nothing, and it may be given the features of another model
+            if call.outer is not None and call.outer.owner is self:
+                call.features, call.serving = call.outer.features, True
+            return args, kwargs
         reduced = ours and cache.session is not None and cache.session.reduced
         kinds, active = pixel_kinds(given), [reducer for reducer in self.vision if reducer.drops]
         ids = given.get("input_ids")
@@ -339,7 +374,7 @@ class Handle:
         mask = self._default_mask(ids, config, given, past) if mask is None else mask
         if past and mask.shape[1] == ids.shape[1]:
             ids = ids[:, past:]  # the whole conversation was given: as transformers does
-        stack.enter_context(positions_of_all(self.model, mask))
+        call.mask = mask
         if reduced:
             known = cache.session.column_valid.to(mask.device)
             if known.shape[0] != mask.shape[0] or mask.shape[1] < past:
@@ -350,22 +385,33 @@ class Handle:
             mask = mask.clone()
             mask[:, : known.shape[1]] *= known.to(mask.dtype)
         if kinds and active:
-            prepared = prepare(self.model, active, self.backend, given, ids, mask)
-            mask = prepared.mask
-            stack.enter_context(served(self.model, prepared))
-            stack.enter_context(self._while_serving())
-        hidden = given.get("output_hidden_states", getattr(config, "output_hidden_states", False))
-        self._reducing = bool(hidden)
-        stack.callback(setattr, self, "_reducing", None)
+            call.features = prepare(self.model, active, self.backend, given, ids, mask)
+            call.serving = True
+            mask = call.features.mask
+        call.reduced = True
+        call.keeps_width = bool(given.get("output_hidden_states", getattr(config, "output_hidden_states", False)))
         return args, kwargs | {"attention_mask": mask}
 
-    @contextlib.contextmanager
-    def _while_serving(self) -> Iterator[None]:
-        self._serving = True
-        try:
-            yield
-        finally:
-            self._serving = False
+    def _answer_image_features(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._features("image", original, args, kwargs)
+
+    def _answer_video_features(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._features("video", original, args, kwargs)
+
+    def _features(self, kind: str, original: Any, args: tuple, kwargs: dict) -> Any:
+        """The reduced features, where the call of this thread asks for them; else the model's own."""
+        call = calls.current(self)
+        found = features_for(call.features, kind, args, kwargs) if call is not None and call.serving and call.features else None
+        return original(*args, **kwargs) if found is None else found
+
+    def _answer_prepare_positions(self, original: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """Positions of three dimensions are made from the mask before it was reduced: they follow from the size of each picture, so a
+        token keeps its place in it whatever else went.
+        """
+        call = calls.current(self)
+        if call is not None and call.mask is not None:
+            model_kwargs = model_kwargs | {"attention_mask": call.mask}
+        return original(inputs_tensor, model_kwargs)
 
     def _default_mask(self, ids: Tensor, config: Any, given: dict[str, Any], past: int) -> Tensor:
         """What transformers makes where no mask is given: 0 at padding, if that can be told from the end of an answer."""
@@ -376,14 +422,30 @@ class Handle:
             return torch.ones_like(ids)
         return (ids != pad).long()
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int, *args: Any
+    def _answer_prepare_cache(
+        self,
+        original: Any,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
     ) -> Any:
+        call = calls.current(self)
+        rest = (generation_mode, batch_size, max_cache_length, *args)
         cache = cache_in(model_kwargs)
         ours = isinstance(cache, VisualCache)
-        fresh = cache is None and generation_config.use_cache is not False and generation_config.cache_implementation is None
-        if not (ours or fresh):
-            return self._original_prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args)
+        if call is not None:
+            call.serving = False  # from here on in passes of the base model with this call's cache
+        if not ours:
+            why = _why_unpruned(cache, {} if call is None else call.asks)
+            if why is not None:
+                if call is not None:
+                    call.unpruned = why
+                return original(generation_config, model_kwargs, *rest)
+            # what is left says nothing but what the checkpoint was saved with, in training or for another way to run it
+            generation_config.use_cache, generation_config.cache_implementation = True, None
         if generation_config.output_attentions:
             raise ValueError(
                 "output_attentions=True is not available on a patched model (fused attention makes no attention matrix); "
@@ -395,7 +457,7 @@ class Handle:
                     f"{cache_name()} was made under another policy or retention than this model is patched with; "
                     f"start again without {cache_name()}"
                 )
-            self._original_prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args)
+            original(generation_config, model_kwargs, *rest)
         else:
             session = Session(self.policy, self.shape, self.retention, self.backend, self.record_importance, self.heads)
             cache = model_kwargs[cache_name()] = session.cache
@@ -406,17 +468,27 @@ class Handle:
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         if self.vision:
             cache.session.vision = "+".join(reducer.name for reducer in self.vision)
-            if self._reducing is not None:
-                cache.session.reduced, cache.session.keeps_width = True, self._reducing
+            if call is not None and call.reduced:
+                cache.session.reduced, cache.session.keeps_width = True, call.keeps_width
         cache.session.begin_turn(prompt, max_cache_length + 1, frozen=assisted or assistant, assistant=assistant)
-        self.session = cache.session
+        if call is not None:
+            call.session = cache.session
         return None
 
-    def _original_prepare(self, *args: Any) -> Any:
-        return type(self.model)._prepare_cache_for_generation(self.model, *args)
+    def _answer_refuse_batching(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"{original.__name__}() (continuous batching) keeps its own paged cache and cannot drop visual tokens; "
+            "use model.generate(...) with a batch, or dyrate_kernels.unpatch(model) first"
+        )
 
-    def _tell_if_nothing_dropped(self, session: Session) -> None:
-        if self._told or not self.policy.drops or session.record is None:
+    def _tell_if_nothing_dropped(self, call: Call) -> None:
+        session = call.session
+        if self._told or not self.policy.drops:
+            return
+        if session is None and call.unpruned is not None:
+            self._told = True
+            warnings.warn(f"nothing is dropped in this generation with policy {self.policy.name!r}: {call.unpruned}", stacklevel=4)
+        if session is None or session.record is None:
             return
         record = session.record
         visual = session.cache.full.n_visual
@@ -428,7 +500,7 @@ class Handle:
             if record.steps == 1 and not session.evict
             else (f"the policy chose to keep every visual token at each of the {record.steps} steps")
         )
-        warnings.warn(f"nothing was dropped in this generation with policy {self.policy.name!r}: {reason}", stacklevel=3)
+        warnings.warn(f"nothing was dropped in this generation with policy {self.policy.name!r}: {reason}", stacklevel=4)
 
     # ---- forward ----------------------------------------------------------------------------------------------------------------
 
@@ -438,6 +510,10 @@ class Handle:
         if not isinstance(cache, VisualCache) or cache.session is None:
             return None
         session = cache.session
+        if self.vision:
+            call = calls.current(self)
+            if call is not None:
+                call.serving = call.session is session
         if not _is_step(session, bound):
             pictures = bound.get("pixel_values") is not None
             blocks = blocks_ahead(self.family, bound, pictures or not cache.is_initialized)
@@ -452,6 +528,10 @@ class Handle:
     def _before_decoder(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         bound = by_name(self._decoder_names, args, kwargs)
         cache = cache_in(bound)
+        if self.vision:
+            call = calls.current(self)
+            if call is not None:
+                call.serving = False  # the base model has its features
         if self.fused is not None:
             self.fused.off()
         if not isinstance(cache, VisualCache):
@@ -546,8 +626,28 @@ def _is_step(session: Session, bound: dict[str, Any]) -> bool:
     return ids is not None and session.is_decode(ids.shape[1])
 
 
-def _refuse_batching(name: str, *args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError(
-        f"{name}() (continuous batching) keeps its own paged cache and cannot drop visual tokens; "
-        "use model.generate(...) with a batch, or dyrate_kernels.unpatch(model) first"
-    )
+_CACHE_SETTINGS = ("use_cache", "cache_implementation")
+
+
+def _asked_cache(model: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the caller of ``generate`` says about the cache: by an argument, or in a generation config where that differs from the
+    checkpoint's own.
+    """
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    asked = {}
+    for name in _CACHE_SETTINGS:
+        value = kwargs.get(name, getattr(config, name, None))
+        if value is not None and (name in kwargs or value != getattr(model.generation_config, name, None)):
+            asked[name] = value
+    return asked
+
+
+def _why_unpruned(cache: Any, asked: dict[str, Any]) -> str | None:
+    """Why a generation runs as on an unpatched model: its caller wants another cache, or none. None where it does not."""
+    if cache is not None:
+        return f"generate() was given a {type(cache).__name__}; leave {cache_name()} out, or give one that a patched generate() returned"
+    if asked.get("use_cache") is False:
+        return "generate() was called with use_cache=False; leave it out"
+    if asked.get("cache_implementation") is not None:
+        return f"generate() was called with cache_implementation={asked['cache_implementation']!r}; leave it out"
+    return None

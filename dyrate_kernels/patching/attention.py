@@ -6,6 +6,7 @@ do not flip together, and ``print(model)`` shows the swap (design.md, section 5)
 
 from __future__ import annotations
 
+import copy
 import sys
 from functools import cache
 from typing import Any, Protocol
@@ -57,11 +58,36 @@ def _set_config(module: nn.Module, config: Any) -> None:
     module.__dict__["config"] = config.__dict__["original"] if isinstance(config, ConfigView) else config
 
 
+UNPATCH_FIRST = (
+    "a patched model cannot be pickled: call dyrate_kernels.unpatch(model) first, or save its weights alone (save_pretrained() and "
+    "state_dict() work on a patched model too)"
+)
+
+
+def _refuse_pickling(self: Any, protocol: Any) -> Any:
+    raise TypeError(UNPATCH_FIRST)
+
+
+def _deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    twin = memo[id(module)] = type(module).__new__(type(module))
+    twin.__setstate__(copy.deepcopy(module.__dict__, memo))
+    return twin
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    twin = type(module).__new__(type(module))
+    twin.__setstate__(dict(module.__dict__))
+    return twin
+
+
 @cache
 def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
     members = {
         "config": property(_get_config, _set_config),
         "_dyrate_original": original,
+        "__reduce_ex__": _refuse_pickling,  # before pickle says that it cannot find this class
+        "__deepcopy__": _deep_copy,
+        "__copy__": _copy,
         "__module__": __name__,
         "__doc__": f"{original.__name__}, patched by dyrate_kernels.",
     }

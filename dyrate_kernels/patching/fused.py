@@ -10,6 +10,7 @@ cache. Every other pass is the model's own.
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -31,17 +32,13 @@ KNOWN = {
     for name, title in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"))
 }
 _SWITCH = "_dyrate_switch"  # attribute of a fused module: its ``Fused``
+_PASS = threading.local()  # .of: the ``Fused`` of the pass under way in this thread, .kernels: the functions of ``ops.layers`` that fuse
 
 
 class Fused:
-    """The fused modules of one patched model, and what they look at.
-
-    Attributes:
-        kernels: the functions of ``ops.layers`` that fuse; None: this pass is the model's own.
-    """
+    """The fused modules of one patched model. Whether they fuse is a matter of the pass under way in each thread."""
 
     def __init__(self) -> None:
-        self.kernels: ModuleType | None = None
         self._told = False
 
     def install(self, decoder: nn.Module) -> None:
@@ -62,8 +59,8 @@ class Fused:
         """The pass that begins is one of ours, on ``device``."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
             return
-        self.kernels = ops.fused(backend, device)
-        if self.kernels is None and not self._told:
+        _PASS.of, _PASS.kernels = self, ops.fused(backend, device)
+        if _PASS.kernels is None and not self._told:
             self._told = True
             warnings.warn(
                 f"fuse=True has no effect: the backend is {backend!r} and only 'triton' has such kernels. Results are the same.",
@@ -72,7 +69,8 @@ class Fused:
 
     def off(self) -> None:
         """The pass that begins is the model's own."""
-        self.kernels = None
+        if getattr(_PASS, "of", None) is self:
+            _PASS.of = _PASS.kernels = None
 
 
 def _alike(*tensors: Tensor) -> bool:
@@ -83,7 +81,7 @@ def _alike(*tensors: Tensor) -> bool:
 def _kernels(module: nn.Module) -> ModuleType | None:
     """What to fuse with in this pass. A forward that accelerate took over while the module was fused outlives the patch: then None."""
     fused = vars(module).get(_SWITCH)
-    return None if fused is None else fused.kernels
+    return None if fused is None or getattr(_PASS, "of", None) is not fused else _PASS.kernels
 
 
 def _norm(original: type[nn.Module]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from dyrate_kernels.patching import calls
+from dyrate_kernels.patching.calls import Call
 from dyrate_kernels.patching.families import CACHE_NAMES, cache_in, cache_name
 from dyrate_kernels.patching.session import Session
 
@@ -214,10 +216,6 @@ class StepGraph:
         self.off: str | None = None
         self._told: set[str] = set()
         self._recorders: dict[torch.device, Recorder] = {}
-        self._run: _Run | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_run": None}  # a deep copy of the model makes graphs of its own
 
     def __repr__(self) -> str:
         return f"StepGraph(captures={self.captures}, replays={self.replays}, off={self.off!r})"
@@ -244,31 +242,22 @@ class StepGraph:
     def remove(self) -> None:
         """Gives ``forward`` back, also where accelerate has wrapped it meanwhile."""
         attributes = vars(self.handle.model)
-        self._run = None
         if attributes.get("forward") is self:
             del attributes["forward"]
         if attributes.get("_old_forward") is self:
             attributes["_old_forward"] = self.eager
 
-    @contextlib.contextmanager
-    def generation(self) -> Iterator[None]:
-        """Around one ``generate()``: its graph ends with it."""
-        outer, self._run = self._run, None
-        try:
-            yield
-        finally:
-            self._run = outer
-
     # ---- forward ----------------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        session = self._session_of_step(args, kwargs)
+        call = calls.current(self.handle)
+        session = None if call is None else self._session_of_step(call, args, kwargs)
         inputs = None if session is None else _split(kwargs)
-        if session is None or inputs is None:
+        if call is None or session is None or inputs is None:
             return self.eager(*args, **kwargs)
-        run = self._run
+        run = call.graph
         if run is None or run.session is not session:
-            run = self._run = _Run(session, self._recorder())
+            run = call.graph = _Run(session, self._recorder(call))
         if run.recorder is None:
             return self.eager(**kwargs)
         session.reserve_step()
@@ -287,9 +276,9 @@ class StepGraph:
         with run.recorder.warm_up(), _whole_regions(session):
             return self._step(run, inputs)
 
-    def _session_of_step(self, args: tuple, kwargs: dict) -> Session | None:
-        """The session if this is a plain decode step inside of ``generate()``. Reads nothing on a device."""
-        session = self.handle.session
+    def _session_of_step(self, call: Call, args: tuple, kwargs: dict) -> Session | None:
+        """The session if this is a plain decode step of ``call``. Reads nothing on a device."""
+        session = call.session
         if session is None or args or self.off is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         ids = kwargs.get("input_ids")
@@ -351,8 +340,10 @@ class StepGraph:
 
     # ---- where it does not go ---------------------------------------------------------------------------------------------------
 
-    def _recorder(self) -> Recorder | None:
+    def _recorder(self, call: Call) -> Recorder | None:
         """The recorder for this generation; None, and a word to the user, where the model cannot be captured."""
+        if any(other.thread != call.thread and getattr(other.graph, "recorder", None) is not None for other in self.handle.running):
+            return None  # of the same stream and the same scratch memory: this one runs eagerly beside it
         try:
             return self._checked_recorder()
         except CannotCapture as reason:

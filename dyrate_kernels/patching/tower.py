@@ -1,17 +1,23 @@
-"""Reducers in CLIP and SigLIP towers: one pass through tower and projector, watched by hooks for what the reducers ask for."""
+"""Reducers in CLIP and SigLIP towers: one pass through tower and projector, watched by hooks for what the reducers ask for.
+
+The hooks are on the model while any pass is watched; each asks for the run of its own thread, so that passes of other threads, reduced
+or not, are none of its business.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dyrate_kernels import ops
+from dyrate_kernels.patching.overrides import Override
 from dyrate_kernels.patching.reducing import Layout, Run
 from dyrate_kernels.vision.base import (
     ATTENTION,
@@ -53,13 +59,15 @@ class TowerRun(Run):
         self.grid = config.image_size // config.patch_size
         self.has_cls = config.model_type == "clip_vision_model"
         self.needs = {need for reducer in reducers for need in reducer.needs}
-        self.seen: dict[int, Tensor] = {}  # what goes into the attention of these layers
+        self.watched: set[int] = set()  # the layers whose attention's input is wanted
+        self.seen: dict[int, Tensor] = {}  # that input
         self.cls: Tensor | None = None
         self.projected: Tensor | None = None
         self.packed: tuple[Any, ...] | None = None  # arguments of the model's own packing
         self.pooling: Callable | None = None
         self.merged: Any = None
         self.merging: Merging | None = None
+        self.plan: Sequence[int] = ()
         self.offset = 0  # rows in front of a crop's patches
         self.scores: dict[str, Tensor] = {}  # by name, [C, T]
         self.frames = 0
@@ -77,19 +85,13 @@ class TowerRun(Run):
         self.making, self.reading = max(chosen - 1, 0), min(chosen, depth - 1)
         if self.kind == "video":
             self.frames = pixels.shape[1]
-        with contextlib.ExitStack() as stack:
-            for layer in self._watched_layers():
-                self._hook(stack, self.layers[layer].self_attn.register_forward_pre_hook(self._see(layer), with_kwargs=True))
-            self._hook(stack, self.layers[self.making].register_forward_hook(self._see_cls))
-            projector = self.base.multi_modal_projector
-            self._hook(stack, projector.register_forward_pre_hook(self._before_projector))
-            self._hook(stack, projector.register_forward_hook(self._after_projector))
-            for name in ("pack_image_features", "apply_pooling"):
-                if hasattr(self.base, name):
-                    replace_on(stack, self.base, name, self._watched_call(name, getattr(self.base, name)))
-            if isinstance(self.reducers[0], ToMe):
-                self._merge_in_tower(stack)
-            return encoder(**fields, return_dict=True)
+        self.watched = self._watched_layers()
+        with watched(self.base):
+            token = _RUN.set(self)
+            try:
+                return encoder(**fields, return_dict=True)
+            finally:
+                _RUN.reset(token)
 
     def _watched_layers(self) -> set[int]:
         found = set()
@@ -101,36 +103,23 @@ class TowerRun(Run):
             found.add(self.reading)
         return found
 
-    @staticmethod
-    def _hook(stack: contextlib.ExitStack, handle: Any) -> None:
-        stack.callback(handle.remove)
+    def see(self, layer: int, hidden: Tensor) -> None:
+        """``[C, T, E]``, what goes into the attention of a layer."""
+        if layer in self.watched:
+            self.seen[layer] = hidden
 
-    def _see(self, layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.seen[layer] = args[0] if args else kwargs["hidden_states"]
+    def see_output(self, layer: int, hidden: Tensor) -> None:
+        """``[C, T, E]``, what comes out of a layer."""
+        if layer == self.making:
+            self.cls = hidden[:, 0] if self.has_cls else None
 
-        return hook
+    def pack(self, original: Callable, features: Any, sizes: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of the model's ``pack_image_features``."""
+        self.packed = (original, [len(item) for item in features], sizes, args, kwargs)
+        return original(features, sizes, *args, **kwargs)
 
-    def _see_cls(self, module: nn.Module, args: tuple, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        self.cls = hidden[:, 0] if self.has_cls else None
-
-    def _watched_call(self, name: str, original: Callable) -> Callable:
-        @functools.wraps(original)
-        def call(features: Any = None, *args: Any, **kwargs: Any) -> Any:
-            features = kwargs.pop("image_features", features)
-            if name == "pack_image_features":
-                sizes = kwargs.pop("image_sizes", None)
-                sizes, args = (args[0], args[1:]) if sizes is None else (sizes, args)
-                self.packed = (original, [len(item) for item in features], sizes, args, kwargs)
-                return original(features, sizes, *args, **kwargs)
-            self.pooling = original
-            return original(features, *args, **kwargs)
-
-        return call
-
-    def _before_projector(self, module: nn.Module, args: tuple) -> tuple | None:
-        features = args[0]
+    def before_projector(self, features: Tensor) -> Tensor | None:
+        """``[C, T, E]``, what goes into the projector. Returns what goes there instead, or None."""
         patches = self.grid**2
         self.offset = features.shape[1] - patches
         if self.offset not in (0, 1) or (self.offset == 1 and not self.has_cls):
@@ -144,15 +133,12 @@ class TowerRun(Run):
             among = self.offset == 1
             found = first.merge(TowerFeatures(features[:, self.offset :], None if among else self._cls_like(features), self.scores))
             self.merged = found
-            return (torch.cat([features[:, : self.offset], found.features], dim=1), *args[1:])
+            return torch.cat([features[:, : self.offset], found.features], dim=1)
         return None
 
     def _cls_like(self, features: Tensor) -> Tensor | None:
         """[CLS] of the same layers as the features; None where features of several layers are joined, of which one alone is at hand."""
         return self.cls if self.cls is not None and self.cls.shape[-1] == features.shape[-1] else None
-
-    def _after_projector(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.projected = output
 
     def _score(self) -> None:
         """Works out what the reducers asked for, without an attention matrix where there is a [CLS]."""
@@ -167,32 +153,30 @@ class TowerRun(Run):
         if WHOLE_KEYS in self.needs:
             self.scores[WHOLE_KEYS] = self.layers[self.reading].self_attn.k_proj(self.seen[self.reading])[:, skip:]
 
-    def _merge_in_tower(self, stack: contextlib.ExitStack) -> None:
-        plan = self.reducers[0].plan(self.grid**2, self.making + 1)
-        for index, layer in enumerate(self.layers):
-            replace_on(stack, layer, "forward", self._merging_forward(layer, plan[index] if index < len(plan) else 0, index == 0))
+    @property
+    def merges_in_tower(self) -> bool:
+        """The layers work on merged tokens."""
+        return isinstance(self.reducers[0], ToMe)
 
-    def _merging_forward(self, layer: nn.Module, r: int, first: bool) -> Callable:
-        """A layer that works on merged tokens; from outside it takes and gives one row for each original token."""
-
-        @functools.wraps(layer.forward)
-        def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-            if first:
-                crops, tokens, _ = hidden_states.shape
-                self.merging = Merging(crops, tokens, int(self.has_cls), hidden_states.device)
-            merging = self.merging
-            index = merging.place.to(hidden_states.device)[..., None].expand(-1, -1, hidden_states.shape[2])
-            hidden = hidden_states.gather(1, index)
-            normed = layer.layer_norm1(hidden)
-            attended, _ = layer.self_attn(hidden_states=normed, attention_mask=merging.bias(hidden.dtype), **kwargs)
-            hidden = hidden + attended
-            if r:
-                keys = _heads(layer.self_attn.k_proj(normed), layer.self_attn.num_heads).mean(1)
-                hidden = merging.merge(hidden, keys, r)
-            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-            return hidden.gather(1, merging.source[..., None].expand(-1, -1, hidden.shape[2]))
-
-        return forward
+    def layer_forward(
+        self, index: int, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """In place of a layer's own where ``merges_in_tower``: from outside it takes and gives one row for each original token."""
+        if index == 0:
+            crops, tokens, _ = hidden_states.shape
+            self.plan = self.reducers[0].plan(self.grid**2, self.making + 1)
+            self.merging = Merging(crops, tokens, int(self.has_cls), hidden_states.device)
+        merging, r = self.merging, self.plan[index] if index < len(self.plan) else 0
+        where = merging.place.to(hidden_states.device)[..., None].expand(-1, -1, hidden_states.shape[2])
+        hidden = hidden_states.gather(1, where)
+        normed = layer.layer_norm1(hidden)
+        attended, _ = layer.self_attn(hidden_states=normed, attention_mask=merging.bias(hidden.dtype), **kwargs)
+        hidden = hidden + attended
+        if r:
+            keys = _heads(layer.self_attn.k_proj(normed), layer.self_attn.num_heads).mean(1)
+            hidden = merging.merge(hidden, keys, r)
+        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+        return hidden.gather(1, merging.source[..., None].expand(-1, -1, hidden.shape[2]))
 
     # -- reducing
 
@@ -392,8 +376,115 @@ def attention_received(module: nn.Module, hidden: Tensor, has_cls: bool, backend
     return total / query.shape[2]
 
 
-def replace_on(stack: contextlib.ExitStack, owner: nn.Module, name: str, function: Callable) -> None:
-    """Gives an instance a function of its own until ``stack`` ends; one that it had already (accelerate's) comes back then."""
-    own = vars(owner)
-    stack.callback(functools.partial(own.__setitem__, name, own[name]) if name in own else functools.partial(own.pop, name, None))
-    own[name] = function
+# ---- watching ------------------------------------------------------------------------------------------------------------------------
+
+_RUN: ContextVar[TowerRun | None] = ContextVar("dyrate_tower_run", default=None)  # the run under way in this thread
+_WATCH = "_dyrate_tower_watch"  # attribute of a base model: its ``_Watch``, while there is one
+_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def watched(base: nn.Module) -> Iterator[None]:
+    """Within: the towers of ``base`` tell the run of their thread what passes through them. Threads may enter at the same time."""
+    with _LOCK:
+        watch = vars(base).setdefault(_WATCH, None) or _Watch(base)
+        vars(base)[_WATCH] = watch
+        watch.users += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            watch.users -= 1
+            if not watch.users:
+                watch.remove()
+                vars(base).pop(_WATCH, None)
+
+
+class _Watch:
+    """Hooks and overrides of one model; ``users`` counts who needs them."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base, self.users = base, 0
+        projector = base.multi_modal_projector
+        self.hooks = [
+            projector.register_forward_pre_hook(self._before_projector),
+            projector.register_forward_hook(self._after_projector),
+        ]
+        self.overrides = []
+        for name, answer in (("pack_image_features", "pack"), ("apply_pooling", "pool")):
+            if hasattr(base, name):
+                self.overrides.append(Override(base, name, self, answer))
+        for name in ("vision_tower", "image_tower", "video_tower"):
+            tower = getattr(base, name, None)
+            for index, layer in enumerate(() if tower is None else _encoder_layers(tower)):
+                place = _LayerWatch(tower, index, layer)
+                self.hooks.append(layer.self_attn.register_forward_pre_hook(place.see, with_kwargs=True))
+                self.hooks.append(layer.register_forward_hook(place.see_output))
+                self.overrides.append(Override(layer, "forward", place, "forward"))
+
+    def remove(self) -> None:
+        """Everything is as it was."""
+        for each in (*self.hooks, *self.overrides):
+            each.remove()
+
+    def _run(self) -> TowerRun | None:
+        run = _RUN.get()
+        return run if run is not None and run.base is self.base else None
+
+    def _before_projector(self, module: nn.Module, args: tuple) -> tuple | None:
+        run = self._run()
+        instead = None if run is None else run.before_projector(args[0])
+        return None if instead is None else (instead, *args[1:])
+
+    def _after_projector(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        run = self._run()
+        if run is not None:
+            run.projected = output
+
+    def pack(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Answers ``pack_image_features``, whose first two arguments come by position or by name."""
+        run = self._run()
+        if run is None:
+            return original(*args, **kwargs)
+        given = [*args]
+        for place, name in enumerate(("image_features", "image_sizes")):
+            if name in kwargs:
+                given.insert(place, kwargs.pop(name))
+        return run.pack(original, *given, **kwargs)
+
+    def pool(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Answers ``apply_pooling``."""
+        run = self._run()
+        if run is not None:
+            run.pooling = original
+        return original(*args, **kwargs)
+
+
+class _LayerWatch:
+    """One layer of a tower."""
+
+    def __init__(self, tower: nn.Module, index: int, layer: nn.Module) -> None:
+        self.tower, self.index, self.layer = tower, index, layer
+
+    def _run(self) -> TowerRun | None:
+        run = _RUN.get()
+        return run if run is not None and run.tower is self.tower else None
+
+    def see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Hook before the layer's attention."""
+        run = self._run()
+        if run is not None:
+            run.see(self.index, args[0] if args else kwargs["hidden_states"])
+
+    def see_output(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Hook after the layer."""
+        run = self._run()
+        if run is not None:
+            run.see_output(self.index, output[0] if isinstance(output, tuple) else output)
+
+    def forward(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Answers the layer's ``forward``."""
+        run = self._run()
+        if run is None or not run.merges_in_tower:
+            return original(*args, **kwargs)
+        return run.layer_forward(self.index, self.layer, *args, **kwargs)

@@ -4,17 +4,15 @@
 (``tower.TowerRun`` where the reducers can watch the tower, ``grids.GridRun`` for all others), and hands ``generate`` the same prompt with
 an attention mask that is 0 at the placeholders of dropped tokens. So the cache never stores what is masked (``columns.narrow`` also keeps
 it out of the layers), and the sequences that come back hold the caller's prompt unchanged. Positions are contiguous, as transformers
-itself makes them from the mask; where they have three dimensions (Qwen-VL), every token keeps its own (``positions_of_all``). While
-``generate`` runs, the features that the model asks for are the reduced ones, in the layout of the placeholders.
+itself makes them from the mask; where they have three dimensions (Qwen-VL), every token keeps its own. Where that generation asks for
+features, and nowhere else, they are the reduced ones (``features_for``), in the layout of the placeholders.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -24,7 +22,6 @@ from torch import Tensor
 
 from dyrate_kernels.patching import grids, tower
 from dyrate_kernels.patching.reducing import Run
-from dyrate_kernels.patching.tower import replace_on
 from dyrate_kernels.vision.base import Reducer
 from dyrate_kernels.vision.tome import ToMe
 
@@ -152,46 +149,19 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
 # ---- while it generates -------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def served(model: Any, prepared: Prepared) -> Iterator[None]:
-    """Within: the model's own calls for features are answered by what ``prepare`` made."""
-    base = model.base_model
-    with contextlib.ExitStack() as stack:
-        for kind, features in prepared.features.items():
-            name = f"get_{kind}_features"
-            replace_on(stack, base, name, _answer(getattr(base, name), features, kind))
-        yield
+def features_for(prepared: Prepared, kind: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """What answers the model's ``get_image_features`` or ``get_video_features`` (``kind``); None where these pixels were not reduced.
 
-
-@contextlib.contextmanager
-def positions_of_all(model: Any, mask: Tensor) -> Iterator[None]:
-    """Within: a model whose positions have three dimensions makes them from ``mask`` ``[B, S]``, the prompt's before it was reduced: they
-    follow from the size of each picture, so a token keeps its place in it whatever else went.
+    Args:
+        args, kwargs: of that call.
     """
-    name = "_prepare_position_ids_for_generation"
-    with contextlib.ExitStack() as stack:
-        if hasattr(model.base_model, "get_rope_index"):
-            original = getattr(model, name)
-
-            @functools.wraps(original)
-            def positions(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
-                return original(inputs_tensor, model_kwargs | {"attention_mask": mask})
-
-            replace_on(stack, model, name, positions)
-        yield
-
-
-def _answer(original: Callable, features: Features, kind: str) -> Callable:
-    @functools.wraps(original)
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        names = (*PIXELS[kind], "pixel_values")
-        pixels = args[0] if args else next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
-        if pixels is None or pixels.shape[0] % features.pixels:
-            return original(*args, **kwargs)
-        # older versions of transformers ask for each beam
-        return _repeated(features, pixels.shape[0] // features.pixels)
-
-    return answer
+    features = prepared.features.get(kind)
+    names = (*PIXELS[kind], "pixel_values")
+    pixels = args[0] if args else next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+    if features is None or pixels is None or pixels.shape[0] % features.pixels:
+        return None
+    # older versions of transformers ask for each beam
+    return _repeated(features, pixels.shape[0] // features.pixels)
 
 
 def _repeated(features: Features, times: int) -> Any:

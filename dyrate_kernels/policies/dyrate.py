@@ -69,6 +69,14 @@ class DyRate(Policy):
         if self.predictor is not None and not isinstance(self.predictor, DyRatePredictor | str | os.PathLike):
             raise TypeError(f"predictor must be a DyRatePredictor, a folder, a hub id or None, got {type(self.predictor).__name__}")
 
+    def __repr__(self) -> str:
+        """With the predictor that is used, once that is known: None stands for the closed form in a bound policy."""
+        predictor = ClosedForm.source if self._on_device is not None and self.predictor is None else self.predictor
+        return (
+            f"{type(self).__name__}(k={self.k!r}, predictor={predictor!r}, rates={self.rates!r}, num_rates={self.num_rates!r}, "
+            f"spread={self.spread!r})"
+        )
+
     @property
     def rate_values(self) -> tuple[float, ...]:
         """The K rates this policy chooses from (a trained predictor's own once it is loaded)."""

@@ -1,0 +1,71 @@
+"""What belongs to one call of ``generate()``, and to nobody else: two threads, or a ``generate()`` inside of another one, share nothing.
+
+The call under way is known by a context variable, which each thread has for itself; a call inside of another one (a model that drafts for
+itself, a logits processor that generates) stands in front of it until it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dyrate_kernels.patching.session import Session
+from dyrate_kernels.patching.vision import Prepared
+
+
+@dataclass(eq=False)
+class Call:
+    """One ``generate()`` of a patched model.
+
+    Attributes:
+        owner: the ``Handle`` of the model.
+        outer: the call that this one was made in, of whatever model, or None.
+        session: once its cache is prepared; None before, and where it runs on a cache that is none of ours.
+        asks: what its caller said about the cache, by name (``use_cache``, ``cache_implementation``); not what the checkpoint says.
+        unpruned: why nothing can be dropped in it, in words; None where its cache is ours.
+        reduced: the prompt is reduced. keeps_width: and its hidden states are wanted at every column.
+        mask: ``[B, S]``, the prompt's attention mask before it was reduced, where it was.
+        features: what stands for the model's own visual features.
+        serving: these are asked for now: by ``generate`` before it prepares its cache, or by the base model in a pass of this call.
+        graph: what ``StepGraph`` keeps for this call.
+        thread: identifier of the thread that it runs in.
+    """
+
+    owner: Any
+    outer: Call | None
+    session: Session | None = None
+    asks: dict[str, Any] = field(default_factory=dict)
+    unpruned: str | None = None
+    reduced: bool = False
+    keeps_width: bool = False
+    mask: Tensor | None = None
+    features: Prepared | None = None
+    serving: bool = False
+    graph: Any = None
+    thread: int = field(default_factory=threading.get_ident)
+
+
+_CURRENT: ContextVar[Call | None] = ContextVar("dyrate_generate_call", default=None)
+
+
+def current(owner: Any) -> Call | None:
+    """The innermost call under way in this thread, if it is one of ``owner``'s."""
+    call = _CURRENT.get()
+    return call if call is not None and call.owner is owner else None
+
+
+@contextlib.contextmanager
+def begin(owner: Any) -> Iterator[Call]:
+    """Within: a call of ``owner``'s."""
+    call = Call(owner, _CURRENT.get())
+    token = _CURRENT.set(call)
+    try:
+        yield call
+    finally:
+        _CURRENT.reset(token)
