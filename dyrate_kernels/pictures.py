@@ -138,14 +138,18 @@ def _first(values: list[Any], folder: Path) -> Path | bytes | Image:
     """Of a list: the picture that its numbers are, or the first of its pictures."""
     if values and all(isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) for each in values):
         return find_picture(dict(values), folder)  # a map of Parquet
-    leaf: Any = values
-    while isinstance(leaf, list | tuple) and leaf:
-        leaf = next((each for each in leaf if each is not None), None)
-    if isinstance(leaf, list | tuple) or leaf is None:
-        raise UnreadableError("empty", "there is no picture, but an empty list")
-    if isinstance(leaf, int) and not isinstance(leaf, bool):
+    if is_numbers(values):
         return _of_numbers(values)
+    if all(each is None for each in values):
+        raise UnreadableError("empty", "there is no picture, but an empty list")
     return find_picture(next(each for each in values if each is not None), folder)
+
+
+def is_numbers(value: Any) -> bool:
+    """Whether a list is one of whole numbers, or of lists of them: one picture, not several."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _of_numbers(values: list[Any]) -> bytes | Image:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from dyrate_kernels import chat
 from dyrate_kernels.files import printable
 from dyrate_kernels.json_files import Broken, read_entries
-from dyrate_kernels.pictures import UnreadableError, find_picture, read_picture
+from dyrate_kernels.pictures import UnreadableError, find_picture, is_numbers, read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def _pictures(content: dict[str, Any], folder: Path) -> list[Any]:
     found = content.get("image") if found is None or found == [] else found
     if found is None:
         return []
-    several = isinstance(found, list | tuple) and not any(isinstance(each, int | list | tuple) for each in found)  # numbers are one picture
+    several = isinstance(found, list | tuple) and not is_numbers(found)
     return [read_image(each, folder) for each in (found if several else [found])]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
+import numpy as np
 import pytest
-from PIL import ImageFile
+from PIL import Image, ImageFile
 
 import dyrate_kernels as dk
 from dyrate_kernels.evaluation import suites
@@ -13,6 +15,7 @@ from dyrate_kernels.evaluation.runner import Contender, run
 from dyrate_kernels.evaluation.suites.pope import yes_or_no
 from dyrate_kernels.evaluation.suites.scienceqa import letter_of
 from dyrate_kernels.evaluation.suites.vqa import normalise, vqa_accuracy
+from dyrate_kernels.shapes import draw, make_scene
 from dyrate_kernels.training.data import Unreadable
 from tests.evaluation.datasets_as_published import MAKERS, captions, publish, scenes, write
 
@@ -252,10 +255,92 @@ def test_damaged_answers(demo, tmp_path):
     run(*demo, suite, contender, tmp_path)
     path = tmp_path / "none.jsonl"
     good = path.read_text()
-    for text, line in (("not json\n", 1), ("{}\n", 1), ("[]\n", 1), (good + '{"item": "x"}\n', 3), (good + "half\n", 3)):
+    wrong = good.splitlines()[1].replace('"right": ', '"right": null, "x": ')
+    for text, line in (
+        ("not json\n", 1), ("{}\n", 1), ("[]\n", 1), (good + '{"item": "x"}\n', 3), (good + "half\n", 3), (good + "null\n", 3),
+        (good + wrong + "\n", 3),
+    ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ValueError, match=f"none.jsonl line {line} is no answer"):
             run(*demo, suite, contender, tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-be"])
+@pytest.mark.parametrize("name", suites.names())
+def test_files_of_every_encoding(name, encoding, tmp_path):
+    """Byte-order marks, Windows' ends of lines, and ends of lines of other kinds that stand inside of a text."""
+    file, images = publish(name, tmp_path)
+    plain = suites.get(name, file, images)
+    file.write_bytes(file.read_text().replace("\n", "\r\n").replace(" a ", " a\u2028\x85").encode(encoding))
+    suite = suites.get(name, file, images)
+    assert [question.id for question in suite.questions] == [question.id for question in plain.questions]
+    assert [each.split() for question in suite.questions for each in question.answers] == [
+        each.split() for question in plain.questions for each in question.answers
+    ]
+
+
+def test_a_broken_line_is_named(tmp_path):
+    """Scores over fewer questions would be another benchmark's: the file is refused."""
+    file, images = publish("pope", tmp_path)
+    first, *others = file.read_bytes().splitlines(keepends=True)
+    for line, words in ((b"{oops\n", "Expecting"), (b'{"text": "caf\xe9"}\n', "UTF-8"), (b"[" * 90_000 + b"\n", "nested too deeply")):
+        file.write_bytes(first + line + b"".join(others))
+        with pytest.raises(ValueError, match=rf"{file.name} line 2 is not JSON .*{words}"):
+            suites.get("pope", file, images)
+
+
+ODD = (5, None, True, "words", [1], [], {}, float("nan"), "x" * 5000, "a\0b", "\ud800", [[[]]], {"a": 1})
+
+
+@pytest.mark.parametrize("name", suites.names())
+def test_values_of_any_type_are_read_or_refused_by_name(name, tmp_path):
+    """Each value of an entry, and each entry, in turn replaced by something else."""
+    file, images = publish(name, tmp_path, 2)
+    content = [json.loads(line) for line in file.read_text().splitlines()] if name == "pope" else json.loads(file.read_text())
+
+    def places(value):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            if isinstance(value[key], dict | list):
+                yield from places(value[key])
+
+    refused = 0
+    for holder, key in list(places(content))[:40]:
+        before = holder[key]
+        for odd in ODD:
+            holder[key] = odd
+            write(content, file, lines=name == "pope")
+            try:
+                suite = suites.get(name, file, images)
+                assert all(suite[i].images[0].mode == "RGB" and suite.score(i, "a") for i in range(len(suite)))
+            except (ValueError, FileNotFoundError) as error:
+                refused += 1
+                assert str(file) in str(error) and not isinstance(error, UnicodeError)
+        holder[key] = before
+    assert refused
+
+
+def test_names_and_texts_that_are_no_utf8(demo, tmp_path):
+    file, images = publish("pope", tmp_path)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    odd = os.fsdecode(b"caf\xe9.jpg")
+    (images / lines[0]["image"]).rename(images / odd)
+    lines[0].update(image=odd, text="Is there a \ud800 dog?")
+    suite = suites.get("pope", write(lines, file, lines=True), images)
+    out = tmp_path / os.fsdecode(b"out \xe9")
+    contender = Contender("none", P.KeepAll())
+    assert run(*demo, suite, contender, out) == run(*demo, suite, contender, out) and len(suite) == 4
+
+
+def test_pictures_are_read_as_everywhere(tmp_path):
+    """16 bits are scaled to 8, and damaged EXIF beside a whole picture is left out."""
+    suite = suites.get("pope", *publish("pope", tmp_path))
+    ramp = (np.arange(96 * 96) * 7).astype("uint16").reshape(96, 96)
+    Image.fromarray(ramp).save(suite.questions[0].picture, "png")
+    assert np.array_equal(np.asarray(suite[0].images[0])[..., 0], ramp >> 8)
+    whole = draw(make_scene(1))
+    whole.save(suite.questions[1].picture, "webp", lossless=True, exif=b"Exif\0\0nonsense")
+    assert np.array_equal(suite[1].images[0], whole)
 
 
 def test_held_back(tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import copy
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -180,6 +183,149 @@ def test_json_lines(folder):
     (folder / "data.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries) + "\n")
     assert len(open_source(str(folder / "data.jsonl"), None, 0, 0)) == 8
     assert len(open_source("shapes", None, 7, 0)) == 7
+
+
+GOOD = {"image": "0.png", "conversations": [_human("<image>\nWhat?"), _gpt("This it is.")]}
+
+
+def broken(**changes):
+    return {**GOOD, **changes}
+
+
+NAN = float("nan")
+BROKEN = {
+    "a number": 5, "null": None, "a text": "words", "a list": [1], "NaN": NAN, "nothing": {}, "image NaN": broken(image=NAN),
+    "image number": broken(image=5), "image true": broken(image=True), "image null in a list": broken(image=[None]),
+    "image list of numbers": broken(image=[1, 2]), "image list in a list": broken(image=[["0.png"], ["1.png"]]),
+    "image object": broken(image={"a": 1}),
+    "image empty": broken(image=""), "image too long": broken(image="x" * 5000), "image zero byte": broken(image="a\0b"),
+    "image address": broken(image="https://host/x.png"), "image folder": broken(image="."), "image no utf-8": broken(image="caf\udce9.png"),
+    "turns null": broken(conversations=None), "turns number": broken(conversations=3), "turns empty": broken(conversations=[]),
+    "turns text": broken(conversations="no json"), "turns text of a number": broken(conversations="3"),
+    "turns nested": broken(conversations="[" * 90_000),
+    "turns mixed": broken(conversations=[_human("<image>"), 7, _gpt("This.")]),
+    "turns odd": broken(conversations={"from": ["human"], "value": []}),
+    "columns of numbers": broken(conversations={"from": ["human", "gpt"], "value": [1, 2]}),
+    "columns null": broken(conversations={"from": None, "value": None}),
+    "speaker a list": broken(conversations=[{"from": ["human"], "value": "a"}, {"from": {}, "value": "b"}]),
+    "text null": broken(conversations=[_human(None), _gpt("This.")]), "answer number": broken(conversations=[_human("<image>"), _gpt(5)]),
+    "too many marks": broken(conversations=[_human("<image><image>"), _gpt("This.")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_broken_entries_of_any_type_are_skipped_counted_and_named(folder, processor, caplog, suffix):
+    entries = [GOOD, *BROKEN.values(), GOOD]
+    file = folder / f"odd.{suffix}"
+    file.write_text(json.dumps(entries) if suffix == "json" else "".join(json.dumps(entry) + "\n" for entry in entries))
+    with caplog.at_level(logging.WARNING):
+        rows = Rows(ConversationSource(file), processor, max_length=4096)
+        found = [rows[place] for place in range(len(rows))]
+    assert len(rows) == len(entries) and len(rows.skipped) == len(BROKEN) and set(rows.skipped) == set(range(1, len(BROKEN) + 1))
+    for place, why in rows.skipped.items():
+        where = f"entry {place}" if suffix == "json" else f"line {place + 1}"
+        assert why.startswith(f"odd.{suffix} {where}") and why.encode(), why
+    assert {tuple(row.answer) for row in found} == {tuple(found[0].answer)}
+    assert caplog.records and all("is skipped: odd" in record.getMessage() for record in caplog.records)
+
+
+def test_lines_that_are_no_json_are_skipped_and_named(folder, processor):
+    good = json.dumps(GOOD).encode()
+    (folder / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + good + b"\r\n{oops\r\n\r\n" + good.replace(b"What", b"Wh\xe9") + b"\r\n" + good)
+    rows = Rows(ConversationSource(folder / "odd.jsonl"), processor)
+    assert len(rows) == 4 and [rows[i].answer for i in range(4)] == [rows[0].answer] * 4
+    assert (
+        "odd.jsonl line 2: it is not JSON (Expecting" in rows.skipped[1] and "odd.jsonl line 4: it is not JSON (no UTF-8" in rows.skipped[2]
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_files_of_every_encoding(folder, encoding):
+    text = "one\u2028two\x85three"
+    entry = broken(conversations=[_human("<image>\nWhat?"), _gpt(text)])
+    for name in ("a.json", "a.jsonl"):
+        content = json.dumps([entry], ensure_ascii=False) if name == "a.json" else 2 * (json.dumps(entry, ensure_ascii=False) + "\r\n")
+        (folder / name).write_bytes(content.encode(encoding))
+        assert ConversationSource(folder / name)[0].answer == text
+
+
+TURNS = {
+    "columns": {"from": ["human", "gpt"], "value": ["<image>\nWhat?", "This it is."]},
+    "a text": json.dumps(GOOD["conversations"]),
+    "a text of columns": json.dumps({"from": ["user", "assistant"], "value": ["<image>\nWhat?", "This it is."]}),
+    "roles": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "This it is."}],
+}
+
+
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+def test_conversations_in_other_forms(folder, turns):
+    (folder / "a.json").write_text(json.dumps([broken(conversations=turns)]))
+    found = [ConversationSource(folder / "a.json")[0], DatasetSource([broken(conversations=turns)], folder)[0]]
+    for example in found:
+        assert example.messages == [chat.user("What?", images=1)] and example.answer == "This it is." and len(example.images) == 1
+
+
+def test_pictures_in_other_forms(folder):
+    data = (folder / "0.png").read_bytes()
+    text = base64.b64encode(data).decode()
+    for value in (data, {"bytes": data, "path": None}, [{"bytes": None, "path": "0.png"}], f"data:image/png;base64,{text}", text,
+                  list(data), Image.open(folder / "0.png"), ["0.png"]):  # fmt: skip
+        for row in ({"image": value}, {"images": value}, {"image": value, "images": None}):
+            example = DatasetSource([{**row, "question": "<image> What?", "answer": ["This it is."]}], folder)[0]
+            assert example.messages == [chat.user("What?", images=1)]
+            assert [picture.tobytes() for picture in example.images] == [draw(make_scene(0)).tobytes()]
+
+
+def test_broken_rows_of_a_dataset(folder, processor):
+    good = {"image": "0.png", "question": "What?", "answer": "This it is."}
+    rows = [
+        good,
+        {**good, "question": 5},
+        {**good, "answer": []},
+        {**good, "image": NAN},
+        {"image": "0.png"},
+        7,
+        {**good, "image": [None]},
+        good,
+    ]
+    found = Rows(DatasetSource(rows, folder), processor)
+    assert [found[place].answer for place in range(8)] == [found[0].answer] * 8 and set(found.skipped) == set(range(1, 7))
+    assert all(why.startswith(f"row {place}: ") for place, why in found.skipped.items())
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        DatasetSource([])
+
+
+def test_an_example_that_the_processor_refuses_is_skipped(folder, processor):
+    class Refusing:
+        tokenizer, chat_template = processor.tokenizer, processor.chat_template
+
+        def apply_chat_template(self, messages, **options):
+            if "And?" in str(messages):
+                raise KeyError("no such part")
+            return processor.apply_chat_template(messages, **options)
+
+    rows = Rows(ConversationSource(folder / "data.json"), Refusing())
+    assert rows[1].answer == rows[5].answer and "KeyError" in rows.skipped[1]
+
+
+def test_names_and_texts_that_are_no_utf8(folder, processor):
+    name = os.fsdecode(b"caf\xe9.png")
+    (folder / "0.png").rename(folder / name)
+    (folder / "a.json").write_text(json.dumps([broken(image=name, conversations=[_human("<image> W\ud800?"), _gpt("This \udce9 it is.")])]))
+    rows = Rows(ConversationSource(folder / "a.json"), processor, max_length=4096)
+    assert not rows.skipped and "W\\ud800?" in rows[0].text
+
+
+def test_batches_of_a_tokenizer_without_a_padding_token(processor):
+    source = ShapesSource(12, seed=2)
+    with_token = Collator(processor)([Rows(source, processor)[i] for i in range(4)])
+    bare = copy.deepcopy(processor)
+    bare.tokenizer.pad_token = None
+    batch = Collator(bare)([Rows(source, bare)[i] for i in range(4)])
+    assert bare.tokenizer.pad_token is None
+    for name in ("attention_mask", "pixel_values"):
+        assert torch.equal(batch["prompt"][name], with_token["prompt"][name])
+    assert torch.equal(batch["answer_mask"], with_token["answer_mask"])
 
 
 def test_marks_and_turns_that_do_not_fit(folder):
