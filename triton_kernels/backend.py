@@ -274,10 +274,6 @@ def keep_count(n_visual: Tensor, rate: Tensor) -> Tensor:
 _Description = tuple[int, int, int, int, int, int, int]
 
 
-# tables that a captured graph points at: a replay reads them for as long as the graph lives
-_captured_tables: dict[tuple, Tensor] = {}
-
-
 def _table(device: torch.device, described: tuple[_Description, ...]) -> tuple[Tensor, int, bool, int]:
     """(table on the device, bytes of a word, aligned, most words of a row).
 
@@ -285,8 +281,8 @@ def _table(device: torch.device, described: tuple[_Description, ...]) -> tuple[T
     from the host there, which CUDA refuses: call once before the capture.
     """
     found = _make_table(device, described)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured_tables[device, described] = found[0]
+    if workspace.capturing(device):
+        workspace.keep((device, described), found[0])
     return found
 
 

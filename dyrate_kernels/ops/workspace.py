@@ -1,15 +1,27 @@
-"""Scratch memory of the kernels: one set a device and stream, kept for good.
+"""Scratch memory of the kernels: one set an owner, where somebody owns what is launched, else one a device and stream, kept for good.
 
-Launches of one stream follow each other, so they can share it. Buffers only grow, by at least doubling, and a buffer that was outgrown is
-kept: a captured graph may still point at it, and all of them together are smaller than the newest one. A buffer cannot be made inside a
-capture (its zeros would be written by replays only), and graphs that were captured on one stream share its set: they must not be replayed
-at the same time on two.
+Launches of one stream follow each other, so they can share a set. A captured step is replayed on whatever stream, beside whatever else, and
+torch hands out 32 side streams round after round, so it has an :class:`Owner`: scratch memory, and the tables that it reads, which live as
+long as it does. Buffers only grow, by at least doubling, and a buffer that was outgrown is kept: a captured graph may still point at it,
+and all of them together are smaller than the newest one. A buffer cannot be made inside a capture (its zeros would be written by replays
+only), and graphs of somebody who captures these operators without an owner share the set of their stream: they must not be replayed at
+the same time on two.
 """
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from collections.abc import Hashable, Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
+
+
+def capturing(device: torch.device) -> bool:
+    """The current stream of ``device`` is recording a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Workspace:
@@ -19,6 +31,7 @@ class Workspace:
         self.device = device
         self._buffers: dict[str, Tensor] = {}
         self._outgrown: list[Tensor] = []
+        _living.add(self)
 
     def buffers_for(self, sizes: dict[str, int | None]) -> list[Tensor | None]:
         """A buffer of at least that many elements for each name; None for None."""
@@ -31,7 +44,7 @@ class Workspace:
         return found
 
     def _make(self, name: str, size: int) -> Tensor:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(self.device):
             raise RuntimeError(
                 "the kernels' scratch memory cannot be made inside a CUDA graph capture: run the same call once before, on the stream of "
                 "the capture (torch.cuda.graph(g, stream=s), where s is the stream of the warm-up)"
@@ -51,14 +64,71 @@ class Workspace:
         """The buffers by name (for tests)."""
         return dict(self._buffers)
 
+    def tensors(self) -> list[Tensor]:
+        """All of its memory, outgrown buffers included."""
+        return [*self._buffers.values(), *self._outgrown]
 
+
+class Owner:
+    """What the launches of one captured step write their intermediate results to and read their tables from.
+
+    Its memory is given back with it. Make the step's eager calls and its capture inside of :func:`owned`.
+    """
+
+    def __init__(self) -> None:
+        self._spaces: dict[torch.device, Workspace] = {}
+        self._tables: dict[Hashable, Tensor] = {}
+
+    def workspace(self, device: torch.device) -> Workspace:
+        """Its workspace on a device."""
+        if device not in self._spaces:
+            self._spaces[device] = Workspace(device)
+        return self._spaces[device]
+
+    def release(self) -> None:
+        """Lets go of everything. What the current streams were given before may still read it: the allocator waits for that."""
+        tensors = [tensor for space in self._spaces.values() for tensor in space.tensors()] + list(self._tables.values())
+        for tensor in tensors:
+            if tensor.device.type == "cuda":
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        self._spaces.clear()
+        self._tables.clear()
+
+
+_living: weakref.WeakSet[Workspace] = weakref.WeakSet()
 _workspaces: dict[tuple[torch.device, int], Workspace] = {}
+_tables: dict[Hashable, Tensor] = {}  # of captures without an owner, whose end nobody tells
+_owner: ContextVar[Owner | None] = ContextVar("dyrate_kernels_scratch_owner", default=None)
+
+
+@contextlib.contextmanager
+def owned(owner: Owner) -> Iterator[None]:
+    """Inside, this thread's launches use the owner's scratch memory, whatever their stream."""
+    before = _owner.set(owner)
+    try:
+        yield
+    finally:
+        _owner.reset(before)
 
 
 def for_stream(device: torch.device, stream: int) -> Workspace:
-    """The workspace of a stream."""
+    """The owner's workspace, or that of a stream."""
+    owner = _owner.get()
+    if owner is not None:
+        return owner.workspace(device)
     key = (device, stream)
     found = _workspaces.get(key)
     if found is None:
         found = _workspaces[key] = Workspace(device)
     return found
+
+
+def keep(key: Hashable, table: Tensor) -> None:
+    """A graph that is being captured points at this tensor: it stays as long as the owner, or for good where there is none."""
+    owner = _owner.get()
+    (_tables if owner is None else owner._tables)[key] = table
+
+
+def living() -> list[Workspace]:
+    """All workspaces there are (for tests)."""
+    return list(_living)

@@ -336,6 +336,8 @@ class Handle:
                 self.running.remove(call)
                 if self.fused is not None:
                     self.fused.off()
+                if call.graph is not None:
+                    call.graph.end()
                 session, call.session, call.features, call.graph = call.session, None, None, None
                 if session is not None:
                     session.part_from_cache()

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from dyrate_kernels.ops import workspace
 from dyrate_kernels.patching import calls
 from dyrate_kernels.patching.calls import Call
 from dyrate_kernels.patching.families import CACHE_NAMES, cache_in, cache_name
@@ -189,7 +190,7 @@ class _Captured:
 
 @dataclass
 class _Run:
-    """What belongs to one ``generate()``. ``recorder`` None: it runs eagerly."""
+    """What belongs to one ``generate()``. ``recorder`` None: it runs eagerly. scratch: the kernels', of this run's graphs alone."""
 
     session: Session
     recorder: Recorder | None
@@ -197,6 +198,12 @@ class _Run:
     warm_ups: int = 0  # since the last capture
     captured: _Captured | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)  # arguments of the step, at fixed addresses
+    scratch: workspace.Owner = field(default_factory=workspace.Owner)
+
+    def end(self) -> None:
+        """Nothing is replayed any more."""
+        self.captured = None
+        self.scratch.release()
 
 
 class StepGraph:
@@ -257,6 +264,8 @@ class StepGraph:
             return self.eager(*args, **kwargs)
         run = call.graph
         if run is None or run.session is not session:
+            if run is not None:
+                run.end()
             run = call.graph = _Run(session, self._recorder(call))
         if run.recorder is None:
             return self.eager(**kwargs)
@@ -273,7 +282,7 @@ class StepGraph:
             return self.eager(**kwargs)
         run.warm_ups += 1
         run.warmed, run.buffers = key, {name: value.clone() for name, value in inputs.tensors.items()}
-        with run.recorder.warm_up(), _whole_regions(session):
+        with run.recorder.warm_up(), _whole_regions(session), workspace.owned(run.scratch):
             return self._step(run, inputs)
 
     def _session_of_step(self, call: Call, args: tuple, kwargs: dict) -> Session | None:
@@ -314,7 +323,7 @@ class StepGraph:
         addresses = _addresses(session)
         _fill(run.buffers, inputs)
         try:
-            with _whole_regions(session):
+            with _whole_regions(session), workspace.owned(run.scratch):
                 replay, output = run.recorder.record(lambda: self._step(run, inputs))
             items, make = _outline(output, session.cache)
             if _addresses(session) != addresses:
@@ -351,7 +360,7 @@ class StepGraph:
             return None
 
     def _checked_recorder(self) -> Recorder:
-        """The handle's own: graphs of one stream share the kernels' scratch memory, and those of two handles may be replayed at once."""
+        """The handle's own."""
         model = self.handle.model
         for name, module in model.named_modules():
             if hasattr(module, "_hf_hook"):

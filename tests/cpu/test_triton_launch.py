@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
+import weakref
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from triton import knobs
 
 from dyrate_kernels import devices
 from dyrate_kernels.ops import workspace
-from dyrate_kernels.triton_kernels import plan
+from dyrate_kernels.triton_kernels import backend, plan
 from dyrate_kernels.triton_kernels.launch import Launch
 
 DEVICE = torch.device("cpu")
@@ -145,6 +148,43 @@ def test_an_outgrown_buffer_stays_alive():
     assert any(kept is small for kept in space._outgrown)  # a captured graph may point at it
     (counters,) = space.buffers_for({"counters": 3})
     assert counters.dtype == torch.int32 and not counters.any()
+
+
+def test_a_captured_step_has_its_own_scratch_whatever_its_stream():
+    """torch hands the same 32 streams out again and again."""
+    first, second = workspace.Owner(), workspace.Owner()
+    with workspace.owned(first):
+        mine = workspace.for_stream(DEVICE, 1)
+        with workspace.owned(second):
+            assert workspace.for_stream(DEVICE, 1) is not mine
+        assert workspace.for_stream(DEVICE, 2) is mine
+        other_thread = []
+        thread = threading.Thread(target=lambda: other_thread.append(workspace.for_stream(DEVICE, 1)))
+        thread.start()
+        thread.join()
+    assert workspace.for_stream(DEVICE, 1) is other_thread[0] is not mine
+    buffer = weakref.ref(mine.buffers_for({"part": 4})[0])
+    assert mine in workspace.living()
+    first.release()
+    del mine
+    gc.collect()
+    assert buffer() is None
+
+
+def test_tables_of_a_capture_go_with_its_owner(monkeypatch):
+    monkeypatch.setattr(workspace, "capturing", lambda device: True)
+    described = ((4096, 64, 32, 8, 2, 8, 2),)
+    owner, before = workspace.Owner(), len(workspace._tables)
+    with workspace.owned(owner):
+        table = weakref.ref(backend._table(DEVICE, described)[0])
+    backend._make_table.cache_clear()  # what eager calls remember is bounded
+    assert table() is not None and len(workspace._tables) == before
+    owner.release()
+    gc.collect()
+    assert table() is None
+    backend._table(DEVICE, described)  # captured by somebody else: nobody tells when that graph ends
+    assert len(workspace._tables) == before + 1
+    workspace._tables.clear()
 
 
 def test_each_stream_has_its_own_scratch():

@@ -127,7 +127,7 @@ def splits(most: int, min_rows: int = 16) -> Iterator[None]:
 
 
 def scratch() -> Iterator[tuple[str, Tensor]]:
-    return iter([item for space in workspace._workspaces.values() for item in space.buffers().items()])
+    return iter([item for space in workspace.living() for item in space.buffers().items()])
 
 
 def _guard(function: Any) -> Any:

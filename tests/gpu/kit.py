@@ -77,7 +77,7 @@ class Kit:
         if self.backend in ("triton", "cuda"):
             from dyrate_kernels.ops import workspace
 
-            for space in workspace._workspaces.values():
+            for space in workspace.living():
                 yield from space.buffers().items()
 
     def assert_counters_at_zero(self) -> None:

@@ -37,7 +37,7 @@ def settings(chosen: plan.Settings = SMALL) -> Iterator[None]:
 
 
 def _scratch() -> list[tuple[str, Tensor]]:
-    return [item for space in workspace._workspaces.values() for item in space.buffers().items()]
+    return [item for space in workspace.living() for item in space.buffers().items()]
 
 
 def run(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 import dyrate_kernels as dk
 from dyrate_kernels import cache as cache_module
+from dyrate_kernels.ops import workspace
 from dyrate_kernels.patching import graph
 from dyrate_kernels.patching.families import cache_name
 from dyrate_kernels.patching.session import Session
@@ -718,6 +719,43 @@ def test_a_graph_ends_with_its_generation(make_model, tape, retention):
         gc.collect()
         assert cache() is None
         assert handle.stats().steps
+
+
+@dataclass(frozen=True)
+class UsesScratchMemory(Fixed):
+    """A policy that looks at what the kernels of a step would write to, on one and the same stream in every step."""
+
+    constant = False
+
+    def decide(self, view):
+        space = workspace.for_stream(torch.device("cpu"), 7)
+        space.buffers_for({"part": 8})
+        SPACES.append(weakref.ref(space))
+        return super().decide(view)
+
+
+SPACES = []
+
+
+def test_each_captured_step_owns_its_scratch_memory(make_model, tape, monkeypatch):
+    """Two generations on one stream share none, and what they had goes with them. Prompts, and an eager generation, use the stream's."""
+    model, fields = make_model(), models.inputs(make_model(), ROWS)
+    original, captures = tape.record, []
+
+    def record(step):
+        made = original(step)
+        captures.append(SPACES[-1]() is SPACES[-2]())  # the warm-up and the capture
+        return made
+
+    monkeypatch.setattr(tape, "record", record)
+    for cuda_graph in (True, True, False):
+        SPACES.clear()
+        with dk.patch(model, policy=UsesScratchMemory(), cuda_graph=cuda_graph):
+            model.generate(**fields, **greedy(5))
+        gc.collect()
+        gone = [space() is None for space in SPACES]
+        assert gone == [False, True, True] if cuda_graph else not any(gone)
+    assert captures == [True, True]
 
 
 def test_a_patched_model_can_be_collected(tape):
