@@ -32,6 +32,7 @@ from dyrate_kernels.measuring.timing import Times
 
 LIMIT = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # of ||out - ref|| / ||ref|| against float64
 OURS = "dyrate"
+NEW_ROW = "with a new row"
 Gate = Callable[[Any, int], dict[str, Any]]  # (a call's result, which set of inputs it is of) -> timing.correctness
 
 
@@ -77,6 +78,11 @@ class Shape:
         return self.batch * (self.text + 16 * self.heads + 4 * self.visual)
 
     @property
+    def new_row_bytes(self) -> int:
+        """What a new row moves on top: read where the layer made it, written to the cache."""
+        return 4 * self.batch * self.kv_heads * self.dim * self.dtype.itemsize
+
+    @property
     def kept(self) -> int:
         """12.5 %."""
         return self.visual // 8
@@ -116,6 +122,10 @@ class Data:
         self.query = [random(shape.batch, shape.heads, shape.dim) for _ in range(self.sets)]
         self.key = [random(shape.batch, shape.kv_heads, shape.rows, shape.dim) for _ in range(self.sets)]
         self.value = [random(shape.batch, shape.kv_heads, shape.rows, shape.dim) for _ in range(self.sets)]
+        self.new = [  # the last text row, as a layer gives it to the operator
+            {"new_key": key[:, :, -1].clone(), "new_value": value[:, :, -1].clone()}
+            for key, value in zip(self.key, self.value, strict=True)
+        ]
 
         def whole(number: int) -> Tensor:
             return torch.full((shape.batch,), number, dtype=torch.int32, device=device)
@@ -135,8 +145,22 @@ class Data:
         """One call a set: ``call(query, key, value, **more)``."""
         return [lambda s=s: call(self.query[s], self.key[s], self.value[s], **more) for s in range(self.sets)]
 
-    def ours(self, operator: Callable[..., Any], **more: Any) -> list[Callable[[], Any]]:
-        return self.calls(operator, **self.shared(), **more)
+    def ours(self, operator: Callable[..., Any], new_row: bool = False, **more: Any) -> list[Callable[[], Any]]:
+        """One call a set. ``new_row``: the operator stores the last text row first, as in a model."""
+        shared = {**self.shared(), **more}
+        if not new_row:
+            return self.calls(operator, **shared)
+        return [lambda s=s: operator(self.query[s], self.key[s], self.value[s], **self.new[s], **shared) for s in range(self.sets)]
+
+    def forget_last_rows(self) -> None:
+        """NaN where the new rows go: an operator that does not store them is wrong from then on."""
+        for rows in (*self.key, *self.value):
+            rows[:, :, -1] = float("nan")
+
+    def put_last_rows_back(self) -> None:
+        """For operators that take no new row."""
+        for key, value, new in zip(self.key, self.value, self.new, strict=True):
+            key[:, :, -1], value[:, :, -1] = new["new_key"], new["new_value"]
 
     def shared(self) -> dict[str, Any]:
         """What every attention call takes beside the rows."""
@@ -145,7 +169,9 @@ class Data:
     def reference(self, kept: Tensor | None = None, number: int = 0) -> tuple[list[int], oracle.Attention]:
         """(sequences, what is right) of a set of inputs for the first and the last sequence."""
         picked = sorted({0, self.shape.batch - 1})
-        rows = (tensor[number][picked] for tensor in (self.query, self.key, self.value))
+        query, key, value = (tensor[number][picked] for tensor in (self.query, self.key, self.value))  # copies
+        key[:, :, -1], value[:, :, -1] = (self.new[number][name][picked] for name in ("new_key", "new_value"))
+        rows = (query, key, value)
         kept = None if kept is None else kept[picked]
         return picked, oracle.attention(*rows, self.shape.visual, self.text_type[picked], kept)
 
@@ -250,7 +276,7 @@ def measured(
 
 
 def our_attention_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Attention plain, with statistics, through a kept list, and the decision, on ``data.backend``."""
+    """Attention plain, with statistics, through a kept list, and the decision, on ``data.backend``; all of it with a new row, too."""
     shape, ours = data.shape, label(data.backend)
     base, extra = shape.attention_bytes, shape.statistics_bytes
 
@@ -305,7 +331,29 @@ def our_attention_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, 
     # the pruned layers: 12.5 % of the rows through the kept list
     listed = data.ours(ops.decode_attention, kept=data.kept, n_kept=data.n_kept)
     few = dataclasses.replace(shape, visual=shape.kept)
-    yield timed("decode_attention, 12.5 % kept", listed, attention_gate(data, data.kept), few.attention_bytes)[2]
+    through_list = attention_gate(data, data.kept)
+    yield timed("decode_attention, 12.5 % kept", listed, through_list, few.attention_bytes)[2]
+
+    # as a model calls them: the newest row comes with the call (more registers, another kernel)
+    forms: dict[str, tuple[Callable[..., Any], dict[str, Any], Gate, int]] = {
+        "decode_attention": (ops.decode_attention, {}, right, base),
+        "decode_attention with statistics": (ops.decode_attention, statistics, right, base + extra),
+        "decode_attention, 12.5 % kept": (
+            ops.decode_attention, {"kept": data.kept, "n_kept": data.n_kept}, through_list, few.attention_bytes,
+        ),
+        "decode_step": (
+            ops.decode_step,
+            {"text_type": data.text_type, **data.linear},
+            lambda got, number: step_gate(shape, right(got, number), got, data.linear),
+            base + extra + 4 * shape.batch * shape.visual,
+        ),
+    }  # fmt: skip
+    for name, (operator, more, passes, moved) in forms.items():
+        data.forget_last_rows()
+        try:
+            yield timed(f"{name}, {NEW_ROW}", data.ours(operator, new_row=True, **more), passes, moved + shape.new_row_bytes)[2]
+        finally:
+            data.put_last_rows_back()
 
 
 def dense_twins(data: Data) -> Iterator[tuple[str, Callable[[], Callable[..., Tensor]]]]:
@@ -508,6 +556,10 @@ def _compile(work: tuple[Shape, bool]) -> str:
         data.ours(ops.decode_attention, kept=data.kept, n_kept=data.n_kept)[0]()
         data.ours(ops.score_last_query, **types)[0]()
         step = data.ours(ops.decode_step, **types, **data.linear)[0]()
+        data.ours(ops.decode_attention, new_row=True)[0]()
+        data.ours(ops.decode_attention, new_row=True, **types, mass=True, importance=True)[0]()
+        data.ours(ops.decode_attention, new_row=True, kept=data.kept, n_kept=data.n_kept)[0]()
+        data.ours(ops.decode_step, new_row=True, **types, **data.linear)[0]()
         ops.select_tokens(step.importance, data.count, data.n_visual, backend=data.backend)
         ops.predict_rate(step.mass, **data.linear, backend=data.backend)
     return f"compiled for {shape.name} B={shape.batch} N={shape.visual}: {time.monotonic() - begin:.1f} s"

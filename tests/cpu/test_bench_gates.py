@@ -115,6 +115,23 @@ def test_wrong_from_the_second_set_on_has_no_speed():
     assert row["median_us"] is None and row["GB_per_s"] is None and row["note"].startswith("wrong, so it has no speed")
 
 
+def rows_of(shape):
+    facts = {"backend": "reference", "bandwidth": 1e9, **shape.facts()}
+    return {row["name"]: row for row in operators.our_attention_rows(operators.Data(shape, "reference", torch.device("cpu"), 2), facts)}
+
+
+def test_operators_are_timed_with_a_new_row_as_a_model_calls_them(monkeypatch):
+    rows = rows_of(SHAPES[1])
+    assert all(row["correct"]["passed"] for row in rows.values())
+    timed = ("decode_attention", "decode_attention with statistics", "decode_attention, 12.5 % kept", "decode_step")
+    for name in timed:
+        new = rows[f"dyrate {name}, with a new row"]
+        assert new["median_us"] is not None and new["bytes"] - rows[f"dyrate {name}"]["bytes"] == SHAPES[1].new_row_bytes
+    swap(monkeypatch, "_append", lambda original: lambda *args: None)
+    wrong = {name for name, row in rows_of(SHAPES[1]).items() if not row["correct"]["passed"]}
+    assert wrong == {f"dyrate {name}, with a new row" for name in timed}
+
+
 def test_operators_print_no_speed_of_what_is_wrong(monkeypatch, tmp_path, capsys):
     swap(monkeypatch, "_probabilities", BROKEN["scale"][1])
     monkeypatch.setattr(operators, "operators_backends", lambda toy: ["reference"])

@@ -1,4 +1,4 @@
-"""Runs the case files of this folder in processes of their own: the CUDA kernels on the CPU, plainly and under two detectors."""
+"""Runs the case files of this folder: the CUDA kernels on the CPU, plainly and under two detectors, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ FILES = sorted(HERE.glob("cases_*.py"))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.skipif(build.missing_reason() is not None, reason=str(build.missing_reason()))
 @pytest.mark.parametrize("variant", build.VARIANTS)
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_cases(file: Path, variant: str) -> None:
+def test_cases(variant: str) -> None:
     build.module_path(variant)
     environment = {**os.environ, **build.environment(variant), "DYRATE_EMULATED": variant, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(file.relative_to(ROOT)), "-q", "-p", "no:cacheprovider", "--timeout", "300"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=590)
+    files = [str(file.relative_to(ROOT)) for file in FILES]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "--timeout", "300"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=990)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
     assert " passed" in done.stdout
