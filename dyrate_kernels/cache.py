@@ -399,7 +399,7 @@ class VisualCache(Cache):
 
         Raises:
             RuntimeError: rows were evicted while decoding, or the removed columns hold visual tokens and pruned layers have lost rows:
-                what was dropped cannot come back.
+                what was dropped cannot come back. A drafting model may: nothing is decided again there.
         """
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.length - tokens_to_remove, 0)
         if remove <= 0 or not self.is_initialized:
@@ -410,29 +410,40 @@ class VisualCache(Cache):
                 "crop() after compaction: rows were evicted while decoding and cannot come back. Use retention='recoverable' where the "
                 "cache is rolled back (assisted decoding through generate() freezes compaction by itself)."
             )
-        if self.session is not None and self.session.reduced and length < self.session.turn_end:
+        if self.session is not None and self.session.reduced and length < self.session.turn_end and not self.session.reads_again(length):
             raise RuntimeError(
                 f"crop() to {length} columns reaches into a prompt (which ends at {self.session.turn_end}) that vision reducers have "
                 "shortened. Start again without this cache."
             )
         if not self.shared_rows and length < self.session.turn_end and self._holds_visual_from(length):
-            raise RuntimeError(
-                f"crop() to {length} columns reaches into a prompt (which ends at {self.session.turn_end}) whose visual tokens were "
-                "evicted. Use retention='recoverable', or start again without this cache."
-            )
+            if not self.session.frozen:
+                raise RuntimeError(
+                    f"crop() to {length} columns reaches into a prompt (which ends at {self.session.turn_end}) whose visual tokens were "
+                    "evicted. Use retention='recoverable', or start again without this cache."
+                )
+            self._drop_from(length)
         live = torch.arange(self.text_capacity, device=self.n_text.device) < self.n_text[:, None]
         self.n_text.copy_((live & (self.text_column < length)).sum(1))
-        if self.shared_rows:
-            held = torch.arange(self.full.capacity, device=self.n_text.device) < self.full.n_visual[:, None]
-            self.full.n_visual.copy_((held & (self.token_column[:, : self.full.capacity] < length)).sum(1))
+        held = torch.arange(self.full.capacity, device=self.n_text.device) < self.full.n_visual[:, None]
+        before = self.full.n_visual.clone()
+        self.full.n_visual.copy_((held & (self.token_column[:, : self.full.capacity] < length)).sum(1))
         if self.session is not None:
-            self.session.rewind(self.length - length)
+            self.session.rewind(self.length - length, before - self.full.n_visual)
         self.length = length
 
     def _holds_visual_from(self, column: int) -> bool:
         """Some sequence has a visual token at ``column`` or later. Reads the device."""
         held = torch.arange(self.full.capacity, device=self.n_text.device) < self.full.n_visual[:, None]
         return bool((held & (self.token_column[:, : self.full.capacity] >= column)).any())
+
+    def _drop_from(self, column: int) -> None:
+        """The pruned groups lose the visual tokens from ``column`` on: a drafting model reads its prompt's last columns again."""
+        for group in self.groups[1:]:
+            stays = group.alive & (self.token_column < column)
+            count = stays.sum(1, dtype=torch.int32)
+            held = torch.full_like(count, stays.shape[1])
+            kept, n_kept = ops.select_tokens(stays.float(), count, held, backend=self.session.backend)
+            self.evict(group, kept, n_kept, self.session.backend)
 
     def reset(self) -> None:
         """Forgets everything; the buffers stay for the next use."""

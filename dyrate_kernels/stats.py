@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ class Stats:
         visual_tokens: N of each sequence: what the language model received. All costs below count these.
         visual_places: ``[B][N]``, None where no reducer dropped anything: which of the visual tokens before them each one stands in the
             place of.
-        steps: one entry a step, the prefill first.
+        steps: one entry a step, the prefill first. Drafted tokens that were refused are no steps and cost nothing here.
         kept_mean: mean over steps and sequences with an image of kept / N in layers >= k; 1.0 without any image.
         visual_share: the same over all layers, passes that were run again included: what visual tokens cost where text costs nothing and
             cost is linear.
@@ -155,6 +156,12 @@ class Record:
         """``step`` is written, or will be before anyone reads."""
         self.steps = max(self.steps, step + 1)
 
+    def rewind(self, steps: int) -> None:
+        """The newest ``steps`` are none: their tokens were refused."""
+        self.steps = max(self.steps - steps, 0)
+        if self.again is not None:
+            self.again[self.steps :] = 0
+
     def write(
         self, session: Session, step: int | None, mass: Tensor, importance: Tensor | None, kept: Tensor | None = None,
         rate: Tensor | None = None, chosen: Tensor | None = None,
@@ -249,7 +256,7 @@ def snapshot(session: Session) -> Snapshot:
         shape=session.shape,
         backend=session.backend,
         retention=session.retention,
-        record=session.record,
+        record=copy.copy(session.record),  # its number of steps is that of now
         n_text=cache.n_text.clone() if started else None,
         n_visual=[group.n_visual.clone() for group in cache.groups] if started else [],
         group_layers=[group.layers for group in cache.groups],

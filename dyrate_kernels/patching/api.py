@@ -18,6 +18,7 @@ from dyrate_kernels.cache import VisualCache
 from dyrate_kernels.ops import dispatch
 from dyrate_kernels.patching import attention, calls
 from dyrate_kernels.patching.calls import Call
+from dyrate_kernels.patching.drafts import NoDrafts, one_at_a_time
 from dyrate_kernels.patching.families import (
     blocks_ahead,
     by_name,
@@ -190,7 +191,7 @@ class Handle:
             raise ValueError("cuda_graph=True is not available for a model whose heads are shared among processes; leave it out")
         self.running: list[Call] = []
         self._last: Snapshot | str | None = None  # of the last generation; a str: why there is none
-        self._told = False
+        self._told = self._told_undrafted = False
         self._active = True
         self._hooks: list[Any] = []
         self._overrides: list[Override] = []
@@ -228,6 +229,8 @@ class Handle:
             self._shrink = ShrinkHooks(decoder_layers(model), self.policy.layer_groups(self.shape.num_layers))
         self._override(model, "generate", "generate")
         self._override(model, "_prepare_cache_for_generation", "prepare_cache")
+        if one_at_a_time(self.policy):
+            self._override(model, "_get_candidate_generator", "candidates")
         for name in _NO_BATCHING:
             if hasattr(model, name):
                 self._override(model, name, "refuse_batching")
@@ -467,7 +470,7 @@ class Handle:
         mask = model_kwargs.get("attention_mask")
         # transformers drops a mask of ones and notes its length
         prompt = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION and not one_at_a_time(self.policy)
         if self.vision:
             cache.session.vision = "+".join(reducer.name for reducer in self.vision)
             if call is not None and call.reduced:
@@ -482,6 +485,19 @@ class Handle:
             f"{original.__name__}() (continuous batching) keeps its own paged cache and cannot drop visual tokens; "
             "use model.generate(...) with a batch, or dyrate_kernels.unpatch(model) first"
         )
+
+    def _answer_candidates(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """What drafts tokens in assisted decoding: nothing does for a policy whose steps come one at a time."""
+        if not isinstance(cache_in(kwargs.get("model_kwargs", {})), VisualCache):
+            return original(*args, **kwargs)
+        if not self._told_undrafted:
+            self._told_undrafted = True
+            warnings.warn(
+                f"policy {self.policy.name!r} needs what came of each step before it decides the next one, so no token can be drafted "
+                "ahead: generate() goes on token by token, without assistant model or prompt lookup; leave these out or change the policy",
+                stacklevel=2,
+            )
+        return NoDrafts()
 
     def _tell_if_nothing_dropped(self, call: Call) -> None:
         session = call.session

@@ -42,12 +42,14 @@ def lay_out(
         session.cached = (cache.full.n_visual.clone(), cache.n_text.clone(), before.clone())
     new_visual, new_text = visual.sum(1, dtype=torch.int32), text.sum(1, dtype=torch.int32)
     total_visual, total_text = cache.full.n_visual + new_visual, cache.n_text + new_text
+    last = session.turn_end - 1 - start  # of the prompt, where this pass holds it: what comes after it is drafted, padding ids included
+    last = last if last in range(length) else length - 1
     # the one host read of a prompt: how much room its rows need, and whether it is padded
     each = valid.sum(1)
     max_visual, max_text, added, last_real, real, most, least = torch.stack(
-        [total_visual.max(), total_text.max(), new_visual.sum(), valid[:, -1].all(), valid.sum(), each.max(), each.min()]
+        [total_visual.max(), total_text.max(), new_visual.sum(), valid[:, last].all(), valid.sum(), each.max(), each.min()]
     ).tolist()
-    if not last_real and start + length >= session.turn_end:
+    if not last_real and start + length >= session.turn_end > (start if session.frozen else 0):
         raise ValueError(
             "attention_mask ends with padding (right padding); a patched model needs the last prompt token in the last column. "
             "Set processor.tokenizer.padding_side = 'left'."

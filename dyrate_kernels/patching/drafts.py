@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,31 @@ from torch import Tensor
 from dyrate_kernels import ops
 from dyrate_kernels.patching.stages import Noted
 from dyrate_kernels.patching.wide import KeyRows
-from dyrate_kernels.policies.base import Decision, View
+from dyrate_kernels.policies.base import Decision, Policy, View
 from dyrate_kernels.stats import Record
 
 if TYPE_CHECKING:
     from dyrate_kernels.patching.session import Session
+
+
+def one_at_a_time(policy: Policy) -> bool:
+    """Whether no token can be drafted for this policy: it decides a step by the logits of the one before (``reads_logits``), which are not
+    known yet, or by a state that every layer of the one before has changed (``remembers`` and ``rescores``).
+    """
+    return policy.reads_logits or (policy.remembers and policy.rescores)
+
+
+class NoDrafts:
+    """A candidate generator of transformers that drafts nothing, so that assisted decoding goes token by token, as plain decoding does."""
+
+    requires_model_outputs = False
+
+    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        """The sequence so far, int64 ``[1, S]``, and no logits."""
+        return input_ids, None
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        """There is none."""
 
 
 class Drafts:

@@ -146,11 +146,11 @@ class Prompt:
             mark = torch.zeros(batch, tokens + 1, dtype=torch.bool, device=column.device)
             mark.scatter_(1, torch.where(kept < 0, tokens, kept).long(), True)
             keeps.append(torch.where(visual, mark.gather(1, token.clamp(min=0)), stored))
-        # the last column's hidden state gives the next token, so it stays even where its own key is dropped
+        # the last prompt column's hidden state gives the next token, so it stays even where its own key is dropped
         stays = []
         for keep in keeps:
             stay = keep.clone()
-            stay[:, -1] = True
+            stay[:, width - forward.drafted - 1] = True
             stays.append(stay)
         sizes = torch.stack(
             [torch.stack([s.sum(1).max(), s.sum(1).min(), k.sum(1).min()]) for s, k in zip(stays, keeps, strict=True)]

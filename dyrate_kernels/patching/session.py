@@ -232,10 +232,10 @@ class Session:
     def again(self) -> Iterator[None]:
         """Within: the newest decode step can run once more; it reads all visual tokens, decides nothing and is what counts in the end."""
         cache = self.cache
+        self.rewind(1)
         cache.length -= 1
         cache.text_bound -= 1
         cache.n_text.sub_(1)
-        self.rewind(1)
         self.unpruned = True
         try:
             yield
@@ -287,9 +287,19 @@ class Session:
         self.in_forward = False
         self.forward = self.hidden = None
 
-    def rewind(self, columns: int) -> None:
-        """The newest ``columns`` were cropped away."""
+    def reads_again(self, column: int) -> bool:
+        """This model drafts, and no column of its reduced prompt from ``column`` on is masked, so that they can be read again."""
+        return self.frozen and self.column_valid is not None and bool(self.column_valid[:, column:].all())
+
+    def rewind(self, columns: int, visual: Tensor | None = None) -> None:
+        """The newest ``columns`` were cropped away, among them ``visual`` int32 ``[B]`` visual tokens; None: none."""
         self.drafts.rewind(columns)
+        if self.column_valid is not None:
+            self.column_valid = self.column_valid[:, : self.cache.length - columns]
+        if self.visual_in is not None and visual is not None:
+            self.visual_in = self.visual_in - visual
+        if self.record is not None:
+            self.record.rewind(columns)
         self.step.sub_(columns).clamp_(min=0)
         self.column.sub_(columns)
 

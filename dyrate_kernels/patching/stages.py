@@ -131,7 +131,7 @@ class Stages:
             self._prompt(layer, mass, importance, None if hidden is None else hidden[:, 0])
         if drafted and forward.drafts is not None:
             new = slice(query.shape[2] - drafted, query.shape[2])
-            if session.policy.at_decode and not session.evict:
+            if session.policy.at_decode and not session.evict and cache.full.bound > 0:
                 mass, importance = session.of_all_heads(*row_statistics(query[:, :, new], rows, mask[:, new], scale, tokens))
                 self._drafts(index, mass.to(home), importance.to(home), session.hidden_of(new))
             elif not session.evict and cache.groups[index].kept is not None:

@@ -50,8 +50,7 @@ class KeyRows:
 
 def visibility(rows: KeyRows, column: Tensor, window: int | None) -> Tensor:
     """bool ``[B, q, R]``: row r is live, not later than query q (column int64 ``[B, q]``) or in its block, and inside the sliding window.
-
-    A query that sees nothing (padding) sees everything instead: its output is never used, and it must not become NaN.
+    A query may see nothing: padding, and a dropped picture's last token that nothing was written before.
     """
     query, key = column[:, :, None], rows.column[:, None]
     seen = key <= query
@@ -61,17 +60,17 @@ def visibility(rows: KeyRows, column: Tensor, window: int | None) -> Tensor:
     mask = rows.live[:, None] & seen
     if window is not None:
         mask &= query - key < window
-    return mask | ~mask.any(-1, keepdim=True)
+    return mask
 
 
 def attend_wide(query: Tensor, rows: KeyRows, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention: query ``[B, Hq, q, D]``, mask bool ``[B, q, R]`` (None: plainly causal) -> ``[B, q, Hq, D]``."""
+    """Softmax attention: query ``[B, Hq, q, D]``, mask bool ``[B, q, R]`` (None: plainly causal) -> ``[B, q, Hq, D]``, 0 of no row."""
     key, value = _per_query_head(query, rows.key), _per_query_head(query, rows.value)
     if mask is None:
-        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    else:
-        output = scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scale)
-    return output.transpose(1, 2)
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+    blind = ~mask.any(-1, keepdim=True)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=(mask | blind)[:, None], scale=scale)
+    return output.masked_fill(blind[:, None], 0.0).transpose(1, 2)
 
 
 def row_statistics(query: Tensor, rows: KeyRows, mask: Tensor, scale: float, tokens: int) -> tuple[Tensor, Tensor]:
@@ -144,7 +143,7 @@ def page_rank(
         part = slice(head, head + block)
         dtype = _accumulator(query)
         logits = query[:, part].to(dtype) @ key[:, part].to(dtype).transpose(-1, -2) * (scale / temperature)
-        step = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1) * real[:, None, :, None]
+        step = _softmax(logits, mask) * real[:, None, :, None]
         weight = start.to(dtype)[:, None].expand(-1, step.shape[1], -1)
         for _ in range(iterations):
             held = torch.nn.functional.pad(weight, (0, 1)).gather(2, own[:, None].expand(-1, step.shape[1], -1))
@@ -166,8 +165,13 @@ def _per_query_head(query: Tensor, tensor: Tensor) -> Tensor:
 def _weights(query: Tensor, rows: KeyRows, mask: Tensor, scale: float) -> Tensor:
     """Softmax weights ``[B, Hq, q, R]``."""
     dtype = _accumulator(query)
-    logits = query.to(dtype) @ _per_query_head(query, rows.key).to(dtype).transpose(-1, -2) * scale
-    return logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+    return _softmax(query.to(dtype) @ _per_query_head(query, rows.key).to(dtype).transpose(-1, -2) * scale, mask)
+
+
+def _softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Over what each query sees: logits ``[B, H, q, R]``, mask bool ``[B, q, R]``; 0 where it sees nothing."""
+    weights = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+    return weights.masked_fill(~mask.any(-1, keepdim=True)[:, None], 0.0)
 
 
 def _by_token(weights: Tensor, token: Tensor, tokens: int) -> Tensor:

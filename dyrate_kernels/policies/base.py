@@ -186,7 +186,7 @@ class Policy:
         at_decode: decides again at every decode step.
         constant: the count never changes after prefill, so under ``evict`` a decode step has nothing to decide.
         remembers: a decode step may change the state (in place), and so what later steps decide. Tokens that are drafted for assisted
-            decoding decide one after the other then; the state goes back where they are refused.
+            decoding decide one after the other then; the state goes back where they are refused. Where it ``rescores``, none is drafted.
         rescores: each group of layers (``layer_groups``) is decided for at the layer before it, in a call of its own.
         needs_recoverable: tokens that it dropped must be able to come back, so retention ``evict`` is refused.
     """
@@ -250,7 +250,7 @@ class Policy:
 
     @property
     def reads_logits(self) -> bool:
-        """Whether ``see_logits``, ``checks`` and ``see_unpruned`` are wanted."""
+        """Whether ``see_logits``, ``checks`` and ``see_unpruned`` are wanted. Then no tokens are drafted: ``generate()`` says so."""
         return False
 
     def see_logits(self, logits: Tensor, state: dict[str, Tensor]) -> None:

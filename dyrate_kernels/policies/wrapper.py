@@ -54,8 +54,16 @@ class Wrapper(Policy):
         return self.policy.layer_groups(num_layers)
 
     @property
-    def query_rows(self) -> Literal["last", "mean", "raters"]:
+    def query_rows(self) -> Literal["last", "mean", "raters", "pagerank"]:
         return self.policy.query_rows
+
+    @property
+    def temperature(self) -> float:
+        return self.policy.temperature  # type: ignore[attr-defined, union-attr]
+
+    @property
+    def iterations(self) -> int:
+        return self.policy.iterations  # type: ignore[attr-defined, union-attr]
 
     def raters(self, hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
         return self.policy.raters(hidden, visual, text)
