@@ -1,8 +1,8 @@
-"""What was measured on a kind of GPU and is shipped: one JSON file a device name, written by ``bench/tune.py`` on such a device.
+"""What was measured on a kind of GPU and is shipped: one JSON file a device name, written on such a device.
 
     device      the name that the driver gives it
-    settings    launch settings of the Triton kernels by kind of problem (``triton_kernels/plan.py`` reads them)
-    backend     operator -> "triton" or "cuda", whichever was faster (``ops/dispatch.py`` reads it)
+    settings    launch settings of the Triton kernels by kind of problem (``bench/tune.py`` writes, ``triton_kernels/plan.py`` reads them)
+    backend     operator -> "triton" or "cuda", whichever was faster (``bench/choose_backend.py`` writes, ``ops/dispatch.py`` reads it)
 
 and facts on the measurement: versions, commit, times. A device without a file gets heuristics, and Triton first.
 """
