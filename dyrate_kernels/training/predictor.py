@@ -10,8 +10,10 @@ resuming, TensorBoard. At the end one number is added to the logits along the ra
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from dyrate_kernels.files import write_json
 from dyrate_kernels.flops import fastv_layer
+from dyrate_kernels.json_files import read_json
 from dyrate_kernels.policies.base import ModelShape, check_fraction, check_k_range
 from dyrate_kernels.predictor import DyRatePredictor, check_rates, named_rates
 from dyrate_kernels.training.data import Collator, Example, Rows
@@ -307,6 +311,9 @@ def train_predictor(
         from transformers.trainer_callback import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
+    if checkpoint is None and trainer.is_world_process_zero():  # what another run has left must not be taken for this one's
+        for each in _checkpoints(out / CHECKPOINTS):
+            shutil.rmtree(each)
     (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     _write_options(out, options)
     with training_hooks(model) as run:
@@ -449,30 +456,40 @@ def _write_options(out: Path, options: Options) -> None:
 
 
 def _checkpoint(out: Path, options: Options) -> Path | None:
-    """The newest whole checkpoint in ``out``.
+    """The newest whole checkpoint in ``out``: one that a kill cut in the middle of its writing is passed over.
 
     Raises:
-        ValueError: it was made with other options.
+        ValueError: it was made with other options, or nothing says with which.
     """
-    import json
-
-    from transformers.trainer_utils import get_last_checkpoint
-
     folder = out / CHECKPOINTS
-    if not folder.is_dir():
-        return None
-    found = get_last_checkpoint(str(folder))
+    found = next((each for each in reversed(_checkpoints(folder)) if _is_whole(each)), None)
     if found is None:
         return None
     wanted = json.loads(json.dumps({**dataclasses.asdict(options), "rates": list(options.rate_values)}))
     try:
-        made = json.loads((folder / _OPTIONS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        made = wanted
+        made = read_json(folder / _OPTIONS)
+        if not isinstance(made, dict):
+            raise ValueError(f"{folder / _OPTIONS} must be an object, got {str(made)[:40]}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the options of the run in {folder} cannot be read ({error}); give another folder, or resume=False") from None
     other = sorted(name for name in wanted if made.get(name) != wanted[name])
     if other:
         raise ValueError(
             f"{folder} holds a run with other {', '.join(other)}: "
             f"{', '.join(f'{name} {made.get(name)!r}, now {wanted[name]!r}' for name in other)}; give another folder, or resume=False"
         )
-    return Path(found)
+    return found
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All, the newest last."""
+    found = [each for each in folder.glob("checkpoint-*") if each.name.partition("-")[2].isdecimal() and each.is_dir()]
+    return sorted(found, key=lambda each: int(each.name.partition("-")[2]))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the file that the Trainer writes last is there to its end."""
+    try:
+        return isinstance(read_json(checkpoint / TRAINER_STATE_NAME), dict)
+    except (OSError, ValueError):
+        return False

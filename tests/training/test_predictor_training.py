@@ -67,6 +67,38 @@ def test_a_killed_run_resumes_to_the_same_weights(demo, tmp_path):
     train(demo, tmp_path / "killed", **{**options, "target_keep": 0.3, "steps": 1}, resume=False)
 
 
+@pytest.mark.parametrize("cut", ["no state", "half a state"])
+def test_a_checkpoint_that_a_kill_cut_is_passed_over(demo, tmp_path, cut):
+    options = {"k": 2, "target_keep": 0.5, "steps": 6, "save_every": 2}
+    whole = train(demo, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(demo, tmp_path / "killed", [Kill(5)], **options)
+    state = tmp_path / "killed" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    content = state.read_bytes()
+    state.unlink() if cut == "no state" else state.write_bytes(content[: len(content) // 2])
+    (state.parent / "optimizer.pt").write_bytes(b"")
+    resumed = train(demo, tmp_path / "killed", **options)
+    assert torch.equal(whole.predictor.weight, resumed.predictor.weight)
+
+
+def test_options_that_cannot_be_read_and_checkpoints_of_another_run(demo, tmp_path):
+    options = {"k": 2, "target_keep": 0.5, "steps": 4, "save_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        train(demo, tmp_path, [Kill(3)], **options)
+    path = tmp_path / "checkpoints" / "options.json"
+    before = path.read_bytes()
+    for content in (b"", b"{", b"[]", b"caf\xe9", before.decode().encode("utf-16")[:-3]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"options\.json"):
+            train(demo, tmp_path, **options)
+    path.write_bytes(b"\xef\xbb\xbf" + before)
+    with pytest.raises(KeyboardInterrupt):
+        train(demo, tmp_path, [Kill(1)], **{**options, "seed": 1}, resume=False)
+    fresh = train(demo, tmp_path / "fresh", **{**options, "seed": 1})
+    resumed = train(demo, tmp_path, **{**options, "seed": 1})
+    assert torch.equal(fresh.predictor.weight, resumed.predictor.weight)
+
+
 @pytest.mark.parametrize("target", [{"target_keep": 0.35}, {"target_cost": 0.75}], ids=str)
 def test_the_budget_is_met(demo, tmp_path, target):
     """On the data it was trained on, and in generations: within two points of the target."""
