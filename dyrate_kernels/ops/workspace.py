@@ -1,6 +1,7 @@
-"""Scratch memory of the kernels: one set an owner, where somebody owns what is launched, else one a device and stream, kept for good.
+"""Scratch memory of the kernels: one set an owner, where somebody owns what is launched, else one a device, stream and thread, kept for good.
 
-Launches of one stream follow each other, so they can share a set. A captured step is replayed on whatever stream, beside whatever else, and
+Launches of one stream follow each other, so they can share a set; but those of two threads come in any order, and a step is two launches,
+the second of which reads what the first left: so each thread has its own. A captured step is replayed on whatever stream, beside whatever else, and
 torch hands out 32 side streams round after round, so it has an :class:`Owner`: scratch memory, and the tables that it reads, which live as
 long as it does. Buffers only grow, by at least doubling, and a buffer that was outgrown is kept: a captured graph may still point at it,
 and all of them together are smaller than the newest one. A buffer cannot be made inside a capture (its zeros would be written by replays
@@ -11,6 +12,7 @@ the same time on two.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
@@ -96,7 +98,7 @@ class Owner:
 
 
 _living: weakref.WeakSet[Workspace] = weakref.WeakSet()
-_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+_workspaces: dict[tuple[torch.device, int, int], Workspace] = {}  # by device, stream and thread
 _tables: dict[Hashable, Tensor] = {}  # of captures without an owner, whose end nobody tells
 _owner: ContextVar[Owner | None] = ContextVar("dyrate_kernels_scratch_owner", default=None)
 
@@ -112,11 +114,11 @@ def owned(owner: Owner) -> Iterator[None]:
 
 
 def for_stream(device: torch.device, stream: int) -> Workspace:
-    """The owner's workspace, or that of a stream."""
+    """The owner's workspace, or that of a stream in this thread."""
     owner = _owner.get()
     if owner is not None:
         return owner.workspace(device)
-    key = (device, stream)
+    key = (device, stream, threading.get_ident())
     found = _workspaces.get(key)
     if found is None:
         found = _workspaces[key] = Workspace(device)

@@ -162,7 +162,7 @@ def test_a_captured_step_has_its_own_scratch_whatever_its_stream():
         thread = threading.Thread(target=lambda: other_thread.append(workspace.for_stream(DEVICE, 1)))
         thread.start()
         thread.join()
-    assert workspace.for_stream(DEVICE, 1) is other_thread[0] is not mine
+    assert other_thread[0] is not mine  # the owner's launches are this thread's
     buffer = weakref.ref(mine.buffers_for({"part": 4})[0])
     assert mine in workspace.living()
     first.release()
@@ -190,3 +190,12 @@ def test_tables_of_a_capture_go_with_its_owner(monkeypatch):
 def test_each_stream_has_its_own_scratch():
     assert workspace.for_stream(DEVICE, 1) is workspace.for_stream(DEVICE, 1)
     assert workspace.for_stream(DEVICE, 1) is not workspace.for_stream(DEVICE, 2)
+
+
+def test_each_thread_has_its_own_scratch():
+    """Two threads launch on one stream: what a step's first launch leaves for its second must not be another thread's."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(workspace.for_stream(DEVICE, 1)))
+    thread.start()
+    thread.join()
+    assert found[0] is not workspace.for_stream(DEVICE, 1)
