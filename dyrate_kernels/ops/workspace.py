@@ -1,12 +1,12 @@
-"""Scratch memory of the kernels: one set an owner, where somebody owns what is launched, else one a device, stream and thread, kept for good.
+"""Scratch memory of the kernels: one set an owner, where somebody owns what is launched, else one a device, stream and thread, for good.
 
 Launches of one stream follow each other, so they can share a set; but those of two threads come in any order, and a step is two launches,
-the second of which reads what the first left: so each thread has its own. A captured step is replayed on whatever stream, beside whatever else, and
-torch hands out 32 side streams round after round, so it has an :class:`Owner`: scratch memory, and the tables that it reads, which live as
-long as it does. Buffers only grow, by at least doubling, and a buffer that was outgrown is kept: a captured graph may still point at it,
-and all of them together are smaller than the newest one. A buffer cannot be made inside a capture (its zeros would be written by replays
-only), and graphs of somebody who captures these operators without an owner share the set of their stream: they must not be replayed at
-the same time on two.
+the second of which reads what the first left: so each thread has its own. A captured step is replayed on whatever stream, beside whatever
+else, and torch hands out 32 side streams round after round, so it has an :class:`Owner`: scratch memory, and the tables that it reads,
+which live as long as it does. Buffers only grow, by at least doubling, and a buffer that was outgrown is kept: a captured graph may still
+point at it, and all of them together are smaller than the newest one. A buffer cannot be made inside a capture (its zeros would be written
+by replays only), and graphs of somebody who captures these operators without an owner share the set of their stream and thread: they must
+not be replayed at the same time on two streams.
 """
 
 from __future__ import annotations
