@@ -33,9 +33,8 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operator: ``plain | list | window | append | statistics | score_last_query | step | step_count`` are attention
-    launches, the
-    others name their operator.
+    """One call of an operator: ``plain | append | list | window | statistics | score_last_query | step | step_count`` are attention
+    launches, all but ``plain``, ``score_last_query`` and ``step_count`` with a new row, as in a model; the others name their operator.
     """
 
     operator: str
@@ -45,6 +44,8 @@ class Case:
     group: int = 1
     tokens: int = 2880
     second_launch: bool = False
+    batch: int = 2  # with the heads it says how many splits a program combines, and so how many registers it takes
+    kv_heads: int = 8
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,18 @@ class Compiled:
     stack: int
     local: int
     shared: int
+    warps: int
     async_copies: int
     spills_in_loops: tuple[str, ...]  # spill instructions between a label and a branch back to it
     unguarded: tuple[str, ...]  # release atomics with no barrier between them and the stores before
+
+    def programs_per_sm(self) -> int:
+        """How many of them a multiprocessor of sm_90 holds at once: 64 Ki registers in portions of 256 a warp, 64 warps, 228 KiB of shared
+        memory of which a program takes 1 KiB more than it asks for.
+        """
+        assert self.case.architecture == 90
+        warps = min(65536 // (-(-self.registers * 32 // 256) * 256), 64)
+        return min(warps // self.warps, 228 * 1024 // (self.shared + 1024), 32)
 
 
 def _compile(launch: Any, tensors: Any, case: Case) -> Compiled:
@@ -102,7 +112,8 @@ def _read(case: Case, name: str, compiled: Any) -> Compiled:
             )
     ptx = compiled.asm["ptx"]
     copies = len(re.findall(r"cp\.async\.c[ag]", ptx))
-    return Compiled(case, name, registers, stack, local, compiled.metadata.shared, copies, spills, unguarded_atomics(ptx))
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return Compiled(case, name, registers, stack, local, shared, warps, copies, spills, unguarded_atomics(ptx))
 
 
 def spills_in_loops(sass: str) -> tuple[str, ...]:
@@ -159,7 +170,7 @@ def compile_case(case: Case) -> list[Compiled]:
 
 
 def _call(backend: Any, case: Case) -> None:
-    batch, kv_heads, text = 2, 8, 64
+    batch, kv_heads, text = case.batch, case.kv_heads, 64
     lengths = torch.zeros(batch, dtype=torch.int32)
     if case.operator == "select_tokens":
         score = torch.zeros(batch, case.tokens, dtype=getattr(torch, case.dtype))
@@ -173,7 +184,7 @@ def _call(backend: Any, case: Case) -> None:
         _call_layer(dtype, case)
         return
     # an odd number of rows, so that nothing is aligned by luck
-    key = torch.zeros(batch, kv_heads, case.tokens + text, case.dim, dtype=dtype)
+    key = torch.empty(batch, kv_heads, case.tokens + text, case.dim, dtype=dtype)  # never touched
     if case.operator == "compact_":
         backend.compact_([key, key.clone()], torch.zeros(batch, case.tokens, dtype=torch.int32), lengths, lengths)
         return
@@ -185,7 +196,7 @@ def _call(backend: Any, case: Case) -> None:
     common: dict[str, Any] = {"visual_capacity": case.tokens, "scale": 0.1}
     types = torch.zeros(batch, text, dtype=torch.uint8)
     new = {"new_key": key[:, :, 0], "new_value": key[:, :, 0]}
-    rows = (query, key, key.clone(), lengths, lengths)
+    rows = (query, key, torch.empty_like(key), lengths, lengths)
     if case.operator == "plain":
         backend.decode_attention(*rows, **common)
     elif case.operator == "append":
@@ -196,7 +207,7 @@ def _call(backend: Any, case: Case) -> None:
         position = torch.zeros(batch, key.shape[2], dtype=torch.int32)
         backend.decode_attention(*rows, **common, **new, position=position, query_position=lengths, window=4096)
     elif case.operator == "statistics":
-        backend.decode_attention(*rows, **common, text_type=types, mass=True, importance=True)
+        backend.decode_attention(*rows, **common, **new, text_type=types, mass=True, importance=True)
     elif case.operator == "score_last_query":
         backend.score_last_query(*rows, **common, text_type=types)
     elif case.operator == "step":
@@ -225,7 +236,7 @@ def _call_layer(dtype: torch.dtype, case: Case) -> None:
 
 def main_cases(architecture: int) -> list[Case]:
     """The configurations that matter most: LLaVA-1.5-7B and its kin (G = 1), Qwen2-7B text models (G = 7), bfloat16."""
-    return [Case(operator, architecture, group=group) for operator in ("plain", "list", "statistics", "step") for group in (1, 7)] + [
+    return [Case(operator, architecture, group=group) for operator in ("append", "list", "statistics", "step") for group in (1, 7)] + [
         Case("window", architecture),
         Case("score_last_query", architecture),
         Case("step_count", architecture),
@@ -239,28 +250,51 @@ def main_cases(architecture: int) -> list[Case]:
     ]
 
 
+def occupancy_cases() -> list[Case]:
+    """Heads and batches that an H200 was measured with: 32 heads at B=32, 28 heads over 4 at B=8 and 32; sm_90."""
+    sizes = ((1, 32, 32), (7, 4, 8), (7, 4, 32))  # group, key/value heads, sequences
+    return [
+        Case(operator, 90, group=group, batch=batch, kv_heads=kv_heads, second_launch=True)
+        for operator in ("append", "list", "statistics", "step")
+        for group, kv_heads, batch in sizes
+    ]
+
+
 def matrix(operator: str, architecture: int) -> list[Case]:
     """Every dtype, head dim and form of the main loop."""
     return [Case(operator, architecture, dtype, dim, group) for dtype in DTYPES for dim in HEAD_DIMS for group in (1, 4)]
 
 
+def some_of_matrix(architecture: int) -> list[Case]:
+    """Every dtype with every head dim; both forms in bfloat16, one of them in float16 (which is compiled alike) and in float32, whose
+    widest tiles are there too."""
+    forms = {("bfloat16", 1), ("bfloat16", 4), ("float16", 4), ("float32", 1)}
+    widest = ("float32", 256)
+    return [c for c in matrix("append", architecture) if (c.dtype, c.group) in forms or (c.dtype, c.dim) == widest]
+
+
 def all_cases(full: bool) -> list[Case]:
-    """``full``: everything for every architecture. Else everything that only reads for sm_90, and for the others every kernel and
-    every head dim."""
-    cases = []
+    """``full``: everything for every architecture. Else every kernel, head dim and dtype for every one, and more of that for sm_90; the
+    slowest to compile (seven heads a key/value head) for sm_80, the first of its kind, sm_90 and sm_120."""
+    cases = occupancy_cases()
     for architecture in ARCHITECTURES:
         if full:
             cases += main_cases(architecture) + matrix("append", architecture) + matrix("step", architecture)
         elif architecture == 90:
-            cases += main_cases(architecture) + matrix("append", architecture)
+            seen = {("append", 1), ("append", 7), ("list", 1), ("list", 7), ("statistics", 1), ("statistics", 7)}  # occupancy_cases
+            cases += [case for case in main_cases(architecture) if (case.operator, case.group) not in seen]
+            cases += [Case("plain", architecture), *some_of_matrix(architecture)]
             cases += [Case("step", architecture, dim=dim) for dim in (16, 80, 256)]
         else:
+            like_80 = architecture in (86, 89)
             skipped = {("statistics", 1), ("statistics", 7), ("step", 7), ("list", 7)}
+            skipped |= {("append", 7)} if architecture not in (80, 120) else set()
             cases += [case for case in main_cases(architecture) if case.second_launch or (case.operator, case.group) not in skipped]
             cases += [Case("append", architecture, dim=dim) for dim in HEAD_DIMS]
-            cases += [Case("append", architecture, dtype, group=4) for dtype in DTYPES]
+            cases += [Case("append", architecture, dtype, group=1 if like_80 else 4) for dtype in DTYPES]
+            cases += [Case("append", architecture, group=4)] if like_80 else []
         cases.append(Case("select_tokens", architecture, "float64"))
-    return cases
+    return list(dict.fromkeys(cases))
 
 
 def _worker(case: Case) -> list[Compiled] | str:
@@ -283,14 +317,19 @@ def version() -> str:
     return triton.__version__
 
 
+def version_before(*numbers: int) -> bool:
+    return tuple(int(part) for part in version().split(".")[: len(numbers)]) < numbers
+
+
 if __name__ == "__main__":
-    made, failed = compile_all([case for architecture in (80, 90, 120) for case in main_cases(architecture)])
+    made, failed = compile_all([case for architecture in (80, 90, 120) for case in main_cases(architecture)] + occupancy_cases())
     print(f"triton {version()}")
     for kernel in made:
         c = kernel.case
         print(
-            f"sm_{c.architecture} {kernel.kernel:24} {c.operator:16} G={c.group} {c.dtype} D={c.dim} N={c.tokens}: "
+            f"sm_{c.architecture} {kernel.kernel:24} {c.operator:16} B={c.batch} G={c.group} {c.dtype} D={c.dim} N={c.tokens}: "
             f"{kernel.registers} registers, "
             f"{kernel.stack + kernel.local} bytes spilled, {kernel.shared} bytes shared, {kernel.async_copies} asynchronous copies"
+            + (f", {kernel.programs_per_sm()} on a multiprocessor" if c.architecture == 90 else "")
         )
     print("\n".join(failed))

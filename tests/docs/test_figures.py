@@ -1,4 +1,5 @@
-"""The figures of README.md, each beside its record: a figure that changes in either fails, and so does one that no rule covers."""
+"""The figures of README.md and bench/results/README.md, each beside its record: one that changes in either fails, and so does one of
+README.md's measured sections that no rule covers."""
 
 from __future__ import annotations
 
@@ -365,3 +366,78 @@ def test_what_the_readme_says_of_device_files_is_true() -> None:
     chosen = devices.measured("NVIDIA H200")["backend"]
     assert [name for name, backend in chosen.items() if backend == "cuda"] == ["reorder_"]
     assert "on an H200 that is CUDA C++ for `reorder_`, Triton for all else" in README
+
+
+# ---- bench/results/README.md ------------------------------------------------------------------------------------------------------------
+
+TARGETS = {  # line of the newest table -> (what report.json calls it, factor)
+    "attention with statistics >= 90 %": ("decode_attention with statistics", 100),
+    "no slower than torch SDPA": ("the same against dense torch SDPA", 1),
+    "statistics on against off": ("statistics on against off", 100),
+    "the decision <= 10 us": ("the decision on top", 1),
+    "`decode_step` >= 10x FastV's eager step": ("decode_step against FastV's eager step", 1),
+    "compaction >= 80 %": ("compact_ of 29 layers", 100),
+    "LLaVA-NeXT-7B, B=32, 12.5 % kept": ("LLaVA-NeXT-7B, B=32", 1),
+    "the same >= 2.2x dense": ("the same against the dense model", 1),
+    "LLaVA-1.5-7B, B=1: captured step": ("LLaVA-1.5-7B, B=1: captured step", 1),
+    "through `generate()` <= 1.4x floor": ("LLaVA-1.5-7B, B=1: a token through generate()", 1),
+}
+NEWEST = (RESULTS / "README.md").read_text(encoding="utf-8").split("\n## ")[1]
+
+
+def rounds_to(quoted: str, value: float) -> bool:
+    return float(quoted) == round(value, len(quoted.partition(".")[2]))
+
+
+@pytest.mark.parametrize("line", TARGETS)
+def test_the_targets_are_those_of_both_records(line: str) -> None:
+    what, factor = TARGETS[line]
+    cells = next(text for text in NEWEST.splitlines() if text.startswith(f"| {line}")).split("|")
+    for folder, cell in (("2026-11-26-h200", cells[2]), ("2026-11-27-h200", cells[3])):
+        targets = json.loads((RESULTS / folder / "report.json").read_text(encoding="utf-8"))["targets"]
+        target = next(t for t in targets if t["what"].startswith(what) and t["backend"] != "cuda" and t["measured"] is not None)
+        assert rounds_to(NUMBER.findall(cell)[0], factor * target["measured"]), (cell, target)
+    assert ("missed" in cells[4] or "cannot be met" in cells[4]) == (not target["met"])
+
+
+def test_every_line_of_the_newest_table_is_checked() -> None:
+    lines = [line for line in NEWEST.splitlines() if line.startswith("| ")][2:]
+    others = [line for line in lines if not line.startswith(tuple(f"| {begin}" for begin in TARGETS))]
+    assert len(others) == 1 and others[0].startswith("| grouped-query attention (28 heads over 4) against SDPA")
+    cells = others[0].split("|")
+    for folder, cell in (("2026-11-26-h200", cells[2]), ("2026-11-27-h200", cells[3])):
+        path = RESULTS / folder / "report.json"
+        for quoted, (batch, visual) in zip(NUMBER.findall(cell), ((32, 2880), (8, 2880), (1, 576)), strict=True):
+            facts = {"batch": batch, "visual": visual, "heads": GQA, "path": path}
+            assert rounds_to(quoted, times_faster("dense torch SDPA", "dyrate decode_attention", **facts))
+
+
+def test_how_much_slower_the_other_backend_is() -> None:
+    measured = devices.measured("NVIDIA H200")["backend_measured"]
+    found = re.search(
+        r"(\S+)x the time of Triton's attention, (\S+)x its whole step .*?faster by it \((\S+)x\)", NEWEST, re.DOTALL
+    ).groups()
+    for quoted, operator in zip(found, ("decode_attention", "decode_step", "reorder_"), strict=True):
+        assert rounds_to(quoted, measured[operator]["cuda_over_triton"])
+
+
+def test_where_the_time_of_a_step_goes() -> None:
+    text = (H200 / "models.txt").read_text(encoding="utf-8")
+
+    def ms(*kernels: str) -> float:
+        return sum(float(re.search(rf"^ *(\S+) us +\S+ {re.escape(kernel)}", text, re.MULTILINE)[1]) for kernel in kernels) / 1e3
+
+    whole = float(re.search(r"total us/step (\S+)", text)[1]) / 1e3
+    products = ms("linear_kernel", "gated_kernel")
+    found = re.search(
+        r"products take (\S+) of (\S+) ms at (\S+) % of the copy bandwidth, attention (\S+) \(one launch a layer\), the head\s+(\S+), "
+        r"the norms (\S+), residual additions (\S+), rotary embedding (\S+)\. At",
+        NEWEST,
+    ).groups()
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 2  # bytes, LLaVA-1.5-7B
+    copy = float(re.search(r"^copy (\S+)", (H200 / "layers.txt").read_text(encoding="utf-8"), re.MULTILINE)[1])
+    values = [products, whole, 100 * weights / (products * 1e-3) / 1e9 / copy, ms("decode_attention_kernel"), ms("nvjet_sm90_tst_256x8"),
+              ms("rms_norm_kernel"), ms("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add"),
+              ms("rotate_kernel")]  # fmt: skip
+    for quoted, value in zip(found, values, strict=True):
+        assert rounds_to(quoted, value), (quoted, value)
