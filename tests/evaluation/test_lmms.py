@@ -6,7 +6,9 @@ import importlib
 import json
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import dyrate_kernels as dk
 from dyrate_kernels import chat, shapes
@@ -56,6 +58,21 @@ def alone(demo, doc, most):
     inputs = processor(images=visual(doc), text=text, return_tensors="pt")
     row = model.generate(**inputs, do_sample=False, max_new_tokens=most)[0, inputs["input_ids"].shape[1] :].tolist()
     return processor.decode(row, skip_special_tokens=True).strip(), len(row)
+
+
+def test_pictures_are_read_as_everywhere(plugin, demo):
+    """16 bits a channel, which Pillow's own conversion clips, and EXIF's orientation."""
+    ramp = Image.fromarray((np.arange(96 * 96) * 7).astype("uint16").reshape(96, 96))
+    turned = shapes.draw(shapes.make_scene(3), 96)
+    turned.getexif()[0x0112] = 6
+    for picture, wanted in ((ramp, np.repeat((np.asarray(ramp) >> 8)[..., None], 3, 2)), (turned, np.rot90(np.asarray(turned), -1))):
+        model = plugin.DyRate.of(*demo, Contender("it", P.KeepAll()))
+        model.task_dict["drawn"] = {"test": DOCS}
+        item = model._item(requests(visual=lambda doc, picture=picture: [picture])[0])
+        assert np.array_equal(item.images[0], wanted)
+    floating = Image.fromarray(np.zeros((8, 8), "float32"))
+    with pytest.raises(OSError, match="task drawn, document 0: its picture cannot be read .*floating point"):
+        model._item(requests(visual=lambda doc: [floating])[0])
 
 
 def test_answers_and_costs(plugin, demo, tmp_path):
