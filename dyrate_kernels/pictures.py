@@ -106,6 +106,13 @@ def find_picture(value: Any, folder: Path) -> Path | bytes | Image:
     Raises:
         UnreadableError: it is none of them; says what it is.
     """
+    try:
+        return _find(value, folder)
+    except RecursionError:
+        raise UnreadableError("not a picture", "lists or objects that are nested too deeply") from None
+
+
+def _find(value: Any, folder: Path) -> Path | bytes | Image:
     if value is None:
         raise UnreadableError("empty", "there is no picture, but null")
     if isinstance(value, bytes | bytearray | memoryview):
@@ -117,7 +124,7 @@ def find_picture(value: Any, folder: Path) -> Path | bytes | Image:
     if isinstance(value, dict):
         inside = next((value[key] for key in _KEYS if value.get(key) is not None and not _is_empty(value[key])), None)
         if inside is not None:
-            return find_picture(inside, folder)
+            return _find(inside, folder)
         if any(key in value for key in _KEYS):
             raise UnreadableError("empty", "there are neither bytes nor a path")
         raise UnreadableError("not a picture", f"an object with the keys {', '.join(map(str, value))[:80] or 'none'}: no bytes, no path")
@@ -137,12 +144,12 @@ def _is_empty(value: Any) -> bool:
 def _first(values: list[Any], folder: Path) -> Path | bytes | Image:
     """Of a list: the picture that its numbers are, or the first of its pictures."""
     if values and all(isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) for each in values):
-        return find_picture(dict(values), folder)  # a map of Parquet
+        return _find(dict(values), folder)  # a map of Parquet
     if is_numbers(values):
         return _of_numbers(values)
     if all(each is None for each in values):
         raise UnreadableError("empty", "there is no picture, but an empty list")
-    return find_picture(next(each for each in values if each is not None), folder)
+    return _find(next(each for each in values if each is not None), folder)
 
 
 def is_numbers(value: Any) -> bool:

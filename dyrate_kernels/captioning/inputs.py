@@ -14,7 +14,8 @@ from dyrate_kernels.journal import is_journal
 from dyrate_kernels.pictures import SUFFIXES, UnreadableError, find_picture
 
 LINES, TABLE, REPORT = "captions.jsonl", "captions.parquet", "report.json"
-"""What a run writes into its folder."""
+OUTPUTS = {LINES, TABLE, REPORT, "captions.part", "report.part"}
+"""What a run writes into its folder, and what a kill may leave of it."""
 COLUMNS = ("image", "jpg", "jpeg", "png", "bytes", "image_bytes", "img", "path", "file_name", "image_path")
 
 
@@ -51,14 +52,14 @@ class Sources:
     closed: tuple[str, ...] = ()
 
 
-def find(images: str | Path, out: Path, column: str | None = None, id_column: str | None = None) -> Sources:
+def find(images: str | Path, column: str | None = None, id_column: str | None = None) -> Sources:
     """The pictures of a folder (all below it, through links too, each folder once) or the rows of a Parquet file or a folder of such files.
 
-    Nothing below ``out`` is taken (but for pictures where ``out`` is the folder itself), and nothing that an earlier run has written.
+    What a run has written, into this place or below it, is not taken.
 
     Args:
         column: of Parquet files; None: the first of ``COLUMNS`` that is there.
-        id_column: whose values name the rows.
+        id_column: whose values name the rows; one without a value is named by file and number.
 
     Raises:
         ValueError: there is no such place, no picture in it, a Parquet file that cannot be read or lacks a column, or two rows have one id;
@@ -74,8 +75,8 @@ def find(images: str | Path, out: Path, column: str | None = None, id_column: st
         raise ValueError(f"--images {images}: no such folder or file")
     pictures: dict[str, Source] = {}
     tables, others, closed = [], 0, []
-    for folder, names in _folders(place, out.resolve(), closed):
-        ours = {LINES, TABLE, REPORT} if LINES in names and is_journal(folder / LINES) else set()
+    for folder, names in _folders(place, closed):
+        ours = OUTPUTS if LINES in names and is_journal(folder / LINES) else ()
         for file in (folder / name for name in names if not name.startswith(".") and name not in ours):
             if file.suffix.lower() == ".parquet":
                 tables.append(file)
@@ -95,14 +96,14 @@ def find(images: str | Path, out: Path, column: str | None = None, id_column: st
     return Sources(list(pictures.values()), None, others, tuple(closed))
 
 
-def _folders(place: Path, out: Path, closed: list[str]) -> Iterator[tuple[Path, list[str]]]:
+def _folders(place: Path, closed: list[str]) -> Iterator[tuple[Path, list[str]]]:
     """Each folder below a place, with its files in order; first those that are really there, then those that links lead to."""
     seen, starts = set(), [place]
     while starts:
         for name, folders, files in os.walk(starts.pop(0), onerror=lambda error: closed.append(printable(str(error.filename)))):
             folder = Path(name)
             state = folder.stat()
-            if (state.st_dev, state.st_ino) in seen or (folder.resolve() == out and folder != place):
+            if (state.st_dev, state.st_ino) in seen:
                 folders.clear()
                 continue
             seen.add((state.st_dev, state.st_ino))
@@ -130,7 +131,8 @@ def _rows(files: Sequence[Path], base: Path, column: str | None, id_column: str 
     found: dict[str, Source] = {}
     for file, count, keys in zip(files, counts, ids, strict=True):
         for row in range(count):
-            name = printable(f"{file.relative_to(base).as_posix()}:{row}" if keys is None else str(keys[row]))
+            name = f"{file.relative_to(base).as_posix()}:{row}" if keys is None or keys[row] is None else str(keys[row])
+            name = printable(name)
             if name in found:
                 raise ValueError(f"{file}: --id-column {id_column}: {name!r} stands in two rows; ids must be unique")
             found[name] = Source(name, str(file), row)

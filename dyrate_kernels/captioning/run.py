@@ -45,12 +45,15 @@ def run(
     started again, leaves each picture there once. ``captions.parquet`` (with pyarrow) and ``report.json`` are written at the end.
 
     Raises:
-        ValueError: ``out`` holds captions of another setting, or lines that are no captions.
+        ValueError: ``out`` holds captions of another setting, lines that are no captions, or files of others that would be overwritten.
         RuntimeError: another run is writing there.
         Whatever the engine raises: what was written until then stays.
     """
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
+        foreign = [name for name in (TABLE, REPORT) if (out / name).exists() and not (out / LINES).exists()]
+        if foreign:
+            raise ValueError(f"{out} holds {' and '.join(foreign)} without a {LINES}: not of this run; move them, or give another --out")
         journal = Journal(out / LINES, task.setting())
         known = {caption.name: caption.to_dict() for caption in journal.read(Caption)}
         wanted = {source.name for source in sources.sources}

@@ -70,7 +70,7 @@ def run(given: argparse.Namespace) -> int:
             "--workers and --address go with --engine ray" + ("" if engines.has_ray() else ": pip install 'dyrate-kernels[caption]'")
         )
     out = Path(given.out)
-    sources = inputs.find(given.images, out, given.image_column, given.id_column)
+    sources = inputs.find(given.images, given.image_column, given.id_column)
     if given.limit:
         sources = replace(sources, sources=sources.sources[: given.limit])
     model = (

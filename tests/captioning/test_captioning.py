@@ -161,7 +161,7 @@ def test_parquet(capsys, tmp_path):
     drawn(3).save(tmp_path / "beside.png")
     rows = [{"bytes": data(1), "path": "x.png"}, {"bytes": data(2), "path": None}, {"bytes": None, "path": "beside.png"}, None,
             {"bytes": b"", "path": None}]  # fmt: skip
-    parquet.write_table(pa.table({"image": rows, "key": ["a", "b", "c", "d", "e"]}), tmp_path / "t.parquet", row_group_size=2)
+    parquet.write_table(pa.table({"image": rows, "key": ["a", "b", "c", None, None]}), tmp_path / "t.parquet", row_group_size=2)
     status, _, err = caption(capsys, tmp_path / "t.parquet", tmp_path / "out")
     assert status == 0, err
     found = {line["name"]: line for line in lines(tmp_path / "out")}
@@ -172,7 +172,7 @@ def test_parquet(capsys, tmp_path):
         == Captioner(Task(max_new_tokens=TOKENS))([inputs.Source("x", str(tmp_path / "beside.png"))])[0].caption
     )
     assert caption(capsys, tmp_path / "t.parquet", tmp_path / "keyed", "--id-column", "key")[0] == 0
-    assert [line["name"] for line in lines(tmp_path / "keyed")] == ["a", "b", "c", "d", "e"]
+    assert [line["name"] for line in lines(tmp_path / "keyed")] == ["a", "b", "c", "t.parquet:3", "t.parquet:4"]
     parquet.write_table(pa.table({"pic": [data(1)], "key": ["a"]}), tmp_path / "u.parquet")
     status, _, err = caption(capsys, tmp_path / "u.parquet", tmp_path / "other")
     assert status == 1 and "none of the columns image, jpg" in err and "--image-column" in err
@@ -217,12 +217,12 @@ def test_cells_of_every_arrow_type(tmp_path):
     }  # fmt: skip
     for name, column in good.items():
         parquet.write_table(pa.table({"image": column, "image.more": ["x"]}), tmp_path / "t.parquet")
-        sources = inputs.find(tmp_path / "t.parquet", tmp_path / "out")
+        sources = inputs.find(tmp_path / "t.parquet")
         (payload,) = inputs.payloads(sources.sources, sources.column)
         assert np.array_equal(read_picture(payload), drawn(1)), name
     for name, (kind, column) in bad.items():
         parquet.write_table(pa.table({"image": column}), tmp_path / "t.parquet")
-        sources = inputs.find(tmp_path / "t.parquet", tmp_path / "out")
+        sources = inputs.find(tmp_path / "t.parquet")
         (found,) = inputs.payloads(sources.sources, sources.column)
         assert isinstance(found, UnreadableError) and found.kind == kind, (name, found)
 
@@ -258,7 +258,7 @@ def test_damaged_rows_of_a_parquet_file_are_failures(tmp_path):
     start = column.dictionary_page_offset or column.data_page_offset
     content[start : start + 200] = b"\xff" * 200
     file.write_bytes(content)
-    sources = inputs.find(file, tmp_path / "out")
+    sources = inputs.find(file)
     found = list(inputs.payloads(sources.sources, sources.column))
     assert [getattr(each, "kind", None) for each in found] == [None, None, "broken", "broken", None, None]
     assert "row 2 of t.parquet" in str(found[2])
@@ -306,12 +306,12 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     (inside / "gone").symlink_to(tmp_path / "nowhere", target_is_directory=True)
     (inside / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (inside / "file.png").symlink_to(outside / "x.png")
-    found = inputs.find(inside, tmp_path / "out")
+    found = inputs.find(inside)
     assert sorted(source.name for source in found.sources) == [
         "b/c/x.png", "b/x.png", "file.png", "gone.png", "one/deep/x.png", "one/x.png", "x.png",
     ]  # fmt: skip
     (tmp_path / "link").symlink_to(inside, target_is_directory=True)
-    assert inputs.find(tmp_path / "link", tmp_path / "out").sources[0].name == "file.png"
+    assert inputs.find(tmp_path / "link").sources[0].name == "file.png"
 
 
 def test_folders_that_cannot_be_listed_are_told(tmp_path, monkeypatch):
@@ -325,7 +325,7 @@ def test_folders_that_cannot_be_listed_are_told(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", scan)
-    found = inputs.find(tmp_path, tmp_path / "out")
+    found = inputs.find(tmp_path)
     assert len(found.sources) == 1 and found.closed == (str(tmp_path / "closed"),)
 
 
@@ -333,7 +333,8 @@ def test_what_a_run_has_written_is_no_picture(capsys, tmp_path):
     """Captions beside the pictures, below them, and those of other runs there."""
     for seed in range(2):
         drawn(seed).save(tmp_path / f"{seed}.png")
-    drawn(5).save(tmp_path / "report.json.png")
+    (tmp_path / "one").mkdir()
+    drawn(5).save(tmp_path / "one" / "report.json.png")  # a picture in the folder that is written to
     for out in (tmp_path, tmp_path / "one", tmp_path / "two"):
         assert caption(capsys, tmp_path, out, "--limit", "2")[0] == 0
         status, text, _ = caption(capsys, tmp_path, out, "--json")
@@ -346,9 +347,20 @@ def test_parquet_files_beside_what_a_run_has_written(capsys, tmp_path):
     parquet.write_table(pa.table({"image": [png(1)]}), tmp_path / "a.parquet")
     (tmp_path / "mine").mkdir()
     parquet.write_table(pa.table({"image": [png(2)]}), tmp_path / "mine" / "captions.parquet")  # no run's: there is no journal beside it
-    for new in (2, 0):
+    parquet.write_table(pa.table({"image": [png(3)]}), tmp_path / "z.parquet")
+    for new in (3, 0):
         status, text, _ = caption(capsys, tmp_path, tmp_path, "--json")
-        assert status == 0 and (json.loads(text)["pictures"], json.loads(text)["new"]) == (2, new)
+        assert status == 0 and (json.loads(text)["pictures"], json.loads(text)["new"]) == (3, new)
+
+
+@pytest.mark.parametrize("name", ["captions.parquet", "report.json"])
+def test_files_of_others_are_not_overwritten(capsys, tmp_path, name):
+    for folder in ("pictures", "out"):
+        (tmp_path / folder).mkdir()
+    drawn(1).save(tmp_path / "pictures" / "x.png")
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    status, _, err = caption(capsys, tmp_path / "pictures", tmp_path / "out")
+    assert status == 1 and f"{name} " in err and (tmp_path / "out" / name).read_bytes() == b"mine"
 
 
 def test_a_run_without_a_caption_fails(capsys, tmp_path):
