@@ -54,7 +54,7 @@ def test_damaged_exif_beside_a_whole_picture(kind, garbage):
     if kind == "png":
         data = behind_header(encoded(PICTURE, "png"), chunk(b"eXIf", garbage))
     else:
-        data = encoded(PICTURE, kind, exif=garbage or None)
+        data = encoded(PICTURE, kind, **({"exif": garbage} if garbage else {}))
     assert close(read_picture(data), PICTURE)
 
 
