@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,64 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """While it lasts this process alone writes to ``folder``, which is made where it is missing. The lock goes with the process: one that
+    was killed leaves none.
+
+    Raises:
+        RuntimeError: another run is writing there.
+        OSError: the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RuntimeError(f"another run is writing to {folder}; wait for it, or give another --out") from None
+        yield
+
+
+def check_file(name: str, path: str | os.PathLike[str]) -> None:
+    """Whether a file can be written there, found out by opening it; what stands in it stays.
+
+    Args:
+        name: of the option or argument, for messages.
+
+    Raises:
+        ValueError: it cannot; says why.
+    """
+    place = Path(path)
+    if not place.absolute().parent.is_dir():
+        raise ValueError(f"{name} {path}: the folder {place.parent} does not exist; make it first")
+    if place.is_dir() or not place.name:
+        raise ValueError(f"{name} {path}: is a folder; give the name of a file")
+    there = place.exists()
+    try:
+        with place.open("ab"):
+            pass
+        if not there:
+            Path(os.path.realpath(place)).unlink()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} {path}: cannot be written ({getattr(error, 'strerror', None) or error}); give another file") from None
+
+
+def check_folder(name: str, path: str | os.PathLike[str]) -> None:
+    """Whether files can be written to a folder, which is made where it is missing.
+
+    Raises:
+        ValueError: they cannot; says why.
+    """
+    place = Path(path)
+    if os.path.lexists(place) and not place.is_dir():
+        raise ValueError(f"{name} {path}: is a file; give a folder")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        check_file(name, place / ".dyrate-check")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} {path}: cannot be written ({getattr(error, 'strerror', None) or error}); give another folder") from None
 
 
 def printable(text: str) -> str:

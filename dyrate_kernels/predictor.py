@@ -61,8 +61,8 @@ def check_rates(name: str, rates: Any, ascending: bool = False) -> tuple[float, 
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be numbers in [0, 1], got {value!r}")
-        if not 0.0 <= float(value) <= 1.0:  # also refuses NaN
-            raise ValueError(f"{name} must be in [0, 1] (fractions of visual tokens removed), got {value!r}")
+        if not 0.0 <= value <= 1.0:  # also refuses NaN
+            raise ValueError(f"{name} must be in [0, 1] (fractions of visual tokens removed), got {_shorten(value)}")
     if ascending and any(later <= earlier for earlier, later in itertools.pairwise(values)):
         raise ValueError(f"{name} must be ascending, got {values}")
     return tuple(float(value) for value in values)
@@ -139,15 +139,10 @@ class DyRatePredictor(nn.Module):
         text_size: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("num_heads", num_heads, 1), ("k", k, 1), ("text_size", text_size, 0)):
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-                raise ValueError(f"{name} must be {'a positive integer' if least else 'an integer of at least 0'}, got {value!r}")
+        self.rates = _check_numbers(num_heads, rates, k, spread, text_size)
         self.num_heads, self.k = int(num_heads), int(k)
-        self.rates = check_rates("rates", rates)
         self.model = {} if model is None else dict(model)
         self.notes = {} if notes is None else dict(notes)
-        if isinstance(spread, bool) or not isinstance(spread, Real) or not 0.0 <= spread <= 1.0:
-            raise ValueError(f"spread must be a number in [0, 1], got {spread!r}")
         self.spread = float(spread)
         self.source = "in memory"
         self.weight = nn.Parameter(torch.zeros(len(self.rates), self.num_heads * _TYPES))
@@ -247,8 +242,12 @@ class DyRatePredictor(nn.Module):
         }
         tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in self._named().items()}
         text = json.dumps(config, indent=2) + "\n"  # before anything is written: notes may not be JSON
-        save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
-        (path / CONFIG_FILE).write_text(text, encoding="utf-8")
+        parts = path / f"{WEIGHTS_FILE}.part", path / f"{CONFIG_FILE}.part"
+        save_file(tensors, parts[0], metadata={"format": "pt"})
+        parts[1].write_text(text, encoding="utf-8")
+        (path / CONFIG_FILE).unlink(missing_ok=True)  # a kill leaves the old one, the new one or none, never half of each
+        os.replace(parts[0], path / WEIGHTS_FILE)
+        os.replace(parts[1], path / CONFIG_FILE)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **hub_options: Any) -> DyRatePredictor:
@@ -264,46 +263,62 @@ class DyRatePredictor(nn.Module):
         """
         config_path, weights_path = _locate(source, hub_options)
         config = _read_config(config_path)
+        heads, rates, k = config["num_heads"], config["rates"], config["k"]
+        spread, text_size = config.get("spread", 0.0), config.get("text_size", 0)
         try:
-            predictor = cls(
-                config["num_heads"],
-                config["rates"],
-                config["k"],
-                config["model"],
-                config["notes"],
-                config.get("spread", 0.0),
-                config.get("text_size", 0),
-            )
+            values = _check_numbers(heads, rates, k, spread, text_size)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{config_path}: {error}") from None
-        predictor._load(weights_path)
+        expected = {"weight": [len(values), heads * _TYPES], "bias": [len(values)]}
+        expected |= {"hidden_weight": [len(values), text_size]} if text_size else {}
+        tensors = _read_weights(weights_path, expected, f"{len(values)} rates, {heads} heads x {_TYPES} types", config_path)
+        predictor = cls(heads, rates, k, config["model"], config["notes"], spread, text_size)
+        with torch.no_grad():
+            for name, tensor in predictor._named().items():
+                tensor.copy_(tensors[name])
         predictor.source = str(source)
         return predictor
 
-    def _load(self, path: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors ({error}); save it again with save_pretrained") from None
-        expected = {name: list(tensor.shape) for name, tensor in self._named().items()}
-        if set(tensors) != set(expected):
-            raise ValueError(f"{path} must hold the tensors {sorted(expected)}, got {sorted(tensors)}")
-        for name, shape in expected.items():
-            tensor = tensors[name]
-            if list(tensor.shape) != shape:
-                raise ValueError(
-                    f"{path}: {name} must be {shape} ({len(self.rates)} rates, {self.num_heads} heads x {_TYPES} types), "
-                    f"got {list(tensor.shape)}"
-                )
-            if not tensor.is_floating_point():
-                raise ValueError(f"{path}: {name} must be a floating point tensor, got {tensor.dtype}")
-        _check_finite(tensors, str(path))
-        with torch.no_grad():
-            for name, tensor in self._named().items():
-                tensor.copy_(tensors[name])
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _check_numbers(num_heads: Any, rates: Any, k: Any, spread: Any, text_size: Any) -> tuple[float, ...]:
+    """What a predictor's tensors are made from, before any is. Returns the rates.
+
+    Raises:
+        TypeError, ValueError: a number has no meaning; names it.
+    """
+    for name, value, least in (("num_heads", num_heads, 1), ("k", k, 1), ("text_size", text_size, 0)):
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            wanted = "a positive integer" if least else "an integer of at least 0"
+            raise ValueError(f"{name} must be {wanted}, got {_shorten(value)}")
+    values = check_rates("rates", rates)
+    if isinstance(spread, bool) or not isinstance(spread, Real) or not 0.0 <= spread <= 1.0:
+        raise ValueError(f"spread must be a number in [0, 1], got {_shorten(spread)}")
+    return values
+
+
+def _read_weights(path: Path, expected: dict[str, list[int]], of: str, config: Path) -> dict[str, Tensor]:
+    """The file's tensors, read once their names, shapes and types are what ``expected`` says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118: no mapping
+            if set(slices) != set(expected):
+                raise ValueError(f"{path} must hold the tensors {sorted(expected)}, got {sorted(slices)}")
+            for name, shape in expected.items():
+                found, kind = list(slices[name].get_shape()), slices[name].get_dtype()
+                if found != shape:
+                    raise ValueError(f"{path}: {name} must be {_shorten(shape)} ({of}, says {config.name}), got {found}")
+                if kind not in _FLOATS:
+                    raise ValueError(f"{path}: {name} must be a floating point tensor ({', '.join(_FLOATS)}), got {kind}")
+            tensors = {name: file.get_tensor(name) for name in expected}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}); save it again with save_pretrained") from None
+    _check_finite(tensors, str(path))
+    return tensors
 
 
 def predictor_beside(folder: str | None, k: int | None = None) -> DyRatePredictor | None:
@@ -353,8 +368,8 @@ def _locate(source: str | os.PathLike[str], hub_options: dict[str, Any]) -> tupl
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{path} must be a JSON object with format {FORMAT!r}, got {_shorten(config)}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 from dyrate_kernels.captioning import engines
 from dyrate_kernels.captioning.captioner import Caption, Task
 from dyrate_kernels.captioning.inputs import LINES, REPORT, TABLE, Sources
-from dyrate_kernels.files import write_json
+from dyrate_kernels.files import locked, write_json
 from dyrate_kernels.journal import Journal
 
 
@@ -49,8 +47,7 @@ def run(
         RuntimeError: another run is writing there.
         Whatever the engine raises: what was written until then stays.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with locked(out):
         foreign = [name for name in (TABLE, REPORT) if (out / name).exists() and not (out / LINES).exists()]
         if foreign:
             raise ValueError(f"{out} holds {' and '.join(foreign)} without a {LINES}: not of this run; move them, or give another --out")
@@ -120,16 +117,6 @@ def write_table(path: Path, lines: list[dict[str, Any]]) -> None:
     with part.open("wb") as file:  # no path: a name may be no UTF-8
         parquet.write_table(pa.Table.from_pylist(lines, schema=schema), file)
     part.replace(path)
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RuntimeError(f"another run is writing to {out}; wait for it, or give another --out") from None
-        yield
 
 
 __all__ = ["LINES", "REPORT", "TABLE", "Caption", "Progress", "report", "run"]

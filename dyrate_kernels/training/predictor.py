@@ -9,10 +9,12 @@ resuming, TensorBoard. At the end one number is added to the logits along the ra
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from dyrate_kernels.files import write_json
+from dyrate_kernels.files import locked, write_json
 from dyrate_kernels.flops import fastv_layer
 from dyrate_kernels.json_files import read_json
 from dyrate_kernels.policies.base import ModelShape, check_fraction, check_k_range
@@ -287,10 +289,19 @@ def train_predictor(
     Raises:
         ValueError: a bad option, a source with nothing usable, or a checkpoint of another run.
         TypeError: the model is not supported.
+        RuntimeError: another run is writing to ``out``.
     """
+    first = os.environ.get("RANK", "0") == "0"  # of several processes of one run, one writes
+    with locked(Path(out)) if first else contextlib.nullcontext():
+        return _train(model, processor, source, Path(out), options, resume, quiet, callbacks)
+
+
+def _train(
+    model: Any, processor: Any, source: Sequence[Example], out: Path, options: Options, resume: bool, quiet: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> Trained:  # fmt: skip
     shape = ModelShape.from_config(model.config)
     check_k_range(options.k, shape.num_layers)
-    out = Path(out)
     checkpoint = _checkpoint(out, options) if resume else None
     rows = Rows(source, processor, options.max_length, options.max_answer)
     collate = Collator(processor)

@@ -4,7 +4,9 @@ damaged files.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 
 import pytest
@@ -285,7 +287,8 @@ def tensors(**changes):
             {"linear.weight": torch.zeros(5, 32), "linear.bias": torch.zeros(5)},
             r"got \['linear.bias', 'linear.weight'\]",
         ),
-        (tensors(weight=torch.zeros(5, 32, dtype=torch.int32)), "must be a floating point tensor, got torch.int32"),
+        (tensors(weight=torch.zeros(5, 32, dtype=torch.int32)), r"weight must be a floating point tensor .*got I32"),
+        (tensors(bias=torch.zeros(5, dtype=torch.float8_e4m3fn)), r"bias must be a floating point tensor .*got F8_E4M3"),
         (tensors(weight=torch.full((5, 32), float("inf"))), "weight must be finite, got 160"),
         (tensors(bias=torch.tensor([0, 0, float("nan"), 0, 0])), "bias must be finite, got 1"),
     ],
@@ -340,6 +343,14 @@ def having(**values):
         (having(model=[1]), "model must be an object"),
         (having(model={"vocab_size": 3}), r"model must hold only .*got also \['vocab_size'\]"),
         (having(notes="x"), "notes must be an object"),
+        (having(num_heads=10**15), rf"{WEIGHTS_FILE}: weight must be \[5, {4 * 10**15}\] .*says {CONFIG_FILE}.*got \[5, 32\]"),
+        (having(num_heads=-(10**15)), f"{CONFIG_FILE}: num_heads must be a positive integer"),
+        (having(text_size=10**15), r"must hold the tensors \['bias', 'hidden_weight', 'weight'\]"),
+        (having(text_size=-5), f"{CONFIG_FILE}: text_size must be an integer of at least 0, got -5"),
+        (having(text_size=1.5), "text_size must be an integer of at least 0, got 1.5"),
+        (having(num_heads=1e15), "num_heads must be a positive integer"),
+        (having(rates=[10**400]), r"rates must be in \[0, 1\]"),
+        (having(spread=float("nan")), "spread must be a number in"),
     ],
 )
 def test_wrong_config(folder, change, message):
@@ -355,6 +366,33 @@ def test_unreadable_config(folder, content):
     (folder / CONFIG_FILE).write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read as JSON|must be a JSON object"):
         DyRatePredictor.from_pretrained(folder)
+
+
+def test_nothing_is_allocated_from_a_files_numbers_before_its_tensors_are_looked_at(folder, monkeypatch):
+    config = json.loads((folder / CONFIG_FILE).read_text()) | {"num_heads": 10**6}
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    monkeypatch.setattr(torch, "zeros", lambda *size, **_: pytest.fail(f"allocated {size}"))
+    with pytest.raises(ValueError, match="weight must be"):
+        DyRatePredictor.from_pretrained(folder)
+
+
+def test_a_kill_while_saving_leaves_the_old_predictor_the_new_one_or_none(folder, monkeypatch):
+    other = trained(seed=3)
+    for calls in range(3):
+        done = []
+
+        def replace(source, target, real=os.replace, calls=calls, done=done):
+            if len(done) == calls:
+                raise KeyboardInterrupt
+            done.append(real(source, target))
+
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            patched.setattr(os, "replace", replace)
+            other.save_pretrained(folder)
+        if calls < 2:
+            with pytest.raises(FileNotFoundError, match=f"has no {CONFIG_FILE}"):
+                DyRatePredictor.from_pretrained(folder)
+    assert torch.equal(DyRatePredictor.from_pretrained(folder).weight, other.weight)
 
 
 def test_missing_files(folder, tmp_path_factory):
