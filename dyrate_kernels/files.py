@@ -49,9 +49,9 @@ def check_file(name: str, path: str | os.PathLike[str]) -> None:
     place = Path(path)
     if not place.absolute().parent.is_dir():
         raise ValueError(f"{name} {path}: the folder {place.parent} does not exist; make it first")
-    if place.is_dir() or not place.name:
+    if not place.name or os.path.isdir(place):
         raise ValueError(f"{name} {path}: is a folder; give the name of a file")
-    there = place.exists()
+    there = os.path.exists(place)
     try:
         with place.open("ab"):
             pass
@@ -68,7 +68,7 @@ def check_folder(name: str, path: str | os.PathLike[str]) -> None:
         ValueError: they cannot; says why.
     """
     place = Path(path)
-    if os.path.lexists(place) and not place.is_dir():
+    if os.path.lexists(place) and not os.path.isdir(place):
         raise ValueError(f"{name} {path}: is a file; give a folder")
     try:
         place.mkdir(parents=True, exist_ok=True)

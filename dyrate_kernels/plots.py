@@ -59,6 +59,36 @@ def generation(image: Any, stats: Stats, path: str | Path, panels: int = 5, sequ
     figure.savefig(path)
 
 
+def check_ending(name: str, path: str | Path) -> None:
+    """Whether matplotlib is here and draws into the format that a file's ending names, found out with a small drawing.
+
+    Args:
+        name: of the option, for messages.
+
+    Raises:
+        ValueError: it does not; names the endings that matplotlib knows.
+        ImportError: there is no matplotlib.
+    """
+    import io
+
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError(f"{name} needs matplotlib: pip install matplotlib") from None
+    ending = Path(path).suffix.lower().removeprefix(".")
+    canvas = FigureCanvasAgg(Figure(figsize=(1, 1)))
+    known = sorted(canvas.get_supported_filetypes())
+    if ending not in known:
+        got = f"ends in .{ending}" if ending else "has no ending"
+        raise ValueError(f"{name} {path}: the name {got}; its ending chooses the format, one of {', '.join(known)}")
+    canvas.figure.text(0, 0, "a")
+    try:
+        canvas.print_figure(io.BytesIO(), format=ending)
+    except Exception as error:  # some formats need programs of their own
+        raise ValueError(f"{name} {path}: a .{ending} file cannot be drawn here ({error}); take .png, .pdf or .svg") from error
+
+
 def _spread(count: int, panels: int) -> list[int]:
     if count <= panels:
         return list(range(count))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyrate_kernels.cli import common
+from dyrate_kernels.cli import common, contenders
 
 if TYPE_CHECKING:
     from dyrate_kernels.measuring.end_to_end import Problem, Row, Setup
@@ -35,8 +35,8 @@ def add_parser(commands: Any) -> None:
         "--max-new-tokens", type=common.positive, default=64, metavar="N", help="tokens of every answer, 2 or more; default: 64",
     )  # fmt: skip
     e2e.add_argument(
-        "--policy", metavar="SPEC",
-        help="NAME:OPTION=VALUE:..; default: the published schedule, half, a quarter and an eighth of the tokens from steps 0, 5, 10 on",
+        "--policy", metavar="NAME[:OPTION=VALUE..]",
+        help="default: the published schedule, half, a quarter and an eighth of the tokens from steps 0, 5, 10 on",
     )  # fmt: skip
     e2e.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     e2e.add_argument("--device", help="default: cuda where there is one, else cpu")
@@ -64,7 +64,7 @@ def run(given: argparse.Namespace) -> int:
     from dyrate_kernels.patching.fused import fuses
 
     if given.out is not None:
-        common.check_output("--out", given.out)
+        common.check_file("--out", given.out)
     if given.max_new_tokens < 2:
         raise ValueError("--max-new-tokens 1: the time of a token is that between two; ask for 2 or more")
     device = _device(given.device)
@@ -78,6 +78,9 @@ def run(given: argparse.Namespace) -> int:
     policy = end_to_end.falling_schedule(visual, decoding.fitting_k(model)) if given.policy is None else common.parse_policy(given.policy)
     label = policy.name if given.policy is None else given.policy
     largest: dict[tuple[int, str], int | None] = {}
+    settings = contenders.settings(model.config, policy, "recoverable", given.backend, device)
+    if not given.json:
+        print(f"{name}: {contenders.words(settings)}; evict, FastV and the unpruned model beside it", flush=True)
     with torch.no_grad():
         for batch in given.batch:
             fuse = fuses(model, backend)
@@ -97,7 +100,8 @@ def run(given: argparse.Namespace) -> int:
             if given.out is not None:
                 Path(given.out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if given.json:
-        common.print_json({"bandwidth_GB_per_s": bandwidth / 1e9, "rows": rows, "verdicts": end_to_end.verdicts(rows)})
+        found = {"bandwidth_GB_per_s": bandwidth / 1e9, "rows": rows, "verdicts": end_to_end.verdicts(rows)}
+        common.print_json(found | {"settings": settings})
     else:
         _show(rows, bandwidth)
     bad = [row for row in rows if row["correct"] is not None and not row["correct"]["passed"]]

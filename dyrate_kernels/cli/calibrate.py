@@ -15,29 +15,30 @@ def add_parser(commands: Any) -> None:
     common.add_common(parser)
     common.add_model(parser)
     common.add_data(parser)
-    parser.add_argument("--samples", type=int, default=20, metavar="N", help="examples; default: 20")
+    common.add_limit(parser, "examples that can be used", "--samples", default=20)
     parser.add_argument("--eta", type=float, default=0.003, help="largest mean KL divergence of the next token, in nats; default: 0.003")
     parser.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
     """Does it."""
-    from dyrate_kernels.training.data import open_source
     from dyrate_kernels.training.layer_search import search_layer
 
-    source = open_source(given.data, given.images, max(given.samples, 1), given.seed, given.split)
+    source = common.open_source(given, given.limit, cut=False)
     model, processor = common.load_model(given)
+    settings = {"policy": "vtw", "k": f"1 to {model.config.get_text_config().num_hidden_layers - 1}", "retention": "evict"}
+    if not given.json:
+        print(f"{'with:':<12}vtw, every k from {settings['k']}, retention evict, against the unpruned model", flush=True)
     shows = not given.json and sys.stderr.isatty()
 
     def progress(done: int, total: int) -> None:
         if shows:
             print(f"\r{done} of {total} examples", end="" if done < total else "\r", file=sys.stderr, flush=True)
 
-    found = search_layer(model, processor, source, eta=given.eta, samples=given.samples, progress=progress)
+    found = search_layer(model, processor, source, eta=given.eta, samples=given.limit, progress=progress)
     if given.json:
-        common.print_json(
-            {"k": found.k, "divergence": found.divergence, "eta": found.eta, "samples": found.samples, "skipped": found.skipped}
-        )
+        found_out = {"k": found.k, "divergence": found.divergence, "eta": found.eta, "samples": found.samples, "skipped": found.skipped}
+        common.print_json(found_out | {"settings": settings})
         return 0
     from rich.table import Table
 

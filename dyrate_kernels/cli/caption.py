@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dyrate_kernels.cli import common
+from dyrate_kernels.cli import common, contenders
 from dyrate_kernels.cli.generate import add_policy, policy_from
 from dyrate_kernels.files import printable
 from dyrate_kernels.pictures import MAX_PIXELS
@@ -83,6 +83,8 @@ def run(given: argparse.Namespace) -> int:
     )  # fmt: skip
     say = _Say(quiet=given.json)
     say.line(f"{len(sources.sources)} pictures, engine {engine}")
+    settings = contenders.settings_by_name(model, task.policy, task.retention, task.backend, task.device, task.vision)
+    say.line(f"with {contenders.words(settings)}")
     found = runs.run(
         task,
         sources,
@@ -95,7 +97,7 @@ def run(given: argparse.Namespace) -> int:
     )
     say.end()
     if given.json:
-        common.print_json(found)
+        common.print_json(found | {"settings": settings})
     else:
         _print(found, out)
     if not found["captioned"]:

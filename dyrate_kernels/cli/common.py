@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dyrate_kernels import loading
+from dyrate_kernels.files import check_file
 from dyrate_kernels.loading import parse_value
 
 DEFAULT_PROMPT = "Describe the picture."
@@ -38,9 +40,39 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--data", default="shapes", metavar="SOURCE",
         help="shapes (drawn scenes), a LLaVA .json / .jsonl file, the folder of a saved dataset, or a dataset on the hub; default: shapes",
     )  # fmt: skip
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures that the .json names; default: where it lies")
+    add_images(parser)
     parser.add_argument("--split", default="train", help="of a dataset; default: train")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes, order and noise; default: 0")
+    add_seed(parser)
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Where the pictures of ``--data`` are."""
+    parser.add_argument("--images", metavar="DIR", help="folder of the pictures that --data names; default: where it lies")
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Of everything that is drawn at random."""
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of scenes, order, noise and sampling, 0 .. 999999; default: 0")
+
+
+def add_limit(parser: argparse.ArgumentParser, of: str, *synonyms: str, default: int | None = None) -> None:
+    """How many of what there is are taken.
+
+    Args:
+        of: what is counted.
+        synonyms: other names of the option.
+    """
+    shown = "all" if default is None else default
+    parser.add_argument(
+        "--limit", *synonyms, dest="limit", type=positive, default=default, metavar="N", help=f"the first N {of}; default: {shown}"
+    )
+
+
+def add_policies(parser: argparse.ArgumentParser, default: str, more: str = "") -> None:
+    """Several policies."""
+    from dyrate_kernels.cli import contenders
+
+    parser.add_argument("--policies", default=default, metavar="A,B,..", help=f"{contenders.HELP}{more}; default: {default}")
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:
@@ -58,14 +90,27 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cuda-graph", action="store_true", help="capture a decode step once and replay it (on one CUDA device)")
     parser.add_argument("--fuse", action="store_true", help="fewer launches a decoder layer (backend triton; Llama, Mistral, Qwen2)")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
+    add_seed(parser)
 
 
 def positive(text: str) -> int:
     """An argument that is a number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return _integer(text, 1, None)
+
+
+def seed(text: str) -> int:
+    """A seed; what is held out for evaluation has others."""
+    return _integer(text, 0, 10**6 - 1)
+
+
+def _integer(text: str, least: int, most: int | None) -> int:
+    wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer {wanted}, got {text!r}") from None
+    if value < least or (most is not None and value > most):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {value}")
     return value
 
 
@@ -74,10 +119,59 @@ def load_model(given: argparse.Namespace) -> tuple[Any, Any]:
     return loading.load_model(given.model, given.device, given.dtype, given.quantize)
 
 
-def check_output(option: str, path: str | None) -> None:
-    """ValueError now, rather than an answer that is lost when its file cannot be written."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"{option} {path}: the folder {Path(path).parent} does not exist; make it first")
+def check_plot(option: str, path: str | None) -> None:
+    """ValueError now, rather than after the model ran: the file cannot be written, or not in the format that its ending names."""
+    if path is None:
+        return
+    from dyrate_kernels import plots
+
+    check_file(option, path)
+    plots.check_ending(option, path)
+
+
+def check_images(images: str | None, data: str | None, source: str) -> None:
+    """``--images`` must be a folder, of pictures that ``--data`` names.
+
+    Raises:
+        ValueError: it is not, or there is no such file.
+    """
+    if images is None:
+        return
+    if data is None:
+        raise ValueError(f"--images belongs to the file of --data, not to {source}; leave it out")
+    if not Path(images).expanduser().is_dir():
+        raise ValueError(f"--images {images}: no such folder; give the one with the pictures that {data} names")
+
+
+def open_source(given: argparse.Namespace, scenes: int, cut: bool = True) -> Any:
+    """The examples that ``--data`` names, the first ``--limit`` of them.
+
+    Args:
+        scenes: of shapes, where ``--limit`` does not say.
+        cut: False: the limit counts what can be used, so more are looked at.
+    """
+    from dyrate_kernels.training import data
+
+    drawn = given.data == "shapes"
+    named = given.data if given.data.endswith((".json", ".jsonl", ".ndjson")) else None
+    check_images(given.images, named, "drawn scenes" if drawn else "a dataset")
+    source = data.open_source(given.data, given.images, given.limit or scenes, given.seed, given.split)
+    return source if drawn or not cut or given.limit is None else First(source, given.limit)
+
+
+class First(Sequence):
+    """The first ``count`` of a sequence."""
+
+    def __init__(self, source: Sequence[Any], count: int) -> None:
+        self.source, self.count = source, min(count, len(source))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return self.source[index]
 
 
 def load_image(path: str) -> Any:
@@ -123,17 +217,21 @@ def split_list(text: str, mark: str = ",") -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def parse_policy(text: str) -> Any:
-    """``fastv:k=2:rate=0.75`` -> the policy; one inside of another in brackets: ``recycle:policy=(fastv:k=2):share=1``."""
+def parse_policy(text: str, more: dict[str, Any] | None = None) -> Any:
+    """``fastv:k=2:rate=0.75`` -> the policy; one inside of another in brackets: ``recycle:policy=(fastv:k=2):share=1``.
+
+    Args:
+        more: options beside those of the text; None is none.
+    """
     name, *options = split_list(text, ":") or [""]
     pairs = {}
     for option in options:
         key, separator, value = option.partition("=")
         if not separator:
-            raise ValueError(f"--policies: options are NAME=VALUE, got {option!r} in {text!r}")
+            raise ValueError(f"a policy's options are NAME=VALUE, got {option!r} in {text!r}")
         nested = key == "policy" and value.startswith("(") and value.endswith(")")
         pairs[key] = parse_policy(value[1:-1]) if nested else parse_value(value)
-    return make_policy(name.strip(), pairs)
+    return make_policy(name.strip(), pairs | {key: value for key, value in (more or {}).items() if value is not None})
 
 
 def parse_vision(text: str | None) -> Any:

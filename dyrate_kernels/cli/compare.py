@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from typing import Any
 
-from dyrate_kernels.cli import common
+from dyrate_kernels.cli import common, contenders
 
 DEFAULT_POLICIES = "none,dyrate,fastv,fixed,random,uniform,vtw,depth"
 
@@ -17,55 +18,60 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("compare", help="several policies on the same picture and prompt", description=__doc__)
     common.add_common(parser)
     common.add_input(parser)
-    parser.add_argument(
-        "--policies", default=DEFAULT_POLICIES, metavar="A,B,..",
-        help="names, each with options and reducers if wanted: fastv:k=2:rate=0.75, dyrate+aim:keep=0.5 (else those of --vision); "
-        f"default: {DEFAULT_POLICIES}",
-    )  # fmt: skip
+    common.add_policies(parser, DEFAULT_POLICIES, "; those that name none have --retention and --vision")
     parser.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
     """Does it."""
     image = common.load_image(given.image)
-    names = common.split_list(given.policies)
-    if not names:
-        raise ValueError("--policies is empty; name at least one, e.g. none,dyrate,fastv")
-    chosen = []
-    for name in names:
-        policy, reducers = common.split_vision(name)
-        chosen.append((name, common.parse_policy(policy), common.parse_vision(reducers or given.vision)))
+    chosen = contenders.parse(given.policies, given.retention, given.vision)
     model, processor = common.load_model(given)
     inputs = common.prepare(processor, image, given.prompt, model.device, model.dtype)
+    settings = {
+        each.label: contenders.settings(model.config, each.policy, each.retention, given.backend, model.device, each.vision, each.side)
+        for each in chosen
+    }
+    odd = contenders.not_followed(model, given.sample)
+    if not given.json:
+        lines = [f"{label}: {contenders.words(found)}" for label, found in settings.items()]
+        print(*lines, *([f"but: {odd}"] if odd else []), sep="\n", flush=True)
     reference = common.answer(model, processor, inputs, given)
     rows = []
-    for number, (name, policy, reducers) in enumerate(chosen, 1):
+    for number, contender in enumerate(chosen, 1):
         if not given.json and sys.stderr.isatty():
-            print(f"\r{number} of {len(chosen)}: {name:<40}", end="", file=sys.stderr, flush=True)
-        rows.append(_row(name, policy, reducers, model, processor, inputs, reference, given))
+            print(f"\r{number} of {len(chosen)}: {contender.label:<40}", end="", file=sys.stderr, flush=True)
+        rows.append(_row(contender, model, processor, inputs, reference, given))
     if not given.json and sys.stderr.isatty():
         print(f"\r{'':<60}\r", end="", file=sys.stderr)
     if given.json:
-        common.print_json({"prompt": given.prompt, "retention": given.retention, "policies": rows})
+        more = {"not_followed": odd} if odd else {}
+        common.print_json({"prompt": given.prompt, "retention": given.retention, "policies": rows, "settings": settings} | more)
         return 0
     _print_table(rows)
     return 0
 
 
 def _row(
-    name: str, policy: Any, reducers: Any, model: Any, processor: Any, inputs: dict, reference: list[int], given: argparse.Namespace
-) -> dict[str, Any]:
-    import dyrate_kernels as dk
+    contender: Any, model: Any, processor: Any, inputs: dict, reference: list[int], given: argparse.Namespace
+) -> dict[str, Any]:  # fmt: skip
+    from dyrate_kernels.evaluation.downsample import downsampled, thin
 
-    options = {"retention": given.retention, "backend": given.backend, "cuda_graph": given.cuda_graph, "fuse": given.fuse}
-    with dk.patch(model, policy, vision=reducers, **options) as handle:
+    length, n_visual = inputs["input_ids"].shape[1], 0
+    with contextlib.ExitStack() as stack:
+        if contender.side is not None:
+            n_visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+            inputs = thin(dict(inputs), model.config.image_token_id, n_visual, contender.side)
+            stack.enter_context(downsampled(model, contender.side))
+        handle = stack.enter_context(contender.patch(model, given.backend, cuda_graph=given.cuda_graph, fuse=given.fuse))
         started = time.perf_counter()
         tokens = common.answer(model, processor, inputs, given)
         seconds = time.perf_counter() - started
         stats = handle.stats()
     same = sum(a == b for a, b in zip(tokens, reference, strict=False)) / max(len(tokens), len(reference), 1)
-    return {
-        "policy": name,
+    row = {
+        "policy": contender.label,
+        "retention": contender.retention,
         "predictor": stats.predictor,
         "k": stats.k,
         "vision": stats.vision,
@@ -82,6 +88,21 @@ def _row(
         "seconds": seconds,
         "text": processor.decode(tokens, skip_special_tokens=True).strip(),
     }
+    if contender.side is not None:
+        row |= _coarse(handle.shape, len(tokens), n_visual, stats.visual_tokens[0], length)
+    return row
+
+
+def _coarse(shape: Any, steps: int, n_visual: int, seen: int, length: int) -> dict[str, Any]:
+    """Of a coarser picture: its costs as shares of those with every token."""
+    from dyrate_kernels.evaluation.runner import coarse_cost
+
+    cost = coarse_cost(shape, steps, n_visual, seen, length)
+    return {
+        "vision": "downsample", "visual_tokens_in": n_visual, "paper_cost": cost.paper_cost,
+        "flops_share": cost.flops / cost.flops_unpruned,
+        "bytes_read_share": cost.bytes_read / cost.bytes_read_unpruned if cost.bytes_read_unpruned else 1.0,
+    }  # fmt: skip
 
 
 def changes(counts: list[int]) -> list[list[int]]:

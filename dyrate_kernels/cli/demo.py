@@ -7,7 +7,7 @@ import importlib.util
 import os
 from typing import Any
 
-from dyrate_kernels.cli import common
+from dyrate_kernels.cli import common, contenders
 
 
 def add_parser(commands: Any) -> None:
@@ -29,15 +29,17 @@ def run(given: argparse.Namespace) -> int:
         raise ImportError("dyrate demo needs gradio: pip install 'dyrate-kernels[demo]'")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1") if given.model is None else None
+    from dyrate_kernels import policies
     from dyrate_kernels.webdemo import app
     from dyrate_kernels.webdemo.engine import Engine
 
     engine = Engine(*common.load_model(given))
+    settings = contenders.settings(engine.model.config, policies.get("dyrate"), "recoverable", "auto", engine.model.device)
     page, (_, url, _) = app.launch(engine, given.host, given.port, given.at_once, prevent_thread_lock=True)
     if given.json:
-        common.print_json({"url": url})
+        common.print_json({"url": url, "settings": settings})
     else:
-        print(f"{url}  (Ctrl+C ends it)", flush=True)
+        print(f"{url}  (Ctrl+C ends it); at first: {contenders.words(settings)}", flush=True)
     try:
         page.block_thread()
     finally:

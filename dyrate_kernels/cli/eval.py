@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from dyrate_kernels.cli import common
-from dyrate_kernels.files import write_json
+from dyrate_kernels.cli import common, contenders
+from dyrate_kernels.files import check_file, check_folder, locked, write_json
 
 DEFAULT_POLICIES = "dyrate,dyrate@evict,dyrate:predictor=closed-form,fastv,fixed,random,uniform"
 CALIBRATION = 24  # questions that costs are tuned on
 LEAST_CALIBRATION = 8
-SUITE_OPTIONS = {
-    "shapes": ("scenes", "seed", "tasks"), "lmms-eval": ("tasks", "limit", "include_path"), "a data set": ("data", "images", "limit"),
-}  # fmt: skip
+SUITE_OPTIONS = {"shapes": ("tasks",), "lmms-eval": ("tasks", "include_path"), "a data set": ("data", "images")}
 
 
 def add_parser(commands: Any) -> None:
@@ -33,20 +30,12 @@ def add_parser(commands: Any) -> None:
         "--data); lmms-eval (its tasks: --tasks); default: shapes",
     )  # fmt: skip
     parser.add_argument("--data", metavar="FILE", help="questions or captions as the data set's authors publish them")
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures that --data names; default: where it lies")
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="of --data, or of each task of lmms-eval, the first N questions; default: all"
-    )
-    parser.add_argument("--scenes", type=int, metavar="N", help="of shapes: questions of each task; default: 100")
+    common.add_images(parser)
+    common.add_limit(parser, "questions of --data, or of each task of shapes (there by default 100) and lmms-eval", "--scenes")
     parser.add_argument("--tasks", metavar="A,B,..", help="of shapes (default: all) or of lmms-eval")
     parser.add_argument("--include-path", metavar="DIR", help="more tasks for lmms-eval: a folder of its YAML files")
-    parser.add_argument("--seed", type=int, help="of shapes; default: 0")
-    parser.add_argument(
-        "--policies", default=DEFAULT_POLICIES, metavar="A,B,..",
-        help="names, with options, reducers and retention if wanted: fastv:k=2:rate=0.75@evict, none+hired:keep=0.5, dyrate+aim@evict; "
-        "also downsample:side=7; ' as NAME' names a row; "
-        f"default: {DEFAULT_POLICIES}",
-    )  # fmt: skip
+    common.add_seed(parser)
+    common.add_policies(parser, DEFAULT_POLICIES, "; the unpruned model (none) comes first by itself")
     parser.add_argument(
         "--cost", metavar="A,B,..",
         help="percentages of the unpruned model's visual rows: each policy is tuned to cost that much (none with reducers: the last "
@@ -59,72 +48,66 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--also", default="", metavar="A,B,..", help="with --cost: policies that are not tuned, in the same table")
     parser.add_argument("--against", metavar="FILE", help="JSON of an earlier table: says which scores come out again")
     parser.add_argument("--report", metavar="DIR", help="write table (Markdown, JSON) and plots there too")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--batch-size", type=common.positive, default=8, metavar="N", help="default: 8")
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     parser.set_defaults(run=run)
 
 
-def contenders(text: str) -> list[Any]:
-    """``fastv:rate=0.75@evict,random as chance`` -> contenders; the unpruned model comes first."""
+def with_unpruned(text: str) -> list[Any]:
+    """The contenders of a text, behind the unpruned model, which every other one is compared with."""
     from dyrate_kernels import policies
     from dyrate_kernels.evaluation.runner import Contender
 
-    found = [Contender("none", policies.KeepAll())]
-    for part in common.split_list(text):
-        part, _, label = (side.strip() for side in part.partition(" as "))
-        name, _, retention = part.partition("@")
-        if not name or name == "none":
-            continue
-        if retention not in ("", "recoverable", "evict"):
-            raise ValueError(f"--policies: retention must be recoverable or evict, got {retention!r} in {part!r}")
-        label = re.sub(r"[^\w.=@+-]+", "_", label or part)
-        if name.split(":")[0] == "downsample":
-            found.append(Contender(label, policies.KeepAll(), side=_side(name)))
-        else:
-            policy, reducers = common.split_vision(name)
-            vision = common.parse_vision(reducers)
-            found.append(Contender(label, common.parse_policy(policy), retention or "recoverable", vision=vision))
-    if len(found) == 1:
-        raise ValueError("--policies is empty; name at least one, e.g. dyrate,fastv")
-    if len({contender.label for contender in found}) < len(found):
-        raise ValueError(f"--policies names one twice: {text}")
-    return found
-
-
-def _side(name: str) -> int:
-    """``downsample:side=7`` -> 7; ``downsample`` -> 6."""
-    value = name.partition(":")[2] or "side=6"
-    side = value.removeprefix("side=")
-    if not side.isdigit() or int(side) < 1:
-        raise ValueError(f"--policies: downsample takes one option, side (an integer of at least 1), got {name!r}")
-    return int(side)
+    found = [each for each in contenders.parse(text) if each.label != "none"]
+    return [Contender("none", policies.KeepAll()), *found]
 
 
 def run(given: argparse.Namespace) -> int:
     """Does it."""
     from dyrate_kernels.cli import eval_lmms
     from dyrate_kernels.evaluation import against, report
-    from dyrate_kernels.evaluation.runner import run as ask
 
-    chosen = contenders(given.policies)
+    chosen = with_unpruned(given.policies)
     costs = costs_in(given.cost)
     if given.also and not costs:
         raise ValueError("--also goes with --cost; without it --policies names all of them")
+    more = with_unpruned(given.also)[1:] if given.also else []
     before = None if given.against is None else against.read_lines(Path(given.against))
-    if given.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {given.batch_size}")
     folder = Path(given.out)
     say = _silent if given.json else _progress
     if given.suite == "lmms-eval":
         check_options(given, "lmms-eval")
-        return eval_lmms.run(given, chosen, folder, say)
+        check_folder("--out", folder)
+        with locked(folder):
+            return eval_lmms.run(given, chosen, folder, say)
     suite, others, about = open_suite(given, bool(costs))
+    check_folder("--out", folder)
+    check_file("--out", folder / "table.json")
+    if given.report is not None:
+        check_folder("--report", given.report)
+        for name in report.names(suite.name):
+            (common.check_plot if name.endswith(".png") else check_file)("--report", str(Path(given.report) / name))
+    with locked(folder):
+        return _compare(given, chosen, costs, more, before, folder, say, suite, others, about)
+
+
+def _compare(
+    given: argparse.Namespace, chosen: list[Any], costs: list[float], more: list[Any], before: Any, folder: Path, say: Any, suite: Any,
+    others: Any, about: dict[str, Any],
+) -> int:  # fmt: skip
+    import torch
+
+    from dyrate_kernels.evaluation import against, report
+    from dyrate_kernels.evaluation.runner import run as ask
+
     model, processor = common.load_model(given)
+    torch.manual_seed(given.seed)
+    settings = introduce(given, model, [*chosen, *more])
     tuned: dict[str, dict[str, float]] = {}
     left_out: list[str] = []
     if costs:
         chosen, tuned, left_out = _at_costs(model, processor, others, chosen, costs, folder, given, say)
-        chosen += contenders(given.also)[1:] if given.also else []
+        chosen += more
     answers = {}
     for number, contender in enumerate(chosen, 1):
 
@@ -141,6 +124,7 @@ def run(given: argparse.Namespace) -> int:
         **about,
         "batch_size": given.batch_size,
         "machine": machine(model),
+        "settings": settings,
         "lines": [line.to_dict() for line in lines],
     }
     starts = first_layers(model, chosen)
@@ -176,6 +160,19 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
+def introduce(given: argparse.Namespace, model: Any, chosen: list[Any]) -> dict[str, Any]:
+    """Says what each contender is on this model, before it is asked; the same for JSON."""
+    found = {
+        each.label: contenders.settings(model.config, each.policy, each.retention, given.backend, model.device, each.vision, each.side)
+        for each in chosen
+    }
+    odd = contenders.not_followed(model)
+    if not given.json:
+        lines = [f"{label}: {contenders.words(setting)}" for label, setting in found.items()]
+        print(*lines, *([f"but: {odd}"] if odd else []), sep="\n", flush=True)
+    return found | ({"not_followed": odd} if odd else {})
+
+
 def open_suite(given: argparse.Namespace, calibrates: bool) -> tuple[Any, Any, dict[str, Any]]:
     """(suite, other questions to tune costs on, what the table says about it). Files and pictures are looked at here, before any work."""
     from dyrate_kernels import shapes
@@ -185,8 +182,8 @@ def open_suite(given: argparse.Namespace, calibrates: bool) -> tuple[Any, Any, d
     if given.suite == "shapes":
         check_options(given, "shapes")
         tasks = shapes.TASKS if given.tasks is None else tuple(task.strip() for task in given.tasks.split(","))
-        scenes = 100 if given.scenes is None else given.scenes
-        seed = given.seed or 0
+        scenes = 100 if given.limit is None else given.limit
+        seed = given.seed
         others: Any = ShapesSuite(CALIBRATION, (seed + 500_000) % 10**6, ("describe",)) if calibrates else None
         return ShapesSuite(scenes, seed, tasks), others, {"seed": seed, "scenes": scenes}
     if given.suite not in suites.names():
@@ -194,6 +191,7 @@ def open_suite(given: argparse.Namespace, calibrates: bool) -> tuple[Any, Any, d
     check_options(given, "a data set")
     if given.data is None:
         raise ValueError(f"--suite {given.suite} needs --data FILE, the questions as the data set's authors publish them, and --images DIR")
+    common.check_images(given.images, given.data, f"--suite {given.suite}")
     suite = suites.get(given.suite, given.data, given.images, given.limit)
     others = suite.held_back(CALIBRATION, LEAST_CALIBRATION) if calibrates else None
     return suite, others, {"data": suite.file.name, "questions": len(suite)}

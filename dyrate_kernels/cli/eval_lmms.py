@@ -20,19 +20,19 @@ def run(given: argparse.Namespace, chosen: list[Any], folder: Path, say: Any) ->
     for name in ("cost", "report", "against"):
         if getattr(given, name) is not None:
             raise ValueError(f"--{name} is not there for --suite lmms-eval; leave it out, or give a data set's own file (--suite gqa)")
-    if given.limit is not None and given.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {given.limit}")
     if importlib.util.find_spec("lmms_eval") is None:
         raise RuntimeError("--suite lmms-eval needs the package lmms-eval: pip install 'dyrate-kernels[lmms-eval]'")
+    from dyrate_kernels.cli.eval import introduce
     from dyrate_kernels.evaluation.lmms import evaluate
 
     model, processor = common.load_model(given)
+    settings = introduce(given, model, chosen)
     found = evaluate(
         model, processor, chosen, tasks, folder, batch_size=given.batch_size, backend=given.backend, limit=given.limit,
         include_path=given.include_path, progress=say,
     )  # fmt: skip
     say("")
-    table = {"suite": "lmms-eval", "limit": given.limit, "policies": found}
+    table = {"suite": "lmms-eval", "limit": given.limit, "policies": found, "settings": settings}
     write_json(folder / "table.json", table)
     if given.json:
         common.print_json(table)

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from dyrate_kernels.cli import common
+from dyrate_kernels.cli import common, contenders
 
 
 def add_parser(commands: Any) -> None:
@@ -23,7 +23,9 @@ def add_parser(commands: Any) -> None:
 
 def add_policy(parser: argparse.ArgumentParser) -> None:
     """Options that choose a policy."""
-    parser.add_argument("--policy", default="dyrate", metavar="NAME", help="default: dyrate; `dyrate info` lists them")
+    parser.add_argument(
+        "--policy", default="dyrate", metavar="NAME[:NAME=VALUE..]", help="default: dyrate; `dyrate info` lists them; e.g. fastv:rate=0.75"
+    )
     parser.add_argument("--k", type=int, help="first layer that sees the pruned set")
     parser.add_argument("--rate", type=float, help="fraction of the visual tokens removed, 0 .. 1, for policies with a constant rate")
     parser.add_argument(
@@ -42,15 +44,17 @@ def policy_from(given: argparse.Namespace) -> Any:
         if not separator:
             raise ValueError(f"--option must be NAME=VALUE, got {item!r}")
         options[name] = common.parse_value(value)
-    return common.make_policy(given.policy, options)
+    return common.parse_policy(given.policy, options)
 
 
 def run(given: argparse.Namespace) -> int:
     """Does it."""
     image = common.load_image(given.image)
-    common.check_output("--plot", given.plot)
+    common.check_plot("--plot", given.plot)
     policy, reducers = policy_from(given), common.parse_vision(given.vision)
     model, processor = common.load_model(given)
+    settings = contenders.settings(model.config, policy, given.retention, given.backend, model.device, reducers)
+    odd = contenders.not_followed(model, given.sample)
 
     from transformers import TextStreamer
 
@@ -67,6 +71,8 @@ def run(given: argparse.Namespace) -> int:
         fuse=given.fuse,
         vision=reducers,
     ) as handle:
+        if not given.json:
+            print(f"{'with:':<12}{contenders.words(settings)}", *([f"{'but:':<12}{odd}"] if odd else []), sep="\n", flush=True)
         streamer = None if given.json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
         new_tokens = common.answer(model, processor, inputs, given, streamer)
@@ -82,6 +88,7 @@ def run(given: argparse.Namespace) -> int:
         for step in result["steps"]:  # per-token detail is for the plot
             step.pop("importance", None)
             step.pop("kept_tokens", None)
+        result |= {"settings": settings | ({"not_followed": odd} if odd else {})}
         common.print_json(result | ({"plot": given.plot} if given.plot else {}))
         return 0
     sys.stdout.flush()

@@ -20,6 +20,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], metavar="B", help="default: 1 8 32")
     parser.add_argument("--visual", type=int, metavar="N", help="visual tokens; default: what the named model makes of one picture")
     parser.add_argument("--text", type=int, default=128, metavar="N", help="text tokens; default: 128")
+    parser.add_argument("--measure", action="store_true", help="also the copy bandwidth, and how long a step takes at least")
     parser.set_defaults(run=run)
 
 
@@ -66,15 +67,23 @@ def bound(given: argparse.Namespace) -> dict[str, Any]:
     model = flops.named_model(given.config)
     visual = model.visual_tokens if given.visual is None else given.visual
     rows = []
+    bandwidth = None
+    if given.measure:
+        from dyrate_kernels.measuring import timing
+
+        bandwidth, _ = timing.copy_bandwidth()
     for batch in given.batch:
         step = flops.decode_bytes(model.shape, batch=batch, visual=visual, text=given.text)
         rows.append({"batch": batch, "bytes": step.total, "bytes_pruned": step.total_pruned, "bound": step.bound})
+        if bandwidth is not None:
+            rows[-1] |= {"floor_seconds": step.total / bandwidth, "floor_seconds_pruned": step.total_pruned / bandwidth}
     return {
         "config": given.config,
         "visual_tokens": visual,
         "text_tokens": given.text,
         "kv_bytes_per_token": flops.kv_bytes_per_token(model.shape),
         "weight_bytes": flops.weight_bytes(model.shape),
+        "copy_bandwidth": bandwidth,
         "rows": rows,
     }
 
@@ -100,10 +109,13 @@ def run(given: argparse.Namespace) -> int:
         f"bound:     {limit['config']}, {limit['visual_tokens']} visual + {limit['text_tokens']} text tokens, "
         f"{common.bytes_text(limit['kv_bytes_per_token'])} of KV a token, weights {common.bytes_text(limit['weight_bytes'])}"
     )
+    if limit["copy_bandwidth"] is not None:
+        print(f"  copy bandwidth {limit['copy_bandwidth'] / 1e9:.1f} GB/s, measured here")
     for row in limit["rows"]:
+        floor = f", {1e3 * row['floor_seconds']:.2f} and {1e3 * row['floor_seconds_pruned']:.2f} ms at least" if given.measure else ""
         print(
             f"  batch {row['batch']:<4} a decode step reads {common.bytes_text(row['bytes'])}; "
-            f"with no visual KV at all {common.bytes_text(row['bytes_pruned'])}: at most {row['bound']:.2f}x faster"
+            f"with no visual KV at all {common.bytes_text(row['bytes_pruned'])}: at most {row['bound']:.2f}x faster{floor}"
         )
     return 0
 

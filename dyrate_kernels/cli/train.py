@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
     common.add_model(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the predictor is saved there")
     common.add_data(parser)
-    parser.add_argument("--examples", type=int, default=4000, metavar="N", help="scenes drawn for shapes; default: 4000")
+    common.add_limit(parser, "examples (of shapes by default 4000)", "--examples")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--target-keep", type=float, metavar="SHARE", help="mean share of the visual tokens that decode steps keep")
     target.add_argument("--target-cost", type=float, metavar="SHARE", help="mean paper cost (FastV's FLOPs formula), 1 = unpruned")
@@ -49,8 +49,7 @@ def run(given: argparse.Namespace) -> int:
     from dyrate_kernels.quiet import import_transformers
 
     import_transformers("trainer")
-    from dyrate_kernels.files import printable
-    from dyrate_kernels.training.data import open_source
+    from dyrate_kernels.files import check_folder, printable
     from dyrate_kernels.training.predictor import Options, train_predictor
 
     options = Options(
@@ -62,7 +61,8 @@ def run(given: argparse.Namespace) -> int:
     )  # fmt: skip
     if printable(given.out) != given.out:
         raise ValueError(f"--out {given.out}: a name that is not UTF-8, which safetensors cannot write; give another")
-    source = open_source(given.data, given.images, given.examples, given.seed, given.split)
+    check_folder("--out", given.out)
+    source = common.open_source(given, 4000)
     model, processor = common.load_model(given)
     if not given.json:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

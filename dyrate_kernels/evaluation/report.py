@@ -41,6 +41,11 @@ def lines_of(answers: dict[str, list[Answer]], long: frozenset[str]) -> list[Lin
     ]
 
 
+def names(suite: str) -> list[str]:
+    """Files that :func:`write` writes."""
+    return [f"{suite}{ending}" for ending in (".json", ".md", ".png", "-curves.json", "-curves.png")]
+
+
 def write(
     folder: Path, table: dict[str, Any], command: str, answers: dict[str, list[Answer]], lines: Sequence[Line], suite: Suite, model: Any,
     processor: Any, batch_size: int,

@@ -15,9 +15,9 @@ from transformers import LogitsProcessor
 
 from dyrate_kernels import answering, chat, flops
 from dyrate_kernels.evaluation.downsample import downsampled, thin
-from dyrate_kernels.evaluation.floor import copy_bandwidth_of
 from dyrate_kernels.evaluation.suite import Item, Suite
 from dyrate_kernels.journal import Journal
+from dyrate_kernels.measuring import timing
 from dyrate_kernels.patching.api import Handle, patch, shape_for
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.stats import Stats
@@ -46,9 +46,9 @@ class Contender:
         """The policy as ``patch`` would bind it to the model."""
         return self.policy.bind(shape_for(model, self.retention))
 
-    def patch(self, model: Any, backend: str) -> Handle:
-        """The model patched so (but for ``side``)."""
-        return patch(model, self.policy, retention=self.retention, backend=backend, vision=self.vision or None)
+    def patch(self, model: Any, backend: str, **options: Any) -> Handle:
+        """The model patched so (but for ``side``); ``options``: more for ``patch``."""
+        return patch(model, self.policy, retention=self.retention, backend=backend, vision=self.vision or None, **options)
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int],
     every = [handle.stats(place, len(row)) for place, row in enumerate(rows)]
     read = max(map(len, rows)) - 1  # steps that read the weights, all sequences together
     read = weights * read + sum(stats.bytes_read - weights * (len(row) - 1) for stats, row in zip(every, rows, strict=True))
+    bandwidth, _ = timing.copy_bandwidth(device=model.device)
     answers = []
     for place, (index, item, row) in enumerate(zip(part, items, rows, strict=True)):
         text = processor.decode(row, skip_special_tokens=True).strip()
@@ -190,7 +191,7 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int],
         answer = Answer(
             item.name, item.group, right, total, row, stats.kept_mean * stats.received, stats.visual_share * stats.received,
             int(inputs["attention_mask"][place].sum()), stats.paper_cost, stats.exact_cost, stats.flops, stats.flops_unreduced,
-            stats.kv_bytes_live, read * share, seconds * share, read * share / copy_bandwidth_of(model.device), first, len(part), text,
+            stats.kv_bytes_live, read * share, seconds * share, read * share / bandwidth, first, len(part), text,
             stats.predictor,
         )  # fmt: skip
         if n_visual is not None and n_visual[place]:
@@ -202,15 +203,19 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int],
 def _beside_whole(answer: Answer, shape: ModelShape, n_visual: int, length: int) -> Answer:
     """An answer to a thinned picture, its costs as fractions of those with all ``n_visual`` tokens."""
     seen = n_visual - (length - answer.n)
-    steps, text = len(answer.tokens), length - n_visual
-    cost = flops.generation_cost(
-        shape, text_rows=[text], visual_tokens=[n_visual], group_layers=[shape.num_layers], kept=np.full((steps, 1, 1), float(seen)),
-        prefill_shrunk=True,
-    )  # fmt: skip
+    cost = coarse_cost(shape, len(answer.tokens), n_visual, seen, length)
     share = seen / n_visual
     return replace(
         answer, n=length, kept=share, visual_share=share, paper_cost=cost.paper_cost, exact_cost=cost.exact_cost, flops=cost.flops,
         flops_unpruned=cost.flops_unpruned,
+    )  # fmt: skip
+
+
+def coarse_cost(shape: ModelShape, steps: int, n_visual: int, seen: int, length: int) -> flops.GenerationCost:
+    """Of an answer of ``steps`` tokens to a prompt of ``length`` that reads ``seen`` of its ``n_visual`` visual tokens."""
+    return flops.generation_cost(
+        shape, text_rows=[length - n_visual], visual_tokens=[n_visual], group_layers=[shape.num_layers],
+        kept=np.full((steps, 1, 1), float(seen)), prefill_shrunk=True,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dyrate_kernels.cli.eval import contenders
+from dyrate_kernels.cli.eval import with_unpruned as contenders
 from dyrate_kernels.cli.main import main
 from tests.evaluation.datasets_as_published import publish
 
@@ -21,7 +21,8 @@ def test_table_and_files(capsys, tmp_path):
     given = ("--out", str(tmp_path), "--scenes", "3", "--tasks", "describe,shape", "--policies", "fixed:rate=0.9@evict,random:rate=0.5")
     status, out, _ = run(capsys, *given)
     assert status == 0 and "long answers (3 questions" in out and "short answers (3 questions" in out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["fixed_rate=0.9@evict.jsonl", "none.jsonl", "random_rate=0.5.jsonl", "table.json"]
+    names = [".lock", "fixed_rate=0.9@evict.jsonl", "none.jsonl", "random_rate=0.5.jsonl", "table.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
     table = json.loads((tmp_path / "table.json").read_text())
     status, out, _ = run(capsys, *given, "--json")  # everything is there already
     assert status == 0 and json.loads(out) == table
@@ -37,16 +38,16 @@ def test_table_and_files(capsys, tmp_path):
     [
         (("--policies", "poem"), "policy must be one of"),
         (("--policies", "fixed@never"), "retention must be recoverable or evict"),
-        (("--policies", "none"), "--policies is empty"),
+        (("--policies", ","), "--policies is empty"),
         (("--policies", "fixed,fixed"), "names one twice"),
         (("--tasks", "poem"), "tasks must be some of"),
-        (("--scenes", "0"), "scenes must be at least 1"),
-        (("--batch-size", "0"), "--batch-size"),
         (("--suite", "gpa"), "--suite must be one of shapes, gqa, vizwiz"),
         (("--suite", "gqa"), "--suite gqa needs --data FILE"),
         (("--suite", "gqa", "--data", "nowhere.json"), "nowhere.json: no such file"),
-        (("--suite", "gqa", "--data", "x.json", "--scenes", "3"), "--scenes belongs to shapes, not to --suite gqa"),
-        (("--limit", "3"), "--limit belongs to lmms-eval, not to --suite shapes"),
+        (("--suite", "gqa", "--data", "x.json", "--tasks", "colour"), "--tasks belongs to shapes, not to --suite gqa"),
+        (("--images", "."), "--images belongs to a data set, not to --suite shapes"),
+        (("--suite", "gqa", "--data", "x.json", "--images", "nowhere"), "--images nowhere: no such folder"),
+        (("--report", "pyproject.toml"), "--report pyproject.toml: is a file; give a folder"),
     ],
 )
 def test_mistakes(capsys, tmp_path, arguments, words):

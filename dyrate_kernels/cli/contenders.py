@@ -1,0 +1,155 @@
+"""``--policies``: the one grammar of all commands, and in words what a policy does on a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+from dyrate_kernels.cli import common
+
+if TYPE_CHECKING:
+    from dyrate_kernels.evaluation.runner import Contender
+
+RETENTIONS = ("recoverable", "evict")
+HELP = (
+    "names, with options, reducers and retention if wanted: fastv:k=2:rate=0.75@evict, none+hired:keep=0.5, dyrate+aim@evict; "
+    "also downsample:side=7, a coarser picture; ' as NAME' names a row"
+)
+
+
+def parse(text: str, retention: str = "recoverable", vision: str | None = None) -> list[Contender]:
+    """``fastv:rate=0.75@evict,random as chance`` -> contenders, in order.
+
+    Args:
+        retention, vision: of those that name none.
+
+    Raises:
+        ValueError, TypeError: there is none, one is unknown or has wrong options, or two have one name.
+    """
+    from dyrate_kernels import policies
+    from dyrate_kernels.evaluation.runner import Contender
+
+    found: list[Contender] = []
+    for part in common.split_list(text):
+        part, _, label = (side.strip() for side in part.partition(" as "))
+        name, _, asked = part.partition("@")
+        if asked not in ("", *RETENTIONS):
+            raise ValueError(f"--policies: retention must be {' or '.join(RETENTIONS)}, got {asked!r} in {part!r}")
+        label = re.sub(r"[^\w.=@+-]+", "_", label or part)
+        if name.split(":")[0] == "downsample":
+            found.append(Contender(label, policies.KeepAll(), side=_side(name)))
+            continue
+        policy, reducers = common.split_vision(name)
+        chain = common.parse_vision(reducers or vision)
+        found.append(Contender(label, common.parse_policy(policy), asked or retention, vision=chain))
+    if not found:
+        raise ValueError("--policies is empty; name at least one, e.g. dyrate,fastv")
+    if len({contender.label for contender in found}) < len(found):
+        raise ValueError(f"--policies names one twice: {text}; ' as NAME' names a row")
+    return found
+
+
+def _side(name: str) -> int:
+    """``downsample:side=7`` -> 7; ``downsample`` -> 6."""
+    value = name.partition(":")[2] or "side=6"
+    side = value.removeprefix("side=")
+    if not side.isdigit() or int(side) < 1:
+        raise ValueError(f"--policies: downsample takes one option, side (an integer of at least 1), got {name!r}")
+    return int(side)
+
+
+def settings(
+    config: Any, policy: Any, retention: str, backend: str, device: Any, vision: Any = (), side: int | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """What a policy is on a model, every default resolved, for JSON.
+
+    Args:
+        config: of the model.
+        policy: as it was asked for; it is bound here.
+    """
+    from dyrate_kernels.ops import dispatch
+    from dyrate_kernels.policies.base import ModelShape
+
+    shape = ModelShape.from_config(config).replace(trained_by_default=retention == "recoverable")
+    bound = policy.bind(shape)
+    return {
+        "policy": policy.name,
+        "k": None if policy.name == "none" else bound.layer_groups(shape.num_layers)[0],
+        "layers": shape.num_layers,
+        "options": _options(bound),
+        "predictor": _predictor(policy, bound, shape, retention),
+        "retention": retention,
+        "backend": dispatch.name_for(backend, device),
+        "vision": "+".join(map(str, vision)) if vision else None,
+        **({} if side is None else {"side": side}),
+    }
+
+
+def settings_by_name(name: str | None, policy: Any, retention: str, backend: str, device: str | None, vision: Any) -> dict[str, Any]:
+    """:func:`settings` for a model that is loaded elsewhere; ``name`` and ``device`` as ``loading.load_model`` takes them."""
+    import torch
+    from transformers import AutoConfig
+
+    from dyrate_kernels.demo import DEMO_FOLDER
+
+    config = AutoConfig.from_pretrained(DEMO_FOLDER if name is None else name)
+    return settings(config, policy, retention, backend, device or ("cuda" if torch.cuda.is_available() else "cpu"), vision or ())
+
+
+def _options(bound: Any) -> dict[str, Any]:
+    """Its fields but those that are told apart."""
+    found = {}
+    for field in dataclasses.fields(bound):
+        value = getattr(bound, field.name)
+        if field.name.startswith("_") or field.name in ("k", "predictor", "num_rates", "num_layers", "num_heads") or value is None:
+            continue
+        if field.name == "rates" and hasattr(bound, "rate_values"):
+            value = [round(rate, 4) for rate in bound.rate_values]
+        found[field.name] = value if isinstance(value, str | int | float | bool | list) else getattr(value, "name", str(value))
+    return found
+
+
+def _predictor(policy: Any, bound: Any, shape: Any, retention: str) -> str | None:
+    if hasattr(bound, "policy"):  # one around another
+        return _predictor(policy.policy, bound.policy, shape, retention)
+    name = bound.predictor_name
+    if name is None:
+        return None
+    if name.startswith("trained"):
+        return f"trained, of {shape.folder or 'the model'}"
+    if name != "closed-form":
+        return f"trained, {name}"
+    if getattr(policy, "predictor", None) is not None:
+        return "closed form, as asked for"
+    if retention == "evict":
+        return "closed form: a trained one in the model's folder is for retention recoverable"
+    if getattr(policy, "rates", "half_open") != "half_open" or getattr(policy, "num_rates", 5) != 5:
+        return "closed form, of the rates asked for"
+    return "closed form: the model's folder holds no trained one (dyrate train makes one)"
+
+
+def words(found: dict[str, Any]) -> str:
+    """:func:`settings` in a line."""
+    first = "every visual token" if found["policy"] == "none" else found["policy"]
+    parts = [first if found.get("side") is None else f"the picture averaged to {found['side']} x {found['side']} tokens"]
+    if found["k"] is not None:
+        parts.append(f"k={found['k']} of {found['layers']} layers")
+    parts += [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in found["options"].items()]
+    if found["predictor"] is not None:
+        parts.append(f"predictor {found['predictor']}")
+    if found["vision"] is not None:
+        parts.append(f"reducers {found['vision']}")
+    return ", ".join([*parts, f"retention {found['retention']}", f"backend {found['backend']}"])
+
+
+def not_followed(model: Any, sample: bool = False) -> str | None:
+    """What a user should know of the checkpoint's own generation defaults; None: nothing."""
+    from dyrate_kernels import answering
+
+    quiet = ("max_length", "output_scores", "output_logits", "output_attentions", "output_hidden_states", "return_dict_in_generate")
+    odd = {name: value for name, value in answering.overridden(model, sample).items() if name not in quiet}
+    if not odd:
+        return None
+    how = "sampled" if sample else "greedy"
+    return f"the checkpoint's {', '.join(f'{name}={value}' for name, value in odd.items())} not followed: one {how} answer a prompt"
