@@ -18,11 +18,12 @@ HELP = (
 )
 
 
-def parse(text: str, retention: str = "recoverable", vision: str | None = None) -> list[Contender]:
+def parse(text: str, retention: str = "recoverable", vision: str | None = None, files: bool = False) -> list[Contender]:
     """``fastv:rate=0.75@evict,random as chance`` -> contenders, in order.
 
     Args:
         retention, vision: of those that name none.
+        files: labels are names of files, too.
 
     Raises:
         ValueError, TypeError: there is none, one is unknown or has wrong options, or two have one name.
@@ -36,7 +37,7 @@ def parse(text: str, retention: str = "recoverable", vision: str | None = None) 
         name, _, asked = part.partition("@")
         if asked not in ("", *RETENTIONS):
             raise ValueError(f"--policies: retention must be {' or '.join(RETENTIONS)}, got {asked!r} in {part!r}")
-        label = re.sub(r"[^\w.=@+-]+", "_", label or part)
+        label = re.sub(r"[^\w.=@+-]+", "_", label or part) if files else label or part
         if name.split(":")[0] == "downsample":
             found.append(Contender(label, policies.KeepAll(), side=_side(name)))
             continue

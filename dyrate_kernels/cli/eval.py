@@ -58,7 +58,7 @@ def with_unpruned(text: str) -> list[Any]:
     from dyrate_kernels import policies
     from dyrate_kernels.evaluation.runner import Contender
 
-    found = [each for each in contenders.parse(text) if each.label != "none"]
+    found = [each for each in contenders.parse(text, files=True) if each.label != "none"]
     return [Contender("none", policies.KeepAll()), *found]
 
 
