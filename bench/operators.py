@@ -27,6 +27,7 @@ from torch import Tensor
 import dyrate_kernels as dk
 from bench import fastv, layers, oracle
 from dyrate_kernels import ops
+from dyrate_kernels.files import check_file
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.measuring.timing import Times
 
@@ -567,6 +568,7 @@ def _compile(work: tuple[Shape, bool]) -> str:
 
 def run_and_save(out: Path, run: Callable[[Callable[[dict[str, Any]], None]], None]) -> int:
     """Writes the rows after each one, prints them, and returns the exit status."""
+    check_file("OUT", out)
     rows: list[dict[str, Any]] = []
 
     def save(row: dict[str, Any]) -> None:

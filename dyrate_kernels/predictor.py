@@ -305,7 +305,7 @@ def _read_weights(path: Path, expected: dict[str, list[int]], of: str, config: P
 
     try:
         with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}
             if set(slices) != set(expected):
                 raise ValueError(f"{path} must hold the tensors {sorted(expected)}, got {sorted(slices)}")
             for name, shape in expected.items():
