@@ -57,6 +57,7 @@ class RowGroup:
         capacity: visual rows a buffer has room for (``Cv``).
         bound: no sequence has more live visual rows than this (a host number).
         n_visual: int32 ``[B]``, live visual rows.
+        most: int32 ``[B]``, the most visual rows that each sequence ever had.
         token: int64 ``[B, capacity]``, which visual token (0..N-1, in prompt order) a row holds.
         alive: bool ``[B, N]``, tokens this group still holds (retention ``evict``), else None.
         kept, n_kept: the list of rows to read, int32 ``[B, M]`` ascending, and its length int32 ``[B]`` (retention ``recoverable``),
@@ -68,6 +69,7 @@ class RowGroup:
         self.capacity = 0
         self.bound = 0
         self.n_visual: Tensor | None = None
+        self.most: Tensor | None = None
         self.token: Tensor | None = None
         self.alive: Tensor | None = None
         self.kept: Tensor | None = None
@@ -123,6 +125,7 @@ class VisualCache(Cache):
         self.text_capacity = 0
         self.text_bound = 0  # no sequence has more live text rows than this
         self.n_text: Tensor | None = None
+        self.text_asked: Tensor | None = None  # int32 [B]: text rows that each sequence ever asked room for
         self.text_type: Tensor | None = None  # uint8 [B, Ct]
         self.text_column: Tensor | None = None  # int32 [B, Ct]
         self.token_column: Tensor | None = None  # int32 [B, N]: the column of each visual token
@@ -140,15 +143,15 @@ class VisualCache(Cache):
     def allocate_metadata(self, batch: int, device: torch.device) -> None:
         """Makes the per-sequence tensors for ``batch`` empty sequences."""
         zeros = {"dtype": torch.int32, "device": device}
-        self.n_text = torch.zeros(batch, **zeros)
+        self.n_text, self.text_asked = torch.zeros(batch, **zeros), torch.zeros(batch, **zeros)
         self.text_type = torch.zeros(batch, 0, dtype=torch.uint8, device=device)
         self.text_column = torch.zeros(batch, 0, **zeros)
         self.token_column = torch.zeros(batch, 0, **zeros)
         for group in self.groups:
             if group is not self.full and self.shared_rows:
-                group.n_visual, group.token = self.full.n_visual, self.full.token
+                group.n_visual, group.most, group.token = self.full.n_visual, self.full.most, self.full.token
                 continue
-            group.n_visual = torch.zeros(batch, **zeros)
+            group.n_visual, group.most = torch.zeros(batch, **zeros), torch.zeros(batch, **zeros)
             group.token = torch.zeros(batch, 0, dtype=torch.int64, device=device)
             if group is not self.full:
                 group.alive = torch.zeros(batch, 0, dtype=torch.bool, device=device)
@@ -240,6 +243,20 @@ class VisualCache(Cache):
             if self.keys[layer] is not None:
                 found.setdefault(self.keys[layer].device, []).extend((self.keys[layer], self.values[layer]))
         return list(found.values())
+
+    @staticmethod
+    def rows_reserved(visual: int, text_asked: int, text: int) -> int:
+        """Rows of a layer's buffers for one sequence alone: ``reserve_visual``, and ``reserve_text`` as steps call it.
+
+        Args:
+            visual: the most visual rows it ever had in the layer.
+            text_asked: text rows it asked room for.
+            text: text rows it holds now.
+        """
+        capacity = _round_up(text_asked + 1)
+        while text >= capacity:
+            capacity = _round_up(2 * capacity + 1)
+        return _round_up(visual) + capacity
 
     def bytes_reserved(self) -> int:
         """Bytes of all key and value buffers."""
@@ -344,8 +361,8 @@ class VisualCache(Cache):
     def _row_tensors(self) -> Iterator[tuple[Any, str]]:
         """(owner, attribute) of every per-sequence tensor, shared ones once."""
         seen: set[int] = set()
-        owners: list[tuple[Any, str]] = [(self, n) for n in ("n_text", "text_type", "text_column", "token_column")]
-        owners += [(group, n) for group in self.groups for n in ("n_visual", "token", "alive", "kept", "n_kept")]
+        owners: list[tuple[Any, str]] = [(self, n) for n in ("n_text", "text_asked", "text_type", "text_column", "token_column")]
+        owners += [(group, n) for group in self.groups for n in ("n_visual", "most", "token", "alive", "kept", "n_kept")]
         for owner, name in owners:
             tensor = getattr(owner, name)
             if tensor is not None and id(tensor) not in seen:
@@ -364,7 +381,7 @@ class VisualCache(Cache):
             setattr(owner, name, pick(getattr(owner, name)))
         if self.shared_rows:
             for group in self.groups[1:]:
-                group.n_visual, group.token = self.full.n_visual, self.full.token
+                group.n_visual, group.most, group.token = self.full.n_visual, self.full.most, self.full.token
         if index.shape[0] == self.batch_size and index.shape[0] == before:
             backend = "auto" if self.session is None else self.session.backend
             for buffers in self._buffers_by_device(range(self.num_layers)):

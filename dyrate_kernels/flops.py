@@ -7,10 +7,13 @@ Three cost axes, never mixed:
    is the multiply-add, which the paper calls a FLOP, and it counts two of the three MLP matrices.
 2. *Executed FLOPs* (:func:`layer_flops`, :func:`prefill_flops`, :func:`decode_flops`, ``GenerationCost.flops``):
    every matrix product of the text model with its real shape (SwiGLU, grouped key/value heads, output head), two
-   FLOPs a multiply-add, as ``torch.utils.flop_counter`` counts. Attention counts all pairs of a pass's rows and the
-   rows it may read; norms, softmax, rotations and padding are not counted.
+   FLOPs a multiply-add: what ``torch.utils.flop_counter`` counts of the text model and its head when the unpatched
+   model with eager attention answers each sequence alone. Attention counts all pairs of a pass's rows and the rows that
+   the pass reads: in a prompt all of its own, the causal half and what a sliding window hides included; of rows that
+   were in the cache before, those that the window of the layer still shows to one of the pass's rows. Norms, softmax,
+   rotations, padding and adapters are not counted; a prompt that comes in chunks counts as one pass.
 3. *Bytes read* (:func:`decode_bytes`, ``GenerationCost.bytes_read``): a decode step reads the weights once and every
-   live KV row once.
+   KV row once that the layer's window shows.
 
 Numbers are floats or NumPy arrays; nothing here touches a device.
 """
@@ -258,6 +261,10 @@ def generation_cost(
     cached_text: Sequence[int] | None = None,
     cached_visual: Sequence[int] | None = None,
     weights: float | None = None,
+    hidden: Any = 0,
+    hidden_again: Any = 0,
+    hidden_unpruned: Any = 0,
+    computed: Any = None,
 ) -> GenerationCost:
     """Costs from what a generation recorded: T steps (the prefill first), G groups of layers, B sequences.
 
@@ -270,8 +277,13 @@ def generation_cost(
         prefill_shrunk: the prompt itself was shrunk to ``kept[0]`` in each group (else it ran unpruned).
         bytes_per_row: ``[G]`` bytes of one token's key and value in one layer; by default from ``shape``.
         cached_text, cached_visual: ``[B]`` how many of the tokens were in the cache before this prompt (earlier
-            turns of a chat); the kept tokens are taken to be old and new in proportion.
+            turns of a chat).
         weights: bytes of weights a step reads; by default :func:`weight_bytes`.
+        hidden: ``[T, G, B]`` rows, text and kept visual tokens, that are live but that the sliding window of a group's
+            layers hides from the step (in step 0 from all of the prompt). ``hidden_again``: from a first pass.
+            ``hidden_unpruned``: the same where every token was kept. They are no part of paper and exact cost.
+        computed: ``[G, B]`` visual tokens of this prompt that the layers of a group compute where it was shrunk; None: the
+            kept tokens are taken to be old and new in proportion.
 
     Raises:
         ValueError: the lengths do not fit each other.
@@ -279,6 +291,9 @@ def generation_cost(
     layers = np.asarray(group_layers, dtype=np.float64)[None, :, None]
     text, visual = (np.asarray(values, dtype=np.float64) for values in (text_rows, visual_tokens))
     kept = np.asarray(kept, dtype=np.float64)
+    hidden, hidden_again, hidden_unpruned = (
+        np.broadcast_to(np.asarray(rows, dtype=np.float64), kept.shape) for rows in (hidden, hidden_again, hidden_unpruned)
+    )
     batch = text.shape[0]
     if int(layers.sum()) != shape.num_layers:
         raise ValueError(f"group_layers must sum to {shape.num_layers} layers, got {list(group_layers)}")
@@ -296,23 +311,30 @@ def generation_cost(
     # [T, B]: a decode step's own token is in the cache when it attends
     text_at = text[None] + np.arange(steps + 1)[:, None]
 
-    def executed(count: np.ndarray, prompt_visual: np.ndarray) -> tuple[float, float]:
-        fresh = np.divide(visual - before_visual, visual, out=np.ones(batch), where=visual > 0)
-        rows = (text - before_text) + prompt_visual * fresh
-        prompt = (layers[0] * layer_flops(shape, rows, prompt_visual + text)).sum() + batch * head_flops(shape)
-        decode = (layers * layer_flops(shape, 1.0, count[1:] + text_at[1:, None])).sum() + steps * batch * head_flops(shape)
+    def executed(context: np.ndarray, prompt_new: np.ndarray) -> tuple[float, float]:
+        rows = (text - before_text) + prompt_new
+        prompt = (layers[0] * layer_flops(shape, rows, context[0])).sum() + batch * head_flops(shape)
+        decode = (layers * layer_flops(shape, 1.0, context[1:])).sum() + steps * batch * head_flops(shape)
         return float(prompt), float(prompt + decode)
 
-    def read(count: np.ndarray) -> float:
-        return float(steps * weights + (row_bytes * (count[1:] + text_at[1:, None])).sum())
+    def read(context: np.ndarray) -> float:
+        return float(steps * weights + (row_bytes * context[1:]).sum())
 
     twice = np.zeros(kept.shape, dtype=bool) if again is None else np.asarray(again) >= 0
     first_pass = np.where(twice, 0.0 if again is None else again, 0.0) + text_at[:, None]
-    flops_again = float((twice * layers * layer_flops(shape, 1.0, first_pass)).sum()) + float(twice[:, 0].sum()) * head_flops(shape)
-    read_again = float(twice.any((1, 2)).sum() * weights + (twice * row_bytes * first_pass).sum())
+    rows_again = first_pass - hidden_again
+    flops_again = float((twice * layers * layer_flops(shape, 1.0, rows_again)).sum()) + float(twice[:, 0].sum()) * head_flops(shape)
+    read_again = float(twice.any((1, 2)).sum() * weights + (twice * row_bytes * rows_again).sum())
 
-    prompt, total = executed(kept, kept[0] if prefill_shrunk else full[0])
-    prompt_unpruned, total_unpruned = executed(full, full[0])
+    context, everything = kept + text_at[:, None] - hidden, full + text_at[:, None] - hidden_unpruned
+    new = np.broadcast_to(visual - before_visual, full[0].shape)
+    if prefill_shrunk:
+        share = np.divide(new, full[0], out=np.ones_like(full[0]), where=full[0] > 0)
+        prompt_new = kept[0] * share if computed is None else np.asarray(computed, dtype=np.float64)
+    else:
+        context[0], prompt_new = everything[0], new
+    prompt, total = executed(context, prompt_new)
+    prompt_unpruned, total_unpruned = executed(everything, new)
     length = visual[None] + text_at
 
     def whole_passes(layer: Callable[[np.ndarray], np.ndarray]) -> float:
@@ -329,8 +351,8 @@ def generation_cost(
         flops_unpruned=total_unpruned,
         prefill_flops=prompt,
         prefill_flops_unpruned=prompt_unpruned,
-        bytes_read=read(kept) + read_again,
-        bytes_read_unpruned=read(full),
+        bytes_read=read(context) + read_again,
+        bytes_read_unpruned=read(everything),
     )
 
 

@@ -18,7 +18,7 @@ from dyrate_kernels import answering
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.measuring.timing import Times
 from dyrate_kernels.patching import cpu_step
-from dyrate_kernels.patching.families import cache_in, cache_name
+from dyrate_kernels.patching.families import cache_in, cache_name, stored_weights
 from dyrate_kernels.patching.graph import CudaRecorder
 from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View
 from dyrate_kernels.policies.none import KeepAll
@@ -102,12 +102,7 @@ def generate(model: Any, fields: dict[str, Tensor], new_tokens: int, processor: 
 
 def weight_bytes(model: Any) -> int:
     """Weights that a decode step reads: the decoder and the output head, without the embedding table (but for a head tied to it)."""
-    read = [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]
-    skipped = [*model.get_input_embeddings().parameters()]
-    everything = {id(p): p for p in read}
-    total = sum(p.numel() * p.element_size() for p in everything.values())
-    tied = any(p is q for p in model.get_output_embeddings().parameters() for q in skipped)
-    return total - (0 if tied else sum(p.numel() * p.element_size() for p in skipped if id(p) in everything))
+    return stored_weights(model, embedding=False)
 
 
 def kv_bytes(model: Any, batch: int, visual: int, text: float, kept: float, k: int) -> int:

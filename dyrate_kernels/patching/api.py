@@ -28,7 +28,7 @@ from dyrate_kernels.patching.families import (
     decoder_layers,
     deepstack_layers,
     positional_names,
-    stored_weights,
+    shape_of,
     text_model,
     visual_columns,
 )
@@ -185,7 +185,6 @@ class Handle:
         self.vision = tuple(vision)
         self._asked_backend = backend
         self.record_importance = record_importance
-        self.shape = ModelShape.from_config(model.config).replace(stored_weights=stored_weights(model))
         self.heads = head_shards(model)
         if cuda_graph and self.heads is not None:
             raise ValueError("cuda_graph=True is not available for a model whose heads are shared among processes; leave it out")
@@ -209,13 +208,19 @@ class Handle:
         """The backend of the next generation: ``auto`` follows the model when it is moved to another device."""
         return dispatch.name_for(self._asked_backend, next(self.model.parameters()).device)
 
+    @property
+    def shape(self) -> ModelShape:
+        """The text model's shape as it is now; another after ``model.to(dtype)`` or with an adapter."""
+        shape = shape_of(self.model)
+        return shape if self.heads is None else shape.replace(stored_weights=None)  # costs are of the whole model, not of a process's share
+
     def _install(self) -> None:
-        model = self.model
+        model, layers = self.model, len(decoder_layers(self.model))
         vars(model)[_HANDLE] = self
         self._decoder_names = positional_names(text_model(model).forward)
         self._base_names = positional_names(model.base_model.forward)
         reads = self.policy.reads_hidden or (self.retention == "evict" and self.policy.merges)
-        deciding = {start - 1 for start in self.policy.layer_groups(self.shape.num_layers)} if reads else set()
+        deciding = {start - 1 for start in self.policy.layer_groups(layers)} if reads else set()
         for index, layer in enumerate(decoder_layers(model)):
             attention.swap(layer.self_attn, shows_hidden=index in deciding)
         if self.fused is not None:
@@ -226,7 +231,7 @@ class Handle:
             text_model(model).register_forward_hook(self._after_decoder, with_kwargs=True),
         ]
         if self.retention == "evict" and self.policy.at_prefill:
-            self._shrink = ShrinkHooks(decoder_layers(model), self.policy.layer_groups(self.shape.num_layers))
+            self._shrink = ShrinkHooks(decoder_layers(model), self.policy.layer_groups(layers))
         self._override(model, "generate", "generate")
         self._override(model, "_prepare_cache_for_generation", "prepare_cache")
         if one_at_a_time(self.policy):

@@ -94,6 +94,13 @@ def _swapped_class(original: type[nn.Module]) -> type[nn.Module]:
     return type(f"DyRate{original.__name__}", (original,), members)
 
 
+def sliding_window(module: nn.Module) -> int | None:
+    """The sliding window as the module's own forward names it: Mistral's is the config's, Qwen2's its own, Llama has none."""
+    if getattr(type(module), "_dyrate_original", type(module)).__name__ == "MistralAttention":
+        return getattr(module.config, "sliding_window", None)
+    return getattr(module, "sliding_window", None)
+
+
 def is_swapped(module: nn.Module) -> bool:
     """True for a module that ``swap`` has changed."""
     return "_dyrate_original" in vars(type(module))

@@ -55,8 +55,11 @@ def lay_out(
             "Set processor.tokenizer.padding_side = 'left'."
         )
     session.new_images |= bool(added)
-    cache.reserve_text(max_text + min(max(session.max_length - start - length, 0), 4096))
+    room = min(max(session.max_length - start - length, 0), 4096)
+    cache.reserve_text(max_text + room)
     cache.reserve_tokens(max_visual)
+    cache.text_asked.copy_(torch.maximum(cache.text_asked, total_text + room))
+    cache.full.most.copy_(torch.maximum(cache.full.most, total_visual))
 
     token = torch.where(visual, cache.full.n_visual[:, None] + visual.cumsum(1) - 1, -1)
     text_row = torch.where(text, cache.n_text[:, None] + text.cumsum(1) - 1, -1)
@@ -193,6 +196,7 @@ def place_rows(
     """Appends ``visual`` (bool ``[B, q]``) and all text of these columns to a pruned group and makes its slot."""
     cache = session.cache
     added = visual.sum(1, dtype=torch.int32)
+    group.most.copy_(torch.maximum(group.most, group.n_visual + added))
     group.bound = int((group.n_visual + added).max())
     cache.reserve_visual(group, group.bound)
     place = torch.where(visual, group.n_visual[:, None] + visual.cumsum(1) - 1, -1)

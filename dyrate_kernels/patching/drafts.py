@@ -151,6 +151,7 @@ class Drafts:
         chosen = session.forward.allowed.get(1)
         for row in range(mass.shape[1]):
             of_row = [None if each is None else each[:, row] for each in (rate, chosen)]
+            of_row.append({group: marks[:, row] for group, marks in session.forward.allowed.items()})
             session.record.write(session, first + row, mass[:, row], importance[:, row], None if kept is None else kept[:, :, row], *of_row)
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.masking_utils import create_causal_mask
+
+from dyrate_kernels.patching.attention import sliding_window
+from dyrate_kernels.policies.base import ModelShape
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -117,19 +120,71 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return text_model(model).layers
 
 
-def stored_weights(model: Any) -> int | None:
-    """Bytes of the text model's weights and its head as they are held, where they are quantised; None where they are not."""
-    if not getattr(model, "is_quantized", False):
-        return None
-    held = {id(tensor): tensor for module in (text_model(model), model.lm_head) for tensor in module.parameters()}
+def shape_of(model: Any) -> ModelShape:
+    """The text model's shape as it is now: its weights' dtype and bytes, and the windows of its layers, from the modules themselves."""
+    windows = tuple(sliding_window(layer.self_attn) for layer in decoder_layers(model))
+    return ModelShape.from_config(model.config, dtype=text_model(model).dtype).replace(
+        stored_weights=stored_weights(model), windows=windows if any(windows) else ()
+    )
+
+
+def stored_weights(model: Any, embedding: bool = True) -> int:
+    """Bytes of the weights that a pass of the text model and its head reads, as they are held: in their own dtypes, or quantised with
+    their scales; adapters where they are active and not merged; what is shared counts once.
+
+    Args:
+        embedding: with the input embedding, although a step reads only a row a sequence of it (a head tied to it counts in any case).
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    modules = [*text_model(model).modules(), *head.modules()]
+    left_out = {id(tensor) for module in modules for tensor in _unread(module)}
+    if not embedding:
+        left_out |= {id(tensor) for tensor in table.parameters()} - {id(tensor) for tensor in head.parameters()}
+    held = {}
+    for module in modules:
+        persistent = [buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set]
+        for tensor in (*module._parameters.values(), *persistent):
+            if tensor is not None and id(tensor) not in left_out:
+                held[_storage(tensor)] = tensor
     return sum(map(_stored_bytes, held.values()))
 
 
+def _unread(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors of a module that peft has wrapped which its forward does not read: adapters that are off, merged or not the active one, and
+    the original where a trained copy stands in for it.
+    """
+    active = () if getattr(module, "disable_adapters", False) else getattr(module, "active_adapters", ())
+    names = getattr(module, "adapter_layer_names", ())
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        names = ("modules_to_save",)
+        if any(name in module.modules_to_save for name in active):
+            yield from module.original_module.parameters()
+    elif getattr(module, "merged", False):
+        active = ()
+    for name in names:
+        for adapter, part in getattr(module, name, {}).items():
+            if adapter not in active:
+                yield from part.parameters() if isinstance(part, nn.Module) else (part,)
+
+
+def _storage(tensor: Tensor) -> tuple:
+    """What tells a tensor from others: where its numbers are; itself where they are nowhere (offloaded) or inside of it (torchao)."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr(), tensor.shape
+
+
 def _stored_bytes(tensor: Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):  # torchao: values and scales inside of one
+    if hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "to_local"):  # torchao: values and scales inside of one
         return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    scales = getattr(getattr(tensor, "quant_state", None), "absmax", None)  # bitsandbytes
-    return tensor.nbytes + (0 if scales is None else scales.nbytes)
+    return tensor.nbytes + _scale_bytes(getattr(tensor, "quant_state", None)) + getattr(getattr(tensor, "SCB", None), "nbytes", 0)
+
+
+def _scale_bytes(state: Any) -> int:
+    """Of a ``quant_state`` of bitsandbytes: scales, which may be quantised themselves."""
+    if state is None:
+        return 0
+    return state.absmax.nbytes + _scale_bytes(getattr(state, "state2", None))
 
 
 def visual_columns(model: Any, family: Family, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dyrate_kernels.cache import VisualCache
 from dyrate_kernels.ops import layers as ops
-from dyrate_kernels.patching.attention import CARRIER
+from dyrate_kernels.patching.attention import CARRIER, sliding_window
 from dyrate_kernels.patching.families import decoder_layers
 
 # text models whose layers are known to compute what ``ops.layers`` does, by the module that defines them: the names in it of
@@ -145,7 +145,7 @@ def _attention(original: type[nn.Module]) -> dict[str, Any]:
         rotate = kernels.rotate if whole and _alike(query, key, cos, sin) else _own_rotary(type(self)._dyrate_original)
         query, key = rotate(query, key, cos, sin)
         key, value = carrier.update(key, value, self.layer_idx)
-        output = carrier.attend(self.layer_idx, query, key, value, self.scaling, _window(self))
+        output = carrier.attend(self.layer_idx, query, key, value, self.scaling, sliding_window(self))
         return _products(kernels, output.reshape(*hidden.shape[:-1], -1), self.o_proj)[0], None
 
     return {"forward": forward}
@@ -153,13 +153,6 @@ def _attention(original: type[nn.Module]) -> dict[str, Any]:
 
 def _own_rotary(original: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]]:
     return sys.modules[original.__module__].apply_rotary_pos_emb
-
-
-def _window(module: Any) -> int | None:
-    """The sliding window as the module's own forward names it: Mistral's is the config's, Qwen2's its own, Llama has none."""
-    if module.__class__._dyrate_original.__name__ == "MistralAttention":
-        return getattr(module.config, "sliding_window", None)
-    return getattr(module, "sliding_window", None)
 
 
 @cache

@@ -43,7 +43,8 @@ class ModelShape:
         layer_norms: normalisations of width d in a layer: 2, in gemma3 4.
         folder: where the model was loaded from, if that is a folder here; a predictor saved beside it is found there.
         trained_by_default: that predictor is taken where none is named.
-        stored_weights: bytes of the weights as a loaded model holds them, where they are quantised; None: all in ``dtype``.
+        stored_weights: bytes of the weights that a loaded model reads, as it holds them; None: all of ``parameters`` in ``dtype``.
+        windows: sliding window of each layer, None for a layer without; empty: no layer has one.
     """
 
     num_layers: int
@@ -64,6 +65,7 @@ class ModelShape:
     folder: str | None = None
     trained_by_default: bool = True
     stored_weights: int | None = None
+    windows: tuple[int | None, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any, dtype: torch.dtype | None = None) -> ModelShape:
