@@ -48,20 +48,22 @@ class Stats:
         vision: names of the reducers before the language model, joined by ``+``; None where there are none.
         visual_tokens_in: visual tokens of each sequence before the reducers.
         visual_tokens: N of each sequence: what the language model received. All costs below count these.
-        visual_places: ``[B][N]``, None where no reducer dropped anything: which of the visual tokens before them each one stands in the
-            place of.
+        visual_places: ``[B][N]``, None where no reducer was shown a picture: which of the visual tokens before them each one stands in
+            the place of.
         steps: one entry a step, the prefill first. Drafted tokens that were refused are no steps and cost nothing here.
         kept_mean: mean over steps and sequences with an image of kept / N in layers >= k; 1.0 without any image.
         visual_share: the same over all layers, passes that were run again included: what visual tokens cost where text costs nothing and
             cost is linear.
         checks: steps that ran once more unpruned, for the policy to compare; ``steps`` tells what their second pass read.
-        kv_bytes_live, kv_bytes_reserved: bytes of the rows held, and of the buffers they lie in.
-        flops, flops_unpruned: executed by the text model, and what it would have been with every token (exact SwiGLU count).
+        kv_bytes_live, kv_bytes_reserved: bytes of the rows held, and of the buffers they lie in (of one sequence of a batch: of those that
+            it alone would have had). Rows that a sliding window hides are held.
+        flops, flops_unpruned: executed by the text model and its head, and what it would have been with every token: what torch's counter
+            counts of the unpatched model, for each sequence alone (``dyrate_kernels.flops``, axis 2).
         flops_unreduced, bytes_read_unreduced: likewise with every visual token and without the reducers.
         paper_cost: FastV's formula over the whole sequence, mean over steps, as a fraction of the model with every visual token (before
             reducers too; methods.md, section 4, axis 1).
-        exact_cost: the same with the real layer in place of FastV's formula, whose MLP lacks the gate.
-        bytes_read, bytes_read_unpruned: weights and key/value rows that the decode steps read.
+        exact_cost: the same with the real layer in place of FastV's formula, whose MLP lacks the gate. Neither knows sliding windows.
+        bytes_read, bytes_read_unpruned: weights, as the model holds them, and key/value rows inside the windows that the decode steps read.
     """
 
     policy: str
@@ -546,7 +548,7 @@ def _beside_unreduced(source: Snapshot, of: slice, parts: list[Part], arguments:
 
 
 def _places(source: Snapshot, of: slice, visual: Tensor) -> list[list[int]] | None:
-    if source.visual_place is None or torch.equal(source.visual_in[of].cpu(), visual):
+    if source.visual_place is None or not bool(source.visual_in[of].any()):
         return None
     return [row[:count] for row, count in zip(source.visual_place[of].tolist(), visual.tolist(), strict=True)]
 

@@ -302,8 +302,8 @@ class Handle:
         """What the last generation really did. Reads the device once.
 
         Args:
-            sequence: of this sequence of the batch alone; None: of all.
-            new_tokens: of its first tokens alone, where it ended before others of its batch; None: of all steps.
+            sequence: what this sequence of the batch would have reported alone; None: of all.
+            new_tokens: of its first tokens, where it ended before others of its batch; None: of all steps.
 
         Raises:
             RuntimeError: nothing was generated yet.
