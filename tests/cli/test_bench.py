@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -17,6 +18,14 @@ from dyrate_kernels.patching.session import Session
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--rounds", "1", "--max-new-tokens", "12", "--json"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bandwidth_measured_once():
+    """256 MiB are copied again and again for it: seconds in every command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "copy_bandwidth", functools.cache(timing.copy_bandwidth))
+        yield
 
 
 def rows_of(capsys, *arguments: str, status: int = 0) -> dict:
