@@ -330,6 +330,10 @@ def _train(
     with training_hooks(model) as run:
         module.run = run
         try:
+            if not any(rows[place].images for place in range(len(rows))):
+                raise ValueError(
+                    f"none of the {len(rows)} examples has a picture that can be read; skipped: {rows.skipped or 'none'}"[:1000]
+                )
             first = [
                 trainer._prepare_inputs(collate([rows[i] for i in range(start, start + options.batch_size)]))
                 for start in _starts(rows, options)

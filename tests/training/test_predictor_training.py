@@ -16,7 +16,7 @@ import dyrate_kernels as dk
 from dyrate_kernels import chat
 from dyrate_kernels.policies.base import ModelShape
 from dyrate_kernels.training import predictor as module
-from dyrate_kernels.training.data import ShapesSource
+from dyrate_kernels.training.data import ConversationSource, ShapesSource
 from dyrate_kernels.training.predictor import Options, PredictorModule, step_cost, train_predictor
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +97,14 @@ def test_options_that_cannot_be_read_and_checkpoints_of_another_run(demo, tmp_pa
     fresh = train(demo, tmp_path / "fresh", **{**options, "seed": 1})
     resumed = train(demo, tmp_path, **{**options, "seed": 1})
     assert torch.equal(fresh.predictor.weight, resumed.predictor.weight)
+
+
+def test_data_of_which_no_picture_can_be_read(demo, tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This it is."}]
+    (tmp_path / "t.json").write_text(json.dumps([{"conversations": turns}] * 2 + [{"image": "gone.png", "conversations": turns}]))
+    with pytest.raises(ValueError, match=r"none of the 3 examples has a picture that can be read; skipped: .*gone\.png"):
+        train(demo, tmp_path / "out", source=ConversationSource(tmp_path / "t.json"), k=2, target_keep=0.5, steps=2)
+    assert not (tmp_path / "out" / "dyrate_predictor.json").exists()
 
 
 @pytest.mark.parametrize("target", [{"target_keep": 0.35}, {"target_cost": 0.75}], ids=str)
@@ -185,7 +193,7 @@ def test_two_processes(demo, tmp_path):
     script.write_text(
         "import os, sys, torch, dyrate_kernels as dk\n"
         "from dyrate_kernels.training import predictor\n"
-        "from dyrate_kernels.training.data import ShapesSource\n"
+        "from dyrate_kernels.training.data import ConversationSource, ShapesSource\n"
         "predictor.CALIBRATION = 8\n"
         "model, processor = dk.load_demo()\n"
         "options = predictor.Options(k=2, target_keep=.5, steps=4, batch_size=2, max_answer=16, max_length=None)\n"
