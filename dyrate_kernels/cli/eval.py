@@ -250,15 +250,17 @@ def _at_costs(
     Raises:
         ValueError: a contender cannot meet a cost, but for ``--leave-out``.
     """
-    import json
     from dataclasses import replace
 
     from dyrate_kernels.evaluation.equal_cost import WITHIN, check_cost, check_reachable, mean_cost, tune
+    from dyrate_kernels.json_files import read_json
     from dyrate_kernels.policies.base import ModelShape
 
     path = folder / "tuned.json"
     folder.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read_json(path) if path.exists() else {}
+    if not isinstance(known, dict) or not all(isinstance(each, dict) and "cost" in each for each in known.values()):
+        raise ValueError(f"{path} holds no tuning of this version; give another folder, or remove the file")
     shape = ModelShape.from_config(model.config)
     found, tuned, refused = [chosen[0]], {}, []
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dyrate_kernels.evaluation.table import Line
+from dyrate_kernels.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def read_lines(path: Path) -> dict[tuple[str, str], tuple[float, float, float]]:
         ValueError: it is no such file.
     """
     try:
-        lines = json.loads(path.read_text(encoding="utf-8"))["lines"]
+        lines = read_json(path)["lines"]
         return {(line["label"], line["group"]): (line["retained"], line["retained_low"], line["retained_high"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must be the table.json of dyrate eval, or the JSON of its report; it cannot be read ({error})") from None

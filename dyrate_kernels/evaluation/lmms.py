@@ -37,6 +37,7 @@ from dyrate_kernels.evaluation.runner import Contender, encode, model_name
 from dyrate_kernels.evaluation.suite import Item
 from dyrate_kernels.files import write_json
 from dyrate_kernels.journal import Journal
+from dyrate_kernels.json_files import read_json
 from dyrate_kernels.loading import load_model, parse_value
 from dyrate_kernels.pictures import UnreadableError, read_picture, whole_pictures
 from dyrate_kernels.vision import chain
@@ -392,7 +393,7 @@ def _evaluate_one(runner: DyRate, task: str, manager: Any, path: Path, limit: in
     setting = {"task": task, "limit": limit, **runner.setting}
     if path.exists():
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
+            held = read_json(path)
             if held["setting"] == setting:
                 return held["tasks"]
         except (KeyError, TypeError, ValueError) as error:
@@ -423,7 +424,7 @@ def _evaluate_one(runner: DyRate, task: str, manager: Any, path: Path, limit: in
     if not tasks:
         raise ValueError(f"task {task} has no questions; look at its data set and its split")
     write_json(path, {"setting": setting, "tasks": tasks})
-    return json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    return read_json(path)["tasks"]
 
 
 @contextlib.contextmanager

@@ -103,6 +103,13 @@ def test_contenders():
     assert found[2].policy.kept == ((0, 50), (3, 20)) and found[0].policy.name == "none"
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"fixed@80": 3}', b"caf\xe9", b""])
+def test_damaged_tuning_is_named(capsys, tmp_path, content):
+    (tmp_path / "tuned.json").write_bytes(content)
+    status, _, err = run(capsys, "--out", str(tmp_path), "--scenes", "2", "--tasks", "colour", "--cost", "80", "--policies", "fixed")
+    assert status == 1 and str(tmp_path / "tuned.json") in err and (tmp_path / "tuned.json").read_bytes() == content
+
+
 def test_a_cost_that_cannot_be_met_is_refused_before_anything_is_asked_or_left_out_by_name(capsys, tmp_path):
     given = ("--out", str(tmp_path), "--scenes", "2", "--tasks", "describe,colour", "--cost", "33.3")
     status, out, err = run(capsys, *given, "--policies", "fixed:k=1,fastv,downsample:side=3 as coarse,vtw@evict")

@@ -25,6 +25,9 @@ def test_pairs_agree_where_intervals_overlap(tmp_path):
         json.dumps({"lines": [summarise(label, "long", each, whole).to_dict() for label, each in (("a", good), ("b", bad))]})
     )
     before = against.read_lines(tmp_path / "table.json")
+    for encoding in ("utf-8-sig", "utf-16"):  # as editors and shells save it
+        (tmp_path / "odd.json").write_text((tmp_path / "table.json").read_text(), encoding=encoding)
+        assert against.read_lines(tmp_path / "odd.json") == before
     lines = [summarise(label, "long", answers(rng.random(200) < 0.9), whole) for label in ("a", "b", "c")]
     found = against.pairs([*lines, summarise("a", "other", good, whole)], before, ("long", "short"))
     assert [(pair.label, pair.agrees) for pair in found] == [("a", True), ("b", False)]
