@@ -245,6 +245,39 @@ def test_stats_of_a_sequence_behind_reducers(make_model, vision, retention):
     check_each_alone(make_model("llava", "mistral"), ROWS[:3], retention, policy=dk.policies.Fixed(k=2, rate=0.6), vision=vision)
 
 
+@RETENTION
+@pytest.mark.parametrize("method", ["fixed", "dyrate", "fastv"])
+def test_stats_of_a_sequence_in_the_second_turn_of_a_chat(make_model, method, retention):
+    model = make_model("llava", "mistral")
+
+    def chat(rows):
+        fields, options = models.inputs(model, rows), {"do_sample": False, "return_dict_in_generate": True}
+        first = model.generate(**fields, **options, max_new_tokens=4)
+        ids = torch.cat([first.sequences, torch.arange(5, 12)[None].expand(len(rows), -1)], 1)
+        mask = torch.nn.functional.pad(fields["attention_mask"], (0, 11), value=1)
+        model.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **options, max_new_tokens=5)
+
+    with patched(model, METHODS[method], retention) as handle:
+        chat(ROWS[:2])
+        found = [handle.stats(0, 3), handle.stats(1)]
+        for got, row, length in zip(found, ROWS, (3, None), strict=False):
+            chat([row])
+            assert_same_stats(got, handle.stats(0, length))
+
+
+@pytest.mark.parametrize("method", ["fixed", "dyrate", "depth", "layerwise"])
+def test_stats_of_drafted_steps_know_windows(make_model, method):
+    model = make_model("llava", "mistral")
+    fields, options = single(model, ROWS[0]), {"max_new_tokens": 8, "do_sample": False}
+    with patched(model, METHODS[method]) as handle:
+        model.generate(**fields, **options)
+        plain = handle.stats()
+        model.generate(**fields, **options, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+        drafted = handle.stats()
+    assert drafted.bytes_read == plain.bytes_read < plain.bytes_read_unpruned
+    assert drafted.flops == pytest.approx(plain.flops, rel=1e-12)
+
+
 # ---- against the columns that the oracle keeps -----------------------------------------------------------------------------------------
 
 
