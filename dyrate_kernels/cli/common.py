@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dyrate_kernels import loading
@@ -47,7 +46,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Where the pictures of ``--data`` are."""
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures that --data names; default: where it lies")
+    shown = "folder of the pictures that --data names; default: where it lies"
+    parser.add_argument("--images", type=os.path.expanduser, metavar="DIR", help=shown)
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +139,7 @@ def check_images(images: str | None, data: str | None, source: str) -> None:
         return
     if data is None:
         raise ValueError(f"--images belongs to the file of --data, not to {source}; leave it out")
-    if not Path(images).expanduser().is_dir():
+    if not os.path.isdir(images):
         raise ValueError(f"--images {images}: no such folder; give the one with the pictures that {data} names")
 
 

@@ -15,7 +15,7 @@ from dyrate_kernels.policies.base import ModelShape
 
 TOLERANCE = 0.004
 WITHIN = 0.01  # of the cost that a label names: what is further off is refused
-_PREFILL = 0.05  # of the cost, left for the prompt's own step under "recoverable", where a k is proposed
+_PREFILL = 0.04  # of an answer of 25 tokens, its prompt's step: under "recoverable" it reads every token. Only to propose a k by
 ROUNDS = 14
 RESOLUTION = 0.002  # of the strength, where the cost is a step
 
@@ -73,7 +73,9 @@ def tune(
         costs = f"{100 * max(below):.1f} % or {100 * min(above):.1f}"
     else:
         costs = f"{100 * min(found.tried):.1f} to {100 * max(found.tried):.1f}"
-    raise ValueError(_refusal(contender, target, first, layers, costs, not below))
+    share = first / layers
+    spared = (min(found.tried) - share) / (1 - share)  # of the layers from there on, what is read at least
+    raise ValueError(_refusal(contender, target, first, layers, costs, None if below else max(spared, 0.0)))
 
 
 def check_reachable(model: Any, contender: Contender, target: float) -> int:
@@ -87,16 +89,16 @@ def check_reachable(model: Any, contender: Contender, target: float) -> int:
     layers = ModelShape.from_config(model.config).num_layers
     first = contender.bound(model).at_strength(1.0, layers).layer_groups(layers)[0]
     if not contender.vision and first / layers > target + WITHIN:
-        raise ValueError(_refusal(contender, target, first, layers, f"at least {100 * first / layers:.1f}", True))
+        spared = _PREFILL if contender.retention == "recoverable" else 0.0
+        raise ValueError(_refusal(contender, target, first, layers, f"at least {100 * first / layers:.1f}", spared))
     return first
 
 
-def _refusal(contender: Contender, target: float, first: int, layers: int, costs: str, other_k: bool) -> str:
-    """Why a cost is refused."""
+def _refusal(contender: Contender, target: float, first: int, layers: int, costs: str, spared: float | None) -> str:
+    """Why a cost is refused. ``spared``: the least share of the layers from ``first`` on that is read; None: another k is no help."""
     words = f"{contender.label} cannot cost {100 * target:g} %: pruning from layer {first} of {layers} on it costs {costs} %"
-    margin = _PREFILL if contender.retention == "recoverable" else -WITHIN
-    able = [k for k in range(1, first) if k / layers <= target - margin] or [k for k in (1,) if first > 1 and k / layers <= target + WITHIN]
-    if other_k and able:
+    able = [] if spared is None else [k for k in range(1, first) if k / layers + (1 - k / layers) * spared <= target + WITHIN / 2]
+    if able:
         return f"{words}; with k={able[-1]} it can"
     return f"{words}; ask for another cost, or name it in --also, which tunes nothing"
 

@@ -384,6 +384,8 @@ def _check_reachable(module: PredictorModule, batches: list[dict[str, Any]]) -> 
     steep = 1e6  # a shift beyond any logit: every row takes the lowest or the highest rate
     passes: list = []
     most, least = _cost(module, batches, -steep, passes), _cost(module, batches, steep, passes)
+    if not any(bool(real.any()) for _, real, *_ in passes):
+        raise ValueError("none of the first examples that can be used shows a picture: there is nothing to learn from; look at the data")
     name, target = ("target_keep", options.target_keep) if options.target_cost is None else ("target_cost", options.target_cost)
     if passes and not least - _SLACK <= target <= most + _SLACK:
         raise ValueError(

@@ -245,3 +245,26 @@ def test_generation_defaults_that_are_not_followed_are_told(capsys, demo, pictur
     assert status == 0 and out.splitlines()[1] == "but:        the checkpoint's num_beams=4 not followed: one greedy answer a prompt"
     status, out, _ = run(capsys, "compare", "--image", picture, "--max-new-tokens", "2", "--policies", "fixed", "--json")
     assert "num_beams=4" in json.loads(out)["not_followed"]
+
+
+def test_a_run_in_which_no_picture_can_be_read_fails(capsys, demo, tmp_path):
+    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red one."}]
+    entries = [{"image": f"{n}.png", "conversations": said} for n in range(3)]
+    words = {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Nobody at all."}]}
+    for name, content in (("all", entries), ("words", [*entries, words])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    questions = [{"question_id": n, "image": f"{n}.png", "text": "Is it red?", "label": "yes"} for n in range(3)]
+    (tmp_path / "pope.json").write_text("\n".join(map(json.dumps, questions)))
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_bytes(b"\x89PNG nothing")
+    quick = ("--steps", "1", "--batch-size", "1", "--target-keep", "0.5", "--k", "1")
+    for given, why in (
+        (("train", "--out", str(tmp_path / "a"), "--data", str(tmp_path / "all.json"), *quick), "none of the 3 examples can be used"),
+        (("train", "--out", str(tmp_path / "b"), "--data", str(tmp_path / "words.json"), *quick), "shows a picture"),
+        (("calibrate", "--data", str(tmp_path / "words.json")), "none of the 4 examples can be used"),
+        (("eval", "--out", str(tmp_path / "c"), "--suite", "pope", "--data", str(tmp_path / "pope.json"), "--policies", "fixed"), "0.png"),
+    ):
+        status, _, err = run(capsys, *given)
+        assert status == 1 and why in err, err
+        assert dk.patching.api._HANDLE not in vars(demo[0])
+    assert not (tmp_path / "a" / "dyrate_predictor.json").exists() and not (tmp_path / "b" / "dyrate_predictor.json").exists()

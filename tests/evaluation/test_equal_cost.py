@@ -42,7 +42,7 @@ def test_a_method_of_few_costs_meets_them_and_refuses_others(demo):
         tune(*demo, suite, Contender("fixed", P.Fixed()), 0.0)
 
 
-@pytest.mark.parametrize("retention, least, able", [("recoverable", 0.36, 1), ("evict", 1 / 3, 2)])
+@pytest.mark.parametrize("retention, least, able", [("recoverable", 0.36, 2), ("evict", 1 / 3, 2)])
 def test_a_cost_below_the_layers_that_read_everything_is_refused_with_the_k_that_can(demo, retention, least, able):
     suite = ShapesSuite(2, tasks=("describe",))
     contender = Contender("fastv", P.FastV(k=3), retention)
@@ -56,6 +56,14 @@ def test_a_cost_that_only_asking_rules_out_is_refused_with_its_range(demo):
     suite = ShapesSuite(2, tasks=("describe",))
     with pytest.raises(ValueError, match=r"guard cannot cost 20 %: .* it costs [234]\d\.\d to \d+\.\d %"):
         tune(*demo, suite, Contender("guard", P.KLGuard(policy=P.Uniform(k=1))), 0.2, batch_size=2)
+
+
+def test_the_k_that_is_proposed_after_asking_can(demo):
+    """An answer of few tokens reads its whole prompt in one of few steps."""
+    suite, cost, able = ShapesSuite(3, tasks=("colour",)), 0.6, 1
+    with pytest.raises(ValueError, match=rf"fixed cannot cost {100 * cost:g} %: .*layer 2 of 6.*; with k={able} it can"):
+        tune(*demo, suite, Contender("fixed", P.Fixed(k=2)), cost, batch_size=3)
+    assert tune(*demo, suite, Contender("fixed", P.Fixed(k=able)), cost, batch_size=3).cost == pytest.approx(cost, abs=WITHIN)
 
 
 def test_search_of_a_steep_and_of_a_stepped_cost():
