@@ -18,7 +18,7 @@ from dyrate_kernels.cache import VisualCache
 from dyrate_kernels.ops import dispatch
 from dyrate_kernels.patching import attention, calls
 from dyrate_kernels.patching.calls import Call
-from dyrate_kernels.patching.drafts import NoDrafts, one_at_a_time
+from dyrate_kernels.patching.drafts import NoDrafts, of_this_turn, one_at_a_time
 from dyrate_kernels.patching.families import (
     blocks_ahead,
     by_name,
@@ -234,6 +234,7 @@ class Handle:
             self._shrink = ShrinkHooks(decoder_layers(model), self.policy.layer_groups(layers))
         self._override(model, "generate", "generate")
         self._override(model, "_prepare_cache_for_generation", "prepare_cache")
+        self._override(model, "prepare_inputs_for_generation", "prepare_inputs")
         if one_at_a_time(self.policy):
             self._override(model, "_get_candidate_generator", "candidates")
         for name in _NO_BATCHING:
@@ -480,6 +481,7 @@ class Handle:
             cache.session.vision = "+".join(reducer.name for reducer in self.vision)
             if call is not None and call.reduced:
                 cache.session.reduced, cache.session.keeps_width = True, call.keeps_width
+        cache.session.turn_mask = mask
         cache.session.begin_turn(prompt, max_cache_length + 1, frozen=assisted or assistant, assistant=assistant)
         if call is not None:
             call.session = cache.session
@@ -490,6 +492,12 @@ class Handle:
             f"{original.__name__}() (continuous batching) keeps its own paged cache and cannot drop visual tokens; "
             "use model.generate(...) with a batch, or dyrate_kernels.unpatch(model) first"
         )
+
+    def _answer_prepare_inputs(self, original: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = cache_in(kwargs)
+        if "next_sequence_length" in kwargs and isinstance(cache, VisualCache) and cache.session is not None:
+            kwargs = of_this_turn(cache.session, input_ids.shape[1], kwargs)
+        return original(input_ids, *args, **kwargs)
 
     def _answer_candidates(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """What drafts tokens in assisted decoding: nothing does for a policy whose steps come one at a time."""

@@ -26,6 +26,21 @@ def one_at_a_time(policy: Policy) -> bool:
     return policy.reads_logits or (policy.remembers and policy.rescores)
 
 
+def of_this_turn(session: Session, columns: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``prepare_inputs_for_generation`` for ``columns`` ids, as plain decoding gives them. In a chat, assisted decoding gives
+    the whole conversation to its first pass, whatever the cache holds; where it was given new ids alone, it cuts the mask to their number.
+    """
+    held, new = session.cache.length, given.get("next_sequence_length")
+    if new is None:
+        new = columns - held if 0 < held < session.turn_end <= columns else columns
+        given = given | {"next_sequence_length": new}
+    mask, whole = given.get("attention_mask"), session.turn_mask
+    if mask is not None and whole is not None and mask.dim() == 2 and mask.shape[1] < held + new:
+        ones = mask.new_ones(mask.shape[0], max(held + new - whole.shape[1], 0))
+        given = given | {"attention_mask": torch.cat([whole.to(mask), ones], dim=1)[:, : held + new]}
+    return given
+
+
 class NoDrafts:
     """A candidate generator of transformers that drafts nothing, so that assisted decoding goes token by token, as plain decoding does."""
 

@@ -76,7 +76,7 @@ class Prompt:
                 session.forward.noted = Noted(mass, importance, [decision.rate])
             session.had_decided = session.decided
             self.choose(groups, score, counts, merge=decision.merge)
-            session.decided = True
+            session.decided, session.decided_in = True, session.turn
         elif session.prunes_prompt:
             self._shrink(cache.groups[1:], importance, n_visual[None].expand(len(cache.groups) - 1, -1))
         if session.forward.noted is None:  # else more groups decide first

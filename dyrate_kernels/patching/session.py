@@ -111,6 +111,8 @@ class Session:
         self.frozen = False
         self.evicted_while_decoding = False
         self.decided = False  # the policy has decided at a prefill of this conversation
+        self.decided_in = -1  # in which turn, the last time
+        self.turn_mask: Tensor | None = None  # [B, columns], of all columns up to the end of this turn's prompt
         self.had_decided = False  # before the prefill that is under way
         self.new_images = False  # this turn brought visual tokens
         self.step: Tensor | None = None  # int64 [1]: step of the next token (0 = the prompt)
@@ -267,7 +269,7 @@ class Session:
 
     @property
     def decides_at_prefill(self) -> bool:
-        if not self.policy.at_prefill or (self.frozen and self.decided):
+        if not self.policy.at_prefill or (self.frozen and self.decided_in == self.turn):  # a drafting model reads its last column again
             return False
         # a method that decides once does so again only when new visual tokens came
         return self.policy.at_decode or not self.decided or self.new_images

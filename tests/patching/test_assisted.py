@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
+from dyrate_kernels.patching.families import cache_name
 from tests import models
-from tests.checks import METHODS, RETENTIONS, assert_same, greedy, patched, single
-from tests.oracle import Oracle
+from tests.checks import METHODS, RETENTIONS, assert_close_logits, assert_same, greedy, logits, patched, single
+from tests.oracle import Oracle, Turn
 
 RETENTION = pytest.mark.parametrize("retention", RETENTIONS)
 LOOKUP = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "eos_token_id": -1}  # -1 is never generated
@@ -116,6 +117,54 @@ def test_columns_cropped_later_leave_the_stats_of_a_generation(make_model):
         assert handle.stats() == want
 
 
+# -- chat ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dyrate", "dyrate-closed-k1", "fastv", "layerwise", "pyramiddrop"])
+@pytest.mark.parametrize("second", [["text 7"], ["text 3", "image", "text 4"], ["image"]], ids=["text", "picture", "picture-last"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole-conversation", "only-new-ids"])
+@RETENTION
+def test_two_turns_of_chat_are_those_of_masks(make_model, method, retention, second, whole):
+    """A turn decides anew as in plain decoding. transformers gives the first pass all that was said, whatever the cache holds."""
+    model, rule = make_model(), METHODS[method]
+    if retention == "recoverable" and second == ["text 7"] and not rule.decides_while_decoding:
+        pytest.skip("the oracle decides again without a new picture")
+    first, more = prompt(model, PROMPTS["text-last"], seed=1), prompt(model, second, seed=2)
+    oracle, options = Oracle(model, rule, retention, frozen=True), drafting(model, "lookup")
+    want = oracle.generate(**first, **greedy(5))
+    ids = torch.cat([want.sequences, more["input_ids"]], 1)
+    mask, pictures = torch.ones_like(ids), {name: more[name] for name in ("pixel_values",) if name in more}
+    turn, start = Turn(0, first["input_ids"].shape[1]), want.sequences.shape[1] - 1
+    pixels = torch.cat([fields["pixel_values"] for fields in (first, pictures) if fields])
+    then = oracle.generate(before=[turn], start=start, input_ids=ids, attention_mask=mask, pixel_values=pixels, **greedy(6))
+    with patched(model, rule, retention) as handle:
+        got = model.generate(**first, **greedy(5, **options))
+        assert_same(got, want)
+        cache = got.past_key_values
+        given = ids if whole else ids[:, cache.get_seq_length() :]
+        got = model.generate(input_ids=given, attention_mask=mask, **pictures, **{cache_name(): cache}, **greedy(6, **options))
+        assert got.sequences[0, given.shape[1] :].tolist() == then.sequences[0, ids.shape[1] :].tolist()
+        assert_close_logits(logits(got), logits(then))
+        assert len(handle.stats().steps) == 6
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole-conversation", "only-new-ids"])
+def test_a_chat_whose_picture_was_reduced(make_model, whole):
+    """The mask that hides what the reducers took is that of the conversation, not of the new ids."""
+    model = make_model()
+    first, more = prompt(model, ["image", "text 6"]), prompt(model, PROMPTS["no-picture"])
+    found = []
+    for options in ({}, LOOKUP):
+        with patched(model, METHODS["dyrate"], vision="uniform:keep=0.4") as handle:
+            got = model.generate(**first, **greedy(4))
+            ids, cache = torch.cat([got.sequences, more["input_ids"]], 1), got.past_key_values
+            given = ids if whole else ids[:, cache.get_seq_length() :]
+            got = model.generate(input_ids=given, attention_mask=torch.ones_like(ids), **{cache_name(): cache}, **greedy(8, **options))
+            found.append((got, handle.stats()))
+    assert_same(found[1][0], found[0][0])
+    assert_same_stats(found[1][1], found[0][1])
+
+
 # -- policies whose steps come one at a time -------------------------------------------------------------------------------------------
 
 ONE_AT_A_TIME = {
@@ -178,8 +227,6 @@ def test_a_policy_that_remembers_across_groups_decodes_token_by_token(make_model
 
 def test_a_cache_of_the_callers_own_is_drafted_for_as_unpatched(make_model):
     from transformers import DynamicCache
-
-    from dyrate_kernels.patching.families import cache_name
 
     model = make_model()
     fields = prompt(model, PROMPTS["text-last"])
