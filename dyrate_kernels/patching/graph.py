@@ -7,8 +7,8 @@ region that grew, a window that was reached) the step is captured anew.
 
 The life of a graph is one ``generate()`` call: its first decode step runs eagerly on the capture stream (it compiles kernels and allocates
 workspaces), the second is captured and replayed at once, all others are replayed. A capture costs the host about what an eager step costs,
-plus the instantiation, so it pays from a few tokens on. The memory of a graph (the intermediate results of one step) is its own and is
-given back with it: a pool shared between graphs would let a replay of one overwrite the kept list that another left behind.
+plus the instantiation, so it pays from a few tokens on. The memory of a graph (the results of one step, the kernels' scratch memory) is
+its own and is given back with it: a pool shared between graphs would let a replay of one overwrite the kept list that another left behind.
 
 Every other pass (prompts, chunks, drafts, steps outside of ``generate()``, ``output_hidden_states``, assisted decoding) runs as it would
 without this file.
