@@ -92,9 +92,9 @@ def select_row(
 ):  # fmt: skip
     """Writes the ``count`` highest of ``n`` scores as ascending indices, -1 past them; returns their number.
 
-    A search finds the threshold, then a prefix sum collects in ascending order. A row that fits into registers is searched bit by bit,
-    which needs one sum a bit and ends at the first threshold that exactly ``count`` tokens reach; rows longer than BLOCK are read in CHUNKS
-    pieces, once for each eight bits of a radix select.
+    A search finds the threshold, then a prefix sum collects in ascending order. A row that fits into registers is searched by two bits
+    a round, which needs one sum a round and ends at the first threshold that exactly ``count`` tokens reach; rows longer than BLOCK are
+    read in CHUNKS pieces, once for each eight bits of a radix select.
     """
     BITS: tl.constexpr = 64 if WIDE else 32
     key = chunk_keys(score_ptr, alive_ptr, 0, n, stride_s, stride_a, HAS_ALIVE, WIDE, BLOCK)
@@ -109,16 +109,31 @@ def select_row(
     needed = n_kept  # of the tokens at the threshold
     threshold = tl.sum(tl.zeros([1], dtype=key.dtype), 0)
     if CHUNKS == 1:
+        # candidates share their highest bits: the search starts below those, and a round takes two bits with three counts in one sum
         one = threshold + 1
+        highest_key = tl.max(key, 0)
+        differ = highest_key ^ tl.min(tl.where(key != 0, key, highest_key), 0)
         bit = candidates * 0 + (BITS - 1)
+        while (bit > 0) & ((differ >> bit.to(key.dtype)) == 0):
+            bit -= 1
+        bit = bit | 1  # the higher one of a round's two
+        below = (((one << bit.to(key.dtype)) - one) << 1) | one
+        threshold = highest_key & ~below
         reached = candidates  # tokens at the threshold or above it
         while (bit >= 0) & (reached != n_kept):
-            higher = threshold | (one << bit.to(key.dtype))
-            count_higher = tl.sum((key >= higher).to(tl.int32), 0)
-            enough = count_higher >= n_kept
-            threshold = tl.where(enough, higher, threshold)
-            reached = tl.where(enough, count_higher, reached)
-            bit -= 1
+            unit = one << (bit - 1).to(key.dtype)
+            first = threshold + unit
+            second = first + unit
+            third = second + unit
+            # 20 bits a count: a row in registers has at most 2^13 tokens (plan.SELECT_BLOCK)
+            counts = tl.sum((key >= first).to(tl.int64) + ((key >= second).to(tl.int64) << 20) + ((key >= third).to(tl.int64) << 40), 0)
+            at_first = (counts & 0xFFFFF).to(tl.int32)
+            at_second = ((counts >> 20) & 0xFFFFF).to(tl.int32)
+            at_third = (counts >> 40).to(tl.int32)
+            for_first, for_second, for_third = at_first >= n_kept, at_second >= n_kept, at_third >= n_kept
+            threshold = tl.where(for_third, third, tl.where(for_second, second, tl.where(for_first, first, threshold)))
+            reached = tl.where(for_third, at_third, tl.where(for_second, at_second, tl.where(for_first, at_first, reached)))
+            bit -= 2
         above = tl.sum((key > threshold).to(tl.int32), 0)
         needed = n_kept - above
     else:

@@ -60,6 +60,41 @@ def test_select_zeros_of_either_sign_tie(dtype):
             check_selection(score, [count, count], [6, 6])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("alive", [False, True], ids=["all", "some"])
+def test_select_scores_that_share_their_highest_bits(dtype, alive):
+    """The search starts at the first bit in which candidates differ, even or odd; tokens that cannot be chosen have no say."""
+    width, integer = (32, torch.int32) if dtype == torch.float32 else (64, torch.int64)
+    g = torch.Generator().manual_seed(7)
+    places = torch.tensor([0, 1, 2, 3, 10, 11, width - 13, width - 12, width - 2, width - 1])
+    flips = torch.randint(0, 2, (len(places), 21), generator=g).to(integer) << places[:, None].to(integer)
+    low = torch.arange(21).to(integer) % 4 * (places[:, None] > 1)
+    score = (torch.ones((), dtype=dtype).view(integer) ^ flips ^ low.to(integer)).view(dtype)
+    chosen = torch.rand(len(places), 21, generator=g) < 0.7 if alive else None
+    if alive:
+        score[~chosen] = math.inf  # the highest of all, if they were asked
+    for count in (0, 7, 20):
+        with harness.settings():
+            check_selection(score, [count] * len(places), [21, 21, 13, 20, 21] * 2, chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_select_among_equal_scores(dtype):
+    """Every candidate at the threshold: the first ones stay; also with one token above, below, or no number."""
+    pairs = [(value, other) for value in (0.0, 1e-45, -1.0, math.inf, -math.inf, math.nan) for other in (value, 2.0, -2.0, math.nan)]
+    score = torch.tensor([[value] * 9 + [other] + [value] * 7 for value, other in pairs], dtype=torch.float64).to(dtype)
+    for count in (0, 1, 9, 17):
+        with harness.settings():
+            check_selection(score, [count] * len(pairs), [17, 17, 16] * (len(pairs) // 3))
+
+
+def test_select_every_count():
+    """Counts from none to all of them, so that every round of the search ends one of them."""
+    score = torch.softmax(3 * torch.randn(1, 35, generator=torch.Generator().manual_seed(11)), 1).expand(36, -1)
+    with harness.settings():
+        check_selection(score, list(range(36)), [35] * 36)
+
+
 def test_select_in_chunks(monkeypatch):
     """Rows longer than what one pass holds; the limit is lowered so that the interpreter can follow."""
     whole = plan.select
