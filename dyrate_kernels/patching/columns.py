@@ -132,6 +132,7 @@ def _note_blocks(session: Session, start: int, columns: int, batch: int, device:
         if known is not None:
             width = min(known.shape[1], until)
             table[:, :width] = known[:, :width].to(device)
+    table[:, session.turn_end :] = -1  # drafted tokens are given the type of the prompt's last one
     session.every_block = session.blocks = table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
@@ -110,11 +111,23 @@ def test_prompt_lookup(make_model, family, text, retention):
     model, options = make_model(family, text), {"prompt_lookup_num_tokens": 3, "eos_token_id": -1}
     if family != "paligemma":
         return modes._drafted(model, METHODS["dyrate"], retention, **options)
-    # transformers gives the drafts of the first pass the token type of the prompt, so they are read in both directions: as unpatched
+    # transformers gives the drafts of the first pass the token type of the prompt; unpatched, they are read in both directions
     fields = modes._echo(model, ["text 5", "image", "text 8"])
-    want = model.generate(**fields, **greedy(14, **options))
-    with patched(model, Rule("none"), retention):
+    want = Oracle(model, METHODS["dyrate"], retention, frozen=True).generate(**fields, **greedy(14))
+    with patched(model, METHODS["dyrate"], retention):
         assert_same(model.generate(**fields, **greedy(14, **options)), want)
+
+
+@pytest.mark.skipif(not KNOWS_BLOCKS, reason="this transformers is refused with this family")
+@RETENTION
+def test_drafts_after_a_picture_at_the_end_are_no_part_of_it(make_model, retention):
+    """Gemma 3 reads a picture in both directions, and transformers gives drafts the token type of what they follow."""
+    model = make_model("gemma3", "own")
+    fields, assistant = single(model, ["image", "text 6", "image"]), copy.deepcopy(model)
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    with patched(model, METHODS["fastv"], retention):
+        want = model.generate(**fields, **greedy(8))
+        assert_same(model.generate(**fields, **greedy(8, assistant_model=assistant)), want)
 
 
 @VARIANTS
