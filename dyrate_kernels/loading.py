@@ -46,8 +46,7 @@ def load_model(
     warnings.filterwarnings("ignore", message=".*requires torchvision.*")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype) if dtype else (torch.float32 if device == "cpu" else "auto")
-    if name is not None and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"model {name}: no such folder")
+    check_name(name)
     if quantize is not None:
         from dyrate_kernels.demo import DEMO_FOLDER
 
@@ -67,6 +66,12 @@ def load_model(
     if kind != "auto":
         model = model.to(kind)
     return model.to(device).eval(), processor
+
+
+def check_name(name: str | None) -> None:
+    """ValueError where a path is named and no such folder is there."""
+    if name is not None and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"model {name}: no such folder")
 
 
 def quantization_config(quantize: str, name: str, dtype: Any) -> Any:

@@ -64,6 +64,13 @@ def run(given: argparse.Namespace) -> int:
     check_folder("--out", given.out)
     source = common.open_source(given, 4000)
     model, processor = common.load_model(given)
+    if not given.json and os.environ.get("RANK", "0") == "0":
+        rates = " ".join(f"{rate:g}" for rate in options.rate_values)
+        reads = "attention mass and the text's hidden state" if options.text else "attention mass"
+        target = f"keep {options.target_keep}" if options.target_cost is None else f"cost {options.target_cost}"
+        layers = model.config.get_text_config().num_hidden_layers
+        more = f"rates {rates}, spread {options.spread}, reads {reads}, target {target}"
+        print(f"{'with:':<12}k={options.k} of {layers} layers, {more}", flush=True)
     if not given.json:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("dyrate_kernels.training").setLevel(logging.INFO)

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dyrate_kernels.files import locked, write_json
 from dyrate_kernels.flops import fastv_layer
@@ -341,7 +343,11 @@ def _train(
             _check_reachable(module, first)
             _standardise(module, first)
             saved = _saved_bytes(module, first[0])
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if checkpoint is not None and _step_of(checkpoint) >= options.steps:  # the Trainer would make another step
+                module.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME, device=str(model.device)))
+                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             shift, cost = _calibrate(module, first) if options.calibrate else (0.0, _cost(module, first, 0.0))
         finally:
             module.run = None
@@ -501,7 +507,11 @@ def _checkpoint(out: Path, options: Options) -> Path | None:
 def _checkpoints(folder: Path) -> list[Path]:
     """All, the newest last."""
     found = [each for each in folder.glob("checkpoint-*") if each.name.partition("-")[2].isdecimal() and each.is_dir()]
-    return sorted(found, key=lambda each: int(each.name.partition("-")[2]))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -36,6 +36,8 @@ def test_train_then_generate(capsys, tmp_path):
     out = str(tmp_path / "run")
     status, text, _ = run(capsys, "train", "--out", out, "--target-keep", "0.5", "--k", "2", *SHORT)
     assert status == 0
+    start = "with:       k=2 of 6 layers, rates 0 0.2 0.4 0.6 0.8, spread 0.0, reads attention mass, target keep 0.5"
+    assert text.splitlines()[0] == start
     for word in ("saved:", "budget:", "examples:   20, 0 skipped", "memory:", f"--predictor {out} --k 2"):
         assert word in text
     draw(make_scene(-3)).save(tmp_path / "a.png")

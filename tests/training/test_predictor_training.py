@@ -67,6 +67,17 @@ def test_a_killed_run_resumes_to_the_same_weights(demo, tmp_path):
     train(demo, tmp_path / "killed", **{**options, "target_keep": 0.3, "steps": 1}, resume=False)
 
 
+def test_a_run_that_ended_or_was_killed_after_its_last_step_makes_no_further_one(demo, tmp_path):
+    options = {"k": 2, "target_keep": 0.5, "steps": 4, "save_every": 2}
+    whole = train(demo, tmp_path / "run", **options)
+    for _ in range(2):
+        (tmp_path / "run" / "dyrate_predictor.json").unlink()  # as after a kill while the predictor was about to be saved
+        again = train(demo, tmp_path / "run", **options)
+        assert torch.equal(whole.predictor.weight, again.predictor.weight) and torch.equal(whole.predictor.bias, again.predictor.bias)
+        assert again.summary["log"] == whole.summary["log"]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
 @pytest.mark.parametrize("cut", ["no state", "half a state"])
 def test_a_checkpoint_that_a_kill_cut_is_passed_over(demo, tmp_path, cut):
     options = {"k": 2, "target_keep": 0.5, "steps": 6, "save_every": 2}
