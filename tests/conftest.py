@@ -9,6 +9,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import contextlib
+import gc
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,17 @@ _made: dict[Any, Any] = {}
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the test models are tiny: a second thread only waits for the first
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What imports and collection made stays to the end. Else every collection of garbage, of which a benchmark makes a dozen, would walk
+    all of torch and transformers again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # or extension modules report what the interpreter's end does not free
 
 
 @pytest.fixture(autouse=True)
