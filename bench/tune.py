@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,6 +133,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--toy", action="store_true")
     given = parser.parse_args()
+    if given.toy and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when it is imported, which is below
     state = dk.backends()["triton"]
     if state != "available":
         raise SystemExit(f"the Triton kernels cannot run: {state}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -11,15 +14,17 @@ from dyrate_kernels import devices
 from dyrate_kernels.triton_kernels import plan
 
 
-def tuned(path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tune", "--toy", "--out", str(path)])
-    tune.main()
-    return capsys.readouterr().out
+ROOT = Path(__file__).parents[2]
 
 
-def test_every_kind_of_problem_gets_settings_that_the_launcher_takes(tmp_path, monkeypatch, capsys):
+def test_every_kind_of_problem_gets_settings_that_the_launcher_takes(tmp_path, monkeypatch):
+    """The command as it stands: it goes to the interpreter by itself."""
     path = tmp_path / devices.file_name(plan.INTERPRETED)
-    said = tuned(path, monkeypatch, capsys)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.tune", "--toy", "--out", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env={**environment, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout
     assert said.splitlines()[-1] == f"written: {path}"
     assert "Error" not in said and "wrong result" not in said and "does not run" not in said
     monkeypatch.setattr(devices, "FOLDER", tmp_path)
