@@ -13,7 +13,6 @@ from bench import operators, tune
 from dyrate_kernels import devices
 from dyrate_kernels.triton_kernels import plan
 
-
 ROOT = Path(__file__).parents[2]
 
 
