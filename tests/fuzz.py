@@ -78,9 +78,7 @@ def draw_rows(pick: random.Random, family: str, mode: str) -> list[list[str]]:
     rows = []
     for _ in range(1 if mode in ("lookup", "assistant") else pick.randint(1, 3)):
         row = [f"text {pick.randint(1, 8)}"]
-        # transformers itself lets a PaliGemma prompt without a picture read the tokens that are drafted after it
-        fewest = int(family == "paligemma" and mode == "lookup")
-        for _ in range(max(fewest, pick.choice([0, 1, 1, 1, 2]))):
+        for _ in range(pick.choice([0, 1, 1, 1, 2])):
             row += [pick.choice(kinds), f"text {pick.randint(1, 8)}"]
         if mode == "beams" and not PICTURES_FIRST:
             row = row[:3]
