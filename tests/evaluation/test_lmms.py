@@ -289,11 +289,12 @@ def test_command(plugin, capsys, tmp_path, tasks):
         (("--tasks", "drwan"), "knows no task 'drwan'"),
         (("--tasks", ","), "needs --tasks A,B"),
         (("--cost", "30"), "--cost is not there for --suite lmms-eval"),
-        (("--limit", "0"), "--limit must be at least 1, got 0"),
-        (("--scenes", "3"), "--scenes belongs to shapes"),
+        (("--data", "x.json"), "--data belongs to a data set"),
     ):
         assert main([*given, *more]) == 1
         assert words in capsys.readouterr().err
+    assert main([*given[:-1], str(tmp_path / "fewer"), "--limit", "1"]) == 0
+    assert "drawn (1 questions)" in capsys.readouterr().out
 
 
 def test_command_without_lmms_eval(capsys, tmp_path, monkeypatch):
