@@ -9,7 +9,8 @@ lengths, so a captured graph stays valid when they change; programs past that nu
 them (phase 2), the last key/value head of a sequence makes importance and decision (phase 3). Nobody waits for anybody: the counters
 only tell a program that it is the last, and that program puts them back to zero.
 
-Two forms of the main loop: one query head a key/value head is a matrix-vector product, in which every row slot of the tile keeps a
+The main loop walks over both regions in reading order; a block may hold rows of both. Mass is summed in phase 2, from the logits of text
+rows. Two forms of the loop: one query head a key/value head is a matrix-vector product, in which every row slot of the tile keeps a
 softmax of its own, so that the loop has no reduction across warps; several heads are packed into ``tl.dot``.
 
 Logits are in base 2. A live row whose logit is -inf gets the lowest finite number instead, which tells it from a dead row: softmax over
@@ -28,30 +29,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _rows_of_block(
-    block, count, first_row, list_ptr, position_ptr, query_position, window, HAS_LIST: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """(place in the region, row of the buffer, in bounds, read) of the block's rows."""
-    place = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = place < count
-    if HAS_LIST:
-        row = tl.load(list_ptr + place, mask=inside, other=0)
-    else:
-        row = first_row + place
-    live = inside
-    if HAS_WINDOW:
-        position = tl.load(position_ptr + row, mask=inside, other=0)
-        live = inside & (query_position - position < window)
-    return place, row, inside, live
-
-
-@triton.jit
 def _attend_block(
     q, m, norm, acc, row, live, key_ptr, value_ptr, stride_kr, stride_kd, stride_vr, stride_vd, dim, value_dim, scale,
     DOT: tl.constexpr, HAS_OUTPUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows joins the running softmax; returns (m, norm, acc, logits, probabilities, factor of what came before)."""
+    """One block of rows joins the running softmax; returns (m, norm, acc, logits)."""
     offset_d = tl.arange(0, BLOCK_D)
     wide = row.to(tl.int64)
     if DOT:
@@ -101,16 +83,47 @@ def _attend_block(
                 acc = tl.dot(p.to(values.dtype), values, acc=acc * factor[:, None])
         else:
             acc = acc * factor[:, None] + p[:, None] * values.to(tl.float32)
-    return top, norm, acc, logit, p, factor
+    return top, norm, acc, logit
 
 
 @triton.jit
-def _add(p, chosen, DOT: tl.constexpr):
-    """What a block adds to an accumulator of the rows ``chosen``."""
-    if DOT:
-        return tl.sum(tl.where(chosen[None, :], p, 0.0), 1)
-    else:
-        return tl.where(chosen, p, 0.0)
+def _store_mass(
+    head, real, top, share, logits, types, mass_ptr, logit_capacity, n_text,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Mass by type of the heads ``head`` that are ``real``, from the logits of their text rows (``logits``: of head 0).
+
+    Every row that is not text is an image's, so the image has what system, instruction and response leave of one.
+    """
+    offset_t = tl.arange(0, BLOCK_T)
+    finite = tl.where(top == float("-inf"), 0.0, top)[:, None]
+    begun = tl.zeros([head.shape[0], BLOCK_T], dtype=tl.float32)
+    system = begun
+    instruction = begun
+    response = begun
+    for begin in range(0, n_text, BLOCK_T):
+        place = begin + offset_t
+        inside = place < n_text
+        kind = tl.load(types + place, mask=inside, other=255).to(tl.int32)[None, :]
+        z = tl.load(
+            logits + head[:, None] * logit_capacity + place[None, :],
+            mask=real[:, None] & inside[None, :],
+            other=float("-inf"),
+            cache_modifier=".cg",
+        )
+        p = tl.exp2(z - finite)
+        system += tl.where(kind == 0, p, 0.0)
+        instruction += tl.where(kind == 2, p, 0.0)
+        response += tl.where(kind == 3, p, 0.0)
+    sums = tl.sum(system, 1) * share
+    instructions = tl.sum(instruction, 1) * share
+    responses = tl.sum(response, 1) * share
+    image = 1.0 - (sums + instructions + responses)
+    image = tl.where((share == 0.0) | (image < 0.0), 0.0, image)  # no row at all; rounding
+    tl.store(mass_ptr + head * 4, sums, mask=real)
+    tl.store(mass_ptr + head * 4 + 1, image, mask=real)
+    tl.store(mass_ptr + head * 4 + 2, instructions, mask=real)
+    tl.store(mass_ptr + head * 4 + 3, responses, mask=real)
 
 
 @triton.jit
@@ -126,34 +139,30 @@ def _finished(counter_ptr, last):
 
 @triton.jit
 def _combine_head(
-    head, splits, part_ptr, part_stat_ptr, head_stat_ptr, mass_ptr, output_ptr, value_dim,
-    HAS_OUTPUT: tl.constexpr, HAS_MASS: tl.constexpr, HAS_LOGITS: tl.constexpr,
+    head, splits, part_ptr, part_stat_ptr, head_stat_ptr, output_ptr, value_dim,
+    HAS_OUTPUT: tl.constexpr, HAS_LOGITS: tl.constexpr,
     MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Phase 2 for one query head: the softmax over all splits, from the softmaxes of each."""
+    """Phase 2 for one query head: the softmax over all splits, from the softmaxes of each; returns (maximum, 1 / sum)."""
     offset_s = tl.arange(0, MAX_SPLITS)
     offset_v = tl.arange(0, BLOCK_V)
     done = offset_s < splits
     part = head * MAX_SPLITS + offset_s
-    m = tl.load(part_stat_ptr + part * 8, mask=done, other=float("-inf"), cache_modifier=".cg")
-    norm = tl.load(part_stat_ptr + part * 8 + 1, mask=done, other=0.0, cache_modifier=".cg")
+    m = tl.load(part_stat_ptr + part * 2, mask=done, other=float("-inf"), cache_modifier=".cg")
+    norm = tl.load(part_stat_ptr + part * 2 + 1, mask=done, other=0.0, cache_modifier=".cg")
     top = tl.max(m, 0)
     finite = tl.where(top == float("-inf"), 0.0, top)
     factor = tl.where(done, tl.exp2(m - finite), 0.0)
     total = tl.sum(tl.where(done, norm * factor, 0.0), 0)
     share = tl.where(total == 0.0, 0.0, 1.0 / total)
     share = tl.where(top == LOWEST, float("nan"), share)
-    if HAS_MASS:
-        for kind in tl.static_range(4):
-            sums = tl.load(part_stat_ptr + part * 8 + 2 + kind, mask=done, other=0.0, cache_modifier=".cg")
-            tl.store(mass_ptr + head * 4 + kind, tl.sum(sums * factor, 0) * share)
     if HAS_OUTPUT:
         output = tl.zeros([BLOCK_V], dtype=tl.float32)
         for tile in tl.static_range(MAX_SPLITS // SPLIT_TILE):  # a few splits at a time: registers
             offset = tile * SPLIT_TILE + tl.arange(0, SPLIT_TILE)
             here = offset < splits
             part = head * MAX_SPLITS + offset
-            weight = tl.load(part_stat_ptr + part * 8, mask=here, other=float("-inf"), cache_modifier=".cg")
+            weight = tl.load(part_stat_ptr + part * 2, mask=here, other=float("-inf"), cache_modifier=".cg")
             weight = tl.where(here, tl.exp2(weight - finite), 0.0)
             acc = tl.load(
                 part_ptr + part[:, None] * BLOCK_V + offset_v[None, :],
@@ -167,12 +176,13 @@ def _combine_head(
     if HAS_LOGITS:
         tl.store(head_stat_ptr + head * 2, top)
         tl.store(head_stat_ptr + head * 2 + 1, share)
+    return top, share
 
 
 @triton.jit
 def _combine_heads(
-    first_head, splits, part_ptr, part_stat_ptr, head_stat_ptr, mass_ptr, output_ptr, value_dim,
-    HAS_OUTPUT: tl.constexpr, HAS_MASS: tl.constexpr, HAS_LOGITS: tl.constexpr,
+    first_head, splits, part_ptr, part_stat_ptr, head_stat_ptr, output_ptr, value_dim,
+    HAS_OUTPUT: tl.constexpr, HAS_LOGITS: tl.constexpr,
     G: tl.constexpr, BLOCK_C: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """``_combine_head`` for all G query heads of a key/value head at once, so that their loads wait for memory together.
@@ -187,18 +197,14 @@ def _combine_heads(
     head = first_head + offset_c
     done = ours[:, None] & (offset_s < splits)[None, :]
     part = head[:, None] * MAX_SPLITS + offset_s[None, :]
-    m = tl.load(part_stat_ptr + part * 8, mask=done, other=float("-inf"), cache_modifier=".cg")
-    norm = tl.load(part_stat_ptr + part * 8 + 1, mask=done, other=0.0, cache_modifier=".cg")
+    m = tl.load(part_stat_ptr + part * 2, mask=done, other=float("-inf"), cache_modifier=".cg")
+    norm = tl.load(part_stat_ptr + part * 2 + 1, mask=done, other=0.0, cache_modifier=".cg")
     top = tl.max(m, 1)
     finite = tl.where(top == float("-inf"), 0.0, top)
     factor = tl.where(done, tl.exp2(m - finite[:, None]), 0.0)
     total = tl.sum(tl.where(done, norm * factor, 0.0), 1)
     share = tl.where(total == 0.0, 0.0, 1.0 / total)
     share = tl.where(top == LOWEST, float("nan"), share)
-    if HAS_MASS:
-        for kind in tl.static_range(4):
-            sums = tl.load(part_stat_ptr + part * 8 + 2 + kind, mask=done, other=0.0, cache_modifier=".cg")
-            tl.store(mass_ptr + head * 4 + kind, tl.sum(sums * factor, 1) * share, mask=ours)
     if HAS_LOGITS:
         tl.store(head_stat_ptr + head * 2, top, mask=ours)
         tl.store(head_stat_ptr + head * 2 + 1, share, mask=ours)
@@ -208,7 +214,7 @@ def _combine_heads(
             offset = tile * SPLIT_TILE + tl.arange(0, SPLIT_TILE)
             here = ours[:, None] & (offset < splits)[None, :]
             part = head[:, None] * MAX_SPLITS + offset[None, :]
-            weight = tl.load(part_stat_ptr + part * 8, mask=here, other=float("-inf"), cache_modifier=".cg")
+            weight = tl.load(part_stat_ptr + part * 2, mask=here, other=float("-inf"), cache_modifier=".cg")
             weight = tl.where(here, tl.exp2(weight - finite[:, None]), 0.0)
             acc = tl.load(
                 part_ptr + part[:, :, None] * BLOCK_V + offset_v[None, None, :],
@@ -223,6 +229,7 @@ def _combine_heads(
             output.to(output_ptr.dtype.element_ty),
             mask=ours[:, None] & (offset_v < value_dim)[None, :],
         )
+    return top, share
 
 
 @triton.jit
@@ -269,7 +276,7 @@ def decode_attention_kernel(
     stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
     G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, DOT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, STAGES: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, STAGES: tl.constexpr, BLOCK_T: tl.constexpr,
     HAS_OUTPUT: tl.constexpr, HAS_MASS: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LIST: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_NEW: tl.constexpr, IMPORTANCE: tl.constexpr, DECIDE: tl.constexpr,
     HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
@@ -279,9 +286,9 @@ def decode_attention_kernel(
 
     MAX_SPLITS is the power of two that holds so many.
 
-    Scratch: part float32 ``[B, Hq, MAX_SPLITS, BLOCK_V]``; part_stat float32 ``[B, Hq, MAX_SPLITS, 8]`` (max, sum, mass by type);
+    Scratch: part float32 ``[B, Hq, MAX_SPLITS, BLOCK_V]``; part_stat float32 ``[B, Hq, MAX_SPLITS, 2]`` (max, sum);
     head_stat float32 ``[B, Hq, 2]`` (max, 1 / sum); counter int32 ``[B, Hkv + 1]``, zero before and after; logit float32
-    ``[B, Hq, logit_capacity]``.
+    ``[B, Hq, logit_capacity]``, rows in reading order: visual where importance is asked for, then text where mass is.
     """
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -296,9 +303,8 @@ def decode_attention_kernel(
     if HAS_LIST:
         n_read = tl.load(n_list_ptr + b)
         region_list = list_ptr + b * stride_lb
-    visual_blocks = tl.cdiv(n_read, BLOCK_N)
-    text_blocks = tl.cdiv(n_text, BLOCK_N)
-    blocks = visual_blocks + text_blocks
+    total = n_read + n_text  # places: visual rows, or those of the list, then text rows
+    blocks = tl.cdiv(total, BLOCK_N)
     splits = tl.minimum(tl.num_programs(0), tl.maximum(tl.cdiv(blocks, min_blocks), 1))
     if split >= splits:
         return
@@ -344,42 +350,43 @@ def decode_attention_kernel(
         query_position = tl.load(query_position_ptr + b * stride_pq)
         positions = position_ptr + b * stride_pb
 
-    for block in tl.range(tl.minimum(first_block, visual_blocks), tl.minimum(last_block, visual_blocks), num_stages=STAGES):
-        place, row, inside, live = _rows_of_block(
-            block, n_read, 0, region_list, positions, query_position, window, HAS_LIST, HAS_WINDOW, BLOCK_N
-        )
-        m, norm, acc, logit, p, factor = _attend_block(
+    past = visual_capacity - n_read  # from a text row's place to its row
+    text_logits = logit_ptr  # of head 0 of the batch
+    if HAS_LOGITS:
+        text_logits = logit_ptr + n_read
+    for block in tl.range(first_block, last_block, num_stages=STAGES):
+        place = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = place < total
+        visual = place < n_read
+        if HAS_LIST:
+            row = tl.where(visual, tl.load(region_list + place, mask=visual, other=0), place + past)
+        else:
+            row = tl.where(visual, place, place + past)
+        live = inside
+        if HAS_WINDOW:
+            position = tl.load(positions + row, mask=inside, other=0)
+            live = inside & (query_position - position < window)
+        m, norm, acc, logit = _attend_block(
             q, m, norm, acc, row, live, keys, values, stride_kr, stride_kd, stride_vr, stride_vd, dim, value_dim, scale2,
             DOT, HAS_OUTPUT, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-        if HAS_LOGITS:
+        if HAS_LOGITS or HAS_MASS:
+            asked = inside
+            if not HAS_MASS:
+                asked = visual
+            if not HAS_LOGITS:
+                asked = inside & (place >= n_read)
+                place -= n_read
+            # read again soon: they shall stay in the L2 cache while keys and values stream through it
             if DOT:
                 tl.store(
                     logit_ptr + (b * heads + first_head + offset_g)[:, None] * logit_capacity + place[None, :],
                     logit,
-                    mask=(offset_g < G)[:, None] & inside[None, :],
+                    mask=(offset_g < G)[:, None] & asked[None, :],
+                    eviction_policy="evict_last",
                 )
             else:
-                tl.store(logit_ptr + (b * heads + first_head) * logit_capacity + place, logit, mask=inside)
-
-    image = norm  # every visual row is of type 1, so its mass is the sum so far
-    system = tl.zeros_like(norm)
-    instruction = tl.zeros_like(norm)
-    response = tl.zeros_like(norm)
-    for block in tl.range(tl.maximum(first_block, visual_blocks) - visual_blocks, tl.maximum(last_block, visual_blocks) - visual_blocks):
-        place, row, inside, live = _rows_of_block(
-            block, n_text, visual_capacity, region_list, positions, query_position, window, False, HAS_WINDOW, BLOCK_N
-        )
-        m, norm, acc, logit, p, factor = _attend_block(
-            q, m, norm, acc, row, live, keys, values, stride_kr, stride_kd, stride_vr, stride_vd, dim, value_dim, scale2,
-            DOT, HAS_OUTPUT, BLOCK_D, BLOCK_V,
-        )  # fmt: skip
-        if HAS_MASS:
-            kind = tl.load(text_type_ptr + b * stride_tb + place, mask=inside, other=255).to(tl.int32)
-            system = system * factor + _add(p, kind == 0, DOT)
-            image = image * factor + _add(p, kind == 1, DOT)
-            instruction = instruction * factor + _add(p, kind == 2, DOT)
-            response = response * factor + _add(p, kind == 3, DOT)
+                tl.store(logit_ptr + (b * heads + first_head) * logit_capacity + place, logit, mask=asked, eviction_policy="evict_last")
 
     if not DOT:  # the row slots become one
         top = tl.max(m, 0)
@@ -388,11 +395,6 @@ def decode_attention_kernel(
         if HAS_OUTPUT:
             acc = tl.sum(acc * factor[:, None], 0, keep_dims=True)
         norm = tl.sum(norm * factor, 0, keep_dims=True)
-        if HAS_MASS:
-            system = tl.sum(system * factor, 0, keep_dims=True)
-            image = tl.sum(image * factor, 0, keep_dims=True)
-            instruction = tl.sum(instruction * factor, 0, keep_dims=True)
-            response = tl.sum(response * factor, 0, keep_dims=True)
         m = tl.max(m, 0, keep_dims=True)
 
     if MAX_SPLITS == 1:  # nothing to combine
@@ -400,11 +402,6 @@ def decode_attention_kernel(
         share = tl.where(m == LOWEST, float("nan"), share)
         head = b * heads + first_head + offset_g
         real = offset_g < G
-        if HAS_MASS:
-            tl.store(mass_ptr + head * 4, system * share, mask=real)
-            tl.store(mass_ptr + head * 4 + 1, image * share, mask=real)
-            tl.store(mass_ptr + head * 4 + 2, instruction * share, mask=real)
-            tl.store(mass_ptr + head * 4 + 3, response * share, mask=real)
         if HAS_LOGITS:
             tl.store(head_stat_ptr + head * 2, m, mask=real)
             tl.store(head_stat_ptr + head * 2 + 1, share, mask=real)
@@ -414,31 +411,36 @@ def decode_attention_kernel(
                 (acc * share[:, None]).to(output_ptr.dtype.element_ty),
                 mask=real[:, None] & (offset_v < value_dim)[None, :],
             )
+        if HAS_MASS:
+            tl.debug_barrier()  # logits are read back by other threads
+            _store_mass(head, real, m, share, text_logits, text_type_ptr + b * stride_tb, mass_ptr, logit_capacity, n_text, BLOCK_T)
     else:
         part = (b * heads + first_head + offset_g) * MAX_SPLITS + split
         real = offset_g < G
         if HAS_OUTPUT:
             tl.store(part_ptr + part[:, None] * BLOCK_V + offset_v[None, :], acc, mask=real[:, None] & (offset_v >= 0)[None, :])
-        tl.store(part_stat_ptr + part * 8, m, mask=real)
-        tl.store(part_stat_ptr + part * 8 + 1, norm, mask=real)
-        if HAS_MASS:
-            tl.store(part_stat_ptr + part * 8 + 2, system, mask=real)
-            tl.store(part_stat_ptr + part * 8 + 3, image, mask=real)
-            tl.store(part_stat_ptr + part * 8 + 4, instruction, mask=real)
-            tl.store(part_stat_ptr + part * 8 + 5, response, mask=real)
+        tl.store(part_stat_ptr + part * 2, m, mask=real)
+        tl.store(part_stat_ptr + part * 2 + 1, norm, mask=real)
         if not _finished(counter_ptr + b * (kv_heads + 1) + kv_head, splits - 1):
             return
 
         # ---- phase 2: the last split of a key/value head combines the splits ----------------------------------------------------
         if G == 1:
-            _combine_head(
-                b * heads + first_head, splits, part_ptr, part_stat_ptr, head_stat_ptr, mass_ptr, output_ptr, value_dim,
-                HAS_OUTPUT, HAS_MASS, HAS_LOGITS, MAX_SPLITS, SPLIT_TILE, BLOCK_V,
+            top, share = _combine_head(
+                b * heads + first_head, splits, part_ptr, part_stat_ptr, head_stat_ptr, output_ptr, value_dim,
+                HAS_OUTPUT, HAS_LOGITS, MAX_SPLITS, SPLIT_TILE, BLOCK_V,
             )  # fmt: skip
         else:
-            _combine_heads(
-                b * heads + first_head, splits, part_ptr, part_stat_ptr, head_stat_ptr, mass_ptr, output_ptr, value_dim,
-                HAS_OUTPUT, HAS_MASS, HAS_LOGITS, G, BLOCK_C, MAX_SPLITS, SPLIT_TILE, BLOCK_V,
+            top, share = _combine_heads(
+                b * heads + first_head, splits, part_ptr, part_stat_ptr, head_stat_ptr, output_ptr, value_dim,
+                HAS_OUTPUT, HAS_LOGITS, G, BLOCK_C, MAX_SPLITS, SPLIT_TILE, BLOCK_V,
+            )  # fmt: skip
+        if HAS_MASS:
+            offset_c = tl.arange(0, BLOCK_C)
+            nothing = tl.zeros([BLOCK_C], dtype=tl.float32)
+            _store_mass(
+                b * heads + first_head + offset_c, offset_c < G, nothing + top, nothing + share, text_logits,
+                text_type_ptr + b * stride_tb, mass_ptr, logit_capacity, n_text, BLOCK_T,
             )  # fmt: skip
 
     if IMPORTANCE:

@@ -64,7 +64,8 @@ def _prepare_attention(
     kv_heads, capacity, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     listed, has_window = kept is not None, window is not None
     places = max(kept.shape[1] if kept is not None else visual_capacity, 1)
-    logit_capacity = triton.cdiv(places, 16) * 16  # rows of logits start at a multiple of 64 bytes
+    kept_logits = (places if importance else 0) + (capacity - visual_capacity if mass else 0)
+    logit_capacity = triton.cdiv(kept_logits, 16) * 16  # rows of logits start at a multiple of 64 bytes
     device_name, multiprocessors = _device_facts(query.device)
     how = plan.attention(
         device_name, multiprocessors, batch, kv_heads, heads // kv_heads, dim, value_dim, query.element_size(),
@@ -86,7 +87,7 @@ def _prepare_attention(
         strides(kept, 2)[0], strides(text_type, 2)[0], strides(position, 2)[0], strides(query_position, 1)[0],
         *strides(new_key, 3)[:2], *strides(new_value, 3)[:2], *choice,
         heads // kv_heads, how.block_g, how.block_c, how.dot, how.block_n, how.block_d, how.block_v,
-        how.max_splits, how.split_tile, how.num_stages,
+        how.max_splits, how.split_tile, how.num_stages, how.block_t,
         output, mass, importance, listed, has_window, new_key is not None, importance and not second,
         decide is not None and not second, *flags, *blocks,
     )  # fmt: skip
@@ -98,10 +99,10 @@ def _prepare_attention(
         deciding = Launch(decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, plan.DECIDE_WARPS)
     scratch = {
         "part": batch * heads * how.max_splits * how.block_v if output else None,
-        "part_stat": batch * heads * how.max_splits * 8,
+        "part_stat": batch * heads * how.max_splits * 2,
         "head_stat": batch * heads * 2,
         "counters": batch * (kv_heads + 1),
-        "logits": batch * heads * logit_capacity if importance else None,
+        "logits": batch * heads * logit_capacity if importance or mass else None,
     }
     return _Attention(launch, deciding, scratch)
 

@@ -91,6 +91,7 @@ class AttentionPlan:
     block_n: int
     block_d: int
     block_v: int
+    block_t: int
     splits: int
     max_splits: int
     split_tile: int
@@ -138,6 +139,7 @@ def attention(
         block_n=block_n,
         block_d=max(16, triton.next_power_of_2(dim)),
         block_v=block_v,
+        block_t=(2 if dot else 4) * block_n,  # text rows whose mass is summed at once: few rounds, few registers
         splits=splits,
         max_splits=max_splits,
         split_tile=min(max_splits, max(COMBINED // (block_c * block_v), 1)),

@@ -19,6 +19,8 @@ SHAPES = [
     (1, 8, 2, 32, 70, 40, [65], [33]),  # G = 4
     (3, 2, 2, 4, 5, 4, [0, 5, 0], [0, 0, 3]),  # nothing to read at all
     (2, 2, 1, 4, 0, 5, [0, 0], [5, 2]),  # no visual region
+    (2, 2, 2, 4, 9, 150, [9, 0], [150, 65]),  # more text than its mass is summed of at once, G = 1
+    (2, 6, 2, 4, 21, 70, [20, 3], [70, 33]),  # and G = 3
 ]
 
 
@@ -114,7 +116,7 @@ def test_large_and_small_logits():
 
 
 @pytest.mark.parametrize("mass, importance", [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[2]], ids=str)
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[2], SHAPES[8]], ids=str)
 def test_each_statistic_alone(case, mass, importance):
     arguments, _ = problem(case, torch.float32)
     if not mass:
@@ -126,6 +128,33 @@ def test_each_statistic_alone(case, mass, importance):
     for value, expected in zip(got, want, strict=True):
         if value is not None:
             harness.close(value, expected, 3e-6, "result")
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[5], SHAPES[9]], ids=str)
+def test_mass_alone_reads_text_rows_alone(case, listed):
+    """Logits are kept of text rows only, whose places begin at the sequence's own number of visual rows, or of listed ones."""
+    arguments, _ = problem(case, torch.float32)
+    lists = {}
+    if listed:
+        counts = [n // 3 for n in case[6]]
+        lists = dict(zip(("kept", "n_kept"), spec.lists(case[6], counts, max(counts)), strict=True))
+    for chosen in (harness.SMALL, harness.ONE_SPLIT):
+        with harness.settings(chosen):
+            got = harness.run("decode_attention", **arguments, mass=True, **lists)
+        output, mass, _ = spec.attention(**arguments, **lists)
+        harness.close(got.output, output, 3e-6, "output")
+        harness.close(got.mass, mass, 3e-6, "mass")
+
+
+def test_mass_of_an_image_without_weight_is_no_number_below_zero():
+    """Sums of probabilities may exceed one by their rounding; what they leave to an image does not."""
+    arguments, _ = problem((4, 2, 2, 16, 6, 60, [6, 6, 6, 6], [60, 59, 31, 17]), torch.float32)
+    arguments["key"][:, :, :6] = -100 * arguments["query"][:, :, None].sign()
+    for chosen in (harness.SMALL, harness.ONE_SPLIT):
+        with harness.settings(chosen):
+            mass = harness.run("decode_attention", **arguments, mass=True).mass
+        assert (mass[..., 1] >= 0).all() and (mass[..., 1] < 1e-6).all()
 
 
 @pytest.mark.parametrize("case", [SHAPES[1], SHAPES[3], SHAPES[5], SHAPES[6]], ids=str)
