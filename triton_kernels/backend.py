@@ -8,7 +8,7 @@ memory and tables are made then). float64 inputs go to the reference: no kernel 
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,22 @@ def _device_facts(device: torch.device) -> tuple[str, int]:
     return facts.name, facts.multi_processor_count
 
 
+# Programs that a multiprocessor holds at most, where it is not 32
+_FEWER_PROGRAMS = {(7, 5): 16, (8, 6): 16, (8, 7): 16, (8, 9): 24, (12, 0): 24, (12, 1): 24}
+
+
+@functools.cache
+def _multiprocessor(device: torch.device) -> plan.Multiprocessor | None:
+    """None where no compiled kernel can be asked what it takes."""
+    if device.type != "cuda" or interpreted():
+        return None
+    facts = torch.cuda.get_device_properties(device)
+    return plan.Multiprocessor(
+        getattr(facts, "regs_per_multiprocessor", 65536), facts.shared_memory_per_multiprocessor,
+        facts.max_threads_per_multi_processor // 32, _FEWER_PROGRAMS.get((facts.major, facts.minor), 32),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Attention:
     """Everything about an attention call that its tensors' forms decide.
@@ -45,20 +61,57 @@ class _Attention:
         launch: of ``decode_attention_kernel``.
         decide: of ``decide_kernel``, where the decision takes a launch of its own.
         scratch: elements of each scratch buffer, by name; None where it is not used.
+        programs: on a multiprocessor that the plan wants; None: whatever fits.
     """
 
     launch: Launch
     decide: Launch | None
     scratch: dict[str, int | None]
+    programs: int | None
 
 
 _attentions: dict[Hashable, _Attention] = {}
+
+
+def _fit_attention(shape: Callable[..., _Attention], device: torch.device, before: tuple, after: tuple) -> _Attention:
+    """``shape(programs, max_registers)`` for the programs that a multiprocessor really holds of the compiled kernel.
+
+    Where fewer fit than the plan wants, a bound on registers comes first, if nothing is spilled for it; else the grid is made for those
+    that fit. (Fewer splits may take fewer registers, so that more would fit again: the number that was asked for first stays.)
+    ``before`` and ``after``: the launch's tensors, but for the scratch memory between them.
+    """
+    made, here = shape(None, None), _multiprocessor(device)
+    if here is None:
+        return made
+
+    def ask(made: _Attention) -> tuple[int, int]:
+        scratch = [None if size is None else torch.int32 if name == "counters" else torch.float32 for name, size in made.scratch.items()]
+        dtypes = [*(t if t is None else t.dtype for t in before), *scratch, *(t if t is None else t.dtype for t in after)]
+        registers, spilled, shared = made.launch.resources(device, dtypes)
+        return max(here.holds(registers, shared, made.launch.options["num_warps"]), 1), spilled
+
+    fits, _ = ask(made)
+    wanted = made.programs or fits
+    if fits < wanted and "maxnreg" not in made.launch.options:
+        bounded = shape(None, here.bound(wanted, made.launch.options["num_warps"]))
+        fits_so, spilled = ask(bounded)
+        if fits_so >= wanted and not spilled:
+            return bounded
+    planned = made.programs or plan.USUAL_PROGRAMS
+    if made.programs is None and fits > planned:
+        made = shape(fits, None)
+        planned, (fits, _) = fits, ask(made)
+    while fits < planned:
+        made = shape(fits, None)
+        planned, (fits, _) = fits, ask(made)
+    return made
 
 
 def _prepare_attention(
     query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, text_type: Tensor | None, position: Tensor | None,
     query_position: Tensor | None, new_key: Tensor | None, new_value: Tensor | None, visual_capacity: int, scale: float,
     window: int | None, mass: bool, importance: bool, output: bool, decide: dict[str, Tensor | None] | None, bias: Tensor | None,
+    programs: int | None, max_registers: int | None,
 ) -> _Attention:  # fmt: skip
     batch, heads, dim = query.shape
     kv_heads, capacity, value_dim = key.shape[1], key.shape[2], value.shape[-1]
@@ -70,6 +123,7 @@ def _prepare_attention(
     how = plan.attention(
         device_name, multiprocessors, batch, kv_heads, heads // kv_heads, dim, value_dim, query.element_size(),
         places + capacity - visual_capacity, "score" if importance else "list" if listed else "plain", plan.overridden(),
+        programs,
     )  # fmt: skip
     second = importance and how.second_launch and not listed
     decision = decide or {}
@@ -92,7 +146,7 @@ def _prepare_attention(
         decide is not None and not second, *flags, *blocks,
     )  # fmt: skip
     grid = (how.splits, kv_heads, batch)
-    launch = Launch(decode_attention_kernel, grid, rest, how.num_warps, how.num_stages, how.max_registers)
+    launch = Launch(decode_attention_kernel, grid, rest, how.num_warps, how.num_stages, how.max_registers or max_registers)
     deciding = None
     if second:
         rest = (heads, kv_heads + 1, visual_capacity, logit_capacity, features, classes, *choice, decide is not None, *flags, *blocks)
@@ -104,7 +158,7 @@ def _prepare_attention(
         "counters": batch * (kv_heads + 1),
         "logits": batch * heads * logit_capacity if importance or mass else None,
     }
-    return _Attention(launch, deciding, scratch)
+    return _Attention(launch, deciding, scratch, how.programs)
 
 
 def _run_attention(
@@ -138,31 +192,23 @@ def _run_attention(
         device, visual_capacity, scale, window, mass, importance, output, plan.overridden(), form(query), form(key), form(value),
         form(kept), form(text_type), form(position), form(query_position), form(new_key), form(new_value), choice,
     )  # fmt: skip
+    n_visual, n_text = vector(n_visual), vector(n_text)
+    before = (
+        query, key, value, result, n_visual, n_text, kept, vector(n_kept), text_type, position, query_position, new_key, new_value,
+    )  # fmt: skip
+    after = (masses, scores, weight, bias, rates, count, score, alive, max_kept, chosen, chosen_count, rate)
     known = _attentions.get(forms)
     if known is None:
-        known = remember(_attentions, forms, _prepare_attention(
-            query, key, value, kept, text_type, position, query_position, new_key, new_value, visual_capacity, scale, window, mass,
-            importance, output, decide, bias,
-        ))  # fmt: skip
+        shape = functools.partial(
+            _prepare_attention, query, key, value, kept, text_type, position, query_position, new_key, new_value, visual_capacity, scale,
+            window, mass, importance, output, decide, bias,
+        )  # fmt: skip
+        known = remember(_attentions, forms, _fit_attention(shape, device, before, after))
     stream = stream_of(device)
     part, part_stat, head_stat, counters, logits = workspace.for_stream(device, stream).buffers_for(known.scratch)
-    n_visual, n_text = vector(n_visual), vector(n_text)
-    known.launch.start(
-        device, stream,
-        (
-            query, key, value, result, n_visual, n_text, kept, vector(n_kept), text_type, position, query_position, new_key, new_value,
-            part, part_stat, head_stat, counters, logits, masses, scores,
-            weight, bias, rates, count, score, alive, max_kept, chosen, chosen_count, rate,
-        ),
-    )  # fmt: skip
+    known.launch.start(device, stream, (*before, part, part_stat, head_stat, counters, logits, *after))
     if known.decide is not None:
-        known.decide.start(
-            device, stream,
-            (
-                n_visual, head_stat, counters, logits, masses, scores,
-                weight, bias, rates, count, score, alive, max_kept, chosen, chosen_count, rate,
-            ),
-        )  # fmt: skip
+        known.decide.start(device, stream, (n_visual, head_stat, counters, logits, *after))
     return made
 
 

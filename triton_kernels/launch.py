@@ -59,6 +59,16 @@ class Launch:
             self.options["maxnreg"] = max_registers
         self._compiled: Any = None
 
+    def resources(self, device: torch.device, dtypes: Sequence[torch.dtype | None]) -> tuple[int, int, int]:
+        """(registers of a thread, registers that it spills, bytes of shared memory of a program) of the compiled kernel, which is made now.
+
+        ``dtypes``: of the tensors, None where there is none.
+        """
+        with torch.cuda.device(device):
+            compiled = self.kernel.warmup(*dtypes, *self.rest, grid=self.grid, **self.options)
+            compiled._init_handles()  # loads it, which is when the driver tells
+        return compiled.n_regs, compiled.n_spills, compiled.metadata.shared
+
     def start(self, device: torch.device, stream: int, tensors: Sequence[Tensor | None]) -> None:
         """Starts it on ``stream`` of ``device``. The same arguments are None in every start, and dtypes never change."""
         if interpreted():

@@ -1,6 +1,7 @@
 """How a launch is shaped: from capacities, never from the live lengths, so that a captured graph stays valid.
 
-``Settings`` are heuristics unless a measured file is shipped for the device (``dyrate_kernels/devices``). Nothing is tuned at run time.
+``Settings`` are heuristics unless a measured file is shipped for the device (``dyrate_kernels/devices``). Nothing is tuned at run time; but
+how many programs run at once is not known before the kernel is compiled, so it is asked then (``backend._fit_attention``).
 """
 
 from __future__ import annotations
@@ -26,17 +27,25 @@ class Settings:
         block_n: rows a step of the main loop, a power of two; at least 16 where heads are packed.
         num_warps: warps a program.
         num_stages: depth of the software pipeline.
-        programs_per_sm: programs that run on a multiprocessor at once: the grid aims at one wave of them, or at four at least.
+        programs_per_sm: programs on a multiprocessor at once that the grid is made for: of those that the compiled kernel's registers and
+            shared memory let run (``Multiprocessor``), so many at most. None: all of them.
+        waves: of such programs, at most, where the pairs of sequence and key/value head do not fit in one.
         min_blocks: row blocks a split has at least.
+        most_splits: of a pair.
+        combined: numbers of partial outputs that the combination holds in registers at once. Grouped queries may like 8192 with 32 splits.
         decision: ``"same_launch"`` (the last block done decides) or ``"second_launch"``.
-        max_registers: that a thread of the attention kernel may use; None leaves it to the compiler.
+        max_registers: that a thread of the attention kernel may use; None leaves it to the compiler, but for a bound that makes room for
+            ``programs_per_sm`` and spills nothing.
     """
 
     block_n: int = 32
     num_warps: int = 4
     num_stages: int = 3
-    programs_per_sm: int = 8
+    programs_per_sm: int | None = 8
+    waves: int = 4
     min_blocks: int = 2
+    most_splits: int = 64
+    combined: int = 4096
     decision: str = "second_launch"
     max_registers: int | None = None
 
@@ -45,6 +54,10 @@ class Settings:
             raise ValueError(f"block_n: expected a power of two, got {self.block_n}")
         if self.decision not in ("same_launch", "second_launch"):
             raise ValueError(f"decision: expected 'same_launch' or 'second_launch', got {self.decision!r}")
+        for name in ("programs_per_sm", "waves", "min_blocks", "most_splits", "combined"):
+            number = getattr(self, name)
+            if not (number is None and name == "programs_per_sm") and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"{name}: expected a whole number from 1 on, got {number!r}")
 
 
 KINDS = ("plain", "list", "score")  # all rows; the rows of a kept list; with importance
@@ -73,12 +86,41 @@ def heuristic(group: int, dim: int, itemsize: int) -> Settings:
     B=1) or up to 26 % less time, and programs are fastest in whole waves of as many as a multiprocessor holds, which is about four
     (2026-11-27-h200/settings.txt for 28 heads over 4). Other devices, other sizes of head: not measured.
 
+    What a multiprocessor really holds is asked of the compiled kernel, so four is the most that a grid is made for.
+
     Registers are left to the compiler: with a bound of 168 those of triton 3.4 and 3.6 spill nothing where they set 8 bytes aside now, but
     that of 3.9 spills 152 bytes with seven heads a key/value head (sm_80, bf16, D=128).
     """
     row = triton.next_power_of_2(max(dim, 16)) * itemsize
     block = max(16, min(128, 8192 // row))
     return Settings(block_n=max(block, 32) if group > 1 and row <= 512 else block, programs_per_sm=4)
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the programs of one multiprocessor share.
+
+    Attributes:
+        registers: of 32 bits, handed out by 256 a warp.
+        shared: bytes, of which a program takes 1 KiB more than it asks for.
+        warps, programs: that may be there at once.
+    """
+
+    registers: int = 65536
+    shared: int = 228 * 1024
+    warps: int = 64
+    programs: int = 32
+
+    def holds(self, registers: int, shared: int, warps: int) -> int:
+        """Programs at once, of ``warps`` warps with so many registers a thread and bytes of shared memory a program."""
+        portion = -(-max(registers, 1) * 32 // 256) * 256
+        room = min(self.registers // portion // 4 * 4, self.warps)  # each of its four parts has registers of its own
+        return min(room // warps, self.shared // (shared + 1024), self.programs)
+
+    def bound(self, programs: int, warps: int) -> int:
+        """Most registers of a thread with which ``programs`` programs of ``warps`` warps fit."""
+        of_a_part = -(-programs * warps // 4)
+        return min(self.registers // 4 // (of_a_part * 32) // 8 * 8, 255)
 
 
 @dataclass(frozen=True)
@@ -100,11 +142,22 @@ class AttentionPlan:
     num_stages: int
     second_launch: bool
     max_registers: int | None
+    programs: int | None  # on a multiprocessor that are wanted; None: whatever fits
 
 
-MOST_SPLITS = 64
-WAVES = 4  # where the pairs of sequence and key/value head do not fit in one
-COMBINED = 4096  # numbers of partial outputs that the combination holds in registers at once
+USUAL_PROGRAMS = 4  # on a multiprocessor, where no compiled kernel can be asked
+
+
+def whole_waves(pairs: int, wave: int, waves: int) -> int:
+    """Splits of each of ``pairs`` pairs, where ``wave`` programs run at once and the pairs alone do not fit: the fewest that leave at most
+    a twentieth more of the time idle than the best number that makes ``waves`` waves at most."""
+
+    def busy(splits: int) -> float:
+        return pairs * splits / (triton.cdiv(pairs * splits, wave) * wave)
+
+    choices = range(1, max(waves * wave // pairs, 1) + 1)
+    best = max(map(busy, choices))
+    return next(splits for splits in choices if busy(splits) >= best - 0.05)
 
 
 @functools.cache
@@ -120,15 +173,18 @@ def attention(
     rows: int,
     kind: str,
     chosen: Settings | None = None,
+    programs: int | None = None,
 ) -> AttentionPlan:
-    """Shapes the launch for ``rows`` rows of capacity a sequence; ``kind``: of ``KINDS``."""
+    """Shapes the launch for ``rows`` rows of capacity a sequence; ``kind``: of ``KINDS``; ``programs``: that a multiprocessor holds at
+    once, None where that is not known."""
     use = chosen or settings(device_name, group, max(dim, value_dim), itemsize, kind)
     dot = group > 1
     block_n = max(use.block_n, 16) if dot else use.block_n
-    wave, pairs = use.programs_per_sm * multiprocessors, max(batch * kv_heads, 1)
-    wanted = wave // pairs if pairs <= wave else max(WAVES * wave // pairs, 1)  # more pairs than fit at once: a last wave that is short
+    at_once = min(use.programs_per_sm or programs or USUAL_PROGRAMS, programs or 1024)
+    wave, pairs = at_once * multiprocessors, max(batch * kv_heads, 1)
+    wanted = wave // pairs if pairs <= wave else whole_waves(pairs, wave, use.waves)
     most = max(triton.cdiv(max(rows, 1), block_n * use.min_blocks), 1)
-    splits = min(wanted, most, MOST_SPLITS)
+    splits = min(wanted, most, use.most_splits)
     max_splits = triton.next_power_of_2(splits)
     block_c = triton.next_power_of_2(group)
     block_v = max(16, triton.next_power_of_2(max(value_dim, 1)))
@@ -142,12 +198,13 @@ def attention(
         block_t=(2 if dot else 4) * block_n,  # text rows whose mass is summed at once: few rounds, few registers
         splits=splits,
         max_splits=max_splits,
-        split_tile=min(max_splits, max(COMBINED // (block_c * block_v), 1)),
+        split_tile=min(max_splits, max(triton.next_power_of_2(use.combined) // (block_c * block_v), 1)),
         min_blocks=use.min_blocks,
         num_warps=use.num_warps,
         num_stages=use.num_stages,
         second_launch=use.decision == "second_launch",
         max_registers=use.max_registers,
+        programs=use.programs_per_sm,
     )
 
 

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = ("bfloat16", "float16", "float32")
+MULTIPROCESSORS = 132  # of an H200
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -62,14 +63,14 @@ class Compiled:
     async_copies: int
     spills_in_loops: tuple[str, ...]  # spill instructions between a label and a branch back to it
     unguarded: tuple[str, ...]  # release atomics with no barrier between them and the stores before
+    grid: tuple[int, int, int]
 
     def programs_per_sm(self) -> int:
-        """How many of them a multiprocessor of sm_90 holds at once: 64 Ki registers in portions of 256 a warp, 64 warps, 228 KiB of shared
-        memory of which a program takes 1 KiB more than it asks for.
-        """
+        """How many of them a multiprocessor of sm_90 holds at once."""
+        from dyrate_kernels.triton_kernels import plan
+
         assert self.case.architecture == 90
-        warps = min(65536 // (-(-self.registers * 32 // 256) * 256), 64)
-        return min(warps // self.warps, 228 * 1024 // (self.shared + 1024), 32)
+        return plan.Multiprocessor().holds(self.registers, self.shared, self.warps)
 
 
 def _compile(launch: Any, tensors: Any, case: Case) -> Compiled:
@@ -93,10 +94,11 @@ def _compile(launch: Any, tensors: Any, case: Case) -> Compiled:
                 attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=launch.options)
-    return _read(case, launch.kernel.fn.__name__, compiled)
+    return _read(case, launch, compiled)
 
 
-def _read(case: Case, name: str, compiled: Any) -> Compiled:
+def _read(case: Case, launch: Any, compiled: Any) -> Compiled:
+    name, grid = launch.kernel.fn.__name__, launch.grid
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -113,7 +115,7 @@ def _read(case: Case, name: str, compiled: Any) -> Compiled:
     ptx = compiled.asm["ptx"]
     copies = len(re.findall(r"cp\.async\.c[ag]", ptx))
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    return Compiled(case, name, registers, stack, local, shared, warps, copies, spills, unguarded_atomics(ptx))
+    return Compiled(case, name, registers, stack, local, shared, warps, copies, spills, unguarded_atomics(ptx), grid)
 
 
 def spills_in_loops(sass: str) -> tuple[str, ...]:
@@ -149,21 +151,28 @@ def unguarded_atomics(ptx: str) -> tuple[str, ...]:
 
 
 def compile_case(case: Case) -> list[Compiled]:
-    """Every kernel that the case launches."""
+    """Every kernel that the case launches; for sm_90 what was compiled is asked for the programs of a multiprocessor, as on a GPU."""
     from dyrate_kernels.triton_kernels import backend, plan
     from dyrate_kernels.triton_kernels.launch import Launch
 
     found: list[Compiled] = []
-    start, facts = Launch.start, backend._device_facts
+    start, resources, facts, here = Launch.start, Launch.resources, backend._device_facts, backend._multiprocessor
+
+    def asked(launch: Any, device: Any, dtypes: Any) -> tuple[int, int, int]:
+        compiled = _compile(launch, [None if dtype is None else torch.empty(0, dtype=dtype) for dtype in dtypes], case)
+        return compiled.registers, (compiled.stack + compiled.local) // 4, compiled.shared
+
     try:
         Launch.start = lambda self, device, stream, tensors: found.append(_compile(self, tensors, case))
-        backend._device_facts = lambda device: ("a device that no file knows", 132)
+        Launch.resources = asked
+        backend._device_facts = lambda device: ("a device that no file knows", MULTIPROCESSORS)
+        backend._multiprocessor = lambda device: plan.Multiprocessor() if case.architecture == 90 else None
         size = getattr(torch, case.dtype).itemsize
         usual = plan.heuristic(case.group, case.dim, size)
         plan.override(dataclasses.replace(usual, decision="second_launch" if case.second_launch else "same_launch"))
         _call(backend, case)
     finally:
-        Launch.start, backend._device_facts = start, facts
+        Launch.start, Launch.resources, backend._device_facts, backend._multiprocessor = start, resources, facts, here
         plan.override(None)
     assert found, f"{case} launched nothing"
     return found
@@ -251,8 +260,8 @@ def main_cases(architecture: int) -> list[Case]:
 
 
 def occupancy_cases() -> list[Case]:
-    """Heads and batches that an H200 was measured with: 32 heads at B=32, 28 heads over 4 at B=8 and 32; sm_90."""
-    sizes = ((1, 32, 32), (7, 4, 8), (7, 4, 32))  # group, key/value heads, sequences
+    """Heads and batches that an H200 was measured with: 32 heads at B=8 and 32, 28 heads over 4 at B=8 and 32; sm_90."""
+    sizes = ((1, 32, 8), (1, 32, 32), (7, 4, 8), (7, 4, 32))  # group, key/value heads, sequences
     return [
         Case(operator, 90, group=group, batch=batch, kv_heads=kv_heads, second_launch=True)
         for operator in ("append", "list", "statistics", "step")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import json
 import threading
+import types
 import weakref
 
 import pytest
@@ -100,17 +103,166 @@ def attention(**changed):
 def test_plans_follow_capacities():
     assert attention(rows=64).splits == attention(batch=256).splits == 1
     few, many = attention(), attention(rows=16512)
-    assert 1 < few.splits <= many.splits <= plan.MOST_SPLITS
+    assert 1 < few.splits <= many.splits <= plan.heuristic(1, 128, 2).most_splits
     for how in (few, many, attention(group=7, kv_heads=4), attention(dim=80), attention(dim=5, itemsize=4), attention(dim=256, itemsize=4)):
         for number in (how.block_n, how.block_d, how.block_v, how.max_splits, how.split_tile, how.block_g, how.block_c):
             assert number & (number - 1) == 0
         assert how.splits <= how.max_splits < 2 * how.splits and how.split_tile <= how.max_splits
     assert attention(group=7).dot and attention(group=7).block_g == 16 and attention(group=20).block_g == 32
     assert attention(batch=8).splits == 2  # 256 pairs: one wave of four programs on each of 132 multiprocessors
-    assert attention(batch=32).splits == 2  # 1024 pairs do not fit in one: four waves
+    assert attention(batch=8, programs=3).splits == 1  # or three
+    assert attention(batch=8, programs=7).splits == 2  # more than the four that are wanted
+    assert attention(batch=32).splits == 1  # 1024 pairs do not fit in one, but fill two
+    assert attention(batch=20, kv_heads=32).splits == 3  # 640 pairs would fill 1.2 waves: 3.6
     three = attention(batch=11, kv_heads=16)
     assert (three.splits, three.max_splits) == (3, 4)  # 176 pairs: any number of splits, not the next power of two
     assert not attention().dot and attention(dim=80).block_d == 128 and attention(dim=5).block_d == 16
+
+
+def test_a_plan_fills_whole_waves_with_as_few_splits_as_it_can():
+    for wave in (5, 12, 132, 396, 528):
+        for pairs in range(wave + 1, 5 * wave, max(wave // 7, 1)):
+            for waves in (1, 2, 4, 8):
+                splits = plan.whole_waves(pairs, wave, waves)
+                shares = {s: pairs * s / (-(-pairs * s // wave) * wave) for s in range(1, max(waves * wave // pairs, 1) + 1)}
+                assert shares[splits] >= max(shares.values()) - 0.05
+                assert all(shares[s] < max(shares.values()) - 0.05 for s in range(1, splits))
+    assert [plan.whole_waves(1024, 528, waves) for waves in (1, 2, 4)] == [1, 1, 1]
+    assert [plan.whole_waves(640, 528, waves) for waves in (1, 2, 4, 8)] == [1, 1, 3, 4]
+
+
+def test_settings_of_a_device_file_cap_splits_waves_and_what_is_combined():
+    usual = plan.heuristic(1, 128, 2)
+    capped = attention(chosen=dataclasses.replace(usual, most_splits=5))
+    assert attention().splits > 5 == capped.splits and capped.max_splits == 8
+    assert attention(batch=20, kv_heads=32, chosen=dataclasses.replace(usual, waves=2)).splits == 1
+    wide = attention(group=7, kv_heads=4, chosen=dataclasses.replace(usual, combined=8192, most_splits=32))
+    narrow = attention(group=7, kv_heads=4, chosen=dataclasses.replace(usual, most_splits=32))
+    assert wide.max_splits == narrow.max_splits == 32 and wide.split_tile == 2 * narrow.split_tile == 8
+    for name in ("programs_per_sm", "waves", "min_blocks", "most_splits", "combined"):
+        for wrong in (0, -1, 2.0):
+            with pytest.raises(ValueError, match=name):
+                plan.Settings(**{name: wrong})
+    with pytest.raises(ValueError, match="waves"):
+        plan.Settings(waves=None)
+
+
+H200 = plan.Multiprocessor()
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A device whose compiler answers ``says(launch)``: (registers, spilled, bytes shared); ``seen`` is what it was asked."""
+    asked = types.SimpleNamespace(seen=[], says=lambda launch: (128, 0, 32896), launched=[])
+
+    def resources(launch, device, dtypes):
+        asked.seen.append((launch.grid, launch.options.get("maxnreg"), tuple(dtypes)))
+        return asked.says(launch)
+
+    monkeypatch.setattr(backend, "_attentions", {})
+    monkeypatch.setattr(backend, "_device_facts", lambda device: ("unknown", 132))
+    monkeypatch.setattr(backend, "_multiprocessor", lambda device: H200)
+    monkeypatch.setattr(Launch, "resources", resources)
+    monkeypatch.setattr(Launch, "start", lambda launch, device, stream, tensors: asked.launched.append((launch, tensors)))
+    return asked
+
+
+def call(batch=8, chosen=None, **more):
+    """``decode_attention`` over 32 heads with a new row, as a model calls it; returns nothing that anybody computed."""
+    key = torch.empty(batch, 32, 400 + 64, 128, dtype=torch.bfloat16)
+    lengths = torch.zeros(batch, dtype=torch.int32)
+    plan.override(chosen)
+    try:
+        backend.decode_attention(
+            key[:, :, 0], key, key, lengths, lengths, visual_capacity=400, scale=0.1, new_key=key[:, :, 1], new_value=key[:, :, 2], **more
+        )
+    finally:
+        plan.override(None)
+
+
+def splits(asked):
+    return [launch.grid[0] for launch, _ in asked.launched]
+
+
+def test_a_grid_is_made_for_the_programs_that_the_compiled_kernel_lets_run(compiled):
+    call()
+    assert splits(compiled) == [2] and len(compiled.seen) == 1  # four fit, as planned
+    _, _, dtypes = compiled.seen[0]
+    launch, tensors = compiled.launched[0]
+    floats, integers = torch.float32, torch.int32
+    assert [d is None for d in dtypes] == [t is None for t in tensors]
+    assert all(t is None or t.dtype == d for t, d in zip(tensors, dtypes, strict=True))
+    assert dtypes[13:18] == (floats, floats, floats, integers, None)
+    call()
+    assert len(compiled.seen) == 1  # known
+    backend._attentions.clear()
+    compiled.says = lambda launch: (150, 0, 32896)  # three fit, whatever the grid; and a bound is of no use
+    call()
+    assert splits(compiled)[-1] == 1 and compiled.launched[-1][0].options.get("maxnreg") is None
+
+
+def test_a_bound_on_registers_that_spills_nothing_makes_room_for_the_programs_that_are_wanted(compiled):
+    compiled.says = lambda launch: (144, 0, 32896) if "maxnreg" not in launch.options else (launch.options["maxnreg"], 0, 32896)
+    call()
+    assert splits(compiled) == [2] and compiled.launched[0][0].options["maxnreg"] == 128
+    backend._attentions.clear()
+    compiled.says = lambda launch: (144, 0, 32896) if "maxnreg" not in launch.options else (128, 2, 32896)
+    call()
+    assert splits(compiled)[-1] == 1 and "maxnreg" not in compiled.launched[-1][0].options  # it would spill
+    backend._attentions.clear()
+    call(chosen=plan.Settings(programs_per_sm=4, max_registers=144))  # somebody's own bound stays
+    assert compiled.launched[-1][0].options["maxnreg"] == 144
+    backend._attentions.clear()
+    compiled.says = lambda launch: (96, 0, 80 * 1024)  # shared memory is what lacks
+    call()
+    assert splits(compiled)[-1] == 1 and "maxnreg" not in compiled.launched[-1][0].options
+
+
+def test_more_programs_than_wanted_run_only_where_the_settings_leave_it_open(compiled):
+    compiled.says = lambda launch: (72, 0, 21760)
+    call(batch=1)
+    call(batch=1, chosen=plan.Settings(programs_per_sm=None, min_blocks=1))
+    call(batch=1, chosen=plan.Settings(programs_per_sm=4, min_blocks=1))
+    open_, four = splits(compiled)[1:]
+    assert (four, open_) == (15, 15)  # rows for no more splits than that
+    call(batch=4, chosen=plan.Settings(programs_per_sm=None, min_blocks=1))
+    call(batch=4, chosen=plan.Settings(programs_per_sm=4, min_blocks=1))
+    assert splits(compiled)[3:] == [7, 4]
+    compiled.says = lambda launch: (72, 0, 21760) if launch.grid[0] <= 4 else (128, 0, 21760)  # where more splits take more
+    backend._attentions.clear()
+    call(batch=4, chosen=plan.Settings(programs_per_sm=None, min_blocks=1))
+    assert splits(compiled)[-1] == 4
+
+
+def test_the_programs_of_a_multiprocessor_are_counted_as_the_hardware_does():
+    assert [H200.holds(registers, 0, 4) for registers in (32, 126, 128, 129, 147, 168, 169, 255)] == [16, 4, 4, 3, 3, 3, 2, 2]
+    assert H200.holds(32, 0, 1) == 32 and H200.holds(32, 0, 8) == 8
+    assert [H200.holds(64, shared * 1024, 4) for shared in (37, 56, 57, 75, 113, 227)] == [6, 4, 3, 3, 2, 1]
+    assert H200.holds(147, 0, 2) == 6  # each quarter's registers hold three warps
+    assert [H200.bound(programs, 4) for programs in (1, 2, 3, 4, 8)] == [255, 255, 168, 128, 64]
+    for programs in range(2, 17):
+        for warps in (1, 2, 4, 8):
+            bound = H200.bound(programs, warps)
+            assert warps * programs > H200.warps or H200.holds(bound, 0, warps) >= programs or bound == 255
+
+
+def test_a_compiled_kernel_is_asked_without_tensors(monkeypatch):
+    class Asked:
+        n_regs, n_spills, metadata = None, None, types.SimpleNamespace(shared=7)
+
+        def _init_handles(self):
+            self.n_regs, self.n_spills = 96, 3
+
+    class Kernel:
+        def warmup(self, *arguments, **options):
+            self.arguments, self.options = arguments, options
+            return Asked()
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    launch = Launch(Kernel(), (2, 3, 4), (7, 0.5), num_warps=8, max_registers=96)
+    assert launch.resources(DEVICE, (torch.float16, None)) == (96, 3, 7)
+    assert launch.kernel.arguments == (torch.float16, None, 7, 0.5)
+    assert launch.kernel.options["grid"] == (2, 3, 4) and launch.kernel.options["maxnreg"] == 96
 
 
 @pytest.mark.parametrize(
