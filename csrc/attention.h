@@ -27,7 +27,7 @@ constexpr int kMostSplits = 64;
 template <class Element, int kDim, int kGroup, bool kAligned>
 struct AttentionKernel {
   static constexpr int kThreads = kAttentionThreads;
-  static constexpr int kBlocks = kGroup == 8 ? 2 : 3;
+  static constexpr int kBlocks = resident_blocks(kGroup);
   static constexpr int kWide = kPerGroup<Element>;
   static constexpr int kLanes = kDim / kWide < kWarp ? kDim / kWide : kWarp;  // of a team
   static constexpr int kPieces = kDim / kWide / kLanes;                       // 16-byte groups of a row that a lane holds
@@ -422,7 +422,7 @@ Status start_attention(const AttentionCall& call, Stream stream) {
   const int dim = call.dim > call.value_dim ? call.dim : call.value_dim;
   if (!aligned(call)) return start_attention<Element, kMostDim, 8, false>(call, stream);
   if (dim <= 64) return start_attention<Element, 64>(call, stream);
-  if (dim <= 128) return start_attention<Element, 128>(call, stream);
+  if (dim <= kUsualDim) return start_attention<Element, kUsualDim>(call, stream);
   return start_attention<Element, kMostDim, 8, true>(call, stream);  // no supported model has such heads: one kernel for any group
 }
 

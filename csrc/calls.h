@@ -127,12 +127,16 @@ struct ReorderCall {
 // How the kernels cut the work, for those who shape launches (checks.h) and tests.
 constexpr int kAttentionThreads = 128;
 constexpr int kMostDim = 256;
+constexpr int kUsualDim = 128;       // wider heads share one attention kernel, that for units of 8
 constexpr int kDecideThreads = 256;
 constexpr int kColumns = 64;         // importance columns of a decide block
 constexpr int kMostReorderBatch = 2048;
 
 /// Query heads of a unit: `group` heads a key/value head are cut into units of this many, the last one maybe of fewer.
 DYRATE_HD constexpr int group_block(int group) { return group <= 1 ? 1 : group <= 4 ? 4 : 8; }
+
+/// Blocks that a multiprocessor holds of the attention kernel for units of `group_heads` query heads: bounds its registers, shapes its grid.
+DYRATE_HD constexpr int resident_blocks(int group_heads) { return group_heads == 8 ? 2 : 3; }
 
 #ifdef DYRATE_EMULATE
 using Status = int;

@@ -9,9 +9,8 @@
 
 namespace dyrate {
 
-constexpr int kBlocksPerMultiprocessor = 4;  // that an attention grid aims at
-constexpr int kLeastRows = 64;               // of a split: below, the combination costs more than it saves
-constexpr int kSplitLimit = 64;              // as the kernel's shared memory has places for
+constexpr int kLeastRows = 64;   // of a split: below, the combination costs more than it saves
+constexpr int kSplitLimit = 64;  // as the kernel's shared memory has places for
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -26,11 +25,17 @@ inline int attention_units(const AttentionCall& call) {
   return static_cast<int>(call.kv_heads * ceil_div(group, group_block(group)));
 }
 
+/// Blocks that a multiprocessor holds of the call's kernel; a grid of more would run in two waves, the second one short.
+/// (Rows that are not aligned, which addresses decide, take the kernel for units of 8 too.)
+inline int attention_blocks(const AttentionCall& call) {
+  return resident_blocks(std::max(call.dim, call.value_dim) > kUsualDim ? 8 : group_block(call.heads / call.kv_heads));
+}
+
 /// Fills in max_splits, min_rows and logit_capacity.
 inline void plan_attention(AttentionCall& call, int multiprocessors) {
   const std::int64_t rows = readable_rows(call);
   const std::int64_t blocks = std::max<std::int64_t>(static_cast<std::int64_t>(call.batch) * attention_units(call), 1);
-  const std::int64_t wanted = std::max<std::int64_t>(static_cast<std::int64_t>(kBlocksPerMultiprocessor) * multiprocessors / blocks, 1);
+  const std::int64_t wanted = std::max<std::int64_t>(static_cast<std::int64_t>(attention_blocks(call)) * multiprocessors / blocks, 1);
   call.min_rows = kLeastRows;
   call.max_splits = static_cast<int>(std::clamp<std::int64_t>(std::min(wanted, ceil_div(rows, kLeastRows)), 1, kSplitLimit));
   call.logit_capacity = static_cast<int>(ceil_div(std::max<std::int64_t>(rows, 1), 16) * 16);

@@ -95,7 +95,10 @@ void plans() {
     units *= call.kv_heads;
     require(attention_units(call) == units, "units");
     const int64_t blocks = units * call.batch;
-    require(call.max_splits == 1 || (call.max_splits - 1) * blocks < int64_t{kBlocksPerMultiprocessor} * multiprocessors, "more blocks than aimed at");
+    const int64_t at_once = (std::max(call.dim, call.value_dim) > 128 || group > 4 ? 2 : 3) * int64_t{multiprocessors};
+    require(call.max_splits == 1 || call.max_splits * blocks <= at_once, "more blocks than run at once");
+    const bool more = (call.max_splits + 1) * blocks <= at_once && call.max_splits < kSplitLimit && int64_t{call.max_splits} * call.min_rows < rows;
+    require(!more, "fewer blocks than would run at once");
     const AttentionScratch sizes = attention_scratch(call);
     const int64_t heads = int64_t{call.batch} * call.heads;
     require(sizes.counters == blocks && sizes.head_stat == heads * 2, "scratch of counters and heads");
