@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -305,6 +307,24 @@ def test_256_sequences(kit):
     step = ops.decode_step(**kit.to(arguments), count=kit.to(torch.tensor(counts).int()), backend=kit.backend)
     assert_step(step, arguments, case, HALF)
     tools.assert_kept(step.kept, step.n_kept, step.importance, counts, lengths)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="compiled kernels need a GPU")
+@pytest.mark.parametrize("case", CASES[len(SMALL) :], ids=str)
+def test_a_grid_is_of_whole_waves_of_the_programs_that_run_at_once(kit, case, monkeypatch):
+    if kit.backend != "triton":
+        pytest.skip("the CUDA kernels' blocks are counted when they are compiled")
+    from dyrate_kernels.triton_kernels import backend
+
+    monkeypatch.setattr(backend, "_attentions", {})
+    arguments = kit.to(tools.problem(case, HALF))
+    new = {f"new_{name}": arguments[name][:, :, 0].contiguous() for name in ("key", "value")}
+    ops.decode_attention(**arguments, **new, mass=True, importance=True, backend="triton")
+    (known,) = backend._attentions.values()
+    compiled = known.launch._compiled
+    fits = backend._multiprocessor(kit.device).holds(compiled.n_regs, compiled.metadata.shared, known.launch.options["num_warps"])
+    programs, wave = math.prod(known.launch.grid), fits * torch.cuda.get_device_properties(kit.device).multi_processor_count
+    assert fits >= 1 and (programs <= wave or programs / (-(-programs // wave) * wave) > 0.6)
 
 
 # ---- the same again ---------------------------------------------------------------------------------------------------------------
