@@ -101,7 +101,8 @@ def _store_mass(
     system = begun
     instruction = begun
     response = begun
-    for begin in range(0, n_text, BLOCK_T):
+    # one head's loads are fetched ahead; for several that would take registers from the main loop
+    for begin in tl.range(0, n_text, BLOCK_T, num_stages=3 if head.shape[0] == 1 else None):
         place = begin + offset_t
         inside = place < n_text
         kind = tl.load(types + place, mask=inside, other=255).to(tl.int32)[None, :]

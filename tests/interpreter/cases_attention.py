@@ -20,7 +20,7 @@ SHAPES = [
     (3, 2, 2, 4, 5, 4, [0, 5, 0], [0, 0, 3]),  # nothing to read at all
     (2, 2, 1, 4, 0, 5, [0, 0], [5, 2]),  # no visual region
     (2, 2, 2, 4, 9, 150, [9, 0], [150, 65]),  # more text than its mass is summed of at once, G = 1
-    (2, 6, 2, 4, 21, 70, [20, 3], [70, 33]),  # and G = 3
+    (2, 6, 2, 4, 21, 150, [20, 3], [150, 129]),  # and G = 3
 ]
 
 
