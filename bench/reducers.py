@@ -73,7 +73,7 @@ def measure(model: Any, pictures: int, rounds: int) -> list[dict[str, Any]]:
 def _reduced(model: Any, pixels: Tensor, chain: tuple[vision.Reducer, ...]) -> list[Tensor]:
     run = TowerRun(model, "image", chain, "auto")
     output = run.encode(model.model.get_image_features, {"pixel_values": pixels}, pixels)
-    return [unit.keep for unit in run.reduce(output)]
+    return [unit.keep for unit in run.reduce(run.layouts(output))]
 
 
 def _clock(call: Callable[[], Any], device: torch.device) -> float:

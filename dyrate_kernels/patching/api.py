@@ -190,7 +190,7 @@ class Handle:
             raise ValueError("cuda_graph=True is not available for a model whose heads are shared among processes; leave it out")
         self.running: list[Call] = []
         self._last: Snapshot | str | None = None  # of the last generation; a str: why there is none
-        self._told = self._told_undrafted = False
+        self._told = self._told_undrafted = self._told_round = False
         self._active = True
         self._hooks: list[Any] = []
         self._overrides: list[Override] = []
@@ -230,6 +230,8 @@ class Handle:
             text_model(model).register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             text_model(model).register_forward_hook(self._after_decoder, with_kwargs=True),
         ]
+        if self.vision:
+            self._hooks.append(model.base_model.register_forward_hook(self._after_base, always_call=True))
         if self.retention == "evict" and self.policy.at_prefill:
             self._shrink = ShrinkHooks(decoder_layers(model), self.policy.layer_groups(layers))
         self._override(model, "generate", "generate")
@@ -315,7 +317,7 @@ class Handle:
         if last is None:
             raise RuntimeError("nothing was generated yet: call model.generate(...) on the patched model, then stats()")
         if isinstance(last, str):
-            raise RuntimeError(f"the last generate() was not pruned: {last}")
+            raise RuntimeError(f"stats() has nothing of the last generate(): {last}")
         return collect(last, sequence, new_tokens)
 
     @property
@@ -363,7 +365,7 @@ class Handle:
             return args, kwargs  # as unpatched
         if getattr(config, "is_assistant", False):  # what it drafts decides nothing, and it may be given the features of another model
             if call.outer is not None and call.outer.owner is self:
-                call.features, call.serving = call.outer.features, True
+                call.features, call.asks_features = call.outer.features, True
             return args, kwargs
         reduced = ours and cache.session is not None and cache.session.reduced
         kinds, active = pixel_kinds(given), [reducer for reducer in self.vision if reducer.drops]
@@ -397,7 +399,7 @@ class Handle:
             mask[:, : known.shape[1]] *= known.to(mask.dtype)
         if kinds and active:
             call.features = prepare(self.model, active, self.backend, given, ids, mask)
-            call.serving = True
+            call.asks_features = True
             mask = call.features.mask
         call.reduced = True
         call.keeps_width = bool(given.get("output_hidden_states", getattr(config, "output_hidden_states", False)))
@@ -411,8 +413,9 @@ class Handle:
 
     def _features(self, kind: str, original: Any, args: tuple, kwargs: dict) -> Any:
         """The reduced features, where the call of this thread asks for them; else the model's own."""
-        call = calls.current(self)
-        found = features_for(call.features, kind, args, kwargs) if call is not None and call.serving and call.features else None
+        call, found = calls.current(self), None
+        if call is not None and call.features is not None and (call.passes[-1] if call.passes else call.asks_features):
+            found = features_for(call.features, kind, args, kwargs)
         return original(*args, **kwargs) if found is None else found
 
     def _answer_prepare_positions(self, original: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
@@ -448,7 +451,9 @@ class Handle:
         cache = cache_in(model_kwargs)
         ours = isinstance(cache, VisualCache)
         if call is not None:
-            call.serving = False  # from here on in passes of the base model with this call's cache
+            call.asks_features = False  # from here on passes of the base model with this call's cache do
+        else:
+            self._tell_of_a_way_round(bool(self.vision))
         if not ours:
             why = _why_unpruned(cache, {} if call is None else call.asks)
             if why is not None:
@@ -512,6 +517,18 @@ class Handle:
             )
         return NoDrafts()
 
+    def _tell_of_a_way_round(self, reduces: bool) -> None:
+        """A generation that did not come through the patched ``generate()``: it prunes, but nobody can tell when it ends."""
+        what = "stats() cannot tell of it" + (", and no reducer works in it" if reduces else "")
+        self._last = f"it called generate() past the patched one, so {what}; call model.generate as it is after dyrate_kernels.patch()"
+        if not self._told_round:
+            self._told_round = True
+            warnings.warn(
+                f"this generation calls generate() past the patched one (of the class, or taken before dyrate_kernels.patch()), so {what}; "
+                "call model.generate as it is after the patch",
+                stacklevel=2,
+            )
+
     def _tell_if_nothing_dropped(self, call: Call) -> None:
         session = call.session
         if self._told or not self.policy.drops:
@@ -538,13 +555,12 @@ class Handle:
     def _before_base(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         bound = by_name(self._base_names, args, kwargs)
         cache = cache_in(bound)
-        if not isinstance(cache, VisualCache) or cache.session is None:
+        session = cache.session if isinstance(cache, VisualCache) else None
+        call = calls.current(self) if self.vision else None
+        if call is not None:
+            call.passes.append(session is not None and call.session is session)
+        if session is None:
             return None
-        session = cache.session
-        if self.vision:
-            call = calls.current(self)
-            if call is not None:
-                call.serving = call.session is session
         if not _is_step(session, bound):
             pictures = bound.get("pixel_values") is not None
             blocks = blocks_ahead(self.family, bound, pictures or not cache.is_initialized)
@@ -556,13 +572,17 @@ class Handle:
         device = next(value.device for name in ("inputs_embeds", "input_ids") if (value := bound.get(name)) is not None)
         return (), bound | {"attention_mask": torch.zeros(1, 1, 1, 1, device=device)}
 
+    def _after_base(self, module: Any, args: tuple, output: Any) -> None:
+        call = calls.current(self)
+        if call is not None and call.passes:
+            call.passes.pop()
+
     def _before_decoder(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         bound = by_name(self._decoder_names, args, kwargs)
         cache = cache_in(bound)
-        if self.vision:
-            call = calls.current(self)
-            if call is not None:
-                call.serving = False  # the base model has its features
+        call = calls.current(self) if self.vision else None
+        if call is not None and call.passes:
+            call.passes[-1] = False  # the base model has its features
         if self.fused is not None:
             self.fused.off()
         if not isinstance(cache, VisualCache):

@@ -32,7 +32,8 @@ class Call:
         reduced: the prompt is reduced. keeps_width: and its hidden states are wanted at every column.
         mask: ``[B, S]``, the prompt's attention mask before it was reduced, where it was.
         features: what stands for the model's own visual features.
-        serving: these are asked for now: by ``generate`` before it prepares its cache, or by the base model in a pass of this call.
+        asks_features: ``generate`` itself asks for these now, before it prepares its cache.
+        passes: of the base model under way in this call's thread, the innermost last: whether it asks for these features now.
         graph: what ``StepGraph`` keeps for this call.
         thread: identifier of the thread that it runs in.
     """
@@ -46,7 +47,8 @@ class Call:
     keeps_width: bool = False
     mask: Tensor | None = None
     features: Prepared | None = None
-    serving: bool = False
+    asks_features: bool = False
+    passes: list[bool] = field(default_factory=list)
     graph: Any = None
     thread: int = field(default_factory=threading.get_ident)
 
@@ -54,16 +56,22 @@ class Call:
 _CURRENT: ContextVar[Call | None] = ContextVar("dyrate_generate_call", default=None)
 
 
+def _here() -> Call | None:
+    """The innermost call under way in this thread, which may have inherited the context of another one."""
+    call = _CURRENT.get()
+    return call if call is not None and call.thread == threading.get_ident() else None
+
+
 def current(owner: Any) -> Call | None:
     """The innermost call under way in this thread, if it is one of ``owner``'s."""
-    call = _CURRENT.get()
+    call = _here()
     return call if call is not None and call.owner is owner else None
 
 
 @contextlib.contextmanager
 def begin(owner: Any) -> Iterator[Call]:
     """Within: a call of ``owner``'s."""
-    call = Call(owner, _CURRENT.get())
+    call = Call(owner, _here())
     token = _CURRENT.set(call)
     try:
         yield call

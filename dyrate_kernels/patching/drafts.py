@@ -35,7 +35,9 @@ def of_this_turn(session: Session, columns: int, given: dict[str, Any]) -> dict[
         new = columns - held if 0 < held < session.turn_end <= columns else columns
         given = given | {"next_sequence_length": new}
     mask, whole = given.get("attention_mask"), session.turn_mask
-    if mask is not None and whole is not None and mask.dim() == 2 and mask.shape[1] < held + new:
+    if mask is None or whole is None or mask.dim() != 2 or not 0 < session.turn_start < whole.shape[1]:
+        return given  # no later turn, or one whose caller gave no mask of the whole conversation
+    if mask.shape[1] < held + new:
         ones = mask.new_ones(mask.shape[0], max(held + new - whole.shape[1], 0))
         given = given | {"attention_mask": torch.cat([whole.to(mask), ones], dim=1)[:, : held + new]}
     return given

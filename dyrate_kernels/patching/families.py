@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from dyrate_kernels.patching.attention import sliding_window
@@ -79,8 +80,11 @@ def check_supported(model: Any) -> Family:
     config = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
     supported = f"supported: {', '.join(sorted(FAMILIES))}"
-    if not isinstance(model, nn.Module) or name is None:
-        raise TypeError(f"model must be a transformers vision-language model, got {type(model).__name__}; {supported}")
+    if not issubclass(type(model), PreTrainedModel) or name is None:
+        raise TypeError(
+            "model must be a transformers vision-language model itself, not what wraps or stands for one, "
+            f"got {type(model).__name__}; {supported}"
+        )
     if name not in FAMILIES:
         raise TypeError(f"model of type {name!r} ({type(model).__name__}) is not supported; {supported}")
     if not hasattr(model, "generate") or not hasattr(model, "lm_head"):
@@ -101,6 +105,12 @@ def check_supported(model: Any) -> Family:
         attention = layer.self_attn
         if getattr(attention, "sinks", None) is not None:
             raise TypeError("the text model uses attention sinks, which is not supported; load a model without them")
+        kind = getattr(type(attention), "_dyrate_original", type(attention))
+        if not hasattr(attention, "layer_idx") or not hasattr(sys.modules[kind.__module__], "eager_attention_forward"):
+            raise TypeError(
+                f"the text model's attention is a {type(attention).__name__}, not transformers' own, so it cannot be patched (PEFT's "
+                "modules_to_save puts such a module around it): merge or unload what replaces it, then patch"
+            )
     return FAMILIES[name]
 
 

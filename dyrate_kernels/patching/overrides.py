@@ -43,7 +43,7 @@ class Override:
 
     def remove(self) -> None:
         """Gives the method back."""
-        self.active = False
+        self.active, self.handler = False, None
         attributes = vars(self.owner)
         if attributes.get(self.name) is not self:
             return  # wrapped by someone since: theirs stays

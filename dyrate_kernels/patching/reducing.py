@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,9 +89,20 @@ class Run:
         """One for each picture or video, in the order of the model's output."""
         raise NotImplementedError(f"{type(self).__name__} must define layouts(output)")
 
-    def reduce(self, output: Any) -> list[Unit]:
-        """The reduced pictures or videos, in the order of the model's output."""
-        return [self._reduce_one(layout, number) for number, layout in enumerate(self.layouts(output))]
+    def reduce(self, layouts: Sequence[Layout], rows: Sequence[int] | None = None) -> list[Unit]:
+        """The reduced pictures or videos, in the order of the model's output.
+
+        Args:
+            layouts: of that output.
+            rows: the sequence that each one is in, so that what happens to it does not depend on the batch; None: all are in one.
+        """
+        rows = [0] * len(layouts) if rows is None else rows
+        seen: Counter[int] = Counter()
+        found = []
+        for layout, row in zip(layouts, rows, strict=True):
+            found.append(self._reduce_one(layout, seen[row]))
+            seen[row] += 1
+        return found
 
     def from_tower(self, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """``keep`` and ``order`` of ``Unit`` as the tower left them: here, whole."""
@@ -119,7 +131,7 @@ class Run:
         ids = range(int(visual.crop.max()) + 1)
         crops = [self.whole_crop(layout, index) if whole else self._crop_of(layout, index, alive) for index in ids]
         if visual.video:
-            chosen = [reducer.choose([crop], None, layout.first + index)[0] for index, crop in enumerate(crops)]
+            chosen = [reducer.choose([crop], None, number * len(crops) + index)[0] for index, crop in enumerate(crops)]
         else:
             chosen = reducer.choose(crops, layout.tiles, number)
         for index, mark in enumerate(chosen):

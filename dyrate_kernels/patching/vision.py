@@ -71,12 +71,12 @@ class Features:
 
     Attributes:
         output: of ``get_image_features`` or ``get_video_features``.
-        pixels: ``shape[0]`` of the pixels that they are of.
+        pixels: that they are of.
         rows: by picture or video, the sequence of the batch that it is in; ends: where its rows end in ``output``.
     """
 
     output: Any
-    pixels: int
+    pixels: Tensor
     rows: list[int]
     ends: list[int]
 
@@ -126,15 +126,16 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
         with torch.no_grad():
             run = run_for(model, kind, reducers, backend)
             output = run.encode(encoder, fields, pixels)
-            units = run.reduce(output)
-        ends = list(accumulate(len(unit.keep) + unit.tail for unit in units))
-        if ends[-1] != int(place.sum()):
-            raise ValueError(
-                f"input_ids hold {int(place.sum())} {kind} placeholders, but the {kind}s given make {ends[-1]} visual tokens; "
-                "pass what the model's processor returned"
-            )
-        row, column = place.nonzero().unbind(1)
-        last = torch.tensor(ends, device=row.device) - 1
+            layouts = run.layouts(output)
+            ends = list(accumulate(len(layout.visual.values) + layout.tail for layout in layouts))
+            if ends[-1] != int(place.sum()):
+                raise ValueError(
+                    f"input_ids hold {int(place.sum())} {kind} placeholders, but the {kind}s given make {ends[-1]} visual tokens; "
+                    "pass what the model's processor returned"
+                )
+            row, column = place.nonzero().unbind(1)
+            last = torch.tensor(ends, device=row.device) - 1
+            units = run.reduce(layouts, row[last].tolist())
         at_the_end = (column[last] == ids.shape[1] - 1).tolist()
         arranged = [unit.arranged(at_end) for unit, at_end in zip(units, at_the_end, strict=True)]
         keep = torch.cat([kept for _, kept in arranged]).to(mask.device)
@@ -142,7 +143,7 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
         new[place.to(mask.device)] *= keep.to(mask.dtype)
         values = [values for values, _ in arranged]
         spans = list(accumulate(map(len, values)))
-        prepared.features[kind] = Features(_with_values(output, values), pixels.shape[0], row[last].tolist(), spans)
+        prepared.features[kind] = Features(_with_values(output, values), pixels, row[last].tolist(), spans)
     return prepared
 
 
@@ -158,10 +159,18 @@ def features_for(prepared: Prepared, kind: str, args: tuple, kwargs: Mapping[str
     features = prepared.features.get(kind)
     names = (*PIXELS[kind], "pixel_values")
     pixels = args[0] if args else next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
-    if features is None or pixels is None or pixels.shape[0] % features.pixels:
+    if features is None or pixels is None or pixels.shape[0] % features.pixels.shape[0]:
         return None
+    times = pixels.shape[0] // features.pixels.shape[0]
     # older versions of transformers ask for each beam
-    return _repeated(features, pixels.shape[0] // features.pixels)
+    return _repeated(features, times) if times > 1 or _same(pixels, features.pixels) else None
+
+
+def _same(pixels: Tensor, known: Tensor) -> bool:
+    """They are the same pictures, whatever dtype and device the model has brought them to."""
+    if pixels is known or (pixels.shape == known.shape and pixels.data_ptr() == known.data_ptr()):
+        return True
+    return pixels.shape == known.shape and torch.equal(pixels.nan_to_num(), known.to(pixels.device, pixels.dtype).nan_to_num())
 
 
 def _repeated(features: Features, times: int) -> Any:

@@ -167,7 +167,7 @@ class Selector(Reducer):
         Args:
             crops: of one picture (the whole picture first, then its tiles), or one frame.
             tiles: rows and columns of tiles; None: there are none.
-            unit: ordinal of the picture or frame within the call.
+            unit: ordinal of the picture or frame within its sequence.
 
         Returns:
             bool ``[n]`` for each crop.

@@ -14,7 +14,7 @@ from dyrate_kernels.vision.base import Crop, Selector, budget, check_count, top
 
 @dataclass(frozen=True)
 class RandomTokens(Selector):
-    """A random choice in every crop; the same for the same seed, place in the call and size, on every device.
+    """A random choice in every crop; the same for the same seed, place in the prompt and size, on every device.
 
     Attributes:
         seed: of the draw.

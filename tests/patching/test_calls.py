@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import warnings
 
@@ -212,6 +213,73 @@ def test_calls_in_the_middle_of_a_generation(family, text, vision, where):
         assert not handle.running
 
 
+HOOKED = {
+    "embedding": lambda model: model.get_input_embeddings().register_forward_pre_hook,
+    "embedding, after": lambda model: model.get_input_embeddings().register_forward_hook,
+    "base": lambda model: model.base_model.register_forward_pre_hook,
+    "text": lambda model: model.get_decoder().register_forward_pre_hook,
+    "layer": lambda model: model.get_decoder().layers[2].register_forward_hook,
+    "head": lambda model: model.lm_head.register_forward_hook,
+}
+
+
+@pytest.mark.parametrize("place", HOOKED)
+@pytest.mark.parametrize(("family", "text"), [("llava", "llama"), ("qwen2_5_vl", "own")])
+def test_a_look_at_another_picture_in_a_hook_of_the_model(family, text, place):
+    """In every pass, a forward on another picture of the same size, and another thread that has inherited this one's context."""
+    model = models.build(family, text)
+    one, _ = prompts(model)
+    two = models.inputs(model, [["text 3", "image", "text 5"]], seed=7)
+    inside, found = threading.local(), []
+
+    def look():
+        with torch.no_grad():
+            return model(**two).logits
+
+    def hook(*args):
+        if getattr(inside, "busy", False):
+            return
+        inside.busy = True
+        found.append(look())
+        context = contextvars.copy_context()
+        Threads(lambda: (setattr(inside, "busy", True), found.append(context.run(look)))).finish()
+        inside.busy = False
+
+    want = look()
+    with dk.patch(model, FIXED, vision="uniform:keep=0.5"):
+        answer = tokens(model, one)
+        handle = HOOKED[place](model)(hook)
+        assert tokens(model, one) == answer
+        handle.remove()
+    assert len(found) >= 2 * STEPS and all(torch.equal(each, want) for each in found)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_onevision"])
+def test_a_random_choice_does_not_depend_on_the_batch(family):
+    model = models.build(family, "qwen2")
+    rows = [["text 3", "image", "text 5"], ["text 2", "image", "text 2", "image", "text 4"], ["text 6", "image", "text 1"]]
+    with dk.patch(model, FIXED, vision="random:keep=0.4") as handle:
+        model.generate(**models.inputs(model, rows), **greedy(STEPS))
+        together = handle.stats()
+        for index, row in enumerate(rows):
+            model.generate(**models.inputs(model, [row]), **greedy(STEPS))
+            assert handle.stats().visual_places[0] == together.visual_places[index]
+
+
+@pytest.mark.parametrize("vision", [None, "uniform:keep=0.5"])
+def test_a_generation_past_the_patched_generate_says_that_stats_knows_nothing_of_it(vision):
+    model = models.build("llava")
+    one, two = prompts(model)
+    before = model.generate
+    with dk.patch(model, FIXED, vision=vision) as handle:
+        tokens(model, two)
+        model.generate = lambda **given: before(**given)
+        with pytest.warns(UserWarning, match="past the patched one.*" + ("no reducer" if vision else "stats")):
+            tokens(model, one)
+        with pytest.raises(RuntimeError, match="past the patched one"):
+            handle.stats()
+
+
 def test_stats_inside_a_generation_are_its_own(make_model):
     model = make_model()
     one, two = prompts(model)
@@ -363,7 +431,7 @@ def test_a_caller_that_asks_for_another_cache_is_told_that_nothing_is_dropped(as
     with dk.patch(model, FIXED, vision=vision) as handle:
         with pytest.warns(UserWarning, match=f"nothing is dropped.*{name}"):
             assert tokens(model, one, **asked) == want
-        with pytest.raises(RuntimeError, match=f"not pruned.*{name}"):
+        with pytest.raises(RuntimeError, match=f"stats.. has nothing of the last.*{name}"):
             handle.stats()
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -143,7 +145,35 @@ class Plain:
         return getattr(self.__dict__["inner"], name)
 
 
+class Hidden(nn.Module):
+    """A module that holds the model where no module is looked for."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.__dict__["held"] = [inner]
+        self.linear = nn.Linear(2, 2)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["held"][0], name)
+
+
+class Slots:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
 WRAPPERS = [
+    (Hidden, "model.held.0."),
+    (Slots, "model.inner"),
+    (lambda model: Plain(Slots(model)), "model.inner.inner"),
     (Forwarding, "model.inner"),
     (Plain, "model.inner"),
     (nn.DataParallel, "model.module"),
@@ -151,12 +181,44 @@ WRAPPERS = [
 ]
 
 
-@pytest.mark.parametrize(("wrap", "path"), WRAPPERS, ids=["forwarding", "no module", "parallel", "twice"])
+@pytest.mark.parametrize(
+    ("wrap", "path"), WRAPPERS, ids=["hidden", "slots", "two plain ones", "forwarding", "no module", "parallel", "twice"]
+)
 def test_other_wrappers_are_refused_with_the_object_to_patch(model, wrap, path):
     before = fingerprint(model)
     with pytest.raises(TypeError, match=f"which wraps a model: patch that one, {path}"):
         dk.patch(wrap(model), FIXED)
     assert fingerprint(model) == before
+
+
+def test_a_proxy_is_refused(model):
+    with pytest.raises(TypeError, match="model itself, not what wraps or stands for one"):
+        dk.patch(weakref.proxy(model), FIXED)
+
+
+def test_attention_that_peft_wraps_is_refused(model):
+    import peft
+
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["up_proj"], modules_to_save=["self_attn"])).eval()
+    with pytest.raises(TypeError, match="attention is a .*Wrapper, not transformers' own"):
+        dk.patch(wrapped, FIXED)
+
+
+def test_a_mixed_peft_model_prunes(model, fields):
+    import peft
+
+    wrapped = peft.PeftMixedModel(model, peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)).eval()
+    plain = scores(wrapped, fields)
+    with dk.patch(wrapped, FIXED) as handle:
+        assert handle.model is model
+        assert not torch.allclose(scores(wrapped, fields), plain, atol=1e-3)
+
+
+def test_a_wrapper_left_on_an_unpatched_model_can_be_pickled():
+    model = models.build("llava")
+    with dk.patch(model, FIXED):
+        model.generate = functools.partial(model.generate, do_sample=False)
+    assert type(pickle.loads(pickle.dumps(model))) is type(model)
 
 
 @pytest.mark.parametrize("save", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())], ids=["pickle", "torch.save"])

@@ -351,7 +351,7 @@ def test_interpolated_tiles_are_chosen_by_interpolated_scores(large_onevision):
     assert visual.y[lines & ~visual.patch].tolist() == list(range(6))
     tile = torch.tensor([[1 + (y // 3) * 2 + x // 3 for x in range(6)] for y in range(6)])
     assert visual.crop[patch].tolist() == tile.flatten().tolist()
-    (unit,) = run.reduce(output)
+    (unit,) = run.reduce(run.layouts(output))
     kept = {int(i) - 36 for i in unit.keep.nonzero()[:, 0] if i >= 36 and visual.patch[i]}
     want = set()
     for number in range(1, 5):
@@ -368,7 +368,7 @@ def test_pooled_frames_are_chosen_by_pooled_scores(large_onevision):
     pixels = torch.randn(2, 3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     for name in ("fastervlm", "hired"):
         run = TowerRun(model, "video", vision.chain(f"{name}:keep=0.4"), "reference")
-        units = run.reduce(run.encode(model.model.get_video_features, {_video_pixels(model): pixels}, pixels))
+        units = run.reduce(run.layouts(run.encode(model.model.get_video_features, {_video_pixels(model): pixels}, pixels)))
         found = independent.facts(model, pixels.flatten(0, 1), "video")
         small = nn.functional.interpolate(found.attention.view(6, 1, 6, 6), size=[3, 3], mode="bilinear").flatten(1)
         for video, unit in enumerate(units):
@@ -393,7 +393,7 @@ def test_a_chain_hands_on_what_is_left(make_model):
     with torch.no_grad():
         run = TowerRun(model, "image", vision.chain("fastervlm:keep=0.5+aim:keep=0.5"), "reference")
         output = run.encode(model.model.get_image_features, given, given["pixel_values"])
-        (unit,) = run.reduce(output)
+        (unit,) = run.reduce(run.layouts(output))
     torch.testing.assert_close(unit.values[unit.keep], torch.stack([row.value for row in want]), rtol=1e-4, atol=1e-5)
     run = TowerRun(model, "image", vision.chain("fastervlm:keep=0.5+uniform:keep=0.5"), "reference")
     with torch.no_grad():
