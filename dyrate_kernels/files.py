@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,15 @@ def check_file(name: str, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{name} {path}: cannot be written ({getattr(error, 'strerror', None) or error}); give another file") from None
 
 
-def check_folder(name: str, path: str | os.PathLike[str]) -> None:
+def check_folder(name: str, path: str | os.PathLike[str], files: Iterable[str] = ()) -> None:
     """Whether files can be written to a folder, which is made where it is missing.
 
+    Args:
+        name: of the option or argument, for messages.
+        files: that will be written there, and over those of their names.
+
     Raises:
-        ValueError: they cannot; says why.
+        ValueError: they cannot, or there is a folder with the name of one of ``files``; says why.
     """
     place = Path(path)
     if os.path.lexists(place) and not os.path.isdir(place):
@@ -75,6 +79,9 @@ def check_folder(name: str, path: str | os.PathLike[str]) -> None:
         check_file(name, place / ".dyrate-check")
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} {path}: cannot be written ({getattr(error, 'strerror', None) or error}); give another folder") from None
+    for each in files:
+        if os.path.isdir(place / each):
+            raise ValueError(f"{name} {path}: {each} is a folder, but a file will be written there; move it, or give another folder")
 
 
 def printable(text: str) -> str:

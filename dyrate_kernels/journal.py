@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import types
 import typing
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from dyrate_kernels.files import is_file
 
 Line = TypeVar("Line")
+_MOST = {int: 2**63 - 1, float: sys.float_info.max}
 _FIRST = b'{"setting"'
 
 
@@ -96,11 +98,15 @@ def is_journal(path: Path) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON is of a dataclass's type: plain ones, lists of them, ``X | None``; others are not looked at."""
+    """Whether a value of JSON is of a dataclass's type: plain ones, lists of them, ``X | None``; others are not looked at.
+    Numbers must fit into 64 bits, as in the tables that are made of them.
+    """
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_fits(value, each) for each in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return isinstance(value, list) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
     if hint in (int, float):
-        return isinstance(value, int | float if hint is float else int) and not isinstance(value, bool)
+        if not isinstance(value, int | float if hint is float else int) or isinstance(value, bool):
+            return False
+        return not abs(value) > _MOST[hint]
     return not isinstance(hint, type) or isinstance(value, hint)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _LINE_SUFFIXES = (".jsonl", ".ndjson")
+SUFFIXES = (".json", *_LINE_SUFFIXES)
 _ERRORS = (ValueError, RecursionError)  # of json.loads; the second where brackets are nested too deeply
 
 
@@ -75,12 +76,21 @@ def _read(path: Path) -> tuple[Any, list[int]]:
     # U+2028 and its like, which splitlines() would part at, may stand in a text; these may not
     texts = re.split("\r\n|\n|\r", raw.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace"))
     values = [(number, _value(each)) for number, each in enumerate(texts, 1) if each.strip()]
-    if path.suffix.lower() not in _LINE_SUFFIXES and not (values and isinstance(values[0][1], dict)):
+    if path.suffix.lower() not in _LINE_SUFFIXES and not _are_lines([value for _, value in values], texts):
         kind = "no text file, so no JSON" if isinstance(whole, UnicodeDecodeError) else "not JSON"
         raise ValueError(f"{path} is {kind} ({_words(whole)})")
     if all(isinstance(value, Broken) for _, value in values):
         raise ValueError(f"{path} is not JSON, nor JSON lines ({_words(whole)})")
     return [value for _, value in values], [number for number, _ in values]
+
+
+def _are_lines(values: list[Any], texts: list[str]) -> bool:
+    """Whether a file that is not one JSON value is JSON lines, some of them broken, rather than one value over many lines that is."""
+    objects = sum(isinstance(value, dict) for value in values)
+    if not objects:
+        return False
+    cut = any(re.search(r"[\[{,]\s*$|^[\s\[\]{}]+$", text) for text in texts)  # as lines of one value that goes on
+    return isinstance(values[0], dict) or 2 * objects > len(values) or not cut
 
 
 def _value(text: str) -> Any:

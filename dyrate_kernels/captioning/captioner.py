@@ -29,6 +29,7 @@ class Task:
         batch_size: pictures that are generated together, at most.
         images: where the pictures come from, in full: captions of two places do not belong into one file either.
         column: of Parquet files that holds the pictures; None: the pictures are files.
+        id_column: of Parquet files that names their rows; None: file and number do.
         max_pixels: of a picture.
     """
 
@@ -45,12 +46,13 @@ class Task:
     batch_size: int = 8
     images: str | None = None
     column: str | None = None
+    id_column: str | None = None
     max_pixels: int = MAX_PIXELS
 
     def setting(self) -> dict[str, str]:
         """What captions depend on: captions of another setting do not belong into one file."""
         reducers = None if self.vision is None else "+".join(map(str, self.vision))
-        given = {"images": self.images,
+        given = {"images": self.images, "column": self.column, "id_column": self.id_column, "max_pixels": self.max_pixels,
                  "model": self.model or "bundled", "dtype": self.dtype, "quantize": self.quantize, "policy": self.policy,
                  "retention": self.retention, "vision": reducers, "prompt": self.prompt, "max_new_tokens": self.max_new_tokens}  # fmt: skip
         return {name: str(value) for name, value in given.items()}

@@ -14,7 +14,7 @@ from dyrate_kernels.journal import is_journal
 from dyrate_kernels.pictures import SUFFIXES, UnreadableError, find_picture
 
 LINES, TABLE, REPORT = "captions.jsonl", "captions.parquet", "report.json"
-OUTPUTS = {LINES, TABLE, REPORT, "captions.part", "report.part"}
+OUTPUTS = (LINES, TABLE, REPORT, "captions.part", "report.part")
 """What a run writes into its folder, and what a kill may leave of it."""
 COLUMNS = ("image", "jpg", "jpeg", "png", "bytes", "image_bytes", "img", "path", "file_name", "image_path")
 
@@ -59,7 +59,7 @@ def find(images: str | Path, column: str | None = None, id_column: str | None = 
 
     Args:
         column: of Parquet files; None: the first of ``COLUMNS`` that is there.
-        id_column: whose values name the rows; one without a value is named by file and number.
+        id_column: whose values name the rows; one without a value, or with one that is no text, is named by file and number.
 
     Raises:
         ValueError: there is no such place, no picture in it, a Parquet file that cannot be read or lacks a column, or two rows have one id;
@@ -127,7 +127,7 @@ def _rows(files: Sequence[Path], base: Path, column: str | None, id_column: str 
             if id_column is not None and names.count(id_column) != 1:
                 raise ValueError(f"{file}: no single column {id_column!r} for --id-column; it has {', '.join(names)}")
             counts.append(table.metadata.num_rows)
-            ids.append(None if id_column is None else table.read(columns=[id_column]).column(id_column).to_pylist())
+            ids.append(None if id_column is None else [_id(each) for each in table.read(columns=[id_column]).column(id_column)])
     found: dict[str, Source] = {}
     for file, count, keys in zip(files, counts, ids, strict=True):
         for row in range(count):
@@ -139,6 +139,14 @@ def _rows(files: Sequence[Path], base: Path, column: str | None, id_column: str 
     if not found:
         raise ValueError(f"{files[0]}: no rows")
     return Sources(list(found.values()), column, 0)
+
+
+def _id(cell: Any) -> Any:
+    """What an id column holds; None for what Python has no value for: texts that are no UTF-8, times beyond its years."""
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError):
+        return None
 
 
 @contextlib.contextmanager

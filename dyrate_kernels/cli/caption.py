@@ -10,7 +10,7 @@ from typing import Any
 
 from dyrate_kernels.cli import common, contenders
 from dyrate_kernels.cli.generate import add_policy, policy_from
-from dyrate_kernels.files import printable
+from dyrate_kernels.files import check_folder, printable
 from dyrate_kernels.pictures import MAX_PIXELS
 
 _EVERY = 15  # seconds between two lines of progress where they cannot overwrite each other
@@ -79,8 +79,10 @@ def run(given: argparse.Namespace) -> int:
     task = Task(
         model, given.device, given.dtype, given.quantize, policy_from(given), given.retention, given.backend,
         common.parse_vision(given.vision), given.prompt, given.max_new_tokens, given.batch_size,
-        str(Path(given.images).expanduser().resolve()), sources.column, given.max_pixels,
+        str(Path(given.images).expanduser().resolve()), sources.column,
+        given.id_column if sources.column else None, given.max_pixels,
     )  # fmt: skip
+    check_folder("--out", given.out, inputs.OUTPUTS)
     say = _Say(quiet=given.json)
     say.line(f"{len(sources.sources)} pictures, engine {engine}")
     settings = contenders.settings_by_name(model, task.policy, task.retention, task.backend, task.device, task.vision)

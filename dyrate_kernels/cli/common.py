@@ -37,7 +37,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     """Options that name examples with answers."""
     parser.add_argument(
         "--data", default="shapes", metavar="SOURCE",
-        help="shapes (drawn scenes), a LLaVA .json / .jsonl file, the folder of a saved dataset, or a dataset on the hub; default: shapes",
+        help="shapes (drawn scenes), a LLaVA .json, .jsonl or .ndjson file, a saved dataset's folder, or one on the hub; default: shapes",
     )  # fmt: skip
     add_images(parser)
     parser.add_argument("--split", default="train", help="of a dataset; default: train")
@@ -153,7 +153,7 @@ def open_source(given: argparse.Namespace, scenes: int, cut: bool = True) -> Any
     from dyrate_kernels.training import data
 
     drawn = given.data == "shapes"
-    named = given.data if given.data.endswith((".json", ".jsonl", ".ndjson")) else None
+    named = given.data if data.names_file(given.data) else None
     check_images(given.images, named, "drawn scenes" if drawn else "a dataset")
     source = data.open_source(given.data, given.images, given.limit or scenes, given.seed, given.split)
     return source if drawn or not cut or given.limit is None else First(source, given.limit)

@@ -8,6 +8,7 @@ alone, so a resumed run sees the same data.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset
 
 from dyrate_kernels import chat
 from dyrate_kernels.files import printable
-from dyrate_kernels.json_files import Broken, read_entries
+from dyrate_kernels.json_files import SUFFIXES, Broken, read_entries
 from dyrate_kernels.pictures import UnreadableError, find_picture, is_numbers, read_picture
 
 logger = logging.getLogger(__name__)
@@ -146,10 +147,13 @@ class DatasetSource(Sequence[Example]):
     """
 
     def __init__(self, data: Any, folder: str | os.PathLike[str] = ".") -> None:
-        self.data, self.folder = data, Path(folder)
+        self.data, self.folder, self.features = data, Path(folder), None
         if not len(data):
             raise ValueError("the dataset is empty")
         names = set(data.column_names) if hasattr(data, "column_names") else set(data[0])
+        if hasattr(data, "with_format") and data.format["type"] is None:  # rows as they are stored: pictures are read here
+            self.data, self.features = data.with_format("arrow"), copy.deepcopy(data.features)
+            _leave_encoded(self.features)
         if not ({"question", "answer"} <= names or "conversations" in names):
             raise ValueError(f"the dataset must have the columns 'question' and 'answer', or 'conversations'; it has {sorted(names)}")
         self.turns = "conversations" in names
@@ -177,7 +181,9 @@ class DatasetSource(Sequence[Example]):
         name = f"row {index}"
         try:
             row = self.data[index]
-        except Exception as error:  # the picture is decoded here, by a codec that raises what it likes
+            if self.features is not None:
+                row = self.features.decode_example(row.to_pylist()[0])
+        except Exception as error:  # a format of the caller's, or a text that is none, raises what it likes
             if isinstance(error, IndexError):
                 raise
             raise Unreadable(f"{name} cannot be read ({error})") from error
@@ -191,6 +197,17 @@ class DatasetSource(Sequence[Example]):
             if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
                 raise Unreadable("it has no question or no answer")
             return conversation(name, [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], _pictures(row, self.folder))
+
+
+def _leave_encoded(feature: Any) -> None:
+    """Has ``decode_example`` of a dataset's features leave pictures (sounds, films) as bytes and paths, however deep they stand."""
+    if isinstance(feature, dict | list | tuple):
+        for each in feature.values() if isinstance(feature, dict) else feature:
+            _leave_encoded(each)
+    elif hasattr(feature, "feature"):  # a list
+        _leave_encoded(feature.feature)
+    elif hasattr(feature, "decode"):
+        feature.decode = False
 
 
 @contextlib.contextmanager
@@ -379,10 +396,24 @@ class Collator:
         }
 
 
+def names_file(text: str) -> bool:
+    """Whether ``--data`` names a file of conversations, there or missing, by its ending."""
+    return text.lower().endswith(SUFFIXES) and not os.path.isdir(text)
+
+
 def open_source(text: str, images: str | None, count: int, seed: int, split: str = "train") -> Sequence[Example]:
-    """What a command line names: ``shapes``, a ``.json`` / ``.jsonl`` file, a saved dataset's folder, or a dataset on the hub."""
+    """What a command line names: ``shapes``, a file of conversations, a saved dataset's folder, or a dataset on the hub.
+
+    Raises:
+        ValueError: there is no such file, or it is of another kind; or the source's own error.
+        OSError: it cannot be read.
+    """
     if text == "shapes":
         return ShapesSource(count, seed)
-    if text.endswith((".json", ".jsonl")):
+    if names_file(text):
+        if not os.path.exists(text):
+            raise ValueError(f"--data {text}: no such file; give a file of conversations, the folder of a saved dataset, or shapes")
         return ConversationSource(text, images)
+    if os.path.isfile(text):
+        raise ValueError(f"--data {text}: a file of conversations must end in {', '.join(SUFFIXES)}; rename or convert it")
     return DatasetSource.load(text, split)

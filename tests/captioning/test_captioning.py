@@ -116,6 +116,8 @@ def test_another_setting_and_another_run_are_refused(capsys, folder, tmp_path):
     drawn(30).save(tmp_path / "elsewhere" / "grey.png")  # a name that both places have
     status, _, err = caption(capsys, tmp_path / "elsewhere", out)
     assert status == 1 and "holds answers of" in err and "elsewhere" in err
+    status, _, err = caption(capsys, folder, out, "--max-pixels", "99")
+    assert status == 1 and "holds answers of" in err
     with (out / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         status, _, err = caption(capsys, folder, out)
@@ -437,6 +439,44 @@ def test_a_batch_that_fails_is_halved_and_one_picture_is_its_own_failure(folder,
 def test_mistakes(capsys, folder, tmp_path, arguments, words):
     status, _, err = caption(capsys, folder, tmp_path / "out", "--limit", "1", *arguments)
     assert (status == 0) if words is None else (status == 1 and words in err and not (tmp_path / "out").exists())
+
+
+def test_another_column_is_another_setting(capsys, tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = {"image": [png(1), png(2)], "other": [png(3), png(4)], "a": ["x", "y"], "b": ["y", "x"]}
+    parquet.write_table(pa.table(table), tmp_path / "t.parquet")
+    given = (capsys, tmp_path / "t.parquet", tmp_path / "out")
+    assert caption(*given, "--id-column", "a")[0] == 0
+    before = (tmp_path / "out" / "captions.jsonl").read_bytes()
+    for more in (("--id-column", "b"), ("--id-column", "a", "--image-column", "other"), ()):
+        status, _, err = caption(*given, *more)
+        assert status == 1 and "holds answers of" in err and "give another folder" in err, more
+    assert (tmp_path / "out" / "captions.jsonl").read_bytes() == before
+    status, text, _ = caption(*given, "--id-column", "a", "--image-column", "image", "--json")  # the one that was found by its name
+    assert status == 0 and json.loads(text)["new"] == 0
+
+
+def test_ids_that_are_no_values_are_named_by_file_and_row(capsys, tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    odd = {
+        "texts": pa.Array.from_buffers(pa.string(), 3, pa.array([b"x", b"caf\xe9", b"y"]).buffers()),
+        "times": pa.array([0, 2**60, 1], pa.timestamp("ms")),
+    }
+    for name, ids in odd.items():
+        parquet.write_table(pa.table({"image": [png(1)] * 3, "id": ids}), tmp_path / f"{name}.parquet")
+        first, second, third = inputs.find(tmp_path / f"{name}.parquet", None, "id").sources
+        assert second.name == f"{name}.parquet:1" and ":0" not in (first.name, third.name), name
+    assert [source.row for source in (first, second, third)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.parquet", "report.json", "captions.part", "report.part"])
+def test_folders_that_cannot_be_written_are_refused_before_the_model_runs(capsys, folder, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("dyrate_kernels.captioning.run.run", lambda *_, **__: pytest.fail("the run began"))
+    (tmp_path / "file").touch()
+    (tmp_path / "out" / name).mkdir(parents=True)
+    for out, words in (("file", "is a file; give a folder"), ("a\0b", "cannot be written"), ("out", f"{name} is a folder, but a")):
+        status, _, err = caption(capsys, folder, tmp_path / out)
+        assert status == 1 and f"--out {tmp_path / out}: " in err and words in err
 
 
 def test_places_without_pictures(capsys, tmp_path):

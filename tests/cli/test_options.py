@@ -106,6 +106,9 @@ def test_images_belong_to_a_file_and_must_be_a_folder(capsys, tmp_path, command)
     of_file = ("--data", str(tmp_path / "set.json"), *(("--suite", "gqa") if command == "eval" else ()))
     status, _, err = run(capsys, command, *given, *of_file, "--images", str(tmp_path / "nowhere"))
     assert status == 1 and "nowhere: no such folder; give the one with the pictures that" in err
+    if command != "eval":
+        status, _, err = run(capsys, command, *given, "--data", str(tmp_path / "GONE.NDJSON"), "--images", str(tmp_path))
+        assert status == 1 and "GONE.NDJSON: no such file" in err
 
 
 @pytest.mark.parametrize("command", ["compare", "eval"])

@@ -60,5 +60,8 @@ def test_a_name_that_cannot_be_written_is_refused_with_why(tmp_path):
     for name, why in (("file", "is a file; give a folder"), ("file/below", "cannot be written"), ("x" * 300, "cannot be written")):
         with pytest.raises(ValueError, match=f"--out .*{why}"):
             check_folder("--out", tmp_path / name)
+    (tmp_path / "run" / "table.part").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--out .*run: table.part is a folder, but a file will be written there; move it"):
+        check_folder("--out", tmp_path / "run", ["table", "table.part"])
     with pytest.raises(ValueError, match="--out .*cannot be written|does not exist"):
         check_file("--out", "/proc/nothing.json")

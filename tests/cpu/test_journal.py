@@ -56,6 +56,10 @@ CHANGED = {
     "no truth": {**LINE, "count": True},
     "a list of others": {**LINE, "tokens": ["a"]},
     "null": {**LINE, "name": None},
+    "too large a count": {**LINE, "count": 10**30},
+    "too large a token": {**LINE, "tokens": [1, -(10**30)]},
+    "too large a share": {**LINE, "share": 10**400},
+    "an endless share": {**LINE, "share": float("inf")},
 }
 
 

@@ -44,6 +44,27 @@ def test_a_broken_line_is_one_entry_and_is_named(line, words, tmp_path):
         read_json(tmp_path / "x.jsonl")
 
 
+@pytest.mark.parametrize("broken", [b'{"image": ', b'{"a": [', b"words", b'{"a": "caf\xe9"}', b"[" * 9, b"3"])
+@pytest.mark.parametrize("name", ["x.json", "x.JSON"])
+def test_lines_are_lines_in_any_file_though_the_first_is_broken(name, broken, tmp_path):
+    (tmp_path / name).write_bytes(broken + b"\n" + LINES.encode())
+    (place, first), *more = read_entries(tmp_path / name)
+    assert place == "line 1" and (isinstance(first, Broken) or broken == b"3")
+    assert more == [("line 2", ENTRIES[0]), ("line 3", ENTRIES[1])]
+    (tmp_path / name).write_bytes(b'words\n{"a": \n\n{"a": 1}\n')  # more of them are broken than not
+    assert [place for place, _ in read_entries(tmp_path / name)] == ["line 1", "line 2", "line 4"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[\n{"a": 1}\n', '[{"a": 1},\n{"b": 2}\n', '{\n "a": [\n  {"b": 1},\n  {}\n ]\n', '[\n{"a": 1},\n{"a": 2}\n}\n'],
+)
+def test_one_value_over_many_lines_that_is_broken_is_not_taken_for_lines(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.json is not JSON \("):
+        read_entries(tmp_path / "x.json")
+
+
 @pytest.mark.parametrize(
     "content, words",
     [

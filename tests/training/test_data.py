@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import copy
+import io
 import json
 import logging
 import os
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -156,6 +158,41 @@ def test_datasets(tmp_path, processor):
         DatasetSource(datasets.Dataset.from_dict({"text": ["a"]}))
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_pictures_of_a_dataset_are_read_as_those_of_files(tmp_path, processor, several):
+    """Damaged EXIF leaves a picture whole, 16 bits are scaled, and what is no picture is named without its place in memory."""
+    datasets = pytest.importorskip("datasets")
+    good, deep = io.BytesIO(), io.BytesIO()
+    draw(make_scene(0)).save(good, "png", exif=b"Exif\0\0II*\0\x08\0\0\0words")
+    Image.fromarray(np.full((90, 90), 40_000, "uint16")).save(deep, "png")
+    chunk = good.getvalue().index(b"eXIf")
+    contents = [good.getvalue()[: chunk + 8] + b"?" + good.getvalue()[chunk + 9 :], deep.getvalue(), b"no picture"]
+    with pytest.raises(Exception, match="0x|broken|chunk"):  # what Pillow alone makes of the first
+        datasets.Image().decode_example({"bytes": contents[0], "path": None})
+    rows = [{"bytes": content, "path": None} for content in contents]
+    name, feature = ("images", datasets.Sequence(datasets.Image())) if several else ("image", datasets.Image())
+    features = datasets.Features({name: feature, "question": datasets.Value("string"), "answer": datasets.Value("string")})
+    columns = {name: [[row] for row in rows] if several else rows, "question": ["What?"] * 3, "answer": ["One of them."] * 3}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "set"))
+    source = DatasetSource.load(str(tmp_path / "set"))
+    assert [source[place].images[0].tobytes() for place in (0, 1)] == [read_image(content).tobytes() for content in contents[:2]]
+    with pytest.raises(Unreadable, match=r"row 2: the picture .* cannot be read \(not a picture .*") as error:
+        source[2]
+    assert "0x" not in str(error.value)
+    bare = DatasetSource(datasets.Dataset.from_dict(columns, features=features).select([1]).with_format("numpy"))
+    assert bare.features is None  # a format that the caller has set stays
+
+
+def test_texts_of_a_dataset_that_are_none_are_skipped_and_other_columns_do_not_matter(processor):
+    datasets, pa = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    odd = pa.Array.from_buffers(pa.string(), 2, pa.array([b"What?", b"caf\xe9?"]).buffers())
+    data = datasets.Dataset(pa.table({"question": odd, "answer": ["A square."] * 2, "kind": ["a", "b"]}))
+    source = DatasetSource(data.cast_column("kind", datasets.ClassLabel(names=["a", "b"])))
+    assert source[0].answer == "A square."
+    with pytest.raises(Unreadable, match="row 1 cannot be read"):
+        source[1]
+
+
 def test_a_damaged_picture_in_a_dataset():
     rows = [{"image": {"bytes": b"no picture", "path": None}, "question": "What?", "answer": "This."}]
     with pytest.raises(Unreadable, match="cannot be read"):
@@ -176,6 +213,25 @@ def test_files_that_are_no_conversations(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(ValueError, match=words):
         ConversationSource(path)
+
+
+@pytest.mark.parametrize("ending", [".json", ".JSON", ".jsonl", ".JSONL", ".ndjson", ".NdJson"])
+def test_a_files_ending_in_any_case_names_conversations(folder, ending):
+    text = "".join(json.dumps(entry) + "\n" for entry in json.loads((folder / "data.json").read_text()))
+    (folder / f"lines{ending}").write_text(text)
+    source = open_source(str(folder / f"lines{ending}"), None, 1, 0)
+    assert isinstance(source, ConversationSource) and source[0].answer == "A square."
+    with pytest.raises(ValueError, match=rf"--data gone{ending}: no such file"):  # and nothing is asked of the hub
+        open_source(f"gone{ending}", None, 1, 0)
+    (folder / "lines.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"lines\.txt: a file of conversations must end in \.json, \.jsonl, \.ndjson"):
+        open_source(str(folder / "lines.txt"), None, 1, 0)
+
+
+def test_a_saved_dataset_may_be_called_as_a_file_is(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"question": ["What?"], "answer": ["This."]}).save_to_disk(str(tmp_path / "set.json"))
+    assert isinstance(open_source(str(tmp_path / "set.json"), None, 1, 0), DatasetSource)
 
 
 def test_json_lines(folder):
