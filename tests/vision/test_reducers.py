@@ -397,7 +397,7 @@ def test_a_chain_hands_on_what_is_left(make_model):
     torch.testing.assert_close(unit.values[unit.keep], torch.stack([row.value for row in want]), rtol=1e-4, atol=1e-5)
     run = TowerRun(model, "image", vision.chain("fastervlm:keep=0.5+uniform:keep=0.5"), "reference")
     with torch.no_grad():
-        (unit,) = run.reduce(run.encode(model.model.get_image_features, given, given["pixel_values"]))
+        (unit,) = run.reduce(run.layouts(run.encode(model.model.get_image_features, given, given["pixel_values"])))
     left = {crop: sum(row.crop == crop and row.patch >= 0 for row in rows) for crop in {row.crop for row in rows} - {-1}}
     newlines = sum(row.patch < 0 for row in rows)
     assert int(unit.keep.sum()) == newlines + sum(independent.count_of(count, 0.5) for count in left.values())
