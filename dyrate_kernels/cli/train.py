@@ -50,7 +50,7 @@ def run(given: argparse.Namespace) -> int:
 
     import_transformers("trainer")
     from dyrate_kernels.files import check_folder, printable
-    from dyrate_kernels.training.predictor import Options, train_predictor
+    from dyrate_kernels.training.predictor import OUTPUTS, Options, train_predictor
 
     options = Options(
         k=given.k, rates=common.parse_value(given.rates), num_rates=given.num_rates, text=given.text_aware, spread=given.spread,
@@ -61,7 +61,7 @@ def run(given: argparse.Namespace) -> int:
     )  # fmt: skip
     if printable(given.out) != given.out:
         raise ValueError(f"--out {given.out}: a name that is not UTF-8, which safetensors cannot write; give another")
-    check_folder("--out", given.out)
+    check_folder("--out", given.out, OUTPUTS)
     source = common.open_source(given, 4000)
     model, processor = common.load_model(given)
     if not given.json and os.environ.get("RANK", "0") == "0":

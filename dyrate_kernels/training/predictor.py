@@ -32,7 +32,7 @@ from dyrate_kernels.files import locked, write_json
 from dyrate_kernels.flops import fastv_layer
 from dyrate_kernels.json_files import read_json
 from dyrate_kernels.policies.base import ModelShape, check_fraction, check_k_range
-from dyrate_kernels.predictor import DyRatePredictor, check_rates, named_rates
+from dyrate_kernels.predictor import CONFIG_FILE, WEIGHTS_FILE, DyRatePredictor, check_rates, named_rates
 from dyrate_kernels.training.data import Collator, Example, Rows
 from dyrate_kernels.training.masked_pass import Answer, gumbel, take_likeliest, training_hooks
 
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 SUMMARY = "training.json"
+OUTPUTS = (WEIGHTS_FILE, CONFIG_FILE, SUMMARY, *(f"{name}.part" for name in (WEIGHTS_FILE, CONFIG_FILE)), "training.part")
+"""Files that a run writes into its folder."""
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,8 @@ def test_files_of_the_other_commands_are_looked_at_before_the_model_runs(capsys,
     (tmp_path / "report" / "shapes.md").mkdir(parents=True)
     (tmp_path / "report2" / "shapes-curves.png").mkdir(parents=True)
     (tmp_path / "out" / "table.json").mkdir(parents=True)
+    for name in ("training.json", "dyrate_predictor.safetensors", "training.part"):
+        (tmp_path / name / name).mkdir(parents=True)
     fine = str(tmp_path / "fine")
     for given, words in (
         (("eval", "--out", str(tmp_path / "file")), "--out .*file: is a file; give a folder"),
@@ -182,6 +184,9 @@ def test_files_of_the_other_commands_are_looked_at_before_the_model_runs(capsys,
         (("eval", "--out", fine, "--report", str(tmp_path / "report")), "--report .*shapes.md: is a folder"),
         (("eval", "--out", fine, "--report", str(tmp_path / "report2")), "--report .*shapes-curves.png: is a folder"),
         (("train", "--out", str(tmp_path / "file" / "x"), "--target-keep", "0.5"), "--out .*x: cannot be written"),
+        (("train", "--out", str(tmp_path / "training.json"), "--target-keep", "0.5"), "--out .*: training.json is a folder, but"),
+        (("train", "--out", str(tmp_path / "training.part"), "--target-keep", "0.5"), "--out .*: training.part is a folder, but"),
+        (("train", "--out", str(tmp_path / "dyrate_predictor.safetensors"), "--target-keep", "0.5"), "safetensors is a folder, but"),
         (("bench", "e2e", "--out", str(tmp_path)), "--out .*: is a folder"),
         (("bench", "e2e", "--out", str(tmp_path / "no" / "x.json")), "the folder .*no does not exist"),
     ):
