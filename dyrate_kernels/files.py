@@ -53,7 +53,7 @@ def check_file(name: str, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{name} {path}: is a folder; give the name of a file")
     there = os.path.exists(place)
     try:
-        with place.open("ab"):
+        with open(path, "ab"):  # the name as it was given: a Path would lose a slash at its end
             pass
         if not there:
             Path(os.path.realpath(place)).unlink()

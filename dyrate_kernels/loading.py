@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
+import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -66,6 +69,27 @@ def load_model(
     if kind != "auto":
         model = model.to(kind)
     return model.to(device).eval(), processor
+
+
+def full_name(name: str) -> str:
+    """A folder's whole path, for two folders may end alike; a hub id as it is."""
+    return os.path.realpath(name) if os.path.isdir(name) else name
+
+
+def model_name(model: Any) -> str:
+    """Enough to tell one model from another: its class, where it is from, its size, its dtype, and how its weights were rounded."""
+    from dyrate_kernels.demo import DEMO_FOLDER
+
+    config = model.config.get_text_config()
+    name = full_name(str(model.config._name_or_path))
+    name = DEMO_FOLDER.name if name == full_name(str(DEMO_FOLDER)) else name
+    found = f"{type(model).__name__} {name} {config.num_hidden_layers}x{config.hidden_size} {model.dtype}"
+    rounded = getattr(model.config, "quantization_config", None)
+    if rounded is None:
+        return found
+    rounded = rounded if isinstance(rounded, dict) else rounded.to_dict()
+    method = getattr(rounded.get("quant_method"), "value", rounded.get("quant_method"))
+    return f"{found} {method} {hashlib.sha256(json.dumps(rounded, sort_keys=True, default=str).encode()).hexdigest()[:8]}"
 
 
 def check_name(name: str | None) -> None:

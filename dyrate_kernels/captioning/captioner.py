@@ -12,6 +12,7 @@ from typing import Any
 
 from dyrate_kernels.captioning.inputs import Source, payloads
 from dyrate_kernels.files import printable
+from dyrate_kernels.loading import full_name
 from dyrate_kernels.pictures import MAX_PIXELS, UnreadableError, read_picture
 
 _READERS = 4  # threads that decode pictures
@@ -52,8 +53,9 @@ class Task:
     def setting(self) -> dict[str, str]:
         """What captions depend on: captions of another setting do not belong into one file."""
         reducers = None if self.vision is None else "+".join(map(str, self.vision))
+        model = "bundled" if self.model is None else full_name(self.model)
         given = {"images": self.images, "column": self.column, "id_column": self.id_column, "max_pixels": self.max_pixels,
-                 "model": self.model or "bundled", "dtype": self.dtype, "quantize": self.quantize, "policy": self.policy,
+                 "model": model, "dtype": self.dtype, "quantize": self.quantize, "policy": self.policy,
                  "retention": self.retention, "vision": reducers, "prompt": self.prompt, "max_new_tokens": self.max_new_tokens}  # fmt: skip
         return {name: str(value) for name, value in given.items()}
 

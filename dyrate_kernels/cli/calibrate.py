@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
     common.add_common(parser)
     common.add_model(parser)
     common.add_data(parser)
-    common.add_limit(parser, "examples that can be used", "--samples", default=20)
+    common.add_limit(parser, "examples", "--samples", default=20)
     parser.add_argument("--eta", type=float, default=0.003, help="largest mean KL divergence of the next token, in nats; default: 0.003")
     parser.set_defaults(run=run)
 
@@ -24,7 +24,7 @@ def run(given: argparse.Namespace) -> int:
     """Does it."""
     from dyrate_kernels.training.layer_search import search_layer
 
-    source = common.open_source(given, given.limit, cut=False)
+    source = common.open_source(given, given.limit)
     model, processor = common.load_model(given)
     settings = {"policy": "vtw", "k": f"1 to {model.config.get_text_config().num_hidden_layers - 1}", "retention": "evict"}
     if not given.json:

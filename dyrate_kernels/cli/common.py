@@ -143,12 +143,11 @@ def check_images(images: str | None, data: str | None, source: str) -> None:
         raise ValueError(f"--images {images}: no such folder; give the one with the pictures that {data} names")
 
 
-def open_source(given: argparse.Namespace, scenes: int, cut: bool = True) -> Any:
+def open_source(given: argparse.Namespace, scenes: int) -> Any:
     """The examples that ``--data`` names, the first ``--limit`` of them.
 
     Args:
         scenes: of shapes, where ``--limit`` does not say.
-        cut: False: the limit counts what can be used, so more are looked at.
     """
     from dyrate_kernels.training import data
 
@@ -156,7 +155,7 @@ def open_source(given: argparse.Namespace, scenes: int, cut: bool = True) -> Any
     named = given.data if data.names_file(given.data) else None
     check_images(given.images, named, "drawn scenes" if drawn else "a dataset")
     source = data.open_source(given.data, given.images, given.limit or scenes, given.seed, given.split)
-    return source if drawn or not cut or given.limit is None else First(source, given.limit)
+    return source if drawn or given.limit is None else First(source, given.limit)
 
 
 class First(Sequence):

@@ -26,7 +26,8 @@ def parse(text: str, retention: str = "recoverable", vision: str | None = None, 
         files: labels are names of files, too.
 
     Raises:
-        ValueError, TypeError: there is none, one is unknown or has wrong options, or two have one name.
+        ValueError, TypeError: there is none, one is unknown or has wrong options, or two have one name, or another than
+            the unpruned model is named ``none``.
     """
     from dyrate_kernels import policies
     from dyrate_kernels.evaluation.runner import Contender
@@ -37,6 +38,8 @@ def parse(text: str, retention: str = "recoverable", vision: str | None = None, 
         name, _, asked = part.partition("@")
         if asked not in ("", *RETENTIONS):
             raise ValueError(f"--policies: retention must be {' or '.join(RETENTIONS)}, got {asked!r} in {part!r}")
+        if label == "none" and part != "none":
+            raise ValueError(f"--policies: 'none' is the unpruned model's row; give {part!r} another name behind ' as '")
         label = re.sub(r"[^\w.=@+-]+", "_", label or part) if files else label or part
         if name.split(":")[0] == "downsample":
             found.append(Contender(label, policies.KeepAll(), side=_side(name)))

@@ -62,6 +62,23 @@ def with_unpruned(text: str) -> list[Any]:
     return [Contender("none", policies.KeepAll()), *found]
 
 
+def label_at(contender: Any, cost: float) -> str:
+    """The row of a contender that is tuned to a cost."""
+    return f"{contender.label}@{100 * cost:g}"
+
+
+def check_labels(labels: list[str], paths: list[Path]) -> None:
+    """ValueError where two rows would have one name, or a row's answers cannot be written to the file that has its name."""
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"--policies, --also and --cost make two rows of one name: {', '.join(twice)}; ' as NAME' names a row")
+    for path in paths:
+        try:
+            check_file("--policies", path)
+        except ValueError as error:
+            raise ValueError(f"{error}; ' as NAME' names a row and its file") from None
+
+
 def run(given: argparse.Namespace) -> int:
     """Does it."""
     from dyrate_kernels.cli import eval_lmms
@@ -83,6 +100,9 @@ def run(given: argparse.Namespace) -> int:
     suite, others, about = open_suite(given, bool(costs))
     check_folder("--out", folder)
     check_file("--out", folder / "table.json")
+    tuned = [label_at(contender, cost) for cost in costs for contender in chosen[1:]]
+    labels = ["none", *(tuned or [each.label for each in chosen[1:]]), *(each.label for each in more)]
+    check_labels(labels, [folder / f"{label}.jsonl" for label in labels])
     if given.report is not None:
         check_folder("--report", given.report)
         for name in report.names(suite.name):
@@ -230,7 +250,7 @@ def costs_in(text: str | None) -> list[float]:
         if not 0.0 < cost <= 1.0:
             raise ValueError(f"--cost must be percentages in (0, 100], e.g. 57.9,33.3,20, got {part!r}")
         found.append(cost)
-    if len(set(found)) < len(found):
+    if len({f"{100 * cost:g}" for cost in found}) < len(found):  # rows are named so
         raise ValueError(f"--cost names one twice: {text}")
     return found
 
@@ -299,7 +319,7 @@ def _at_costs(
     for step in (check, at):  # what can be told without a question is told before the first one
         for contender, cost in [*left]:
             try:
-                made = step(contender, cost, f"{contender.label}@{100 * cost:g}")
+                made = step(contender, cost, label_at(contender, cost))
                 found += [] if made is None else [made]
             except ValueError as error:
                 refused.append(str(error))

@@ -22,9 +22,11 @@ def run(given: argparse.Namespace, chosen: list[Any], folder: Path, say: Any) ->
             raise ValueError(f"--{name} is not there for --suite lmms-eval; leave it out, or give a data set's own file (--suite gqa)")
     if importlib.util.find_spec("lmms_eval") is None:
         raise RuntimeError("--suite lmms-eval needs the package lmms-eval: pip install 'dyrate-kernels[lmms-eval]'")
-    from dyrate_kernels.cli.eval import introduce
-    from dyrate_kernels.evaluation.lmms import evaluate
+    from dyrate_kernels.cli.eval import check_labels, introduce
+    from dyrate_kernels.evaluation.lmms import evaluate, stem_of
 
+    stems = [stem_of(contender, task) for contender in chosen for task in tasks]
+    check_labels([], [folder / f"{stem}.{ending}" for stem in stems for ending in ("json", "jsonl")])
     model, processor = common.load_model(given)
     settings = introduce(given, model, chosen)
     found = evaluate(

@@ -33,12 +33,12 @@ from transformers import StoppingCriteria
 
 from dyrate_kernels import answering, policies
 from dyrate_kernels.evaluation.cider import tokenize
-from dyrate_kernels.evaluation.runner import Contender, encode, model_name
+from dyrate_kernels.evaluation.runner import Contender, encode
 from dyrate_kernels.evaluation.suite import Item
 from dyrate_kernels.files import write_json
 from dyrate_kernels.journal import Journal
 from dyrate_kernels.json_files import read_json
-from dyrate_kernels.loading import load_model, parse_value
+from dyrate_kernels.loading import load_model, model_name, parse_value
 from dyrate_kernels.pictures import UnreadableError, read_picture, whole_pictures
 from dyrate_kernels.vision import chain
 
@@ -341,6 +341,11 @@ def costs_of(requests: Iterable[Request]) -> dict[str, float | None]:
     }
 
 
+def stem_of(contender: Contender, task: str) -> str:
+    """The name of the two files of a contender's answers to a task, without their endings."""
+    return f"{contender.label}.{re.sub(r'[^-+.@=a-zA-Z0-9_]+', '_', task)}"
+
+
 def evaluate(
     model: Any, processor: Any, contenders: Sequence[Contender], tasks: Sequence[str], folder: Path, *, batch_size: int = 8,
     backend: str = "auto", limit: int | None = None, include_path: str | None = None, progress: Callable[[str], None] | None = None,
@@ -381,7 +386,7 @@ def evaluate(
                 raise ValueError(f"{contender.label}: a coarser picture is not run by lmms-eval; leave it out")
             if progress is not None:
                 progress(f"{task}: {contender.label}")
-            stem = f"{contender.label}.{re.sub(r'[^-+.@=a-zA-Z0-9_]+', '_', task)}"
+            stem = stem_of(contender, task)
             runner = DyRate.of(model, processor, contender, batch_size, backend, folder / f"{stem}.jsonl")
             found[contender.label] |= _evaluate_one(runner, task, manager, folder / f"{stem}.json", limit)
     return found

@@ -17,6 +17,7 @@ from dyrate_kernels import answering, chat, flops
 from dyrate_kernels.evaluation.downsample import downsampled, thin
 from dyrate_kernels.evaluation.suite import Item, Suite
 from dyrate_kernels.journal import Journal
+from dyrate_kernels.loading import model_name
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.patching.api import Handle, patch, shape_for
 from dyrate_kernels.policies.base import ModelShape, Policy
@@ -115,6 +116,7 @@ def run(
     """
     names = [suite[index].name for index in range(len(suite))]
     setting = {"suite": suite.name, "policy": str(contender.policy), "retention": contender.retention, "model": model_name(model)}
+    setting |= getattr(suite, "where", {})  # a data set's files number their questions alike
     if contender.side is not None:
         setting["side"] = str(contender.side)
     if contender.vision:
@@ -243,14 +245,6 @@ class _Clock(LogitsProcessor):
 def encode(processor: Any, items: Sequence[Item], model: Any = None) -> dict[str, torch.Tensor]:
     """Model inputs of several questions (``chat.encode``)."""
     return chat.encode(processor, [chat.render(processor, item.messages) for item in items], [item.images for item in items], model)
-
-
-def model_name(model: Any) -> str:
-    """Enough to tell one model from another."""
-    config = model.config.get_text_config()
-    return (
-        f"{type(model).__name__} {Path(str(model.config._name_or_path)).name} {config.num_hidden_layers}x{config.hidden_size} {model.dtype}"
-    )
 
 
 def _answers(journal: Journal, names: set[str]) -> dict[str, Answer]:

@@ -44,7 +44,7 @@ def search_layer(
     samples: int = 20,
     progress: Callable[[int, int], None] | None = None,
 ) -> LayerSearch:
-    """Tries K = 1 .. L-1 on the first ``samples`` usable examples: one pruned prefill each.
+    """Tries K = 1 .. L-1 on those of the first ``samples`` examples that can be used: one pruned prefill each.
 
     Raises:
         ValueError: a bad option, or no example can be used.
@@ -57,9 +57,10 @@ def search_layer(
     layers = range(1, model.config.get_text_config().num_hidden_layers)
     total = torch.zeros(len(layers), dtype=torch.float64)
     used = skipped = 0
-    for index in range(len(source)):
-        if used == samples:
-            break
+    count = min(samples, len(source))
+    for index in range(count):
+        if progress is not None:
+            progress(index, count)
         try:
             example = source[index]
         except Unreadable:
@@ -74,10 +75,10 @@ def search_layer(
             with patch(model, VTW(k=k), retention="evict"):
                 total[place] += divergence(whole, _next_token(model, inputs))
         used += 1
-        if progress is not None:
-            progress(used, samples)
+    if progress is not None:
+        progress(count, count)
     if not used:
-        raise ValueError(f"none of the {len(source)} examples can be used: each needs a picture that can be read")
+        raise ValueError(f"none of the {count} examples can be used: each needs a picture that can be read")
     mean = {k: float(value) / used for k, value in zip(layers, total, strict=True)}
     return LayerSearch(next((k for k in layers if mean[k] <= eta), None), mean, eta, used, skipped)
 

@@ -125,6 +125,16 @@ def test_another_setting_and_another_run_are_refused(capsys, folder, tmp_path):
     assert caption(capsys, folder, out)[0] == 0 and len(lines(out)) == 12
 
 
+def test_a_model_in_a_folder_is_told_by_its_whole_path(tmp_path, monkeypatch):
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name / "final").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / name)
+        found += [Task(model="final").setting()["model"], Task(model=str(tmp_path / name / "final")).setting()["model"]]
+    assert found[0] == found[1] != found[2] == found[3]
+    assert [Task(model=name).setting()["model"] for name in (None, "org/name")] == ["bundled", "org/name"]
+
+
 def test_a_killed_run_goes_on(tmp_path):
     """The process is killed in the middle, its last line cut; the next run leaves each picture there once."""
     place, out = tmp_path / "pictures", tmp_path / "out"

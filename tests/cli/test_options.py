@@ -119,7 +119,8 @@ def test_policies_have_one_grammar(capsys, tmp_path, picture, command):
         ("", "--policies is empty; name at least one"), ("fixed,fixed", "--policies names one twice: fixed,fixed"),
         ("fixed@never", "--policies: retention must be recoverable or evict, got 'never'"), ("poem", "policy must be one of"),
         ("downsample:side=0", "downsample takes one option, side"), ("fixed:rate", "a policy's options are NAME=VALUE, got 'rate'"),
-        ("none+poem", "reducer must be one of"),
+        ("none+poem", "reducer must be one of"), ("fixed as none", "'none' is the unpruned model's row; give 'fixed' another name"),
+        ("none+random as none", "'none' is the unpruned model's row"), ("downsample as none", "'none' is the unpruned model's row"),
     ):  # fmt: skip
         status, _, err = run(capsys, *given, "--policies", text)
         assert status == 1 and words in err, text
@@ -159,13 +160,14 @@ def test_the_plot_that_is_reported_is_the_file_that_was_written(capsys, picture,
         ("kept.", "the name has no ending"),
         ("nowhere/kept.png", "the folder .*nowhere does not exist"),
         ("folder.png", "is a folder"),
+        ("new.png/", "cannot be written"),
     ],
 )
 def test_a_plot_that_cannot_be_is_refused_before_the_model_runs(capsys, picture, tmp_path, monkeypatch, name, words):
     (tmp_path / "folder.png").mkdir()
     monkeypatch.setattr(common, "load_model", lambda given: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=f"--plot .*{words}"):
-        main(["generate", "--image", picture, "--plot", str(tmp_path / name), "--debug"])
+        main(["generate", "--image", picture, "--plot", f"{tmp_path}/{name}", "--debug"])
     assert [each.name for each in tmp_path.iterdir()] == ["folder.png"]
 
 
@@ -177,12 +179,21 @@ def test_files_of_the_other_commands_are_looked_at_before_the_model_runs(capsys,
     (tmp_path / "out" / "table.json").mkdir(parents=True)
     for name in ("training.json", "dyrate_predictor.safetensors", "training.part"):
         (tmp_path / name / name).mkdir(parents=True)
+    (tmp_path / "rows" / "fixed.jsonl").mkdir(parents=True)
+    (tmp_path / "rows" / "fixed_k=1@80.jsonl").mkdir()
     fine = str(tmp_path / "fine")
     for given, words in (
         (("eval", "--out", str(tmp_path / "file")), "--out .*file: is a file; give a folder"),
         (("eval", "--out", str(tmp_path / "out")), "--out .*table.json: is a folder"),
         (("eval", "--out", fine, "--report", str(tmp_path / "report")), "--report .*shapes.md: is a folder"),
         (("eval", "--out", fine, "--report", str(tmp_path / "report2")), "--report .*shapes-curves.png: is a folder"),
+        (("eval", "--out", str(tmp_path / "rows"), "--policies", "fixed"), "--policies .*fixed.jsonl: is a folder.*' as NAME' names a row"),
+        (("eval", "--out", str(tmp_path / "rows"), "--policies", "fixed:k=1", "--cost", "80"), "--policies .*@80.jsonl: is a folder"),
+        (("eval", "--out", str(tmp_path / "rows"), "--policies", "random", "--cost", "80", "--also", "fixed"), "fixed.jsonl: is a folder"),
+        (("eval", "--out", fine, "--policies", "fastv as " + "x" * 300), "--policies .*File name too long.*' as NAME' names a row"),
+        (("eval", "--out", fine, "--policies", f"dyrate:predictor=/{'x/' * 150}"), "--policies .*File name too long"),
+        (("eval", "--out", fine, "--policies", "fixed:k=1", "--cost", "80", "--also", "random as fixed_k=1@80"), "two rows of one name"),
+        (("eval", "--out", fine, "--policies", "fixed:k=1", "--cost", "80,80.00000001"), "--cost names one twice"),
         (("train", "--out", str(tmp_path / "file" / "x"), "--target-keep", "0.5"), "--out .*x: cannot be written"),
         (("train", "--out", str(tmp_path / "training.json"), "--target-keep", "0.5"), "--out .*: training.json is a folder, but"),
         (("train", "--out", str(tmp_path / "training.part"), "--target-keep", "0.5"), "--out .*: training.part is a folder, but"),
@@ -268,7 +279,7 @@ def test_a_run_in_which_no_picture_can_be_read_fails(capsys, demo, tmp_path):
     quick = ("--steps", "1", "--batch-size", "1", "--target-keep", "0.5", "--k", "1")
     for given, why in (
         (("train", "--out", str(tmp_path / "a"), "--data", str(tmp_path / "all.json"), *quick), "none of the 3 examples can be used"),
-        (("train", "--out", str(tmp_path / "b"), "--data", str(tmp_path / "words.json"), *quick), "shows a picture"),
+        (("train", "--out", str(tmp_path / "b"), "--data", str(tmp_path / "words.json"), *quick), "none of the 4 examples has a picture"),
         (("calibrate", "--data", str(tmp_path / "words.json")), "none of the 4 examples can be used"),
         (("eval", "--out", str(tmp_path / "c"), "--suite", "pope", "--data", str(tmp_path / "pope.json"), "--policies", "fixed"), "0.png"),
     ):

@@ -50,13 +50,15 @@ def test_a_name_that_cannot_be_written_is_refused_with_why(tmp_path):
     for name, why in (
         ("missing/x.json", "the folder .*missing does not exist; make it first"),
         (".", "is a folder; give the name of a file"),
+        ("new.png/", "cannot be written"),
+        ("new.png/.", "cannot be written"),
         ("file/x.json", "the folder .*file does not exist"),
         ("loop", "cannot be written"),
         ("x" * 300, "cannot be written"),
         ("nul\0.json", "cannot be written"),
     ):
         with pytest.raises(ValueError, match=f"--out .*{why}"):
-            check_file("--out", tmp_path / name)
+            check_file("--out", f"{tmp_path}/{name}")
     for name, why in (("file", "is a file; give a folder"), ("file/below", "cannot be written"), ("x" * 300, "cannot be written")):
         with pytest.raises(ValueError, match=f"--out .*{why}"):
             check_folder("--out", tmp_path / name)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 
 import dyrate_kernels as dk
-from dyrate_kernels.evaluation import runner
+from dyrate_kernels.evaluation import runner, suites
 from dyrate_kernels.evaluation.runner import Contender, run
 from dyrate_kernels.evaluation.suite import ShapesSuite
 from dyrate_kernels.measuring import timing
+from tests.evaluation.datasets_as_published import publish
 
 P = dk.policies
 
@@ -111,6 +113,40 @@ def test_a_killed_run_goes_on(demo, suite, tmp_path, monkeypatch):
     assert run(*demo, suite, contender, tmp_path / "killed") == again and len(asked) == 5  # nothing left to ask
     with pytest.raises(ValueError, match="holds answers of"):
         run(*demo, suite, Contender("fastv", P.FastV(k=2, rate=0.25)), tmp_path / "killed")
+
+
+def test_answers_of_another_model_or_data_set_are_not_taken_for_this_ones(demo, suite, tmp_path):
+    """Folders of one name, weights that were rounded while they were loaded, files whose questions have the same numbers."""
+    contender, model = Contender("none", P.KeepAll()), demo[0]
+    part = ShapesSuite(1, tasks=("colour",))
+    original = model.config._name_or_path
+    try:
+        for name in ("a", "b"):
+            (tmp_path / name / "final").mkdir(parents=True)
+        model.config._name_or_path = str(tmp_path / "a" / "final")
+        run(*demo, part, contender, tmp_path / "out")
+        model.config._name_or_path = os.path.relpath(tmp_path / "a" / "final")
+        run(*demo, part, contender, tmp_path / "out")  # the same folder by another name
+        model.config._name_or_path = str(tmp_path / "b" / "final")
+        with pytest.raises(ValueError, match="holds answers of .*/a/final .*this run is of .*/b/final "):
+            run(*demo, part, contender, tmp_path / "out")
+        model.config._name_or_path = str(tmp_path / "a" / "final")
+        for rounded in ({"quant_method": "torchao", "bits": 8}, {"quant_method": "torchao", "bits": 4}):
+            model.config.quantization_config = rounded
+            with pytest.raises(ValueError, match="holds answers of .*this run is of .* torchao "):
+                run(*demo, part, contender, tmp_path / "out")
+            run(*demo, part, contender, tmp_path / f"bits {rounded['bits']}")
+        with pytest.raises(ValueError, match="torchao .*this run is of .* torchao "):
+            run(*demo, part, contender, tmp_path / "bits 8")
+    finally:
+        model.config._name_or_path = original
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    files = [publish("pope", tmp_path / name, 1) for name in ("one", "two")]
+    run(*demo, suites.get("pope", *files[0]), contender, tmp_path / "pope")
+    for file, images in ((files[1][0], files[0][1]), (files[0][0], files[1][1])):
+        with pytest.raises(ValueError, match="holds answers of .*/one.*this run is of .*/two"):
+            run(*demo, suites.get("pope", file, images), contender, tmp_path / "pope")
 
 
 def test_errors_are_raised_not_counted_as_wrong(demo, tmp_path):

@@ -52,6 +52,9 @@ def test_examples_without_a_picture_are_skipped(demo):
     words = Example("words", [chat.user("Hello.")], [], "Hi there.")
     found = search_layer(*demo, [words, ShapesSource(1)[0]], samples=5)
     assert (found.samples, found.skipped) == (1, 1)
+    said = []
+    found = search_layer(*demo, [words, *ShapesSource(3)], samples=2, progress=lambda *given: said.append(given))
+    assert (found.samples, found.skipped, said[-1]) == (1, 1, (2, 2))  # the first two, as a limit means everywhere
     with pytest.raises(ValueError, match="none of the 1 examples"):
         search_layer(*demo, [words])
     for wrong in ({"samples": 0}, {"eta": -1.0}, {"eta": float("nan")}):

@@ -170,6 +170,11 @@ class FileSuite(ABC):
         return suite
 
     @property
+    def where(self) -> dict[str, str]:
+        """The whole paths of what is read, to tell answers to one file's questions from those to another's."""
+        return {"data": os.path.realpath(self.file), "images": os.path.realpath(self.images)}
+
+    @property
     def long(self) -> frozenset[str]:
         """Groups whose answers are long."""
         return frozenset(question.group for question in self.questions) if self.captions else frozenset()
