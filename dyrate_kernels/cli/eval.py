@@ -204,7 +204,9 @@ def open_suite(given: argparse.Namespace, calibrates: bool) -> tuple[Any, Any, d
         tasks = shapes.TASKS if given.tasks is None else tuple(task.strip() for task in given.tasks.split(","))
         scenes = 100 if given.limit is None else given.limit
         seed = given.seed
-        others: Any = ShapesSuite(CALIBRATION, (seed + 500_000) % 10**6, ("describe",)) if calibrates else None
+        # a cost is that of an answer's whole length: of the long answers where there are any, else of those that are asked
+        long = tuple(task for task in tasks if task in ShapesSuite.long) or tasks
+        others: Any = ShapesSuite(CALIBRATION, (seed + 500_000) % 10**6, long) if calibrates else None
         return ShapesSuite(scenes, seed, tasks), others, {"seed": seed, "scenes": scenes}
     if given.suite not in suites.names():
         raise ValueError(f"--suite must be one of shapes, {', '.join(suites.names())}, lmms-eval, got {given.suite!r}")

@@ -90,7 +90,7 @@ def check_reachable(model: Any, contender: Contender, target: float) -> int:
     first = contender.bound(model).at_strength(1.0, layers).layer_groups(layers)[0]
     if not contender.vision and first / layers > target + WITHIN:
         spared = _PREFILL if contender.retention == "recoverable" else 0.0
-        raise ValueError(_refusal(contender, target, first, layers, f"at least {100 * first / layers:.1f}", spared))
+        raise ValueError(_refusal(contender, target, first, layers, f"{100 * first / layers:.1f} to 100.0", spared))
     return first
 
 

@@ -80,13 +80,15 @@ def check_supported(model: Any) -> Family:
     config = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
     supported = f"supported: {', '.join(sorted(FAMILIES))}"
-    if not issubclass(type(model), PreTrainedModel) or name is None:
-        raise TypeError(
-            "model must be a transformers vision-language model itself, not what wraps or stands for one, "
-            f"got {type(model).__name__}; {supported}"
-        )
+    if not issubclass(type(model), nn.Module) or name is None:
+        raise TypeError(f"model must be a transformers vision-language model, got {type(model).__name__}; {supported}")
     if name not in FAMILIES:
         raise TypeError(f"model of type {name!r} ({type(model).__name__}) is not supported; {supported}")
+    if not issubclass(type(model), PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers model itself, not what wraps or stands for one, got {type(model).__name__}; "
+            "patch the model inside"
+        )
     if not hasattr(model, "generate") or not hasattr(model, "lm_head"):
         raise TypeError(
             f"model must be the ...ForConditionalGeneration class, got {type(model).__name__}: "

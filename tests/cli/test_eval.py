@@ -113,7 +113,7 @@ def test_damaged_tuning_is_named(capsys, tmp_path, content):
 def test_a_cost_that_cannot_be_met_is_refused_before_anything_is_asked_or_left_out_by_name(capsys, tmp_path):
     given = ("--out", str(tmp_path), "--scenes", "2", "--tasks", "describe,colour", "--cost", "33.3")
     status, out, err = run(capsys, *given, "--policies", "fixed:k=1,fastv,downsample:side=3 as coarse,vtw@evict")
-    words = "fastv cannot cost 33.3 %: pruning from layer 3 of 6 on it costs at least 50.0 %; with k=1 it can"
+    words = "fastv cannot cost 33.3 %: pruning from layer 3 of 6 on it costs 50.0 to 100.0 %; with k=1 it can"
     assert status == 1 and words in err and "answers:" not in out
     assert not [*tmp_path.glob("*.jsonl")] and not (tmp_path / "tuned.json").exists()
     status, _, err = run(capsys, "--out", str(tmp_path), "--cost", "57.9", "--policies", "downsample,vtw@evict,none+downsample as +small")
@@ -134,3 +134,12 @@ def test_a_cost_that_cannot_be_met_is_refused_before_anything_is_asked_or_left_o
     where = "Pruned from layer 1 on: fixed_k=1; from layer 2 on: vtw@evict."
     assert table["first_layers"] == {"fixed_k=1@33.3": 1, "vtw@evict@33.3": 2} and where in out and where in text
     assert "| vtw@evict | - |" in text.partition("## short")[2]
+
+
+def test_costs_are_those_of_the_tasks_that_are_asked(capsys, tmp_path):
+    """Answers of two tokens cost more than long ones, whose prompt weighs less."""
+    status, _, err = run(capsys, "--out", str(tmp_path), "--limit", "6", "--tasks", "colour", "--cost", "80", "--policies", "fixed:k=1")
+    assert status == 0, err
+    lines = [line for line in json.loads((tmp_path / "table.json").read_text())["lines"] if line["label"] != "none"]
+    assert {line["label"] for line in lines} == {"fixed_k=1@80"}
+    assert all(abs(line["visual_share"] - 0.8) < 0.02 for line in lines)
