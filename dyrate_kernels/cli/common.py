@@ -164,6 +164,14 @@ class First(Sequence):
     def __init__(self, source: Sequence[Any], count: int) -> None:
         self.source, self.count = source, min(count, len(source))
 
+    @property
+    def origin(self) -> str:
+        """Enough to tell it from another source."""
+        from dyrate_kernels.training.data import origin_of
+
+        cut = self.count < len(self.source)
+        return f"the first {self.count} of {origin_of(self.source)}" if cut else origin_of(self.source)
+
     def __len__(self) -> int:
         return self.count
 

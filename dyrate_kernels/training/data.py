@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -66,6 +67,11 @@ class ShapesSource(Sequence[Example]):
             raise ValueError(f"count must be at least 1, got {count}")
         self.count, self.seed, self.describe, self.size = count, seed, describe, size
 
+    @property
+    def origin(self) -> str:
+        """Enough to tell it from another source."""
+        return f"shapes: {self.count} examples, seed {self.seed}, {self.describe:g} described, size {self.size}"
+
     def __len__(self) -> int:
         return self.count
 
@@ -122,6 +128,12 @@ class ConversationSource(Sequence[Example]):
                 f"{self.path} holds no answer: expected a list of entries with conversations of 'human' and 'gpt' turns{first}"
             )
 
+    @property
+    def origin(self) -> str:
+        """Enough to tell it from another source; the file's content counts, too."""
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+        return f"{os.path.realpath(self.path)} ({digest}), pictures in {os.path.realpath(self.folder)}"
+
     def __len__(self) -> int:
         return len(self.places)
 
@@ -148,6 +160,7 @@ class DatasetSource(Sequence[Example]):
 
     def __init__(self, data: Any, folder: str | os.PathLike[str] = ".") -> None:
         self.data, self.folder, self.features = data, Path(folder), None
+        self.fingerprint = getattr(data, "_fingerprint", None)  # datasets' own: of the content, and of what was done to it
         if not len(data):
             raise ValueError("the dataset is empty")
         names = set(data.column_names) if hasattr(data, "column_names") else set(data[0])
@@ -173,6 +186,12 @@ class DatasetSource(Sequence[Example]):
                 raise ValueError(f"{name} has the splits {sorted(loaded)}, not {split!r}")
             loaded = loaded[split]
         return cls(loaded)
+
+    @property
+    def origin(self) -> str:
+        """Enough to tell it from another source."""
+        made = "" if self.fingerprint is None else f", fingerprint {self.fingerprint}"
+        return f"a dataset of {len(self)} rows{made}"
 
     def __len__(self) -> int:
         return len(self.data)
@@ -399,6 +418,11 @@ class Collator:
 def names_file(text: str) -> bool:
     """Whether ``--data`` names a file of conversations, there or missing, by its ending."""
     return text.lower().endswith(SUFFIXES) and not os.path.isdir(text)
+
+
+def origin_of(source: Sequence[Example]) -> str:
+    """What a source is of, as it says itself (an attribute ``origin``), or else of how many examples."""
+    return str(getattr(source, "origin", f"{type(source).__name__} of {len(source)} examples"))
 
 
 def open_source(text: str, images: str | None, count: int, seed: int, split: str = "train") -> Sequence[Example]:

@@ -31,9 +31,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from dyrate_kernels.files import locked, write_json
 from dyrate_kernels.flops import fastv_layer
 from dyrate_kernels.json_files import read_json
+from dyrate_kernels.loading import model_name
 from dyrate_kernels.policies.base import ModelShape, check_fraction, check_k_range
 from dyrate_kernels.predictor import CONFIG_FILE, WEIGHTS_FILE, DyRatePredictor, check_rates, named_rates
-from dyrate_kernels.training.data import Collator, Example, Rows
+from dyrate_kernels.training.data import Collator, Example, Rows, origin_of
 from dyrate_kernels.training.masked_pass import Answer, gumbel, take_likeliest, training_hooks
 
 logger = logging.getLogger(__name__)
@@ -286,7 +287,8 @@ def train_predictor(
         source: examples (``training.data``).
         out: folder of the run; checkpoints lie below it.
         options: how.
-        resume: go on from the newest checkpoint in ``out`` where there is one. It must have been made with the same options.
+        resume: go on from the newest checkpoint in ``out`` where there is one. It must have been made with the same options, model and
+            data; a source of your own tells itself from others by an attribute ``origin``, or else by its class and length.
         quiet: no progress bar and no log lines.
         callbacks: given to the Trainer.
 
@@ -306,7 +308,8 @@ def _train(
 ) -> Trained:  # fmt: skip
     shape = ModelShape.from_config(model.config)
     check_k_range(options.k, shape.num_layers)
-    checkpoint = _checkpoint(out, options) if resume else None
+    setting = _setting(model, source, options)
+    checkpoint = _checkpoint(out, setting) if resume else None
     rows = Rows(source, processor, options.max_length, options.max_answer)
     collate = Collator(processor)
     torch.manual_seed(options.seed)
@@ -330,7 +333,7 @@ def _train(
         for each in _checkpoints(out / CHECKPOINTS):
             shutil.rmtree(each)
     (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    _write_options(out, options)
+    write_json(out / CHECKPOINTS / _OPTIONS, setting)
     with training_hooks(model) as run:
         module.run = run
         try:
@@ -474,34 +477,36 @@ def _reports() -> list[str]:
 
 
 _OPTIONS = "options.json"
+_ANOTHER = "give another folder (--out), or resume=False (--fresh)"
 
 
-def _write_options(out: Path, options: Options) -> None:
-    write_json(out / CHECKPOINTS / _OPTIONS, {**dataclasses.asdict(options), "rates": list(options.rate_values)})
+def _setting(model: Any, source: Sequence[Example], options: Options) -> dict[str, Any]:
+    """What a checkpoint depends on, as JSON reads it again."""
+    found = {**dataclasses.asdict(options), "rates": list(options.rate_values), "model": model_name(model), "data": origin_of(source)}
+    return json.loads(json.dumps(found))
 
 
-def _checkpoint(out: Path, options: Options) -> Path | None:
+def _checkpoint(out: Path, wanted: dict[str, Any]) -> Path | None:
     """The newest whole checkpoint in ``out``: one that a kill cut in the middle of its writing is passed over.
 
     Raises:
-        ValueError: it was made with other options, or nothing says with which.
+        ValueError: it was made with other options, of another model or other data, or nothing says with which.
     """
     folder = out / CHECKPOINTS
     found = next((each for each in reversed(_checkpoints(folder)) if _is_whole(each)), None)
     if found is None:
         return None
-    wanted = json.loads(json.dumps({**dataclasses.asdict(options), "rates": list(options.rate_values)}))
     try:
         made = read_json(folder / _OPTIONS)
         if not isinstance(made, dict):
             raise ValueError(f"{folder / _OPTIONS} must be an object, got {str(made)[:40]}")
     except (OSError, ValueError) as error:
-        raise ValueError(f"the options of the run in {folder} cannot be read ({error}); give another folder, or resume=False") from None
+        raise ValueError(f"the options of the run in {folder} cannot be read ({error}); {_ANOTHER}") from None
     other = sorted(name for name in wanted if made.get(name) != wanted[name])
     if other:
         raise ValueError(
             f"{folder} holds a run with other {', '.join(other)}: "
-            f"{', '.join(f'{name} {made.get(name)!r}, now {wanted[name]!r}' for name in other)}; give another folder, or resume=False"
+            f"{', '.join(f'{name} {made.get(name)!r}, now {wanted[name]!r}' for name in other)}; {_ANOTHER}"
         )
     return found
 

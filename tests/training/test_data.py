@@ -152,6 +152,11 @@ def test_datasets(tmp_path, processor):
         str(tmp_path / "turns")
     )
     assert DatasetSource.load(str(tmp_path / "turns"))[0].answer == "This."
+    plain.select([0, 2]).save_to_disk(str(tmp_path / "fewer"))
+    first, again, fewer, turns = (DatasetSource.load(str(tmp_path / name)).origin for name in ("plain", "plain", "fewer", "turns"))
+    assert first == again and len({first, fewer, turns}) == 3
+    listed = [{"question": "What?", "answer": "One."}]
+    assert DatasetSource(listed).origin == "a dataset of 1 rows"
     with pytest.raises(ValueError, match="splits"):
         DatasetSource.load(str(tmp_path / "turns"), "test")
     with pytest.raises(ValueError, match="must have the columns"):

@@ -14,7 +14,9 @@ from transformers import TrainerCallback
 
 import dyrate_kernels as dk
 from dyrate_kernels import chat
+from dyrate_kernels.cli.common import First
 from dyrate_kernels.policies.base import ModelShape
+from dyrate_kernels.shapes import draw, make_scene
 from dyrate_kernels.training import predictor as module
 from dyrate_kernels.training.data import ConversationSource, ShapesSource
 from dyrate_kernels.training.predictor import Options, PredictorModule, step_cost, train_predictor
@@ -108,6 +110,37 @@ def test_options_that_cannot_be_read_and_checkpoints_of_another_run(demo, tmp_pa
     fresh = train(demo, tmp_path / "fresh", **{**options, "seed": 1})
     resumed = train(demo, tmp_path, **{**options, "seed": 1})
     assert torch.equal(fresh.predictor.weight, resumed.predictor.weight)
+
+
+def test_a_run_of_another_model_or_of_other_data_is_not_taken_for_this_one(demo, tmp_path):
+    options = {"k": 2, "target_keep": 0.5, "steps": 1, "max_answer": 6}
+    for n, name in enumerate(("a", "b", "c")):
+        (tmp_path / name).mkdir()
+        draw(make_scene(n)).save(tmp_path / name / "1.png")
+    entry = {"image": "1.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red square."}]}
+    files = [tmp_path / name / "data.json" for name in ("a", "b")]
+    for file in files:
+        file.write_text(json.dumps([entry] * 6))
+    source = ConversationSource(files[0])
+    made = train(demo, tmp_path / "run", source=source, **options)
+    again = train(demo, tmp_path / "run", source=ConversationSource(os.path.relpath(files[0])), **options)  # the same by another name
+    assert torch.equal(made.predictor.weight, again.predictor.weight) and First(source, 9).origin == source.origin
+    others = [ConversationSource(files[1]), ConversationSource(files[0], tmp_path / "c"), First(source, 5), ShapesSource(6), [*source]]
+    for other in others:
+        with pytest.raises(ValueError, match=r"holds a run with other data: data '.*', now '.*'; give another folder \(--out\), .*--fresh"):
+            train(demo, tmp_path / "run", source=other, **options)
+    files[0].write_text(json.dumps([entry] * 7))
+    with pytest.raises(ValueError, match="holds a run with other data"):
+        train(demo, tmp_path / "run", source=ConversationSource(files[0]), **options)
+    files[0].write_text(json.dumps([entry] * 6))
+    before = demo[0].config._name_or_path
+    try:
+        demo[0].config._name_or_path = str(tmp_path / "a")
+        with pytest.raises(ValueError, match="holds a run with other model: model "):
+            train(demo, tmp_path / "run", source=source, **options)
+    finally:
+        demo[0].config._name_or_path = before
+    assert train(demo, tmp_path / "run", source=others[3], resume=False, **options).summary["examples"] == 6
 
 
 def test_data_of_which_no_picture_can_be_read(demo, tmp_path):
