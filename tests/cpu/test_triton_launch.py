@@ -184,6 +184,15 @@ def splits(asked):
     return [launch.grid[0] for launch, _ in asked.launched]
 
 
+def test_a_grid_is_the_usual_one_where_a_triton_does_not_say_what_it_compiled(compiled):
+    def says(launch):
+        raise AttributeError("n_regs")
+
+    compiled.says = says
+    call()
+    assert splits(compiled) == [2]
+
+
 def test_a_grid_is_made_for_the_programs_that_the_compiled_kernel_lets_run(compiled):
     call()
     assert splits(compiled) == [2] and len(compiled.seen) == 1  # four fit, as planned
