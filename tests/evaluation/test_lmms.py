@@ -290,7 +290,7 @@ def test_command(plugin, capsys, tmp_path, tasks):
         (("--tasks", ","), "needs --tasks A,B"),
         (("--cost", "30"), "--cost is not there for --suite lmms-eval"),
         (("--data", "x.json"), "--data belongs to a data set"),
-        (("--policies", "fixed as " + "x" * 245), "File name too long"),
+        (("--policies", "fixed as " + "x" * 245), "File name too long); give another file; ' as NAME' names a row"),
     ):
         assert main([*given, *more]) == 1
         assert words in capsys.readouterr().err
