@@ -179,8 +179,9 @@ def holding(scores: Sequence[float], share: float) -> int:
 
 
 def cosine(a: dict[int, float], b: dict[int, float]) -> float:
-    dot = sum(a[c] * b[c] for c in a)
-    return dot / math.sqrt(sum(x * x for x in a.values()) * sum(x * x for x in b.values()))
+    """1 where one of them is nothing but zeros (every token is behind a window): the selection stays."""
+    dot, norm = sum(a[c] * b[c] for c in a), math.sqrt(sum(x * x for x in a.values()) * sum(x * x for x in b.values()))
+    return dot / norm if norm else 1.0
 
 
 def evenly(columns: Sequence[int], count: int) -> list[int]:
