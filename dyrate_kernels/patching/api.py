@@ -339,10 +339,14 @@ class Handle:
                 if self.vision:
                     args, kwargs = self._reduce(call, args, kwargs)
                 output = original(*args, **kwargs)
-                if call.outer is None or call.outer.owner is not self:  # else it drafts, or is a question on the way to the answer
+                if not call.nested:
                     self._last = call.unpruned if call.session is None else snapshot(call.session)
                     self._tell_if_nothing_dropped(call)
                 return output
+            except BaseException as error:
+                if not call.nested:
+                    self._last = f"it ended with {type(error).__name__}"
+                raise
             finally:
                 self.running.remove(call)
                 if self.fused is not None:
@@ -364,7 +368,7 @@ class Handle:
         if not ours and _why_unpruned(cache, call.asks) is not None:
             return args, kwargs  # as unpatched
         if getattr(config, "is_assistant", False):  # what it drafts decides nothing, and it may be given the features of another model
-            if call.outer is not None and call.outer.owner is self:
+            if call.nested:
                 call.features, call.asks_features = call.outer.features, True
             return args, kwargs
         reduced = ours and cache.session is not None and cache.session.reduced

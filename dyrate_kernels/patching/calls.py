@@ -52,6 +52,11 @@ class Call:
     graph: Any = None
     thread: int = field(default_factory=threading.get_ident)
 
+    @property
+    def nested(self) -> bool:
+        """It is made in another call of the same model: it drafts for that, or is a question on the way to its answer."""
+        return self.outer is not None and self.outer.owner is self.owner
+
 
 _CURRENT: ContextVar[Call | None] = ContextVar("dyrate_generate_call", default=None)
 

@@ -303,6 +303,8 @@ def test_a_failed_generation_leaves_nothing_under_way(make_model):
         with pytest.raises(KeyError, match="theirs"):
             tokens(model, one, **processors(fail))
         assert not handle.running and handle.session is None
+        with pytest.raises(RuntimeError, match="nothing of the last generate.*ended with KeyError"):
+            handle.stats()  # not those of the one before
         assert tokens(model, one) == want
 
 
