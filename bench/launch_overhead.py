@@ -1,4 +1,7 @@
-"""Host time of one operator call with the compiled backends: everything up to the driver call, which is left out. Needs no GPU.
+"""Host time of one eager call with the compiled backends: everything up to the driver call, which is left out. Needs no GPU.
+
+Each call twice: of the backend's own function, as a patched model makes it, and of the public operator, which checks what it has not seen
+before. Beside them what torch's own attention takes on the CPU for one row, as a measure of the machine's host speed.
 
     OMP_NUM_THREADS=1 python -m bench.launch_overhead
 
@@ -15,6 +18,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from dyrate_kernels import ops
+from dyrate_kernels.ops import dispatch, library
 
 
 class _Driver:
@@ -92,6 +99,8 @@ def calls_of(backend: ModuleType) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     print(f"host time a call, driver excluded; {platform.machine()}, one thread, torch {torch.__version__}")
+    row = torch.randn(1, 1, 1, 8)
+    print(f"  torch's scaled_dot_product_attention {measure(lambda: scaled_dot_product_attention(row, row, row)):6.1f} us")
     for get in (triton_backend, cuda_backend):
         try:
             name, backend = get()
@@ -99,9 +108,11 @@ def main() -> None:
             print(f"  {get.__name__}: not measured: {error}")
             continue
         print(f"  {name}")
-        for what, call in calls_of(backend).items():
+        dispatch.resolve = library.resolve = lambda *_, backend=backend: backend
+        for what, call, public in zip(calls_of(backend), calls_of(backend).values(), calls_of(ops).values(), strict=True):
             call()
-            print(f"    {what:38} {measure(call):6.1f} us")
+            public()
+            print(f"    {what:38} {measure(call):6.1f} us    {measure(public):6.1f} us by the operator")
 
 
 if __name__ == "__main__":

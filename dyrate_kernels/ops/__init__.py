@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, library, reference
+from . import checks, direct, dispatch, library, reference
 
 __all__ = [
     "DecodeAttention",
@@ -79,6 +79,7 @@ def _scale(scale: float | None, query: Tensor) -> float:
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
+@direct.operator
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -150,6 +151,7 @@ def decode_attention(
     return DecodeAttention(output, by_type if mass else None, per_row if importance else None)
 
 
+@direct.operator
 def score_last_query(
     query: Tensor,
     key: Tensor,
@@ -184,6 +186,7 @@ def score_last_query(
     )  # fmt: skip
 
 
+@direct.operator
 def predict_rate(mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """DyRate's predictor: a linear layer over the mass, then argmax (arXiv 2501.14204, section 4.2).
 
@@ -216,6 +219,7 @@ def keep_count(n_visual: Tensor, rate: Tensor) -> Tensor:
     return reference.keep_count(n_visual, rate)
 
 
+@direct.operator
 def select_tokens(
     score: Tensor, count: Tensor, n_visual: Tensor, *, alive: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -289,6 +293,7 @@ def reorder_(rows: list[Tensor], index: Tensor, *, backend: str = "auto") -> Non
     _ops.reorder_(list(rows), index, backend)
 
 
+@direct.operator
 def decode_step(
     query: Tensor,
     key: Tensor,
