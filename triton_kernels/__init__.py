@@ -3,8 +3,8 @@
 A backend is a module with the functions of ``dyrate_kernels.ops.reference`` and ``unavailable_reason``. Kernels: ``attention`` (split-K
 attention with statistics, and the decision in the same launch), ``decision`` (predictor, count, selection), ``rows`` (compaction,
 reordering), ``layers`` (what ``patch(fuse=True)`` launches around attention).
-``plan`` shapes their launches, ``launch`` starts them, ``workspace`` holds their scratch memory, ``backend`` is what torch tensors
-meet. Triton is imported when the first of these functions is asked for.
+``plan`` shapes their launches, ``launch`` starts them, ``dependent`` lets one begin before the last one has ended, ``workspace`` holds
+their scratch memory, ``backend`` is what torch tensors meet. Triton is imported when the first of these functions is asked for.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from .decision import decide_row, predict_class
+from .dependent import follow
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -282,6 +283,7 @@ def decode_attention_kernel(
     HAS_NEW: tl.constexpr, IMPORTANCE: tl.constexpr, DECIDE: tl.constexpr,
     HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(splits, Hkv, B)``; see the module for the phases and ``backend.decode_attention`` for the tensors.
 
@@ -291,6 +293,7 @@ def decode_attention_kernel(
     head_stat float32 ``[B, Hq, 2]`` (max, 1 / sum); counter int32 ``[B, Hkv + 1]``, zero before and after; logit float32
     ``[B, Hq, logit_capacity]``, rows in reading order: visual where importance is asked for, then text where mass is.
     """
+    follow(PDL)
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     kv_heads = tl.num_programs(1)
@@ -500,11 +503,13 @@ def decide_kernel(
     stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
     DECIDE: tl.constexpr, HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Phase 3 as a launch of its own, grid ``(ceil(visual_capacity / BLOCK_I), B)``: many programs share the sum over heads.
 
     The last program of a sequence decides. Which form is faster is a matter of measurement (``plan.Settings.decision``).
     """
+    follow(PDL)
     b = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * BLOCK_I
     n = tl.load(n_visual_ptr + b)

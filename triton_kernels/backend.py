@@ -22,7 +22,7 @@ from . import interpreted, interpreter, plan
 from . import rows as moving
 from .attention import decide_kernel, decode_attention_kernel
 from .decision import predict_rate_kernel, select_tokens_kernel
-from .launch import Launch, start
+from .launch import Launch, dependent_launch, start
 
 if interpreted():
     interpreter.prepare()
@@ -149,11 +149,13 @@ def _prepare_attention(
         decide is not None and not second, *flags, *blocks,
     )  # fmt: skip
     grid = (how.splits, kv_heads, batch)
-    launch = Launch(decode_attention_kernel, grid, rest, how.num_warps, how.num_stages, how.max_registers or max_registers)
+    dependent = dependent_launch(query.device)
+    launch = Launch(decode_attention_kernel, grid, rest, how.num_warps, how.num_stages, how.max_registers or max_registers, dependent)
     deciding = None
     if second:
         rest = (heads, kv_heads + 1, visual_capacity, logit_capacity, features, classes, *choice, decide is not None, *flags, *blocks)
-        deciding = Launch(decide_kernel, (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1), rest, plan.DECIDE_WARPS)
+        grid = (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1)
+        deciding = Launch(decide_kernel, grid, rest, plan.DECIDE_WARPS, dependent=dependent)
     scratch = {
         "part": batch * heads * how.max_splits * how.block_v if output else None,
         "part_stat": batch * heads * how.max_splits * 2,
@@ -192,8 +194,8 @@ def _run_attention(
     kept, n_kept = readable_list(kept, n_kept)
 
     forms = (
-        device, visual_capacity, scale, window, mass, importance, output, plan.overridden(), form(query), form(key), form(value),
-        form(kept), form(text_type), form(position), form(query_position), form(new_key), form(new_value), choice,
+        device, visual_capacity, scale, window, mass, importance, output, plan.overridden(), dependent_launch(device), form(query),
+        form(key), form(value), form(kept), form(text_type), form(position), form(query_position), form(new_key), form(new_value), choice,
     )  # fmt: skip
     n_visual, n_text = vector(n_visual), vector(n_text)
     before = (

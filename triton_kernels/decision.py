@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dependent import follow
+
 CLASSES = tl.constexpr(4)  # of the predictor, looked at together
 
 
@@ -217,9 +219,10 @@ def decide_row(
 def predict_rate_kernel(
     mass_ptr, weight_ptr, bias_ptr, rates_ptr, rate_ptr, class_ptr,
     features, classes, stride_wr, stride_wc, stride_bb, stride_br,
-    BLOCK_F: tl.constexpr,
+    BLOCK_F: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence. mass float ``[B, features]`` contiguous; rate float64 ``[B]``, class int64 ``[B]``."""
+    follow(PDL)
     b = tl.program_id(0).to(tl.int64)
     chosen = predict_class(
         mass_ptr + b * features, weight_ptr, bias_ptr, b, features, classes, stride_wr, stride_wc, stride_bb, stride_br, BLOCK_F
@@ -233,8 +236,10 @@ def select_tokens_kernel(
     score_ptr, count_ptr, n_visual_ptr, alive_ptr, kept_ptr, n_kept_ptr,
     width, stride_sb, stride_sn, stride_ab, stride_an,
     HAS_ALIVE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence; kept int32 ``[B, width]`` contiguous."""
+    follow(PDL)
     b = tl.program_id(0).to(tl.int64)
     n = tl.minimum(tl.load(n_visual_ptr + b), width)
     alive = alive_ptr

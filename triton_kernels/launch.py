@@ -8,6 +8,7 @@ Triton's own way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from dyrate_kernels import devices
 from dyrate_kernels.ops.forms import remember, stream_of
 
 from . import interpreted
@@ -31,15 +33,46 @@ def _hooked() -> bool:
     return False
 
 
+_dependent: bool | None = None
+
+
+def override_dependent_launch(on: bool | None) -> None:
+    """Every later launch is a programmatic dependent one, or none is (None: as the device's file says again). For benchmarks and tests."""
+    global _dependent
+    _dependent = on
+
+
+def dependent_launch(device: torch.device) -> bool:
+    """Launches on ``device`` are programmatic dependent ones (``dependent.py``): off, unless the device's file says ``dependent_launch``.
+
+    Never in the interpreter, nor on a GPU older than sm_90, which has no such thing.
+    """
+    shipped, possible = _dependent_launch(device)
+    return shipped if _dependent is None else _dependent and possible
+
+
+@functools.cache
+def _dependent_launch(device: torch.device) -> tuple[bool, bool]:
+    """(the device's file asks for it, it is possible)."""
+    if interpreted():
+        return False, False
+    if device.type != "cuda":  # compiled for another machine
+        return False, True
+    facts = torch.cuda.get_device_properties(device)
+    possible = facts.major >= 9
+    return possible and devices.measured(facts.name).get("dependent_launch") is True, possible
+
+
 class Launch:
     """One kernel with everything but its tensors.
 
     Args:
         kernel: a ``triton.jit`` function whose pointer arguments come first.
         grid: programs along each axis.
-        rest: all arguments after the pointers, in the order of the signature.
+        rest: all arguments after the pointers, in the order of the signature, but for its last one, ``PDL``.
         num_warps, num_stages: as Triton takes them.
         max_registers: a thread may use at most; None leaves it to the compiler, which may rather spill to fit one more program.
+        dependent: a programmatic dependent launch (``dependent_launch``); the kernel is told so by ``PDL``.
     """
 
     __slots__ = ("_compiled", "grid", "kernel", "options", "rest")
@@ -52,11 +85,14 @@ class Launch:
         num_warps: int,
         num_stages: int = 3,
         max_registers: int | None = None,
+        dependent: bool = False,
     ) -> None:
-        self.kernel, self.grid, self.rest = kernel, grid, tuple(rest)
+        self.kernel, self.grid, self.rest = kernel, grid, (*rest, dependent)
         self.options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
         if max_registers is not None:
             self.options["maxnreg"] = max_registers
+        if dependent:
+            self.options["launch_pdl"] = True
         self._compiled: Any = None
 
     def resources(self, device: torch.device, dtypes: Sequence[torch.dtype | None]) -> tuple[int, int, int]:
@@ -98,8 +134,9 @@ _launches: dict[Hashable, Launch] = {}  # prepared launches, by everything that 
 
 def start(kernel: Any, device: torch.device, grid: tuple[int, int, int], rest: tuple, warps: int, tensors: tuple, *forms: Any) -> None:
     """Starts a kernel on the current stream. The arguments after the pointers, and ``forms`` (dtypes), say all that a launch depends on."""
-    key = (kernel, device, grid, rest, warps, *forms)
+    dependent = dependent_launch(device)
+    key = (kernel, device, grid, rest, warps, dependent, *forms)
     launch = _launches.get(key)
     if launch is None:
-        launch = remember(_launches, key, Launch(kernel, grid, rest, warps))
+        launch = remember(_launches, key, Launch(kernel, grid, rest, warps, dependent=dependent))
     launch.start(device, stream_of(device), tensors)

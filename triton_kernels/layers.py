@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dependent import follow
 from .launch import start
 
 
@@ -37,8 +38,9 @@ MOST_LINEARS = 3  # that share a launch
 
 
 @triton.jit
-def rms_norm_kernel(x_ptr, weight_ptr, output_ptr, size, stride_x, eps, BLOCK: tl.constexpr):
+def rms_norm_kernel(x_ptr, weight_ptr, output_ptr, size, stride_x, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program a row of ``size`` elements; rows of x are ``stride_x`` apart, those of output lie densely."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
@@ -51,8 +53,9 @@ def rms_norm_kernel(x_ptr, weight_ptr, output_ptr, size, stride_x, eps, BLOCK: t
 
 
 @triton.jit
-def silu_mul_kernel(gate_ptr, up_ptr, output_ptr, count, BLOCK: tl.constexpr):
+def silu_mul_kernel(gate_ptr, up_ptr, output_ptr, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """``silu(gate) * up`` of ``count`` elements that lie densely."""
+    follow(PDL)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     gate = tl.load(gate_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -67,9 +70,10 @@ def rotate_kernel(
     query_ptr, key_ptr, cos_ptr, sin_ptr, query_out_ptr, key_out_ptr,
     columns, heads, kv_heads, half,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_cb, stride_cs, stride_sb, stride_ss,
-    QUERY_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * S, blocks of query heads, then of key heads). Elements of a head are adjacent; outputs lie as ``[B, S, H, D]``."""
+    follow(PDL)
     b = (tl.program_id(0) // columns).to(tl.int64)
     s = (tl.program_id(0) % columns).to(tl.int64)
     block = tl.program_id(1)
@@ -125,9 +129,10 @@ def linear_kernel(
     x_ptr, weight0_ptr, weight1_ptr, weight2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, output0_ptr, output1_ptr, output2_ptr,
     size, count0, count1, count2, stride0, stride1, stride2, blocks0, blocks1,
     HAS_BIAS0: tl.constexpr, HAS_BIAS1: tl.constexpr, HAS_BIAS2: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Up to three weights ``[count, size]`` times one row x; the blocks of the second follow those of the first."""
+    follow(PDL)
     block = tl.program_id(0)
     if PARTS == 1 or block < blocks0:
         _linear(x_ptr, weight0_ptr, bias0_ptr, output0_ptr, block * BLOCK_N, count0, size, stride0, HAS_BIAS0, BLOCK_N, BLOCK_K, STAGES)
@@ -154,9 +159,10 @@ def _linear(
 @triton.jit
 def gated_kernel(
     x_ptr, gate_ptr, up_ptr, output_ptr, size, count, stride_g, stride_u,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``silu(gate x) * (up x)`` for one row x and weights ``[count, size]``."""
+    follow(PDL)
     first = tl.program_id(0) * BLOCK_N
     row = first + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dependent import follow
+
 SEQUENCE, HEAD, ROW, HEADS, WORDS = (tl.constexpr(i) for i in range(1, 6))  # columns of the table; 0 is the address
 FIELDS = 6
 
@@ -32,12 +34,14 @@ def _pointer(table_ptr, tensor, WORD: tl.constexpr, ALIGNED: tl.constexpr):
 def compact_kernel(
     table_ptr, kept_ptr, n_kept_ptr, n_visual_ptr, stride_kb,
     WORD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, STEPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(B, blocks of moves, T)``. kept int32 ascending; STEPS: halvings that a search in the longest list takes.
 
     With n rows kept, the kept rows at or past n move, in order, into the rows below n that are not kept, in order. The i-th of these holes
     is ``i + (how many kept rows come before it)``, found by bisection, so every program finds its own moves and no two touch a common row.
     """
+    follow(PDL)
     b = tl.program_id(0).to(tl.int64)
     n = tl.load(n_kept_ptr + b)
     if n >= tl.load(n_visual_ptr + b):
@@ -93,12 +97,13 @@ def compact_kernel(
 @triton.jit
 def reorder_kernel(
     table_ptr, index_ptr, batch,
-    WORD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr,
+    WORD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(blocks of words, T)``: sequence i becomes the former sequence ``index[i]``. WORDS are those of a whole sequence here.
 
     One program holds the same words of all sequences at once: it reads them all, then writes them, so no second buffer is needed.
     """
+    follow(PDL)
     tensor = tl.program_id(1)
     pointer = _pointer(table_ptr, tensor, WORD, ALIGNED)
     fields = table_ptr + tensor * 6

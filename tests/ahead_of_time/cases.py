@@ -84,6 +84,13 @@ def test_a_barrier_stands_before_every_release(kernels):
     assert not [f"{describe(k)}: {k.unguarded}" for k in kernels if k.unguarded]
 
 
+def test_every_kernel_waits_before_it_touches_what_earlier_launches_wrote(kernels):
+    dependent = [k for k in kernels if k.case.dependent]
+    assert {k.kernel for k in dependent} == {k.kernel for k in kernels}
+    assert not [f"{describe(k)}: {k.early}" for k in dependent if not k.waits or k.early]
+    assert not [describe(k) for k in kernels if k.waits and not k.case.dependent]  # off: nothing of it is there
+
+
 def test_shared_memory_fits_the_smallest_device(kernels):
     assert not [f"{describe(k)}: {k.shared}" for k in kernels if k.shared > LEAST_SHARED]
 
@@ -92,6 +99,15 @@ def test_the_barrier_check_sees_a_missing_barrier():
     ptx = "st.global.b32 [%rd1], %r1;\n{0}\natom.global.gpu.acq_rel.add.u32 %r2, [%rd2], 1;"
     assert compiler.unguarded_atomics(ptx.format("bar.sync 0;")) == ()
     assert len(compiler.unguarded_atomics(ptx.format("mov.u32 %r3, %r4;"))) == 1
+
+
+def test_the_check_of_the_wait_sees_memory_touched_before_it():
+    ptx = "ld.param.b64 %rd1, [f_param_0];\nld.shared.b32 %r1, [%r2];\nprefetch.global.L2 [%rd1];\n{0}\n"
+    ptx += "griddepcontrol.wait;\nld.global.b32 %r3, [%rd1];"
+    assert compiler.before_the_wait(ptx.format("mov.u32 %r3, %r4;")) == ()
+    for touching in ("@%p1 ld.global.v4.b32 {%r1}, [%rd1];", "st.b32 [%rd1], %r1;", "cp.async.cg.shared.global [%r1], [%rd1], 16;",
+                     "atom.global.gpu.acq_rel.add.u32 %r2, [%rd2], 1;", "ld.relaxed.gpu.global.b32 %r1, [%rd1];"):  # fmt: skip
+        assert compiler.before_the_wait(ptx.replace("{0}", touching)) == (touching,)
 
 
 def test_the_spill_check_sees_a_loop():

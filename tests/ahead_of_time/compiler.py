@@ -47,6 +47,7 @@ class Case:
     second_launch: bool = False
     batch: int = 2  # with the heads it says how many splits a program combines, and so how many registers it takes
     kv_heads: int = 8
+    dependent: bool = False  # programmatic dependent launches
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Compiled:
     async_copies: int
     spills_in_loops: tuple[str, ...]  # spill instructions between a label and a branch back to it
     unguarded: tuple[str, ...]  # release atomics with no barrier between them and the stores before
+    waits: bool  # for the launches before it
+    early: tuple[str, ...]  # what touches global memory before that
     grid: tuple[int, int, int]
 
     def programs_per_sm(self) -> int:
@@ -115,7 +118,22 @@ def _read(case: Case, launch: Any, compiled: Any) -> Compiled:
     ptx = compiled.asm["ptx"]
     copies = len(re.findall(r"cp\.async\.c[ag]", ptx))
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    return Compiled(case, name, registers, stack, local, shared, warps, copies, spills, unguarded_atomics(ptx), grid)
+    return Compiled(
+        case, name, registers, stack, local, shared, warps, copies, spills, unguarded_atomics(ptx), WAIT in ptx, before_the_wait(ptx), grid
+    )  # fmt: skip
+
+
+WAIT = "griddepcontrol.wait"
+
+
+def before_the_wait(ptx: str) -> tuple[str, ...]:
+    """Instructions that read or write global memory and come before the wait for earlier launches; fetching into a cache is none."""
+    found = []
+    for line in ptx.partition(WAIT)[0].splitlines():
+        touched = re.search(r"(?<![\w.%])(ld|st|atom|red|cp\.async|cp\.reduce|ldu|tex|surf)\.[\w.:]+", line)
+        if touched and not re.search(r"\.(param|shared|local|const)\b", touched[0]):
+            found.append(line.strip())
+    return tuple(found)
 
 
 def spills_in_loops(sass: str) -> tuple[str, ...]:
@@ -153,7 +171,7 @@ def unguarded_atomics(ptx: str) -> tuple[str, ...]:
 def compile_case(case: Case) -> list[Compiled]:
     """Every kernel that the case launches; for sm_90 what was compiled is asked for the programs of a multiprocessor, as on a GPU."""
     from dyrate_kernels.triton_kernels import backend, plan
-    from dyrate_kernels.triton_kernels.launch import Launch
+    from dyrate_kernels.triton_kernels.launch import Launch, override_dependent_launch
 
     found: list[Compiled] = []
     start, resources, facts, here = Launch.start, Launch.resources, backend._device_facts, backend._multiprocessor
@@ -170,8 +188,10 @@ def compile_case(case: Case) -> list[Compiled]:
         size = getattr(torch, case.dtype).itemsize
         usual = plan.heuristic(case.group, case.dim, size)
         plan.override(dataclasses.replace(usual, decision="second_launch" if case.second_launch else "same_launch"))
+        override_dependent_launch(case.dependent)
         _call(backend, case)
     finally:
+        override_dependent_launch(None)
         Launch.start, Launch.resources, backend._device_facts, backend._multiprocessor = start, resources, facts, here
         plan.override(None)
     assert found, f"{case} launched nothing"
@@ -269,6 +289,12 @@ def occupancy_cases() -> list[Case]:
     ]
 
 
+def dependent_cases() -> list[Case]:
+    """Every kernel as a programmatic dependent launch."""
+    operators = ("append", "step", "predict_rate", "select_tokens", "compact_", "reorder_", "layer")
+    return [Case(operator, 90, second_launch=True, dependent=True) for operator in operators]
+
+
 def matrix(operator: str, architecture: int) -> list[Case]:
     """Every dtype, head dim and form of the main loop."""
     return [Case(operator, architecture, dtype, dim, group) for dtype in DTYPES for dim in HEAD_DIMS for group in (1, 4)]
@@ -285,7 +311,7 @@ def some_of_matrix(architecture: int) -> list[Case]:
 def all_cases(full: bool) -> list[Case]:
     """``full``: everything for every architecture. Else every kernel, head dim and dtype for every one, and more of that for sm_90; the
     slowest to compile (seven heads a key/value head, the decision in the attention's own launch) for sm_80, sm_90 and sm_120."""
-    cases = occupancy_cases()
+    cases = occupancy_cases() + dependent_cases()
     for architecture in ARCHITECTURES:
         if full:
             cases += main_cases(architecture) + matrix("append", architecture) + matrix("step", architecture)

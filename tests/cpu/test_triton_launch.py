@@ -60,9 +60,9 @@ def test_the_second_start_goes_straight_to_the_driver(launch):
     launch.start(DEVICE, 6, (second, None))
     assert ways(launch) == ["triton", "direct"]
     _, arguments, options = launch.kernel.log[0]
-    assert arguments[0] is first and arguments[1:] == (None, 7, 0.5)
+    assert arguments[0] is first and arguments[1:] == (None, 7, 0.5, False)
     assert (options["grid"], options["num_warps"], options["num_stages"]) == ((2, 3, 4), 8, 2)
-    assert launch.kernel.log[1][1] == (2, 3, 4, 6, "function", "metadata", None, None, None, second.data_ptr(), None, 7, 0.5)
+    assert launch.kernel.log[1][1] == (2, 3, 4, 6, "function", "metadata", None, None, None, second.data_ptr(), None, 7, 0.5, False)
 
 
 def test_an_unaligned_tensor_takes_tritons_way_each_time(launch):
@@ -270,7 +270,7 @@ def test_a_compiled_kernel_is_asked_without_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     launch = Launch(Kernel(), (2, 3, 4), (7, 0.5), num_warps=8, max_registers=96)
     assert launch.resources(DEVICE, (torch.float16, None)) == (96, 3, 7)
-    assert launch.kernel.arguments == (torch.float16, None, 7, 0.5)
+    assert launch.kernel.arguments == (torch.float16, None, 7, 0.5, False)
     assert launch.kernel.options["grid"] == (2, 3, 4) and launch.kernel.options["maxnreg"] == 96
 
 
