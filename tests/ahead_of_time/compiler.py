@@ -131,7 +131,7 @@ def before_the_wait(ptx: str) -> tuple[str, ...]:
     found = []
     for line in ptx.partition(WAIT)[0].splitlines():
         touched = re.search(r"(?<![\w.%])(ld|st|atom|red|cp\.async|cp\.reduce|ldu|tex|surf)\.[\w.:]+", line)
-        if touched and not re.search(r"\.(param|shared|local|const)\b", touched[0]):
+        if touched and (touched[1].startswith("cp.") or not re.search(r"\.(param|shared|local|const)\b", touched[0])):
             found.append(line.strip())
     return tuple(found)
 
