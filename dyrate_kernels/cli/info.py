@@ -29,8 +29,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import dyrate_kernels as dk
-    from dyrate_kernels import native
-    from dyrate_kernels.patching.families import FAMILIES
+    from dyrate_kernels import families, native
 
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -55,7 +54,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
         },
         "policies": dk.policies.names(),
         "reducers": dk.vision.names(),
-        "families": sorted(FAMILIES),
+        "families": families.names(),
         "bound": bound(given),
     }
 

@@ -1,11 +1,10 @@
-"""Which models can be patched, and what is particular about each. A new family is a line in a table unless its attention differs."""
+"""Which models can be patched (``families.FAMILIES`` says what is particular about each), and where in a loaded one the parts are."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -14,48 +13,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
+from dyrate_kernels.families import FAMILIES, PREFIX, Family, names
 from dyrate_kernels.patching.attention import sliding_window
 from dyrate_kernels.policies.base import ModelShape
-
-TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
-
-IMAGES, PREFIX = "images", "prefix"
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model family.
-
-    Attributes:
-        visual_ids: names of the config entries that hold the ids of visual placeholder tokens.
-        text_models: ``model_type`` of the text models that it is supported with.
-        sees_ahead: columns of a prompt that read each other in both directions: ``IMAGES`` (those of one picture: ``token_type_ids`` 1),
-            ``PREFIX`` (the whole prompt: ``token_type_ids`` 0), or None.
-    """
-
-    visual_ids: tuple[str, ...] = ("image_token_id",)
-    text_models: tuple[str, ...] = TEXT_MODELS
-    sees_ahead: str | None = None
-
-
-_BOTH = ("image_token_id", "video_token_id")
-
-FAMILIES = {
-    "gemma3": Family(text_models=("gemma3_text",), sees_ahead=IMAGES),
-    "idefics3": Family(),
-    "internvl": Family(),
-    "llava": Family(),
-    "llava_next": Family(),
-    "llava_onevision": Family(_BOTH),
-    "mistral3": Family(),
-    "paligemma": Family(text_models=("gemma",), sees_ahead=PREFIX),
-    "qwen2_vl": Family(_BOTH, ("qwen2_vl_text",)),
-    "qwen2_5_vl": Family(_BOTH, ("qwen2_5_vl_text",)),
-    "qwen3_vl": Family(_BOTH, ("qwen3_vl_text",)),
-    "smolvlm": Family(),
-    "video_llava": Family(_BOTH),
-    "vipllava": Family(),
-}
 
 CACHE_NAMES = ("cache", "past_key_values")  # the argument that carries the cache: its name from transformers 5.24 on, and before
 
@@ -79,7 +39,7 @@ def check_supported(model: Any) -> Family:
     """
     config = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
-    supported = f"supported: {', '.join(sorted(FAMILIES))}"
+    supported = f"supported: {', '.join(names())}"
     if not issubclass(type(model), nn.Module) or name is None:
         raise TypeError(f"model must be a transformers vision-language model, got {type(model).__name__}; {supported}")
     if name not in FAMILIES:

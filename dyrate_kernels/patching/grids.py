@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyrate_kernels.families import names
 from dyrate_kernels.patching.reducing import Layout, Run
 from dyrate_kernels.vision.base import Visual
-
-FAMILIES = ("gemma3", "idefics3", "internvl", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm")
 
 
 def reads(model: Any) -> bool:
     """Whether the grids of this model's visual tokens are known."""
-    return model.config.model_type in FAMILIES
+    return model.config.model_type in names(lambda family: family.grid)
 
 
 class GridRun(Run):

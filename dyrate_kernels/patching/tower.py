@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dyrate_kernels import ops
+from dyrate_kernels.families import TOWERS, names
 from dyrate_kernels.patching.overrides import Override
 from dyrate_kernels.patching.reducing import Layout, Run
 from dyrate_kernels.vision.base import (
@@ -33,14 +34,12 @@ from dyrate_kernels.vision.base import (
 )
 from dyrate_kernels.vision.tome import Merging, ToMe
 
-FAMILIES = ("llava", "llava_next", "llava_onevision", "paligemma", "video_llava", "vipllava")
-TOWERS = ("clip_vision_model", "siglip_vision_model")
 _ROWS = 128  # query rows at a time where a tower without [CLS] is asked for the attention of all
 
 
 def reads(model: Any) -> bool:
     """Whether reducers can watch this model's tower."""
-    return model.config.model_type in FAMILIES and model.config.vision_config.model_type in TOWERS
+    return model.config.model_type in names(lambda family: family.tower) and model.config.vision_config.model_type in TOWERS
 
 
 class TowerRun(Run):
@@ -57,7 +56,7 @@ class TowerRun(Run):
         self.layers = _encoder_layers(self.tower)
         config = self.tower.config
         self.grid = config.image_size // config.patch_size
-        self.has_cls = config.model_type == "clip_vision_model"
+        self.has_cls = TOWERS[config.model_type].has_cls
         self.needs = {need for reducer in reducers for need in reducer.needs}
         self.watched: set[int] = set()  # the layers whose attention's input is wanted
         self.seen: dict[int, Tensor] = {}  # that input

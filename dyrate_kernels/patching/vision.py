@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyrate_kernels import families
 from dyrate_kernels.patching import grids, tower
 from dyrate_kernels.patching.reducing import Run
 from dyrate_kernels.vision.base import Reducer
@@ -43,13 +44,14 @@ def check_supported(model: Any, reducers: Sequence[Reducer]) -> None:
     kind, eyes = model.config.model_type, model.config.vision_config
     if not tower.reads(model):
         if not grids.reads(model):
-            known = ", ".join(sorted({*tower.FAMILIES, *grids.FAMILIES}))
+            known = ", ".join(families.names(lambda family: family.tower or family.grid))
             raise TypeError(f"vision reducers know {known}; not {kind} with the tower {eyes.model_type}; patch with vision=None")
         for reducer in reducers:
             if reducer.reads_tower:
+                known = ", ".join(families.names(lambda family: family.tower))
                 raise TypeError(
-                    f"reducer {reducer.name!r} reads the vision tower, which is known of {', '.join(tower.FAMILIES)} with the towers "
-                    f"{', '.join(tower.TOWERS)}, not of {kind} with {eyes.model_type}; use aim, divprune, downsample or uniform"
+                    f"reducer {reducer.name!r} reads the vision tower, which is known of {known} with the towers "
+                    f"{', '.join(families.TOWERS)}, not of {kind} with {eyes.model_type}; use aim, divprune, downsample or uniform"
                 )
         return
     attention = getattr(eyes, "_attn_implementation", None)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from dyrate_kernels.families import text_model
+
 IMAGE = 1  # column of ``mass`` that belongs to visual tokens (design.md, section 3)
 
 
@@ -91,7 +93,7 @@ class ModelShape:
 
         heads, hidden = read("num_attention_heads"), read("hidden_size")
         kind = getattr(text, "model_type", "") or ""
-        bias = bool(getattr(text, "attention_bias", False))
+        chain, bias = text_model(kind), bool(getattr(text, "attention_bias", False))
         found = dtype or getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.float32
         if isinstance(found, str):
             found = getattr(torch, found.removeprefix("torch."), torch.float32)
@@ -108,21 +110,17 @@ class ModelShape:
             dtype=found,
             model_type=kind,
             tied_embeddings=bool(getattr(text, "tie_word_embeddings", False) if tied is None else tied),
-            qkv_bias=bias or _is_qwen2(kind),  # qwen2 has them whatever its config says
-            output_bias=bias and not _is_qwen2(kind),
+            qkv_bias=bias or chain.qkv_bias,
+            output_bias=bias and not chain.qkv_bias,
             mlp_bias=bool(getattr(text, "mlp_bias", False)),
-            qk_norm=kind.startswith(("qwen3", "gemma3")),
-            layer_norms=4 if kind.startswith("gemma3") else 2,
+            qk_norm=chain.qk_norm,
+            layer_norms=chain.layer_norms,
             folder=place if place and os.path.isdir(place) else None,
         )
 
     def replace(self, **changes: Any) -> ModelShape:
         """The same shape with some fields changed, e.g. ``dtype``."""
         return dataclasses.replace(self, **changes)
-
-
-def _is_qwen2(kind: str) -> bool:
-    return kind.startswith(("qwen2", "qwen2_5"))
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dyrate_kernels import ops
+from dyrate_kernels import families, ops
 from dyrate_kernels.ops.reference import IMAGE, INSTRUCTION, RESPONSE, SYSTEM, TYPES
 from dyrate_kernels.patching import attention
 from dyrate_kernels.patching.families import (
@@ -30,8 +30,6 @@ from dyrate_kernels.patching.families import (
 )
 from dyrate_kernels.policies.dyrate import spread_score
 from dyrate_kernels.training.masked_attention import accumulator, masked_attention, row_chunks, scores
-
-TRAINABLE = ("llava", "llava_next", "llava_onevision", "video_llava", "vipllava")
 
 
 @dataclass
@@ -214,9 +212,10 @@ def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
         RuntimeError: it is patched by ``dyrate_kernels.patch``.
     """
     family = check_supported(model)
-    if model.config.model_type not in TRAINABLE:
+    if not family.trainable:
+        known = ", ".join(families.names(lambda each: each.trainable))
         raise TypeError(
-            f"predictors are trained for {', '.join(TRAINABLE)}, not for {model.config.model_type}: its prompts are not plain causal text. "
+            f"predictors are trained for {known}, not for {model.config.model_type}: its prompts are not plain causal text. "
             "It runs with the closed-form predictor and with every other policy"
         )
     if any(attention.is_swapped(layer.self_attn) for layer in decoder_layers(model)):
