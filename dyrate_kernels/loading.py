@@ -1,8 +1,7 @@
-"""What a user names in text, as objects: a model with its processor, an option's value."""
+"""Models by what a user calls them: a folder or an id, with a processor."""
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib.util
 import json
@@ -13,14 +12,6 @@ from typing import Any
 
 QUANTIZATIONS = {"int8": "torchao", "nf4": "bitsandbytes"}  # 8 bits a weight, 4 bits a weight; and the package that does it
 _NF4_BLOCK = 64  # weights that share a scale; bitsandbytes reads rows of other lengths wrongly on a CPU
-
-
-def parse_value(text: str) -> Any:
-    """An option's value: a number, a list, True, None, or else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def load_model(

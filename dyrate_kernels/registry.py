@@ -1,10 +1,12 @@
-"""Frozen dataclasses by name, made from options: policies and reducers."""
+"""Frozen dataclasses by name, made from options or from text: policies and reducers."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
+
+from dyrate_kernels import specs
 
 T = TypeVar("T")
 
@@ -46,6 +48,22 @@ class Registry(Generic[T]):
             if option not in known:
                 raise TypeError(f"{self.kind} {name!r} has no option {option!r}; it has {', '.join(known)}")
         return cls(**options)
+
+    def parse(self, text: str, **options: Any) -> T:
+        """What a text names: ``fastv:k=2:rate=0.75``.
+
+        Args:
+            options: beside those of the text, and before them.
+
+        Raises:
+            ValueError, TypeError: as ``specs.call`` and :meth:`get`.
+        """
+        return self.make(specs.call(text, self.kind), **options)
+
+    def make(self, call: specs.Call, **options: Any) -> T:
+        """What a call names; one in the place of a value is made first."""
+        given = {name: self.make(value) if isinstance(value, specs.Call) else value for name, value in call.options.items()}
+        return self.get(call.name, **{**given, **options})
 
     def lookup(self, name: str) -> type[T]:
         """The class.

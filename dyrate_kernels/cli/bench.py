@@ -59,6 +59,7 @@ def run(given: argparse.Namespace) -> int:
     """Does it."""
     import torch
 
+    from dyrate_kernels import policies
     from dyrate_kernels.measuring import decoding, end_to_end, timing
     from dyrate_kernels.ops import dispatch
     from dyrate_kernels.patching.fused import fuses
@@ -75,7 +76,7 @@ def run(given: argparse.Namespace) -> int:
     rows = [timing.row("device-to-device copy", times, group="copy", bandwidth=bandwidth, moved=bandwidth * times.median)]
     name = given.config or ("llava-1.5-7b" if device.type == "cuda" else "small")
     model, make, visual, pictures = _build(given, name, device)
-    policy = end_to_end.falling_schedule(visual, decoding.fitting_k(model)) if given.policy is None else common.parse_policy(given.policy)
+    policy = end_to_end.falling_schedule(visual, decoding.fitting_k(model)) if given.policy is None else policies.parse(given.policy)
     label = policy.name if given.policy is None else given.policy
     largest: dict[tuple[int, str], int | None] = {}
     settings = contenders.settings(model.config, policy, "recoverable", given.backend, device)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dyrate_kernels import specs
 from dyrate_kernels.cli import common, contenders
 from dyrate_kernels.cli.generate import add_policy, policy_from
 from dyrate_kernels.files import check_folder, printable
@@ -30,7 +31,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--prompt", default=common.DEFAULT_PROMPT, help=f"default: {common.DEFAULT_PROMPT!r}")
     common.add_model(parser)
     parser.add_argument("--max-new-tokens", type=common.positive, default=160, metavar="N", help="default: 160")
-    parser.add_argument("--retention", choices=("recoverable", "evict"), default="recoverable", help="default: recoverable")
+    parser.add_argument("--retention", choices=specs.RETENTIONS, default="recoverable", help="default: recoverable")
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     parser.add_argument("--vision", metavar="NAME[:OPTIONS][+NAME..]", help="reducers before the language model; default: none")
     add_policy(parser)
@@ -58,6 +59,7 @@ def run(given: argparse.Namespace) -> int:
     """Does it."""
     from dataclasses import replace
 
+    from dyrate_kernels import vision
     from dyrate_kernels.captioning import engines, inputs
     from dyrate_kernels.captioning import run as runs
     from dyrate_kernels.captioning.captioner import Task
@@ -78,7 +80,7 @@ def run(given: argparse.Namespace) -> int:
     )
     task = Task(
         model, given.device, given.dtype, given.quantize, policy_from(given), given.retention, given.backend,
-        common.parse_vision(given.vision), given.prompt, given.max_new_tokens, given.batch_size,
+        vision.chain(given.vision), given.prompt, given.max_new_tokens, given.batch_size,
         str(Path(given.images).expanduser().resolve()), sources.column,
         given.id_column if sources.column else None, given.max_pixels,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the commands share: options, loading a model, preparing an input, policies by name, tables."""
+"""What the commands share: options, loading a model, preparing an input, tables."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dyrate_kernels import loading
+from dyrate_kernels import loading, specs
 from dyrate_kernels.files import check_file
-from dyrate_kernels.loading import parse_value
 
 DEFAULT_PROMPT = "Describe the picture."
 
@@ -81,7 +80,7 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help=f"default: {DEFAULT_PROMPT!r}")
     add_model(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=160, metavar="N", help="default: 160")
-    parser.add_argument("--retention", choices=("recoverable", "evict"), default="recoverable", help="default: recoverable")
+    parser.add_argument("--retention", choices=specs.RETENTIONS, default="recoverable", help="default: recoverable")
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     parser.add_argument(
         "--vision", metavar="NAME[:OPTIONS][+NAME..]",
@@ -203,63 +202,6 @@ def prepare(processor: Any, image: Any, prompt: str, device: Any, dtype: Any = N
 
     fields = chat.encode(processor, [chat.render(processor, [chat.user(prompt, images=1)])], [[image]])
     return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in fields.items()}
-
-
-def make_policy(name: str, options: dict[str, Any]) -> Any:
-    """A policy by name; options that were not given keep their defaults."""
-    from dyrate_kernels import policies
-
-    return policies.get(name, **{key: value for key, value in options.items() if value is not None})
-
-
-def split_list(text: str, mark: str = ",") -> list[str]:
-    """``a,b:kept=[(0, 5), (2, 3)]`` -> two parts: commas (or other marks) inside of brackets do not part."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([") - (character in ")]")
-        if character == mark and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
-
-
-def parse_policy(text: str, more: dict[str, Any] | None = None) -> Any:
-    """``fastv:k=2:rate=0.75`` -> the policy; one inside of another in brackets: ``recycle:policy=(fastv:k=2):share=1``.
-
-    Args:
-        more: options beside those of the text; None is none.
-    """
-    name, *options = split_list(text, ":") or [""]
-    pairs = {}
-    for option in options:
-        key, separator, value = option.partition("=")
-        if not separator:
-            raise ValueError(f"a policy's options are NAME=VALUE, got {option!r} in {text!r}")
-        nested = key == "policy" and value.startswith("(") and value.endswith(")")
-        pairs[key] = parse_policy(value[1:-1]) if nested else parse_value(value)
-    return make_policy(name.strip(), pairs | {key: value for key, value in (more or {}).items() if value is not None})
-
-
-def parse_vision(text: str | None) -> Any:
-    """``tome:keep=0.5+aim`` -> the reducers, in order; none for None."""
-    from dyrate_kernels import vision
-
-    return vision.chain(text)
-
-
-def split_vision(text: str) -> tuple[str, str | None]:
-    """``fastv:rate=0.5+tome+aim:keep=0.5`` -> the policy's part, and the reducers' part or None."""
-    from dyrate_kernels import vision
-
-    parts = split_list(text, "+")
-    names = set(vision.names())
-    first = next((place for place, part in enumerate(parts) if place and part.partition(":")[0] in names), len(parts))
-    if "=" not in parts[0] and len(parts) > 1 and first > 1:  # else a '+' may be part of an option's value
-        raise ValueError(f"--policies: reducer must be one of {', '.join(vision.names())}; got {parts[1]!r} in {text!r}")
-    if text.count("+") > len(parts) - 1 + sum(part.count("+") for part in parts):
-        raise ValueError(f"--policies: a reducer is missing beside a '+' in {text!r}")
-    return "+".join(parts[:first]), "+".join(parts[first:]) or None
 
 
 def answer(model: Any, processor: Any, inputs: dict[str, Any], given: argparse.Namespace, streamer: Any = None) -> list[int]:

@@ -1,4 +1,4 @@
-"""``--policies``: the one grammar of all commands, and in words what a policy does on a model."""
+"""``--policies`` as contenders, and in words what a policy does on a model."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
-from dyrate_kernels.cli import common
+from dyrate_kernels import specs
 
 if TYPE_CHECKING:
     from dyrate_kernels.evaluation.runner import Contender
 
-RETENTIONS = ("recoverable", "evict")
 HELP = (
     "names, with options, reducers and retention if wanted: fastv:k=2:rate=0.75@evict, none+hired:keep=0.5, dyrate+aim@evict; "
-    "also downsample:side=7, a coarser picture; ' as NAME' names a row"
+    "also coarse:side=7, a coarser picture; ' as NAME' names a row"
 )
+COARSE = ("coarse", "downsample")  # a row's control of picture size; the second name is its older one
 
 
 def parse(text: str, retention: str = "recoverable", vision: str | None = None, files: bool = False) -> list[Contender]:
-    """``fastv:rate=0.75@evict,random as chance`` -> contenders, in order.
+    """``fastv:rate=0.75@evict,random as chance`` (``specs.rows``) -> contenders, in order.
 
     Args:
         retention, vision: of those that name none.
@@ -29,24 +29,20 @@ def parse(text: str, retention: str = "recoverable", vision: str | None = None, 
         ValueError, TypeError: there is none, one is unknown or has wrong options, or two have one name, or another than
             the unpruned model is named ``none``.
     """
-    from dyrate_kernels import policies
+    from dyrate_kernels import policies, vision as reducers  # isort: skip
     from dyrate_kernels.evaluation.runner import Contender
 
     found: list[Contender] = []
-    for part in common.split_list(text):
-        part, _, label = (side.strip() for side in part.partition(" as "))
-        name, _, asked = part.partition("@")
-        if asked not in ("", *RETENTIONS):
-            raise ValueError(f"--policies: retention must be {' or '.join(RETENTIONS)}, got {asked!r} in {part!r}")
-        if label == "none" and part != "none":
-            raise ValueError(f"--policies: 'none' is the unpruned model's row; give {part!r} another name behind ' as '")
-        label = re.sub(r"[^\w.=@+-]+", "_", label or part) if files else label or part
-        if name.split(":")[0] == "downsample":
-            found.append(Contender(label, policies.KeepAll(), side=_side(name)))
+    for row in specs.rows(text, reducers.names()):
+        if row.label == "none" and row.written != "none":
+            raise ValueError(f"--policies: 'none' is the unpruned model's row; give {row.written!r} another name behind ' as '")
+        label = row.label or row.written
+        label = re.sub(r"[^\w.=@+-]+", "_", label) if files else label
+        if row.policy.name in COARSE:
+            found.append(Contender(label, policies.KeepAll(), side=_side(row)))
             continue
-        policy, reducers = common.split_vision(name)
-        chain = common.parse_vision(reducers or vision)
-        found.append(Contender(label, common.parse_policy(policy), asked or retention, vision=chain))
+        chain = reducers.chain(row.reducers or vision)
+        found.append(Contender(label, policies.make(row.policy), row.retention or retention, vision=chain))
     if not found:
         raise ValueError("--policies is empty; name at least one, e.g. dyrate,fastv")
     if len({contender.label for contender in found}) < len(found):
@@ -54,13 +50,12 @@ def parse(text: str, retention: str = "recoverable", vision: str | None = None, 
     return found
 
 
-def _side(name: str) -> int:
-    """``downsample:side=7`` -> 7; ``downsample`` -> 6."""
-    value = name.partition(":")[2] or "side=6"
-    side = value.removeprefix("side=")
-    if not side.isdigit() or int(side) < 1:
-        raise ValueError(f"--policies: downsample takes one option, side (an integer of at least 1), got {name!r}")
-    return int(side)
+def _side(row: specs.Row) -> int:
+    """``coarse:side=7`` -> 7; ``coarse`` -> 6."""
+    side = row.policy.options.get("side", 6)
+    if {*row.policy.options} - {"side"} or row.reducers or not isinstance(side, int) or isinstance(side, bool) or side < 1:
+        raise ValueError(f"--policies: {row.policy.name} takes one option, side (an integer of at least 1), got {row.written!r}")
+    return side
 
 
 def settings(

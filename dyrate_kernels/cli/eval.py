@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dyrate_kernels import specs
 from dyrate_kernels.cli import common, contenders
 from dyrate_kernels.files import check_file, check_folder, locked, write_json
 
@@ -244,7 +245,7 @@ def machine(model: Any) -> dict[str, str]:
 def costs_in(text: str | None) -> list[float]:
     """``57.9,33.3`` (percent) -> fractions."""
     found = []
-    for part in common.split_list(text or ""):
+    for part in specs.split_list(text or ""):
         try:
             cost = float(part) / 100
         except ValueError:

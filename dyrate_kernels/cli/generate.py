@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from dyrate_kernels import specs
 from dyrate_kernels.cli import common, contenders
 
 
@@ -38,20 +39,20 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 
 def policy_from(given: argparse.Namespace) -> Any:
     """The policy that the options ask for."""
+    from dyrate_kernels import policies
+
     options = {"k": given.k, "rate": given.rate, "predictor": given.predictor}
-    for item in given.option:
-        name, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"--option must be NAME=VALUE, got {item!r}")
-        options[name] = common.parse_value(value)
-    return common.parse_policy(given.policy, options)
+    options |= dict(specs.pair(item, "--option must be") for item in given.option)
+    return policies.parse(given.policy, **{name: value for name, value in options.items() if value is not None})
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does it."""
+    """Generates, and prints what was kept."""
+    from dyrate_kernels import vision
+
     image = common.load_image(given.image)
     common.check_plot("--plot", given.plot)
-    policy, reducers = policy_from(given), common.parse_vision(given.vision)
+    policy, reducers = policy_from(given), vision.chain(given.vision)
     model, processor = common.load_model(given)
     settings = contenders.settings(model.config, policy, given.retention, given.backend, model.device, reducers)
     odd = contenders.not_followed(model, given.sample)

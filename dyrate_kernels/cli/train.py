@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+from dyrate_kernels import specs
 from dyrate_kernels.cli import common
 
 
@@ -53,7 +54,7 @@ def run(given: argparse.Namespace) -> int:
     from dyrate_kernels.training.predictor import OUTPUTS, Options, train_predictor
 
     options = Options(
-        k=given.k, rates=common.parse_value(given.rates), num_rates=given.num_rates, text=given.text_aware, spread=given.spread,
+        k=given.k, rates=specs.value(given.rates), num_rates=given.num_rates, text=given.text_aware, spread=given.spread,
         target_keep=given.target_keep,
         target_cost=given.target_cost, steps=given.steps, batch_size=given.batch_size, learning_rate=given.learning_rate,
         budget_weight=given.budget_weight, tau_start=given.tau[0], tau_end=given.tau[1], seed=given.seed, max_length=given.max_length,

@@ -31,19 +31,19 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from transformers import StoppingCriteria
 
-from dyrate_kernels import answering, policies
+from dyrate_kernels import answering, policies, specs
 from dyrate_kernels.evaluation.cider import tokenize
 from dyrate_kernels.evaluation.runner import Contender, encode
 from dyrate_kernels.evaluation.suite import Item
 from dyrate_kernels.files import write_json
 from dyrate_kernels.journal import Journal
 from dyrate_kernels.json_files import read_json
-from dyrate_kernels.loading import load_model, model_name, parse_value
+from dyrate_kernels.loading import load_model, model_name
 from dyrate_kernels.pictures import UnreadableError, read_picture, whole_pictures
+from dyrate_kernels.specs import RETENTIONS
 from dyrate_kernels.vision import chain
 
 OPTIONS = ("pretrained", "policy", "retention", "vision", "backend", "batch_size", "device", "dtype", "stats")
-RETENTIONS = ("recoverable", "evict")
 MOST = 1024  # new tokens where a task does not say
 _IGNORED = {"image_aspect_ratio"}  # of the original LLaVA's own preprocessing
 
@@ -114,14 +114,16 @@ class DyRate(lmms):
         vision: str | None = None,
         batch_size: int | str = 1, device: str | None = None, dtype: str | None = None, stats: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        known = policies.options(policy)
+        called = specs.call(policy, "policy")
+        known = policies.options(called.name)
         for name in options:
             if name not in known:
                 raise TypeError(
-                    f"dyrate has no option {name!r}; it has {', '.join(OPTIONS)}, and of the policy {policy}: {', '.join(known) or 'none'}"
+                    f"dyrate has no option {name!r}; it has {', '.join(OPTIONS)}, and of the policy {called.name}: "
+                    f"{', '.join(known) or 'none'}"
                 )
-        values = {name: parse_value(value) if isinstance(value, str) else value for name, value in options.items()}
-        contender = Contender(policy, policies.get(policy, **values), retention, vision=chain(vision))
+        values = {name: specs.value(value) if isinstance(value, str) else value for name, value in options.items()}
+        contender = Contender(policy, policies.make(called, **values), retention, vision=chain(vision))
         local = os.environ.get("LOCAL_RANK")
         if device in (None, "cuda") and local is not None and torch.cuda.is_available():
             device = f"cuda:{local}"

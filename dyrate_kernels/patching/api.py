@@ -43,12 +43,12 @@ from dyrate_kernels.patching.vision import PIXELS, features_for, pixel_kinds, pr
 from dyrate_kernels.patching.vision import check_supported as check_reducers
 from dyrate_kernels.patching.wrapped import unwrapped
 from dyrate_kernels.policies.base import ModelShape, Policy
+from dyrate_kernels.specs import RETENTIONS
 from dyrate_kernels.stats import Snapshot, Stats, collect, snapshot
 from dyrate_kernels.vision import Reducer
 
 logger = logging.getLogger(__name__)
 
-RETENTIONS = ("recoverable", "evict")
 _HANDLE = "_dyrate_handle"
 _NO_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
@@ -71,7 +71,8 @@ def patch(
     Args:
         model: a supported vision-language model (``patching.families.FAMILIES``), or what ``torch.compile`` or PEFT made of one: then the
             model inside is patched.
-        policy: a name of ``dyrate_kernels.policies.names()`` or a policy object, e.g. ``policies.FastV(k=3, rate=0.5)``.
+        policy: a name of ``dyrate_kernels.policies.names()``, with options if wanted (``"fastv:rate=0.5"``), or a policy object, e.g.
+            ``policies.FastV(k=3, rate=0.5)``.
         retention: ``"recoverable"`` (every row stays; layers >= k read only the chosen ones, which may come back) or ``"evict"`` (dropped
             rows are gone, the prompt is shrunk in layers >= k).
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``; see ``dyrate_kernels.backends()``.
@@ -108,7 +109,7 @@ def patch(
         check_fusable(model)
     if isinstance(policy, str):
         options = {name: value for name, value in (("k", k), ("predictor", predictor)) if value is not None}
-        policy = policies.get(policy, **options)
+        policy = policies.parse(policy, **options)
     elif not isinstance(policy, Policy):
         raise TypeError(f"policy must be a name ({', '.join(policies.names())}) or a Policy object, got {type(policy).__name__}")
     elif predictor is not None or k is not None:

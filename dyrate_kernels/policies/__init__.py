@@ -4,8 +4,8 @@
 >>> dk.policies.names()
 ['none', 'dyrate', 'fastv', 'fixed', 'random', 'uniform', 'vtw', 'depth', 'schedule', 'threshold', 'st3', 'dycoke', 'pyramiddrop',
 'layerwise', 'sparsevlm', 'aim', 'recycle', 'klguard']
->>> dk.policies.get("fastv", k=2, rate=0.75)
-FastV(k=2, rate=0.75, ranking='last')
+>>> dk.policies.get("fastv", k=2, rate=0.75) == dk.policies.parse("fastv:k=2:rate=0.75")
+True
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _CLASSES: tuple[type[Policy], ...] = (
     KLGuard,
 )
 _REGISTRY: Registry[Policy] = Registry("policy", _CLASSES)
-names, options, get = _REGISTRY.names, _REGISTRY.options, _REGISTRY.get
+names, options, get, parse, make = _REGISTRY.names, _REGISTRY.options, _REGISTRY.get, _REGISTRY.parse, _REGISTRY.make
 
 __all__ = [
     "AIM",
@@ -78,6 +78,8 @@ __all__ = [
     "VTW",
     "View",
     "get",
+    "make",
     "names",
     "options",
+    "parse",
 ]

@@ -21,7 +21,7 @@ class Wrapper(Policy):
 
     Attributes:
         k: first pruned layer; None: the other policy's.
-        policy: the other one, or its registry name.
+        policy: the other one, or its name with options, as text (``fastv:k=2``).
     """
 
     k: int | None = None  # type: ignore[assignment]
@@ -35,7 +35,7 @@ class Wrapper(Policy):
         if isinstance(inner, str):
             from dyrate_kernels import policies  # the registry knows this class, so not at import
 
-            inner = policies.get(inner)
+            inner = policies.parse(inner)
         elif not isinstance(inner, Policy):
             raise TypeError(f"policy must be a policy or its name, got {type(inner).__name__}")
         if self.k is not None:

@@ -7,10 +7,9 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
-from typing import Any
 
+from dyrate_kernels import specs
 from dyrate_kernels.registry import Registry
 from dyrate_kernels.vision.aim import AIM
 from dyrate_kernels.vision.base import Crop, FeatureReducer, Merged, Reduced, Reducer, Selector, TowerFeatures, TowerMerger, Visual
@@ -39,7 +38,7 @@ _CLASSES: tuple[type[Reducer], ...] = (
     UniformTokens,
 )
 _REGISTRY: Registry[Reducer] = Registry("reducer", _CLASSES)
-names, options, get = _REGISTRY.names, _REGISTRY.options, _REGISTRY.get
+names, options, get, parse, make = _REGISTRY.names, _REGISTRY.options, _REGISTRY.get, _REGISTRY.parse, _REGISTRY.make
 
 __all__ = [
     "AIM",
@@ -64,12 +63,14 @@ __all__ = [
     "Visual",
     "chain",
     "get",
+    "make",
     "names",
     "options",
+    "parse",
 ]
 
 
-def chain(spec: str | Reducer | Sequence[str | Reducer] | None) -> tuple[Reducer, ...]:
+def chain(spec: str | Reducer | Sequence[str | Reducer | specs.Call] | None) -> tuple[Reducer, ...]:
     """Reducers in the order in which they work.
 
     Args:
@@ -90,7 +91,9 @@ def chain(spec: str | Reducer | Sequence[str | Reducer] | None) -> tuple[Reducer
         if isinstance(part, Reducer):
             found.append(part)
         elif isinstance(part, str):
-            found += [_parse(text) for text in part.split("+")]
+            found += map(make, specs.calls(part))
+        elif isinstance(part, specs.Call):
+            found.append(make(part))
         else:
             raise TypeError(f"vision must hold names ({', '.join(names())}) or Reducers, got {type(part).__name__}")
     for reducer in found[1:]:
@@ -102,18 +105,3 @@ def chain(spec: str | Reducer | Sequence[str | Reducer] | None) -> tuple[Reducer
                 f"reducer {reducer.name!r} reads the tower's attention, which 'tome' has merged tokens of; leave one of them out"
             )
     return tuple(found)
-
-
-def _parse(text: str) -> Reducer:
-    """``aim:keep=0.5`` -> the reducer."""
-    name, *pairs = [part.strip() for part in text.split(":")]
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise ValueError(f"vision: options are NAME=VALUE, got {pair!r} in {text!r}")
-        try:
-            values[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            values[key] = value
-    return get(name, **values)

@@ -13,6 +13,7 @@ import numpy as np
 
 from dyrate_kernels import plots, shapes
 from dyrate_kernels.pictures import UnreadableError, read_picture
+from dyrate_kernels.specs import RETENTIONS
 from dyrate_kernels.webdemo.engine import Engine, Side, State, Wish
 
 TITLE = "Visual tokens, dropped while the model answers"
@@ -56,7 +57,7 @@ def build(engine: Engine, at_once: int = 2) -> gr.Blocks:
                     0, 1, 0.5, step=0.05, label="How much to prune", info="0: as little as the policy can, 1: as much", elem_id="strength"
                 )
                 retention = gr.Radio(
-                    ["recoverable", "evict"], value="recoverable", label="Retention", elem_id="retention",
+                    [*RETENTIONS], value="recoverable", label="Retention", elem_id="retention",
                     info="recoverable: a dropped token may come back; evict: it is gone, and memory with it",
                 )  # fmt: skip
                 names = engine.reducers()

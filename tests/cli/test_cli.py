@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 import dyrate_kernels as dk
-from dyrate_kernels.cli.common import split_vision
 from dyrate_kernels.cli.generate import chosen_steps
 from dyrate_kernels.cli.main import main
 
@@ -119,18 +118,6 @@ def test_a_picture_of_what_reducers_left(capsys, picture, tmp_path, monkeypatch)
     status, out, _ = run(capsys, "generate", "--image", picture, "--plot", str(target), *options)
     assert status == 0 and "144 visual tokens -> 72 (uniform)" in out
     assert drawn[0] == (list(range(1, 144, 2)), 144)
-
-
-def test_split_vision():
-    assert split_vision("fastv:rate=0.5+tome+aim:keep=0.5") == ("fastv:rate=0.5", "tome+aim:keep=0.5")
-    assert split_vision("aim") == ("aim", None) and split_vision("aim+aim") == ("aim", "aim")
-    assert split_vision("recycle:policy=(fastv:k=2):share=1+uniform") == ("recycle:policy=(fastv:k=2):share=1", "uniform")
-    assert split_vision("dyrate:predictor=a+b") == ("dyrate:predictor=a+b", None)
-    with pytest.raises(ValueError, match="reducer must be one of hired, .*got 'bogus:keep=1' in 'none"):
-        split_vision("none+bogus:keep=1")
-    for text in ("none++aim", "none+aim+"):
-        with pytest.raises(ValueError, match="a reducer is missing beside a"):
-            split_vision(text)
 
 
 def test_info(capsys):

@@ -118,7 +118,7 @@ def test_policies_have_one_grammar(capsys, tmp_path, picture, command):
     for text, words in (
         ("", "--policies is empty; name at least one"), ("fixed,fixed", "--policies names one twice: fixed,fixed"),
         ("fixed@never", "--policies: retention must be recoverable or evict, got 'never'"), ("poem", "policy must be one of"),
-        ("downsample:side=0", "downsample takes one option, side"), ("fixed:rate", "a policy's options are NAME=VALUE, got 'rate'"),
+        ("downsample:side=0", "downsample takes one option, side"), ("fixed:rate", "policy options are NAME=VALUE, got 'rate'"),
         ("none+poem", "reducer must be one of"), ("fixed as none", "'none' is the unpruned model's row; give 'fixed' another name"),
         ("none+random as none", "'none' is the unpruned model's row"), ("downsample as none", "'none' is the unpruned model's row"),
     ):  # fmt: skip

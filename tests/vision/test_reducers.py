@@ -453,7 +453,7 @@ def test_chains():
         (["aim", vision.Downsample()], ValueError, "'downsample' needs every patch"),
         ("tome+hired", ValueError, "'hired' reads the tower's attention, which 'tome'"),
         ("aim:keep", ValueError, "options are NAME=VALUE, got 'keep'"),
-        ("aim+", ValueError, "reducer must be one of"),
+        ("aim+", ValueError, "a reducer is missing beside a '\\+' in 'aim\\+'"), ("", ValueError, "reducer must be one of"),
         (3, TypeError, "vision must be a name"),
         ([3], TypeError, "vision must hold names"),
     ]:
