@@ -140,45 +140,31 @@ def _finished(counter_ptr, last):
 
 
 @triton.jit
-def _combine_head(
-    head, splits, part_ptr, part_stat_ptr, head_stat_ptr, output_ptr, value_dim,
-    HAS_OUTPUT: tl.constexpr, HAS_LOGITS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, BLOCK_V: tl.constexpr,
+def _join_splits(
+    m, norm, acc, first, splits, head, ours, part_ptr, part_stat_ptr, value_dim,
+    HAS_OUTPUT: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Phase 2 for one query head: the softmax over all splits, from the softmaxes of each; returns (maximum, 1 / sum)."""
-    offset_s = tl.arange(0, MAX_SPLITS)
+    """The splits ``first ..`` join the running softmax of their slots; returns (m, norm, acc)."""
     offset_v = tl.arange(0, BLOCK_V)
-    done = offset_s < splits
-    part = head * MAX_SPLITS + offset_s
-    m = tl.load(part_stat_ptr + part * 2, mask=done, other=float("-inf"), cache_modifier=".cg")
-    norm = tl.load(part_stat_ptr + part * 2 + 1, mask=done, other=0.0, cache_modifier=".cg")
-    top = tl.max(m, 0)
+    split = first + tl.arange(0, SPLIT_TILE)
+    here = ours[:, None] & (split < splits)[None, :]
+    part = head[:, None] * MAX_SPLITS + split[None, :]
+    their_m = tl.load(part_stat_ptr + part * 2, mask=here, other=float("-inf"), cache_modifier=".cg")
+    their_norm = tl.load(part_stat_ptr + part * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
+    top = tl.maximum(m, their_m)
     finite = tl.where(top == float("-inf"), 0.0, top)
-    factor = tl.where(done, tl.exp2(m - finite), 0.0)
-    total = tl.sum(tl.where(done, norm * factor, 0.0), 0)
-    share = tl.where(total == 0.0, 0.0, 1.0 / total)
-    share = tl.where(top == LOWEST, float("nan"), share)
+    ours_factor = tl.exp2(m - finite)
+    their_factor = tl.exp2(their_m - finite)
+    norm = norm * ours_factor + their_norm * their_factor
     if HAS_OUTPUT:
-        output = tl.zeros([BLOCK_V], dtype=tl.float32)
-        for tile in tl.static_range(MAX_SPLITS // SPLIT_TILE):  # a few splits at a time: registers
-            offset = tile * SPLIT_TILE + tl.arange(0, SPLIT_TILE)
-            here = offset < splits
-            part = head * MAX_SPLITS + offset
-            weight = tl.load(part_stat_ptr + part * 2, mask=here, other=float("-inf"), cache_modifier=".cg")
-            weight = tl.where(here, tl.exp2(weight - finite), 0.0)
-            acc = tl.load(
-                part_ptr + part[:, None] * BLOCK_V + offset_v[None, :],
-                mask=here[:, None] & (offset_v < value_dim)[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            output += tl.sum(acc * weight[:, None], 0)
-        output *= share
-        tl.store(output_ptr + head * value_dim + offset_v, output.to(output_ptr.dtype.element_ty), mask=offset_v < value_dim)
-    if HAS_LOGITS:
-        tl.store(head_stat_ptr + head * 2, top)
-        tl.store(head_stat_ptr + head * 2 + 1, share)
-    return top, share
+        their_acc = tl.load(
+            part_ptr + part[:, :, None] * BLOCK_V + offset_v[None, None, :],
+            mask=here[:, :, None] & (offset_v < value_dim)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        acc = acc * ours_factor[:, :, None] + their_acc * their_factor[:, :, None]
+    return top, norm, acc
 
 
 @triton.jit
@@ -187,45 +173,38 @@ def _combine_heads(
     HAS_OUTPUT: tl.constexpr, HAS_LOGITS: tl.constexpr,
     G: tl.constexpr, BLOCK_C: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """``_combine_head`` for all G query heads of a key/value head at once, so that their loads wait for memory together.
+    """Phase 2 for all G query heads of a key/value head: the softmax over all splits, from the softmaxes of each; returns
+    (maximum, 1 / sum), ``[BLOCK_C]`` both.
 
-    With one head the other form takes fewer registers (128 against 152 in a kept list's kernel on sm_90), which let a quarter more programs
-    run at once: 67 against 86 us for 12.5 % of 2880 rows at B=32 on an H200 (bench/results/2026-11-27-h200/settings.txt).
+    Every slot of a tile of splits keeps a softmax of its own until the end, so that no load waits for a reduction over splits.
     """
     offset_c = tl.arange(0, BLOCK_C)
-    offset_s = tl.arange(0, MAX_SPLITS)
     offset_v = tl.arange(0, BLOCK_V)
     ours = offset_c < G
     head = first_head + offset_c
-    done = ours[:, None] & (offset_s < splits)[None, :]
-    part = head[:, None] * MAX_SPLITS + offset_s[None, :]
-    m = tl.load(part_stat_ptr + part * 2, mask=done, other=float("-inf"), cache_modifier=".cg")
-    norm = tl.load(part_stat_ptr + part * 2 + 1, mask=done, other=0.0, cache_modifier=".cg")
+    m = tl.full([BLOCK_C, SPLIT_TILE], float("-inf"), tl.float32)
+    norm = tl.zeros([BLOCK_C, SPLIT_TILE], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_C, SPLIT_TILE, BLOCK_V if HAS_OUTPUT else 1], dtype=tl.float32)
+    if MAX_SPLITS == SPLIT_TILE:
+        m, norm, acc = _join_splits(
+            m, norm, acc, 0, splits, head, ours, part_ptr, part_stat_ptr, value_dim, HAS_OUTPUT, MAX_SPLITS, SPLIT_TILE, BLOCK_V
+        )
+    else:
+        for first in tl.range(0, splits, SPLIT_TILE, num_stages=3):
+            m, norm, acc = _join_splits(
+                m, norm, acc, first, splits, head, ours, part_ptr, part_stat_ptr, value_dim, HAS_OUTPUT, MAX_SPLITS, SPLIT_TILE, BLOCK_V
+            )
     top = tl.max(m, 1)
     finite = tl.where(top == float("-inf"), 0.0, top)
-    factor = tl.where(done, tl.exp2(m - finite[:, None]), 0.0)
-    total = tl.sum(tl.where(done, norm * factor, 0.0), 1)
+    factor = tl.exp2(m - finite[:, None])
+    total = tl.sum(norm * factor, 1)
     share = tl.where(total == 0.0, 0.0, 1.0 / total)
     share = tl.where(top == LOWEST, float("nan"), share)
     if HAS_LOGITS:
         tl.store(head_stat_ptr + head * 2, top, mask=ours)
         tl.store(head_stat_ptr + head * 2 + 1, share, mask=ours)
     if HAS_OUTPUT:
-        output = tl.zeros([BLOCK_C, BLOCK_V], dtype=tl.float32)
-        for tile in tl.static_range(MAX_SPLITS // SPLIT_TILE):
-            offset = tile * SPLIT_TILE + tl.arange(0, SPLIT_TILE)
-            here = ours[:, None] & (offset < splits)[None, :]
-            part = head[:, None] * MAX_SPLITS + offset[None, :]
-            weight = tl.load(part_stat_ptr + part * 2, mask=here, other=float("-inf"), cache_modifier=".cg")
-            weight = tl.where(here, tl.exp2(weight - finite[:, None]), 0.0)
-            acc = tl.load(
-                part_ptr + part[:, :, None] * BLOCK_V + offset_v[None, None, :],
-                mask=here[:, :, None] & (offset_v < value_dim)[None, None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            output += tl.sum(acc * weight[:, :, None], 1)
-        output *= share[:, None]
+        output = tl.sum(acc * factor[:, :, None], 1) * share[:, None]
         tl.store(
             output_ptr + head[:, None] * value_dim + offset_v[None, :],
             output.to(output_ptr.dtype.element_ty),
@@ -429,22 +408,15 @@ def decode_attention_kernel(
             return
 
         # ---- phase 2: the last split of a key/value head combines the splits ----------------------------------------------------
-        if G == 1:
-            top, share = _combine_head(
-                b * heads + first_head, splits, part_ptr, part_stat_ptr, head_stat_ptr, output_ptr, value_dim,
-                HAS_OUTPUT, HAS_LOGITS, MAX_SPLITS, SPLIT_TILE, BLOCK_V,
-            )  # fmt: skip
-        else:
-            top, share = _combine_heads(
-                b * heads + first_head, splits, part_ptr, part_stat_ptr, head_stat_ptr, output_ptr, value_dim,
-                HAS_OUTPUT, HAS_LOGITS, G, BLOCK_C, MAX_SPLITS, SPLIT_TILE, BLOCK_V,
-            )  # fmt: skip
+        top, share = _combine_heads(
+            b * heads + first_head, splits, part_ptr, part_stat_ptr, head_stat_ptr, output_ptr, value_dim,
+            HAS_OUTPUT, HAS_LOGITS, G, BLOCK_C, MAX_SPLITS, SPLIT_TILE, BLOCK_V,
+        )  # fmt: skip
         if HAS_MASS:
             offset_c = tl.arange(0, BLOCK_C)
-            nothing = tl.zeros([BLOCK_C], dtype=tl.float32)
             _store_mass(
-                b * heads + first_head + offset_c, offset_c < G, nothing + top, nothing + share, text_logits,
-                text_type_ptr + b * stride_tb, mass_ptr, logit_capacity, n_text, BLOCK_T,
+                b * heads + first_head + offset_c, offset_c < G, top, share, text_logits, text_type_ptr + b * stride_tb, mass_ptr,
+                logit_capacity, n_text, BLOCK_T,
             )  # fmt: skip
 
     if IMPORTANCE:

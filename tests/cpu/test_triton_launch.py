@@ -138,7 +138,7 @@ def test_settings_of_a_device_file_cap_splits_waves_and_what_is_combined():
     assert attention(batch=20, kv_heads=32, chosen=dataclasses.replace(usual, waves=2)).splits == 1
     wide = attention(group=7, kv_heads=4, chosen=dataclasses.replace(usual, combined=8192, most_splits=32))
     narrow = attention(group=7, kv_heads=4, chosen=dataclasses.replace(usual, most_splits=32))
-    assert wide.max_splits == narrow.max_splits == 32 and wide.split_tile == 2 * narrow.split_tile == 8
+    assert wide.max_splits == narrow.max_splits == 32 and wide.split_tile == 4 * narrow.split_tile == 8
     for name in ("programs_per_sm", "waves", "min_blocks", "most_splits", "combined"):
         for wrong in (0, -1, 2.0):
             with pytest.raises(ValueError, match=name):

@@ -18,7 +18,8 @@ from dyrate_kernels.triton_kernels import plan
 SMALL = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8)
 TWO_LAUNCHES = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8, decision="second_launch")
 ONE_SPLIT = plan.Settings(block_n=32, min_blocks=64)
-THREE_SPLITS = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=5, decision="second_launch")  # 20 programs: no power of two a pair
+# 20 programs: no power of two a pair; combined a split or two at a time
+THREE_SPLITS = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=5, combined=32, decision="second_launch")
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
 
 np.seterr(all="ignore")  # NaN and infinity are part of the cases
