@@ -4,6 +4,7 @@
 #   bench/gpu.sh OUT_DIR          on a machine with a CUDA GPU
 #   bench/gpu.sh OUT_DIR --toy    rehearsal of every part on a CPU, in Triton's interpreter, at toy size
 #   bench/gpu.sh OUT_DIR --only "tests operators"    these parts alone ("more": 13B, OneVision, the largest batch; never by default)
+#   bench/gpu.sh OUT_DIR --only experiments          twelve questions about the kernels, within eight minutes; never by default
 #   bench/gpu.sh OUT_DIR --seconds 400               in less time: every part gets less (with --toy: all of it in so many seconds)
 #
 # Needs the package installed (pip install --no-deps --no-build-isolation -e .) and no network. PYTHON names the interpreter (python3).
@@ -39,7 +40,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-known="environment tests kernels memcheck racecheck synccheck initcheck operators pytest end_to_end more"
+known="environment tests kernels memcheck racecheck synccheck initcheck operators pytest end_to_end more experiments"
 default="environment tests kernels memcheck racecheck synccheck initcheck operators pytest end_to_end"
 for name in $only; do
   case " $known " in *" $name "*) ;; *) echo "bench/gpu.sh: no part $name; parts: $known" >&2 && exit 2 ;; esac
@@ -53,6 +54,7 @@ python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 rm -f "$out"/report.md "$out"/report.json
+if wanted experiments; then rm -f "$out"/experiments.md "$out"/experiments.json; fi
 
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
 whole=585
@@ -167,11 +169,17 @@ more() {
 }
 export -f e2e more
 part more end_to_end.log $([ -n "$toy" ] && echo 200 || of 500) bash -c more
+part experiments experiments.log $([ -n "$toy" ] && echo 400 || of 480) "$python" -m bench.experiments "$out" $toy \
+  --seconds $([ -n "$toy" ] && echo 390 || of 465)
 
 if "$python" -m bench.report write "$out" --parts "$work/parts.tsv" --rows "$work/operators.json" "$work/end_to_end.json" "$work"/more-*.json; then
   echo "report: $out/report.md (${SECONDS}s in all)"
   sed -n '/^## Targets/,/^## Speed-ups/p' "$out/report.md" | sed '$d'
 else
   failed=1
+fi
+if wanted experiments && [ -f "$out/experiments.md" ]; then
+  echo "experiments: $out/experiments.md"
+  sed -n '/^## What each took/,$p' "$out/experiments.md"
 fi
 exit $failed

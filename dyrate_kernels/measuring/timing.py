@@ -125,15 +125,24 @@ def copies_for_cold_cache(bytes_per_set: int, most: int = 128) -> int:
     return max(min(math.ceil(3 * l2 / max(bytes_per_set, 1)), most), 1)
 
 
-def time_captured(calls: Sequence[Callable[[], Any]], *, budget: float = 0.25, most: int = 200) -> Times:
-    """Seconds of one of ``calls`` (the same work on different buffers), from replays of one CUDA graph that holds all of them.
+class Recorded(NamedTuple):
+    """Work that can be started again and again.
 
-    Args:
-        budget: seconds to measure for, about.
-        most: replays at most.
+    Attributes:
+        replay: starts ``number`` calls; on a CPU runs one.
+        last: what the last of the calls left. On a CUDA device replays write it again, and it lasts as long as ``replay``.
     """
+
+    replay: Callable[[], Any]
+    number: int
+    last: Callable[[], Any]
+
+
+def recorded(calls: Sequence[Callable[[], Any]]) -> Recorded:
+    """One CUDA graph that holds all of ``calls`` (the same work on different buffers), once or more often; on a CPU the calls."""
     if not torch.cuda.is_available():
-        return _time_on_host(calls)
+        order = itertools.cycle(calls)
+        return Recorded(lambda: next(order)(), 1, calls[-1])
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -145,11 +154,22 @@ def time_captured(calls: Sequence[Callable[[], Any]], *, budget: float = 0.25, m
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for call in itertools.chain.from_iterable([calls] * repeats):
-            call()
-    number = repeats * len(calls)
-    times = _events(graph.replay, budget, most)
-    del graph
-    return Times(*(value / number for value in times))
+            result = call()
+    return Recorded(graph.replay, repeats * len(calls), lambda: result)
+
+
+def time_captured(calls: Sequence[Callable[[], Any]], *, budget: float = 0.25, most: int = 200) -> Times:
+    """Seconds of one of ``calls`` (the same work on different buffers), from replays of one CUDA graph that holds all of them.
+
+    Args:
+        budget: seconds to measure for, about.
+        most: replays at most.
+    """
+    if not torch.cuda.is_available():
+        return _time_on_host(calls)
+    work = recorded(calls)
+    times = _events(work.replay, budget, most)
+    return Times(*(value / work.number for value in times))
 
 
 def time_launched(calls: Sequence[Callable[[], Any]], *, budget: float = 0.25, most: int = 200) -> Times:

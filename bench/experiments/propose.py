@@ -1,0 +1,144 @@
+"""What a device's file should hold, from the rows of the experiments, and the figures that say so.
+
+A change of settings is proposed for a key of the file where, over all cases of that key in its experiment, the geometric mean of the ratios
+lies below 1 by more than the noise, at least one case is faster and none slower. A key of which a case was not reached, or where a result
+was wrong or a kernel did not run with the change, gets nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dyrate_kernels import devices
+from dyrate_kernels.measuring import timing
+
+from .runner import BASE, FASTER, NOT_REACHED, SLOWER, Row
+
+SWITCHES = "switches"  # rows of this section change what holds for every launch: a word at the top of the file
+CONFIRMING = 13  # the experiment that times the winners of the others together
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A change that could be written.
+
+    Attributes:
+        section, key: where. changes: what. base: the settings that it was changed from. experiment: that found it.
+        ratio: geometric mean over its cases. noise: mean of theirs.
+        cases: name -> ``{"base_us", "us", "ratio"}``.
+        against: why not, or None.
+    """
+
+    section: str
+    key: str
+    changes: dict[str, Any]
+    base: dict[str, Any]
+    experiment: int
+    ratio: float
+    noise: float
+    cases: dict[str, dict[str, float]]
+    against: str | None
+
+    def figures(self) -> dict[str, Any]:
+        """What the file says about it."""
+        return {
+            "experiment": self.experiment, "changes": self.changes, "ratio": round(self.ratio, 4), "noise": round(self.noise, 4),
+            "cases": self.cases,
+        }  # fmt: skip
+
+
+def candidates(rows: Iterable[Row]) -> Iterator[Candidate]:
+    """Every change that was tried, with the reason where it is not proposed."""
+    rows = [row for row in rows if row["section"] is not None and row["key"] is not None]
+    groups: dict[tuple[int, str, str, str], list[Row]] = {}
+    for row in rows:
+        if row["changes"]:
+            name = json.dumps(row["changes"], sort_keys=True)
+            groups.setdefault((row["experiment"], row["section"], row["key"], name), []).append(row)
+    for (experiment, section, key, _), found in groups.items():
+        same = [row for row in rows if (row["experiment"], row["section"], row["key"]) == (experiment, section, key)]
+        bases = {row["case"]: row for row in same if row["verdict"] == BASE and row["median_us"] is not None}
+        timed = [row for row in found if row["ratio"] is not None and row["median_us"]]
+        ratio = math.exp(statistics.fmean(math.log(row["ratio"]) for row in timed)) if timed else math.nan
+        noise = statistics.fmean(row["noise"] for row in timed) if timed else math.nan
+        cases = {
+            row["case"]: {"base_us": bases[row["case"]]["median_us"], "us": row["median_us"], "ratio": row["ratio"]}
+            for row in timed
+            if row["case"] in bases
+        }
+        against = None
+        if any(row["correct"] is not None and not row["correct"]["passed"] for row in found):
+            against = "a result was wrong"
+        elif len(timed) < len(found) or len(cases) < len(timed):
+            against = "it did not run in every case"
+        elif any(row["verdict"] == NOT_REACHED for row in same):
+            against = "a case was not reached"
+        elif any(row["verdict"] == SLOWER for row in found):
+            against = "slower in " + next(row["case"] for row in found if row["verdict"] == SLOWER)
+        elif not any(row["verdict"] == FASTER for row in found) or ratio >= 1 - noise:
+            against = "within noise"
+        yield Candidate(section, key, found[0]["changes"], found[0].get("base") or {}, experiment, ratio, noise, cases, against)
+
+
+def winners(rows: Iterable[Row]) -> dict[tuple[str, str], list[Candidate]]:
+    """(section, key) -> the best change of each experiment, best first."""
+    best: dict[tuple[str, str, int], Candidate] = {}
+    for one in candidates(rows):
+        place = (one.section, one.key, one.experiment)
+        if one.against is None and (place not in best or one.ratio < best[place].ratio):
+            best[place] = one
+    found: dict[tuple[str, str], list[Candidate]] = {}
+    for one in sorted(best.values(), key=lambda one: one.ratio):
+        found.setdefault((one.section, one.key), []).append(one)
+    return found
+
+
+def together(found: list[Candidate]) -> dict[str, Any]:
+    """The changes of all of them; where two change the same thing the better one's."""
+    changes: dict[str, Any] = {}
+    for one in reversed(found):
+        changes |= one.changes
+    return changes
+
+
+def chosen(rows: Iterable[Row]) -> list[Candidate]:
+    """One change a key: the winner, or what the confirming experiment found better than the base and than it."""
+    rows = list(rows)
+    picked = []
+    for found in winners(rows).values():
+        confirmed = [one for one in found if one.experiment == CONFIRMING]
+        others = [one for one in found if one.experiment != CONFIRMING]
+        picked.append((confirmed or others)[0])
+    return picked
+
+
+def device_file(rows: Iterable[Row], device_name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """The body of the file: what is shipped for the device now, with what is proposed over it."""
+    body = {"device": device_name, **devices.measured(device_name), **facts, "made_by": "bench/gpu.sh --only experiments"}
+    figures: dict[str, dict[str, Any]] = {}
+    for one in chosen(rows):
+        if one.section == SWITCHES:
+            body |= one.changes
+        else:
+            body[one.section] = {**body.get(one.section, {}), one.key: {**one.base, **one.changes}}
+        figures.setdefault(one.section, {})[one.key] = one.figures()
+    return {**body, "figures": figures}
+
+
+def write(folder: Path, rows: Iterable[Row], device_name: str) -> tuple[Path | None, dict[str, Any]]:
+    """Writes the file beside the table (none where nothing is proposed). Returns its path and body."""
+    here = timing.environment()
+    facts = {name: here[name] for name in ("torch", "triton", "commit", "driver", "measurement")}
+    body = device_file(rows, device_name, facts)
+    path = folder / devices.file_name(device_name)
+    path.unlink(missing_ok=True)
+    if not body["figures"]:
+        return None, body
+    path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return path, body
