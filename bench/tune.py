@@ -33,6 +33,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # in the order in which they are tried
     "num_warps": (4, 2, 8),
     "programs_per_sm": (8, 4, 16, 2),
     "num_stages": (3, 2, 4),
+    "tensor_cores": (False, True),
+    "warp_rows": (False, True),
     "max_registers": (168, 128, None),
     "min_blocks": (2, 1, 4, 8),
     "decision": ("same_launch", "second_launch"),
@@ -101,6 +103,17 @@ class Problem:
         return math.exp(sum(logs) / len(logs))
 
 
+def _matters(name: str, best: Any, problem: Problem) -> bool:
+    """Whether a setting changes anything for this kind of problem."""
+    shape = problem.cases[0][0]
+    grouped = shape.heads > shape.kv_heads
+    if name == "decision":
+        return problem.kind == "score"
+    if name == "tensor_cores":
+        return not grouped
+    return name != "warp_rows" or grouped or best.tensor_cores
+
+
 def tune(problem: Problem, start: Any, choices: dict[str, tuple[Any, ...]], deadline: float, budget: float) -> tuple[Any, float | None]:
     """(best settings, their seconds)."""
     best, fastest = start, problem.seconds(start, budget)
@@ -108,7 +121,7 @@ def tune(problem: Problem, start: Any, choices: dict[str, tuple[Any, ...]], dead
         return start, None
     print(f"  {start}: {1e6 * fastest:.2f} us", flush=True)
     for name, values in choices.items():
-        if name == "decision" and problem.kind != "score":
+        if not _matters(name, best, problem):
             continue
         for value in values:
             if time.monotonic() > deadline:

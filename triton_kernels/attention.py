@@ -10,8 +10,9 @@ them (phase 2), the last key/value head of a sequence makes importance and decis
 only tell a program that it is the last, and that program puts them back to zero.
 
 The main loop walks over both regions in reading order; a block may hold rows of both. Mass is summed in phase 2, from the logits of text
-rows. Two forms of the loop: one query head a key/value head is a matrix-vector product, in which every row slot of the tile keeps a
-softmax of its own, so that the loop has no reduction across warps; several heads are packed into ``tl.dot``.
+rows. Forms of the loop: one query head a key/value head is a matrix-vector product, in which every row slot of the tile keeps a
+softmax of its own, so that the loop has no reduction across warps; several heads are packed into ``tl.dot`` (DOT), whose rows lie along
+the warps, or (ROW_WARPS) whose every warp has rows and a softmax of its own.
 
 Logits are in base 2. A live row whose logit is -inf gets the lowest finite number instead, which tells it from a dead row: softmax over
 nothing but such rows is NaN, over no row at all it is 0.
@@ -30,24 +31,42 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _row_slots(BLOCK_N: tl.constexpr, ROW_WARPS: tl.constexpr):
+    """The places of a block: ``[BLOCK_N]``, or ``[ROW_WARPS, BLOCK_N / ROW_WARPS]`` where each warp has rows of its own."""
+    if ROW_WARPS == 1:
+        return tl.arange(0, BLOCK_N)
+    else:
+        OWN: tl.constexpr = BLOCK_N // ROW_WARPS
+        return tl.arange(0, ROW_WARPS)[:, None] * OWN + tl.arange(0, OWN)[None, :]
+
+
+@triton.jit
 def _attend_block(
     q, m, norm, acc, row, live, key_ptr, value_ptr, stride_kr, stride_kd, stride_vr, stride_vd, dim, value_dim, scale,
     DOT: tl.constexpr, HAS_OUTPUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows joins the running softmax; returns (m, norm, acc, logits)."""
+    """One block of rows joins the running softmax; returns (m, norm, acc, logits).
+
+    The rows are the last axis of ``row`` and ``live``; the one before it, where there is one, is the warps'. ``q`` is ``[.., heads, dim]``
+    where DOT, ``m`` and ``norm`` are ``[.., heads]``; else ``[dim]`` and ``[rows]``.
+    """
     offset_d = tl.arange(0, BLOCK_D)
     wide = row.to(tl.int64)
     if DOT:
+        rows_key = tl.expand_dims(wide, -2) * stride_kr
+        along_d = tl.expand_dims(offset_d, 1)
+        if len(row.shape) == 2:
+            along_d = tl.expand_dims(along_d, 0)
         keys = tl.load(
-            key_ptr + wide[None, :] * stride_kr + offset_d[:, None] * stride_kd,
-            mask=live[None, :] & (offset_d < dim)[:, None],
+            key_ptr + rows_key + along_d * stride_kd,
+            mask=tl.expand_dims(live, -2) & (along_d < dim),
             other=0.0,
         )
         if q.dtype == tl.float32:
             logit = tl.dot(q, keys, input_precision="ieee") * scale
         else:
             logit = tl.dot(q, keys) * scale
-        read = live[None, :]
+        read = tl.expand_dims(live, -2)
     else:
         keys = tl.load(
             key_ptr + wide[:, None] * stride_kr + offset_d[None, :] * stride_kd,
@@ -59,11 +78,12 @@ def _attend_block(
     logit = tl.where(logit == float("-inf"), LOWEST, logit)
     logit = tl.where(read, logit, float("-inf"))
     if DOT:
-        top = tl.maximum(m, tl.max(logit, 1))
+        ROWS: tl.constexpr = len(row.shape)  # the axis of rows in logits
+        top = tl.maximum(m, tl.max(logit, ROWS))
         finite = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp2(logit - finite[:, None])
+        p = tl.exp2(logit - tl.expand_dims(finite, -1))
         factor = tl.exp2(m - finite)
-        norm = norm * factor + tl.sum(p, 1)
+        norm = norm * factor + tl.sum(p, ROWS)
     else:
         top = tl.maximum(m, logit)
         finite = tl.where(top == float("-inf"), 0.0, top)
@@ -71,17 +91,19 @@ def _attend_block(
         factor = tl.exp2(m - finite)
         norm = norm * factor + p
     if HAS_OUTPUT:
-        offset_v = tl.arange(0, BLOCK_V)
+        along_v = tl.expand_dims(tl.arange(0, BLOCK_V), 0)
+        if len(row.shape) == 2:
+            along_v = tl.expand_dims(along_v, 0)
         values = tl.load(
-            value_ptr + wide[:, None] * stride_vr + offset_v[None, :] * stride_vd,
-            mask=live[:, None] & (offset_v < value_dim)[None, :],
+            value_ptr + tl.expand_dims(wide, -1) * stride_vr + along_v * stride_vd,
+            mask=tl.expand_dims(live, -1) & (along_v < value_dim),
             other=0.0,
         )
         if DOT:
             if q.dtype == tl.float32:
-                acc = tl.dot(p, values, acc=acc * factor[:, None], input_precision="ieee")
+                acc = tl.dot(p, values, acc=acc * tl.expand_dims(factor, -1), input_precision="ieee")
             else:
-                acc = tl.dot(p.to(values.dtype), values, acc=acc * factor[:, None])
+                acc = tl.dot(p.to(values.dtype), values, acc=acc * tl.expand_dims(factor, -1))
         else:
             acc = acc * factor[:, None] + p[:, None] * values.to(tl.float32)
     return top, norm, acc, logit
@@ -255,7 +277,7 @@ def decode_attention_kernel(
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kr, stride_kd, stride_vb, stride_vh, stride_vr, stride_vd,
     stride_lb, stride_tb, stride_pb, stride_pq, stride_nkb, stride_nkh, stride_nvb, stride_nvh,
     stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
-    G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, DOT: tl.constexpr,
+    G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, DOT: tl.constexpr, ROW_WARPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, STAGES: tl.constexpr, BLOCK_T: tl.constexpr,
     HAS_OUTPUT: tl.constexpr, HAS_MASS: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LIST: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -318,9 +340,15 @@ def decode_attention_kernel(
             mask=(offset_g < G)[:, None] & (offset_d < dim)[None, :],
             other=0.0,
         )
-        m = tl.full([BLOCK_G], float("-inf"), tl.float32)
-        norm = tl.zeros([BLOCK_G], dtype=tl.float32)
-        acc = tl.zeros([BLOCK_G, BLOCK_V], dtype=tl.float32)
+        if ROW_WARPS == 1:
+            m = tl.full([BLOCK_G], float("-inf"), tl.float32)
+            norm = tl.zeros([BLOCK_G], dtype=tl.float32)
+            acc = tl.zeros([BLOCK_G, BLOCK_V], dtype=tl.float32)
+        else:  # every warp has a softmax of its own
+            q = tl.broadcast_to(q[None, :, :], [ROW_WARPS, BLOCK_G, BLOCK_D])
+            m = tl.full([ROW_WARPS, BLOCK_G], float("-inf"), tl.float32)
+            norm = tl.zeros([ROW_WARPS, BLOCK_G], dtype=tl.float32)
+            acc = tl.zeros([ROW_WARPS, BLOCK_G, BLOCK_V], dtype=tl.float32)
     else:
         q = tl.load(queries + offset_d * stride_qd, mask=offset_d < dim, other=0.0).to(tl.float32)
         m = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -338,7 +366,7 @@ def decode_attention_kernel(
     if HAS_LOGITS:
         text_logits = logit_ptr + n_read
     for block in tl.range(first_block, last_block, num_stages=STAGES):
-        place = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        place = block * BLOCK_N + _row_slots(BLOCK_N, ROW_WARPS)
         inside = place < total
         visual = place < n_read
         if HAS_LIST:
@@ -362,16 +390,28 @@ def decode_attention_kernel(
                 place -= n_read
             # read again soon: they shall stay in the L2 cache while keys and values stream through it
             if DOT:
+                of_head = tl.expand_dims((b * heads + first_head + offset_g) * logit_capacity, 1)
+                wanted = tl.expand_dims(offset_g < G, 1)
+                if ROW_WARPS > 1:
+                    of_head, wanted = tl.expand_dims(of_head, 0), tl.expand_dims(wanted, 0)
                 tl.store(
-                    logit_ptr + (b * heads + first_head + offset_g)[:, None] * logit_capacity + place[None, :],
+                    logit_ptr + of_head + tl.expand_dims(place, -2),
                     logit,
-                    mask=(offset_g < G)[:, None] & asked[None, :],
+                    mask=wanted & tl.expand_dims(asked, -2),
                     eviction_policy="evict_last",
                 )
             else:
                 tl.store(logit_ptr + (b * heads + first_head) * logit_capacity + place, logit, mask=asked, eviction_policy="evict_last")
 
-    if not DOT:  # the row slots become one
+    if ROW_WARPS > 1:  # the warps become one
+        top = tl.max(m, 0)
+        finite = tl.where(top == float("-inf"), 0.0, top)
+        factor = tl.exp2(m - finite[None, :])
+        if HAS_OUTPUT:
+            acc = tl.sum(acc * factor[:, :, None], 0)
+        norm = tl.sum(norm * factor, 0)
+        m = top
+    elif not DOT:  # the row slots become one
         top = tl.max(m, 0)
         finite = tl.where(top == float("-inf"), 0.0, top)
         factor = tl.exp2(m - finite)

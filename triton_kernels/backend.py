@@ -76,8 +76,9 @@ _attentions: dict[Hashable, _Attention] = {}
 def _fit_attention(shape: Callable[..., _Attention], device: torch.device, before: tuple, after: tuple) -> _Attention:
     """``shape(programs, max_registers)`` for the programs that a multiprocessor really holds of the compiled kernel.
 
-    Where fewer fit than the plan wants, a bound on registers comes first, if nothing is spilled for it; else the grid is made for those
-    that fit. (Fewer splits may take fewer registers, so that more would fit again: the number that was asked for first stays.)
+    Where fewer fit than the plan wants, a bound on registers comes first, the one that lets most of them fit of those for which nothing is
+    spilled; else the grid is made for those that fit. (Fewer splits may take fewer registers, so that more would fit again: the number that
+    was asked for first stays.)
     ``before`` and ``after``: the launch's tensors, but for the scratch memory between them.
     """
     made, here = shape(None, None), _multiprocessor(device)
@@ -95,11 +96,12 @@ def _fit_attention(shape: Callable[..., _Attention], device: torch.device, befor
     except AttributeError:  # a version of Triton that tells it elsewhere: the grid is made as if nobody could be asked
         return made
     wanted = made.programs or fits
-    if fits < wanted and "maxnreg" not in made.launch.options:
-        bounded = shape(None, here.bound(wanted, made.launch.options["num_warps"]))
-        fits_so, spilled = ask(bounded)
-        if fits_so >= wanted and not spilled:
-            return bounded
+    if "maxnreg" not in made.launch.options:
+        for programs in range(wanted, fits, -1):
+            bounded = shape(programs, here.bound(programs, made.launch.options["num_warps"]))
+            fits_so, spilled = ask(bounded)
+            if fits_so >= programs and not spilled:
+                return bounded
     planned = made.programs or plan.USUAL_PROGRAMS
     if made.programs is None and fits > planned:
         made = shape(fits, None)
@@ -143,7 +145,7 @@ def _prepare_attention(
         *query.stride(), *key.stride(), *value.stride(),
         strides(kept, 2)[0], strides(text_type, 2)[0], strides(position, 2)[0], strides(query_position, 1)[0],
         *strides(new_key, 3)[:2], *strides(new_value, 3)[:2], *choice,
-        heads // kv_heads, how.block_g, how.block_c, how.dot, how.block_n, how.block_d, how.block_v,
+        heads // kv_heads, how.block_g, how.block_c, how.dot, how.row_warps, how.block_n, how.block_d, how.block_v,
         how.max_splits, how.split_tile, how.num_stages, how.block_t,
         output, mass, importance, listed, has_window, new_key is not None, importance and not second,
         decide is not None and not second, *flags, *blocks,

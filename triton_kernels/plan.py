@@ -35,6 +35,9 @@ class Settings:
         combined: numbers of partial outputs that the combination of splits takes at once; the next ones are fetched meanwhile. With 4096
             grouped queries take more registers than their main loop does (154 against 91 for a kept list, Triton 3.6, sm_90).
         decision: ``"same_launch"`` (the last block done decides) or ``"second_launch"``.
+        tensor_cores: one query head a key/value head goes through ``tl.dot`` as well, padded to sixteen; several always do.
+        warp_rows: where heads go through ``tl.dot``, every warp has rows of its own (at least 16: ``block_n`` grows to that) and a softmax
+            that meets the other warps' after the loop.
         max_registers: that a thread of the attention kernel may use; None leaves it to the compiler, but for a bound that makes room for
             ``programs_per_sm`` and spills nothing.
     """
@@ -48,6 +51,8 @@ class Settings:
     most_splits: int = 64
     combined: int = 2048
     decision: str = "second_launch"
+    tensor_cores: bool = False
+    warp_rows: bool = False
     max_registers: int | None = None
 
     def __post_init__(self) -> None:
@@ -129,6 +134,7 @@ class AttentionPlan:
     """The constants of one attention launch; see ``decode_attention_kernel``."""
 
     dot: bool
+    row_warps: int  # that have rows of their own; 1: all warps share all rows
     block_g: int
     block_c: int
     block_n: int
@@ -179,8 +185,9 @@ def attention(
     """Shapes the launch for ``rows`` rows of capacity a sequence; ``kind``: of ``KINDS``; ``programs``: that a multiprocessor holds at
     once, None where that is not known."""
     use = chosen or settings(device_name, group, max(dim, value_dim), itemsize, kind)
-    dot = group > 1
-    block_n = max(use.block_n, 16) if dot else use.block_n
+    dot = group > 1 or use.tensor_cores
+    row_warps = use.num_warps if dot and use.warp_rows else 1
+    block_n = max(use.block_n, 16 * row_warps) if dot else use.block_n
     at_once = min(use.programs_per_sm or programs or USUAL_PROGRAMS, programs or 1024)
     wave, pairs = at_once * multiprocessors, max(batch * kv_heads, 1)
     wanted = wave // pairs if pairs <= wave else whole_waves(pairs, wave, use.waves)
@@ -191,6 +198,7 @@ def attention(
     block_v = max(16, triton.next_power_of_2(max(value_dim, 1)))
     return AttentionPlan(
         dot=dot,
+        row_warps=row_warps,
         block_g=max(16, triton.next_power_of_2(group)) if dot else 1,
         block_c=block_c,
         block_n=block_n,

@@ -1,0 +1,120 @@
+"""The main loop's other forms, and every number of query heads a key/value head with every head dim, against tests/ops/spec.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from dyrate_kernels.triton_kernels import plan
+from tests.interpreter import harness
+from tests.interpreter.cases_attention import SHAPES, check, problem
+from tests.ops import spec
+
+TWO_WARPS = dataclasses.replace(harness.SMALL, num_warps=2, warp_rows=True)  # blocks of 32 rows, each warp's are 16
+FOUR_WARPS = dataclasses.replace(harness.TWO_LAUNCHES, num_warps=4, warp_rows=True)
+ONE_SPLIT = dataclasses.replace(harness.ONE_SPLIT, num_warps=2, warp_rows=True)
+TENSOR_CORES = dataclasses.replace(harness.SMALL, tensor_cores=True)
+BOTH = dataclasses.replace(harness.TWO_LAUNCHES, tensor_cores=True, num_warps=2, warp_rows=True)
+GROUPS = (2, 3, 4, 5, 6, 7, 8, 16)
+DIMS = (64, 80, 96, 128, 256)
+FULL = os.environ.get("DYRATE_AOT") == "full"
+
+
+def test_settings_choose_the_form():
+    def form(group, **chosen):
+        made = plan.attention("x", 4, 1, 1, group, 64, 64, 2, 200, "plain", plan.Settings(block_n=16, **chosen))
+        return made.dot, made.row_warps, made.block_n
+
+    assert form(1) == (False, 1, 16) == form(1, warp_rows=True)
+    assert form(4) == (True, 1, 16) == form(1, tensor_cores=True)
+    assert form(4, warp_rows=True) == (True, 4, 64) == form(1, warp_rows=True, tensor_cores=True)
+    assert form(4, warp_rows=True, num_warps=2) == (True, 2, 32)
+
+
+@pytest.mark.parametrize("chosen", [TWO_WARPS, FOUR_WARPS, ONE_SPLIT], ids=["two warps", "four warps", "one split"])
+@pytest.mark.parametrize("case", [SHAPES[2], SHAPES[5], SHAPES[9]], ids=str)
+def test_rows_of_each_warp(case, chosen):
+    for dtype in (torch.float32, torch.float16):
+        arguments, _ = problem(case, dtype)
+        with harness.settings(chosen):
+            check(arguments, dtype)
+
+
+@pytest.mark.parametrize("chosen", [TENSOR_CORES, BOTH], ids=["shared rows", "rows of each warp"])
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[8]], ids=str)
+def test_one_head_through_the_tensor_cores(case, chosen):
+    for dtype in (torch.float32, torch.float16):
+        arguments, _ = problem(case, dtype)
+        with harness.settings(chosen):
+            check(arguments, dtype)
+
+
+@pytest.mark.parametrize(
+    "case, chosen",
+    [(SHAPES[1], BOTH), (SHAPES[1], TENSOR_CORES), (SHAPES[5], TWO_WARPS)],
+    ids=["both", "tensor cores", "rows of each warp"],
+)
+def test_lists_and_windows(case, chosen):
+    """Rows that are not listed hold NaN, and so do those past a length."""
+    _, arguments = problem(case, torch.float32)
+    counts = [n // 2 for n in case[6]]
+    kept, n_kept = spec.lists(case[6], counts, max(counts))
+    with harness.settings(chosen):
+        check(arguments, torch.float32, window=20)
+        for b, n in enumerate(case[6]):
+            others = sorted({*range(n)} - {*kept[b, : counts[b]].tolist()})
+            arguments["key"][b, :, others] = arguments["value"][b, :, others] = float("nan")
+        check(arguments, torch.float32, kept=kept, n_kept=n_kept)
+        check(arguments, torch.float32, window=17, kept=kept, n_kept=n_kept)
+
+
+@pytest.mark.parametrize("case, chosen", [(SHAPES[1], BOTH), (SHAPES[5], TWO_WARPS)], ids=["both", "rows of each warp"])
+def test_new_row(case, chosen):
+    arguments, _ = problem(case, torch.float32)
+    batch, _, kv_heads, dim = case[:4]
+    new = {name: torch.randn(batch, kv_heads, dim) for name in ("new_key", "new_value")}
+    with harness.settings(chosen):
+        got = harness.run("decode_attention", **arguments, mass=True, importance=True, **new)
+    for b, n in enumerate(case[7]):
+        for name in ("key", "value"):
+            assert n == 0 or torch.equal(arguments[name][b, :, case[4] + n - 1], new[f"new_{name}"][b])
+    for value, expected in zip(got, spec.attention(**arguments), strict=True):
+        harness.close(value, expected, 3e-6, "result")
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "all -inf"])
+@pytest.mark.parametrize("group, chosen", [(1, TENSOR_CORES), (2, TWO_WARPS)], ids=["tensor cores", "rows of each warp"])
+def test_special_logits(kind, group, chosen):
+    from dyrate_kernels import ops
+
+    arguments, _ = problem((2, 2 * group, 2, 4, 20, 5, [20, 9], [5, 3]), torch.float32)
+    arguments["query"].abs_()
+    number = {"nan": float("nan"), "inf": float("inf")}.get(kind, -float("inf"))
+    if kind == "all -inf":
+        arguments["key"][0, 0] = number
+    else:
+        arguments["key"][0, 0, 3] = arguments["key"][1, 1, 22] = number
+    with harness.settings(chosen):
+        got = harness.run("decode_attention", **arguments, mass=True, importance=True)
+    want = ops.decode_attention(**arguments, mass=True, importance=True, backend="reference")
+    for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=True):
+        harness.close(value, expected, 3e-6, what)
+
+
+def grid():
+    """Every group and head dim once; all forms of all of them where asked for."""
+    for number, (group, dim) in enumerate((g, d) for g in GROUPS for d in DIMS):
+        for dtype in (torch.float32, torch.float16):
+            for chosen in (harness.SMALL, TWO_WARPS):
+                if FULL or (dtype == torch.float16, chosen is TWO_WARPS) == (number % 2 == 1, number % 4 > 1):
+                    yield pytest.param(group, dim, dtype, chosen, id=f"{group}-{dim}-{dtype}-{chosen.warp_rows}")
+
+
+@pytest.mark.parametrize("group, dim, dtype, chosen", [*grid()])
+def test_groups_and_head_dims(group, dim, dtype, chosen):
+    arguments, _ = problem((1, group, 1, dim, 20, 13, [19], [13]), dtype)
+    with harness.settings(chosen):
+        check(arguments, dtype)
