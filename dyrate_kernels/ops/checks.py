@@ -69,6 +69,8 @@ def new_row(new_key: Tensor | None, new_value: Tensor | None, key: Tensor, value
     if (new_key is None) != (new_value is None):
         raise ValueError("new_key, new_value: expected both or neither, got one; a new row has a key and a value")
     if new_key is not None:
+        if key.shape[2] == 0:
+            raise ValueError("key: expected room for the new row, a capacity of at least 1, got 0")
         for name, new, rows in (("new_key", new_key, key), ("new_value", new_value, value)):
             tensor(name, new, (rows.shape[0], rows.shape[1], rows.shape[3]), (rows.dtype,), rows.device)
 

@@ -42,7 +42,7 @@ def _gather_rows(rows: Tensor, index: Tensor) -> Tensor:
         return rows[sequence, head, index]
     # whole rows of one flat table: 12 times as fast as Tensor.gather on a CPU (0.3 ms against 3.5 ms for 4 x 8 x 360 rows of 64)
     flat = ((sequence * heads + head) * capacity + index).flatten()
-    return rows.view(-1, dim).index_select(0, flat).view(batch, heads, -1, dim)
+    return rows.view(-1, dim).index_select(0, flat).view(batch, heads, index.shape[-1], dim)
 
 
 def _regions(
@@ -117,6 +117,8 @@ def _statistics(
         of_type = (text_type[:, : text.shape[-1], None] == types).to(flat.dtype)
         by_type = torch.matmul(text, of_type)
         by_type[..., IMAGE] += flat[..., :visual_rows].sum(-1)
+        # a NaN of a visual row alone would leave the other types at zero
+        by_type = by_type.masked_fill(by_type.sum(-1, keepdim=True).isnan(), float("nan"))
     if importance:
         mean = flat[..., :visual_rows].mean(1)
         per_row = mean.new_zeros(batch, visual_capacity)

@@ -7,18 +7,18 @@ what ``backend="cuda"`` runs, so it belongs in a process of its own: ``test_emul
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyrate_kernels import native, ops
-from dyrate_kernels.ops import cuda, dispatch, workspace
+from dyrate_kernels.ops import cuda, dispatch
+from tests import guarded as memory
 from tests.emulated import build
+from tests.guarded import Guarded
 
 VARIANT = os.environ.get("DYRATE_EMULATED", "plain")
 PLAIN = VARIANT == "plain"
@@ -42,51 +42,6 @@ def some(cases: list[Any], first: int = 1) -> list[Any]:
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------------------
-
-_EDGE = 64  # bytes before and behind; keeps what torch aligns aligned
-_FILL = 0xA5
-
-
-class Guarded:
-    """A tensor filled with ``0xFF`` (NaN, -1, True) with bytes before and behind it that nobody may change."""
-
-    def __init__(self, size: tuple[int, ...], dtype: torch.dtype, shift: int = 0) -> None:
-        item = torch.empty((), dtype=dtype).element_size()
-        first = _EDGE + shift * item
-        past = first + math.prod(size) * item
-        self.memory = torch.full((past + _EDGE,), 0xFF, dtype=torch.uint8)
-        self.before, self.behind = self.memory[:first].fill_(_FILL), self.memory[past:].fill_(_FILL)
-        strides = tuple(math.prod(size[place + 1 :]) for place in range(len(size)))
-        self.tensor = torch.empty(0, dtype=dtype).set_(self.memory.untyped_storage(), first // item, size, strides)
-
-    def check(self) -> None:
-        assert (self.before == _FILL).all(), "bytes before a tensor were written"
-        assert (self.behind == _FILL).all(), "bytes behind a tensor were written"
-
-
-class GuardedAllocations(TorchDispatchMode):
-    """Every uninitialised tensor made inside is a :class:`Guarded` one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[Guarded] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.empty.memory_format:
-            size, dtype = args[0], kwargs.get("dtype")
-        elif func is torch.ops.aten.new_empty.default:
-            size, dtype = args[1], kwargs.get("dtype") or args[0].dtype
-        elif func is torch.ops.aten.empty_like.default:
-            size, dtype = args[0].shape, kwargs.get("dtype") or args[0].dtype
-        else:
-            return func(*args, **kwargs)
-        self.made.append(Guarded(tuple(size), dtype or torch.get_default_dtype()))
-        return self.made[-1].tensor
-
-    def check(self) -> None:
-        for guarded in self.made:
-            guarded.check()
 
 
 def guarded(tensor: Tensor, shift: int = 0) -> tuple[Tensor, Guarded]:
@@ -126,43 +81,8 @@ def splits(most: int, min_rows: int = 16) -> Iterator[None]:
         cuda._cut = before
 
 
-def scratch() -> Iterator[tuple[str, Tensor]]:
-    return iter([item for space in workspace.living() for item in space.buffers().items()])
-
-
-def _guard(function: Any) -> Any:
-    """What a backend's function allocates is guarded: an operator's implementation runs outside of the caller's dispatch modes."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not _allocations:
-            return function(*args, **kwargs)
-        with _allocations[-1]:
-            return function(*args, **kwargs)
-
-    return call
-
-
-_allocations: list[GuardedAllocations] = []
-for _name in ("decode_attention", "score_last_query", "decode_step", "predict_rate", "select_tokens", "compact_", "reorder_"):
-    setattr(backend, _name, _guard(getattr(backend, _name)))
-
-
-@contextlib.contextmanager
-def allocations() -> Iterator[None]:
-    """What the backend allocates inside is guarded, its scratch memory poisoned; counters must be back at zero at the end."""
-    for name, buffer in scratch():
-        if name != "counters":
-            buffer.fill_(float("nan"))
-    mode = GuardedAllocations()
-    _allocations.append(mode)
-    try:
-        yield
-    finally:
-        _allocations.pop()
-    mode.check()
-    for name, buffer in scratch():
-        if name == "counters":
-            assert not buffer.any(), "a counter was left above zero"
+memory.watch(backend, ops.__all__)
+allocations = memory.allocations
 
 
 def _tensors(arguments: Any) -> list[Tensor]:

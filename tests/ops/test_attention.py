@@ -278,6 +278,26 @@ def test_a_new_row_is_written_then_read():
         ops.decode_attention(**plain, new_key=new["new_key"])
     with pytest.raises(ValueError, match="new_value: expected shape"):
         ops.decode_attention(**plain, new_key=new["new_key"], new_value=new["new_value"][:, :1])
+    nothing = plain | {"visual_capacity": 0, "key": plain["key"][:, :, :0], "value": plain["value"][:, :, :0]}
+    with pytest.raises(ValueError, match="key: expected room for the new row"):
+        ops.decode_attention(**{**nothing, "text_type": None}, **new)
+
+
+def test_a_nan_visual_row_makes_the_whole_heads_mass_nan():
+    """Also where the sequence has no text row that the NaN could reach the other types by."""
+    arguments = spec.problem(2, 4, 2, 8, 10, 5, [10, 3], [0, 2])
+    plain = {k: arguments[k] for k in arguments if k not in ("position", "query_position")}
+    plain["key"][:, 0, 1] = float("nan")
+    got = ops.decode_attention(**plain, mass=True).mass
+    assert got[:, :2].isnan().all() and not got[:, 2:].isnan().any()
+
+
+def test_an_empty_batch_with_an_empty_list():
+    arguments = spec.problem(1, 2, 1, 8, 5, 4, [3], [2])
+    plain = {k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in arguments.items() if k not in ("position", "query_position")}
+    for width in (0, 1):
+        got = ops.decode_attention(**plain, kept=torch.zeros(0, width, dtype=torch.int32), n_kept=torch.zeros(0, dtype=torch.int32))
+        assert got.output.shape == (0, 2, 8)
 
 
 def test_key_heads_must_divide_query_heads():
