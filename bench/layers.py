@@ -70,7 +70,7 @@ def _rows(text: Text, batch: int, kernels: Any, bandwidth: float, device: torch.
     hidden, weight = random(batch, 1, text.hidden), random(text.hidden)
     yield from compared("RMSNorm", "rms_norm", [(hidden, weight, 1e-5)], (2 * batch + 1) * text.hidden * size)
     gate, up = random(batch, 1, text.intermediate), random(batch, 1, text.intermediate)
-    yield from compared("gated SiLU", "silu_mul", [(gate, up)], 3 * batch * text.intermediate * size)
+    yield from compared("gated SiLU", "gate_mul", [(gate, up)], 3 * batch * text.intermediate * size)
     query, key = (random(batch, 1, many, text.dim).transpose(1, 2) for many in (text.heads, text.kv_heads))
     turns = [random(1, 1, text.dim) for _ in range(2)]
     moved = 2 * (batch * (text.heads + text.kv_heads) + 1) * text.dim * size

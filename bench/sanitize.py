@@ -87,7 +87,7 @@ def fused_layers(device: torch.device, backend: str) -> list[tuple[str, torch.Te
     query, key = random(3, 2, 5, 20).transpose(1, 2), random(3, 2, 3, 20).transpose(1, 2)
     problems = {
         "rms_norm": (random(3, 2, 150), random(150), 1e-5),
-        "silu_mul": (random(3, 2, 150), random(3, 2, 150)),
+        "gate_mul": (random(3, 2, 150), random(3, 2, 150)),
         "rotate": (query, key, random(3, 2, 20), random(3, 2, 20)),
         "linears": (x, [weight, up], [None, random(33)]),
         "gated": (x, weight, up),

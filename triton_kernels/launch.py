@@ -132,11 +132,20 @@ class Launch:
 _launches: dict[Hashable, Launch] = {}  # prepared launches, by everything that they depend on but addresses
 
 
-def start(kernel: Any, device: torch.device, grid: tuple[int, int, int], rest: tuple, warps: int, tensors: tuple, *forms: Any) -> None:
+def start(
+    kernel: Any,
+    device: torch.device,
+    grid: tuple[int, int, int],
+    rest: tuple,
+    warps: int,
+    tensors: tuple,
+    *forms: Any,
+    stages: int = 3,
+) -> None:
     """Starts a kernel on the current stream. The arguments after the pointers, and ``forms`` (dtypes), say all that a launch depends on."""
     dependent = dependent_launch(device)
-    key = (kernel, device, grid, rest, warps, dependent, *forms)
+    key = (kernel, device, grid, rest, warps, stages, dependent, *forms)
     launch = _launches.get(key)
     if launch is None:
-        launch = remember(_launches, key, Launch(kernel, grid, rest, warps, dependent=dependent))
+        launch = remember(_launches, key, Launch(kernel, grid, rest, warps, stages, dependent=dependent))
     launch.start(device, stream_of(device), tensors)

@@ -3,7 +3,8 @@
     device      the name that the driver gives it
     settings    launch settings of the Triton kernels by kind of problem (``bench/tune.py`` writes, ``triton_kernels/plan.py`` reads them)
     backend     operator -> "triton" or "cuda", whichever was faster (``bench/choose_backend.py`` writes, ``ops/dispatch.py`` reads it)
-    dependent_launch   true: a kernel gets on its way while the one before it still runs (``triton_kernels/dependent.py``)
+    layers      which products and fusions of decoder layers are used (``ops/layer_settings.py`` reads it)
+    dependent_launch    true: a kernel gets on its way while the one before it still runs (``triton_kernels/dependent.py``)
 
 and facts on the measurement: versions, commit, times. A device without a file gets heuristics, and Triton first.
 """

@@ -124,7 +124,7 @@ def _feed_forward(original: type[nn.Module]) -> dict[str, Any]:
             active = kernels.gated(x, self.gate_proj.weight, self.up_proj.weight)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-            active = kernels.silu_mul(gate, up) if _alike(gate, up) else self.act_fn(gate) * up
+            active = kernels.gate_mul(gate, up) if _alike(gate, up) else self.act_fn(gate) * up
         return _products(kernels, active, self.down_proj)[0]
 
     return {"forward": forward}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
+import pkgutil
 
 import pytest
 
@@ -32,11 +34,13 @@ def main(kernels):
 
 
 def test_every_kernel_is_compiled_for_every_architecture(kernels):
-    from dyrate_kernels.triton_kernels import attention, decision, layers, rows
+    from dyrate_kernels import triton_kernels
 
-    modules = (attention, decision, layers, rows)
+    modules = [
+        importlib.import_module(f"{triton_kernels.__name__}.{module.name}") for module in pkgutil.iter_modules(triton_kernels.__path__)
+    ]
     launched = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert len(launched) == 11
+    assert len(launched) >= 13
     full = os.environ.get("DYRATE_AOT") == "full"
     for architecture in compiler.ARCHITECTURES:
         here = [k for k in kernels if k.case.architecture == architecture]
@@ -72,6 +76,18 @@ def test_main_configurations_do_not_spill(kernels):
     for kernel in main(kernels):
         assert kernel.stack + kernel.local <= SET_ASIDE, f"{describe(kernel)}: {kernel.stack + kernel.local} bytes"
         assert not kernel.spills_in_loops, f"{describe(kernel)}: {kernel.spills_in_loops}"
+
+
+def test_products_with_few_rows_are_pipelined_and_take_the_widest_tensor_cores(kernels):
+    """Weights come in asynchronous copies; two programs at once hide each other's beginning and end."""
+    products = [k for k in kernels if k.case in compiler.product_cases()]
+    assert len(products) == 2 * len(compiler.product_cases())
+    for kernel in products:
+        groups, warps = kernel.tensor_products
+        assert kernel.async_copies and (groups if kernel.case.architecture == 90 else warps), describe(kernel)
+        assert not kernel.stack + kernel.local, describe(kernel)
+        if kernel.case.architecture == 90:
+            assert not warps and kernel.programs_per_sm() >= 2, f"{describe(kernel)}: {kernel.registers} registers, {kernel.shared} bytes"
 
 
 def test_main_loops_are_pipelined(kernels):

@@ -66,6 +66,7 @@ class Compiled:
     unguarded: tuple[str, ...]  # release atomics with no barrier between them and the stores before
     waits: bool  # for the launches before it
     early: tuple[str, ...]  # what touches global memory before that
+    tensor_products: tuple[int, int]  # instructions of warp groups (``wgmma``) and of warps (``mma``)
     grid: tuple[int, int, int]
 
     def programs_per_sm(self) -> int:
@@ -118,8 +119,11 @@ def _read(case: Case, launch: Any, compiled: Any) -> Compiled:
     ptx = compiled.asm["ptx"]
     copies = len(re.findall(r"cp\.async\.c[ag]", ptx))
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    tensor_products = (ptx.count("wgmma.mma_async"), ptx.count("mma.sync"))
+    waits = WAIT in ptx
+    early = before_the_wait(ptx) if waits else ()
     return Compiled(
-        case, name, registers, stack, local, shared, warps, copies, spills, unguarded_atomics(ptx), WAIT in ptx, before_the_wait(ptx), grid
+        case, name, registers, stack, local, shared, warps, copies, spills, unguarded_atomics(ptx), waits, early, tensor_products, grid
     )  # fmt: skip
 
 
@@ -212,6 +216,9 @@ def _call(backend: Any, case: Case) -> None:
     if case.operator == "layer":
         _call_layer(dtype, case)
         return
+    if case.operator.startswith("products"):
+        _call_products(dtype, case)
+        return
     # an odd number of rows, so that nothing is aligned by luck
     key = torch.empty(batch, kv_heads, case.tokens + text, case.dim, dtype=dtype)  # never touched
     if case.operator == "compact_":
@@ -255,12 +262,34 @@ def _call_layer(dtype: torch.dtype, case: Case) -> None:
     size = 32 * case.dim
     x, weight = torch.zeros(1, 1, size, dtype=dtype), torch.zeros(size, size, dtype=dtype)
     query, key = torch.zeros(1, 32, 1, case.dim, dtype=dtype), torch.zeros(1, 32 // case.group, 1, case.dim, dtype=dtype)
-    layers.rms_norm(x, weight[0], 1e-5)
-    layers.silu_mul(x, x)
+    norm = weight[0]
+    layers.rms_norm(x, norm, 1e-5)
+    layers.residual_norm(x, x, norm, 1e-5)
+    layers.gate_mul(x, x)
     layers.rotate(query, key, query[:, 0], query[:, 0])
-    layers.linears(x, [weight] * 3, [weight[0]] * 3)
+    layers.linears(x, [weight] * 3, [norm] * 3)
     layers.linears(x, [weight], [None])
     layers.gated(x, weight, weight)
+    layers.linears(x.expand(8, 1, size), [weight], [norm])
+    if case.architecture == 90:
+        layers.norm_linears(x, x, norm, 1e-5, [weight] * 3, [norm] * 3)
+        layers.norm_gated(x, x, norm, 1e-5, weight, weight, "gelu_tanh", True)
+        layers.residual_norm(x, x, norm, 1e-5, True, norm)
+        layers.rotate(query, key, query[:, 0], query[:, 0], norm[: case.dim], norm[: case.dim], 1e-6)
+        layers.rotate(
+            query, key, *[torch.zeros(3, 1, 1, case.dim, dtype=dtype)] * 2, sections=(case.dim // 8, 3 * case.dim // 16, 3 * case.dim // 16)
+        )
+
+
+def _call_products(dtype: torch.dtype, case: Case) -> None:
+    """The products of Vicuna-7B's layer with ``case.batch`` rows; ``products_split``: with the columns of a block shared out."""
+    from dyrate_kernels.ops.layer_settings import Tile
+    from dyrate_kernels.triton_kernels.few_rows import few_rows
+
+    tile = Tile(splits=4) if case.operator == "products_split" else None
+    x, weight = torch.empty(case.batch, 1, 4096, dtype=dtype), torch.empty(11008, 4096, dtype=dtype)
+    few_rows(x, [weight[:4096]] * 3, [None] * 3, tile=tile)
+    few_rows(x, [weight, weight], [None, None], "silu", tile)
 
 
 def main_cases(architecture: int) -> list[Case]:
@@ -289,9 +318,17 @@ def occupancy_cases() -> list[Case]:
     ]
 
 
+def product_cases() -> list[Case]:
+    """Products with few rows: the narrowest, those of a batch, and the widest tile, on tensor cores of either kind."""
+    return [Case("products", 90, batch=rows) for rows in (2, 32, 64)] + [
+        Case("products_split", 90, batch=32),
+        Case("products", 80, batch=32),
+    ]
+
+
 def dependent_cases() -> list[Case]:
     """Every kernel as a programmatic dependent launch."""
-    operators = ("append", "step", "predict_rate", "select_tokens", "compact_", "reorder_", "layer")
+    operators = ("append", "step", "predict_rate", "select_tokens", "compact_", "reorder_", "layer", "products_split")
     return [Case(operator, 90, second_launch=True, dependent=True) for operator in operators]
 
 
@@ -311,7 +348,7 @@ def some_of_matrix(architecture: int) -> list[Case]:
 def all_cases(full: bool) -> list[Case]:
     """``full``: everything for every architecture. Else every kernel, head dim and dtype for every one, and more of that for sm_90; the
     slowest to compile (seven heads a key/value head, the decision in the attention's own launch) for sm_80, sm_90 and sm_120."""
-    cases = occupancy_cases() + dependent_cases()
+    cases = occupancy_cases() + dependent_cases() + product_cases()
     for architecture in ARCHITECTURES:
         if full:
             cases += main_cases(architecture) + matrix("append", architecture) + matrix("step", architecture)
@@ -359,7 +396,9 @@ def version_before(*numbers: int) -> bool:
 
 
 if __name__ == "__main__":
-    made, failed = compile_all([case for architecture in (80, 90, 120) for case in main_cases(architecture)] + occupancy_cases())
+    made, failed = compile_all(
+        [case for architecture in (80, 90, 120) for case in main_cases(architecture)] + occupancy_cases() + product_cases()
+    )
     print(f"triton {version()}")
     for kernel in made:
         c = kernel.case
@@ -367,6 +406,7 @@ if __name__ == "__main__":
             f"sm_{c.architecture} {kernel.kernel:24} {c.operator:16} B={c.batch} G={c.group} {c.dtype} D={c.dim} N={c.tokens}: "
             f"{kernel.registers} registers, "
             f"{kernel.stack + kernel.local} bytes spilled, {kernel.shared} bytes shared, {kernel.async_copies} asynchronous copies"
+            + (", {} wgmma and {} mma".format(*kernel.tensor_products) if any(kernel.tensor_products) else "")
             + (f", {kernel.programs_per_sm()} on a multiprocessor" if c.architecture == 90 else "")
         )
     print("\n".join(failed))

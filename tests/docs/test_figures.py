@@ -128,8 +128,8 @@ def tiles(shipped: tuple[str, str]) -> list[float]:
 
 
 def shipped_tiles() -> list[float]:
-    source = (ROOT / "triton_kernels" / "layers.py").read_text(encoding="utf-8")
-    return tiles(tuple(re.search(rf"^{name} = Tile(\(.*\))$", source, re.MULTILINE)[1] for name in ("LINEAR", "GATED")))
+    source = (ROOT / "triton_kernels" / "products.py").read_text(encoding="utf-8")
+    return tiles(tuple(re.search(rf"^{name} = RowTile(\(.*\))$", source, re.MULTILINE)[1] for name in ("LINEAR", "GATED")))
 
 
 def layer_products() -> list[float]:

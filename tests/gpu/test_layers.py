@@ -45,9 +45,9 @@ def test_rms_norm(kit, layers, size, rows, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_silu_mul(kit, layers, size, dtype):
+def test_gate_mul(kit, layers, size, dtype):
     gate, up = made(kit, 3, dtype, 5, 1, size), made(kit, 4, dtype, 5, 1, size)
-    assert_close(layers.silu_mul(gate, up), want.silu_mul(gate.double(), up.double()), dtype)
+    assert_close(layers.gate_mul(gate, up), want.gate_mul(gate.double(), up.double()), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

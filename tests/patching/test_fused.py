@@ -64,7 +64,7 @@ def test_same_tokens(family, text, retention, kernels):
     model = models.build(family, text)
     want, got = both(model, models.inputs(model, ROWS), greedy(6), kernels, policy="fixed", retention=retention)
     assert_same(got, want, tolerance=1e-6)
-    per_pass = {"rms_norm": 2 * models.LAYERS + 1, "rotate": models.LAYERS, "silu_mul": models.LAYERS}
+    per_pass = {"rms_norm": 2 * models.LAYERS + 1, "rotate": models.LAYERS, "gate_mul": models.LAYERS}
     assert kernels.calls == {name: 6 * count for name, count in per_pass.items()}
 
 
@@ -74,7 +74,7 @@ def test_one_row_takes_the_products_too(kernels):
     assert_same(got, want, tolerance=1e-6)
     # the prompt has many rows, the five steps one: three products a layer, the gated pair apart
     assert kernels.calls["linears"] == 5 * 3 * models.LAYERS
-    assert kernels.calls["gated"] == 5 * models.LAYERS and kernels.calls["silu_mul"] == models.LAYERS
+    assert kernels.calls["gated"] == 5 * models.LAYERS and kernels.calls["gate_mul"] == models.LAYERS
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "temperature": 0.9}], ids=str)
@@ -120,7 +120,7 @@ def test_quantised_weights_are_not_read_as_numbers(kernels):
     assert type(model.model.language_model.layers[0].mlp.down_proj) is nn.Linear
     want, got = both(model, models.inputs(model, ROWS[:1]), greedy(4), kernels, policy="fixed")
     assert_same(got, want, tolerance=1e-6)
-    assert not kernels.calls["linears"] and not kernels.calls["gated"] and kernels.calls["silu_mul"] == 4 * models.LAYERS
+    assert not kernels.calls["linears"] and not kernels.calls["gated"] and kernels.calls["gate_mul"] == 4 * models.LAYERS
 
 
 def test_under_autocast_the_model_is_left_alone(kernels):

@@ -1,0 +1,117 @@
+"""Which products and fusions of a decoder layer ``patch(fuse=True)`` uses on a device, beyond those that are always there.
+
+All of them are off unless the device's file (``dyrate_kernels/devices``) turns them on under ``layers``::
+
+    {"layers": {
+        "products": {"linear 12288x4096": [{"rows": [2, 64], "tile": {"rows": 64, "columns": 128, "stages": 4, "splits": 4}}],
+                     "gated 11008x4096": [{"rows": [2, 32], "tile": {}}]},
+        "residual_norm": true, "norm_prologue": true, "rotary_in_attention": true
+    }}
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from dyrate_kernels import devices
+
+KINDS = ("linear", "gated")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product with few rows is shaped. None: as the kernels' own heuristic says.
+
+    Attributes:
+        rows: of a weight that a program computes; a power of two from 16 on, from 64 on for ``wgmma`` (sm_90).
+        columns: that it reads at a time; a power of two from 16 on.
+        warps: of a program, a power of two.
+        stages: of the software pipeline.
+        splits: programs that share a row's columns. Their partial sums are added in a fixed order.
+    """
+
+    rows: int | None = None
+    columns: int | None = None
+    warps: int | None = None
+    stages: int | None = None
+    splits: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"rows": 16, "columns": 16, "warps": 1}
+        for entry in fields(self):
+            number = getattr(self, entry.name)
+            if number is None:
+                continue
+            if not isinstance(number, int) or isinstance(number, bool) or number < least.get(entry.name, 1):
+                raise ValueError(f"{entry.name}: expected a whole number from {least.get(entry.name, 1)} on, got {number!r}")
+            if entry.name in least and number & (number - 1):
+                raise ValueError(f"{entry.name}: expected a power of two, got {number}")
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What is on.
+
+    Attributes:
+        products: by ``problem``: (fewest rows, most rows, tile) where our product takes the place of the model's own. One row is always
+            ours.
+        residual_norm: one launch adds to the residual stream and normalises it for what comes next.
+        norm_prologue: with one row, the next product does both itself.
+        rotary_in_attention: attention rotates query and key itself.
+    """
+
+    products: Mapping[str, tuple[tuple[int, int, Tile], ...]] = field(default_factory=dict)
+    residual_norm: bool = False
+    norm_prologue: bool = False
+    rotary_in_attention: bool = False
+
+    @classmethod
+    def from_file(cls, entry: Mapping[str, Any]) -> LayerSettings:
+        """Of the entry ``layers`` of a device file."""
+        known = {name.name for name in fields(cls)}
+        if set(entry) - known:
+            raise ValueError(f"layers: unknown {', '.join(sorted(set(entry) - known))}; known: {', '.join(sorted(known))}")
+        products = {}
+        for name, ranges in entry.get("products", {}).items():
+            if name.split(" ")[0] not in KINDS:
+                raise ValueError(f"products: expected names like 'linear 4096x4096' and 'gated 11008x4096', got {name!r}")
+            products[name] = tuple((*one["rows"], Tile(**one.get("tile", {}))) for one in ranges)
+        return cls(**{**entry, "products": products})
+
+    def tile(self, kind: str, count: int, size: int, rows: int) -> Tile | None:
+        """How a product with ``rows`` rows and weights ``[count, size]`` (those of a launch together) is shaped; None: the model's own."""
+        for fewest, most, tile in self.products.get(problem(kind, count, size), ()):
+            if fewest <= rows <= most:
+                return tile
+        return None
+
+
+def problem(kind: str, count: int, size: int) -> str:
+    """The name of a kind of product in a device file; kind: of ``KINDS``."""
+    return f"{kind} {count}x{size}"
+
+
+_override: LayerSettings | None = None
+
+
+def override(chosen: LayerSettings | None) -> None:
+    """Every later pass uses ``chosen`` (None: what the device's file says again). For benchmarks and tests."""
+    global _override
+    _override = chosen
+
+
+def settings(device: torch.device) -> LayerSettings:
+    """What is on for ``device``."""
+    return _shipped(device) if _override is None else _override
+
+
+@functools.cache
+def _shipped(device: torch.device) -> LayerSettings:
+    if device.type != "cuda":
+        return LayerSettings()
+    return LayerSettings.from_file(devices.measured(torch.cuda.get_device_properties(device).name).get("layers", {}))
