@@ -27,6 +27,8 @@ __all__ = [
     "decode_attention",
     "decode_step",
     "keep_count",
+    "paged_attention",
+    "paged_step",
     "predict_rate",
     "reorder_",
     "score_last_query",

@@ -42,23 +42,21 @@ def _row_slots(BLOCK_N: tl.constexpr, ROW_WARPS: tl.constexpr):
 
 @triton.jit
 def _attend_block(
-    q, m, norm, acc, row, live, key_ptr, value_ptr, stride_kr, stride_kd, stride_vr, stride_vd, dim, value_dim, scale,
+    q, m, norm, acc, key_row, value_row, live, key_ptr, value_ptr, stride_kd, stride_vd, dim, value_dim, scale,
     DOT: tl.constexpr, HAS_OUTPUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One block of rows joins the running softmax; returns (m, norm, acc, logits).
 
-    The rows are the last axis of ``row`` and ``live``; the one before it, where there is one, is the warps'. ``q`` is ``[.., heads, dim]``
-    where DOT, ``m`` and ``norm`` are ``[.., heads]``; else ``[dim]`` and ``[rows]``.
+    The rows are the last axis of ``live`` and of ``key_row`` and ``value_row``, int64, where each begins; the axis before it, where there
+    is one, is the warps'. ``q`` is ``[.., heads, dim]`` where DOT, ``m`` and ``norm`` are ``[.., heads]``; else ``[dim]`` and ``[rows]``.
     """
     offset_d = tl.arange(0, BLOCK_D)
-    wide = row.to(tl.int64)
     if DOT:
-        rows_key = tl.expand_dims(wide, -2) * stride_kr
         along_d = tl.expand_dims(offset_d, 1)
-        if len(row.shape) == 2:
+        if len(live.shape) == 2:
             along_d = tl.expand_dims(along_d, 0)
         keys = tl.load(
-            key_ptr + rows_key + along_d * stride_kd,
+            key_ptr + tl.expand_dims(key_row, -2) + along_d * stride_kd,
             mask=tl.expand_dims(live, -2) & (along_d < dim),
             other=0.0,
         )
@@ -69,7 +67,7 @@ def _attend_block(
         read = tl.expand_dims(live, -2)
     else:
         keys = tl.load(
-            key_ptr + wide[:, None] * stride_kr + offset_d[None, :] * stride_kd,
+            key_ptr + key_row[:, None] + offset_d[None, :] * stride_kd,
             mask=live[:, None] & (offset_d < dim)[None, :],
             other=0.0,
         )
@@ -78,7 +76,7 @@ def _attend_block(
     logit = tl.where(logit == float("-inf"), LOWEST, logit)
     logit = tl.where(read, logit, float("-inf"))
     if DOT:
-        ROWS: tl.constexpr = len(row.shape)  # the axis of rows in logits
+        ROWS: tl.constexpr = len(live.shape)  # the axis of rows in logits
         top = tl.maximum(m, tl.max(logit, ROWS))
         finite = tl.where(top == float("-inf"), 0.0, top)
         p = tl.exp2(logit - tl.expand_dims(finite, -1))
@@ -92,10 +90,10 @@ def _attend_block(
         norm = norm * factor + p
     if HAS_OUTPUT:
         along_v = tl.expand_dims(tl.arange(0, BLOCK_V), 0)
-        if len(row.shape) == 2:
+        if len(live.shape) == 2:
             along_v = tl.expand_dims(along_v, 0)
         values = tl.load(
-            value_ptr + tl.expand_dims(wide, -1) * stride_vr + along_v * stride_vd,
+            value_ptr + tl.expand_dims(value_row, -1) + along_v * stride_vd,
             mask=tl.expand_dims(live, -1) & (along_v < value_dim),
             other=0.0,
         )
@@ -110,11 +108,34 @@ def _attend_block(
 
 
 @triton.jit
+def _paged_row(
+    place, inside, n_read, n_visual, first, listed, text_position, table,
+    text_listed, BLOCK_ROWS: tl.constexpr, HAS_LIST: tl.constexpr,
+):  # fmt: skip
+    """(position, block, row of the block) of each place of a sequence whose rows lie in blocks of BLOCK_ROWS.
+
+    Without a list places are positions from ``first`` on. With one they are those of ``listed`` and then the text's: of
+    ``text_position``, and where that ends (-1, or ``text_listed``) the n_visual visual tokens lie before.
+    """
+    if HAS_LIST:
+        visual = place < n_read
+        text = place - n_read
+        known = inside & (visual | (text < text_listed))
+        position = tl.load(tl.where(visual, listed + place, text_position + text), mask=known, other=-1)
+        position = tl.where(position < 0, text + n_visual, position)
+    else:
+        position = place + first
+    block = tl.load(table + position // BLOCK_ROWS, mask=inside, other=0)
+    return position, block.to(tl.int64), position % BLOCK_ROWS
+
+
+@triton.jit
 def _store_mass(
-    head, real, top, share, logits, types, mass_ptr, logit_capacity, n_text,
+    head, real, top, share, logits, types, mass_ptr, logit_capacity, n_text, n_typed,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Mass by type of the heads ``head`` that are ``real``, from the logits of their text rows (``logits``: of head 0).
+    """Mass by type of the heads ``head`` that are ``real``, from the logits of their text rows (``logits``: of head 0). Those past the
+    ``n_typed`` that have a type are of the response.
 
     Every row that is not text is an image's, so the image has what system, instruction and response leave of one.
     """
@@ -128,7 +149,7 @@ def _store_mass(
     for begin in tl.range(0, n_text, BLOCK_T, num_stages=3 if head.shape[0] == 1 else None):
         place = begin + offset_t
         inside = place < n_text
-        kind = tl.load(types + place, mask=inside, other=255).to(tl.int32)[None, :]
+        kind = tl.load(types + place, mask=place < n_typed, other=3).to(tl.int32)[None, :]
         z = tl.load(
             logits + head[:, None] * logit_capacity + place[None, :],
             mask=real[:, None] & inside[None, :],
@@ -271,11 +292,12 @@ def importance_columns(
 def decode_attention_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, n_visual_ptr, n_text_ptr,
     list_ptr, n_list_ptr, text_type_ptr, position_ptr, query_position_ptr, new_key_ptr, new_value_ptr,
+    table_ptr, sequence_ptr, text_position_ptr,
     part_ptr, part_stat_ptr, head_stat_ptr, counter_ptr, logit_ptr, mass_ptr, importance_ptr,
     weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr, alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr,
-    scale, window, dim, value_dim, heads, visual_capacity, logit_capacity, min_blocks, features, classes,
+    scale, window, dim, value_dim, heads, visual_capacity, logit_capacity, min_blocks, features, classes, text_listed,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kr, stride_kd, stride_vb, stride_vh, stride_vr, stride_vd,
-    stride_lb, stride_tb, stride_pb, stride_pq, stride_nkb, stride_nkh, stride_nvb, stride_nvh,
+    stride_lb, stride_tb, stride_pb, stride_pq, stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_bt, stride_xb,
     stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
     G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, DOT: tl.constexpr, ROW_WARPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -284,11 +306,16 @@ def decode_attention_kernel(
     HAS_NEW: tl.constexpr, IMPORTANCE: tl.constexpr, DECIDE: tl.constexpr,
     HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
-    PDL: tl.constexpr,
+    PAGED: tl.constexpr, SHARED_LIST: tl.constexpr, SAME_STRIDES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(splits, Hkv, B)``; see the module for the phases and ``backend.decode_attention`` for the tensors.
 
     MAX_SPLITS is the power of two that holds so many.
+
+    PAGED: rows of a block, 0 where rows are not paged. Then ``b`` is a query row of sequence ``sequence[b]`` (None: ``b``), whose rows
+    ``table`` finds in key and value ``[blocks, Hkv, rows, D]``; n_text counts all of its rows; ``list`` holds positions, of the sequence's
+    n_visual visual tokens (SHARED_LIST) or of those that this query row reads; importance and the decision are by place in it.
+    SAME_STRIDES: a row lies in value as it does in key, which spares registers.
 
     Scratch: part float32 ``[B, Hq, MAX_SPLITS, BLOCK_V]``; part_stat float32 ``[B, Hq, MAX_SPLITS, 2]`` (max, sum);
     head_stat float32 ``[B, Hq, 2]`` (max, 1 / sum); counter int32 ``[B, Hkv + 1]``, zero before and after; logit float32
@@ -302,12 +329,26 @@ def decode_attention_kernel(
 
     # ---- phase 1: this split's rows ---------------------------------------------------------------------------------------------
     n_text = tl.load(n_text_ptr + b)
-    n_visual = tl.load(n_visual_ptr + b)
+    sequence = b  # whose types and, where rows are paged, blocks and positions these are
+    first_position = 0
+    query_position = 0
+    if PAGED:
+        if sequence_ptr is not None:
+            sequence = tl.load(sequence_ptr + b).to(tl.int64)
+        query_position = n_text - 1
+        n_visual = 0
+        if HAS_LIST:
+            n_visual = tl.load(n_visual_ptr + b)
+        elif HAS_WINDOW:
+            first_position = tl.maximum(n_text - window, 0)
+        n_text -= n_visual + first_position
+    else:
+        n_visual = tl.load(n_visual_ptr + b)
     n_read = n_visual
     region_list = list_ptr
     if HAS_LIST:
         n_read = tl.load(n_list_ptr + b)
-        region_list = list_ptr + b * stride_lb
+        region_list = list_ptr + (sequence if SHARED_LIST else b) * stride_lb
     total = n_read + n_text  # places: visual rows, or those of the list, then text rows
     blocks = tl.cdiv(total, BLOCK_N)
     splits = tl.minimum(tl.num_programs(0), tl.maximum(tl.cdiv(blocks, min_blocks), 1))
@@ -320,8 +361,11 @@ def decode_attention_kernel(
     offset_g = tl.arange(0, BLOCK_G)
     offset_d = tl.arange(0, BLOCK_D)
     offset_v = tl.arange(0, BLOCK_V)
-    keys = key_ptr + b * stride_kb + kv_head.to(tl.int64) * stride_kh
-    values = value_ptr + b * stride_vb + kv_head.to(tl.int64) * stride_vh
+    keys = key_ptr + kv_head.to(tl.int64) * stride_kh
+    values = value_ptr + kv_head.to(tl.int64) * stride_vh
+    if not PAGED:
+        keys += b * stride_kb
+        values += b * stride_vb
     queries = query_ptr + b * stride_qb + first_head.to(tl.int64) * stride_qh
 
     if HAS_NEW:
@@ -355,12 +399,19 @@ def decode_attention_kernel(
         norm = tl.zeros([BLOCK_N], dtype=tl.float32)
         acc = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     scale2 = scale * LOG2E
-    query_position = 0
     positions = position_ptr
-    if HAS_WINDOW:
+    if HAS_WINDOW and not PAGED:
         query_position = tl.load(query_position_ptr + b * stride_pq)
         positions = position_ptr + b * stride_pb
 
+    table = table_ptr
+    text_positions = text_position_ptr
+    n_typed = n_text
+    if PAGED:
+        table = table_ptr + sequence * stride_bt
+        n_typed = tl.minimum(n_text, text_listed)
+        if HAS_LIST:
+            text_positions = text_position_ptr + sequence * stride_xb
     past = visual_capacity - n_read  # from a text row's place to its row
     text_logits = logit_ptr  # of head 0 of the batch
     if HAS_LOGITS:
@@ -369,16 +420,29 @@ def decode_attention_kernel(
         place = block * BLOCK_N + _row_slots(BLOCK_N, ROW_WARPS)
         inside = place < total
         visual = place < n_read
-        if HAS_LIST:
-            row = tl.where(visual, tl.load(region_list + place, mask=visual, other=0), place + past)
-        else:
-            row = tl.where(visual, place, place + past)
         live = inside
-        if HAS_WINDOW:
-            position = tl.load(positions + row, mask=inside, other=0)
-            live = inside & (query_position - position < window)
+        if PAGED:
+            position, page, row = _paged_row(
+                place, inside, n_read, n_visual, first_position, region_list, text_positions, table, text_listed, PAGED, HAS_LIST
+            )
+            if HAS_WINDOW and HAS_LIST:
+                live = inside & (query_position - position < window)
+            key_row = page * stride_kb + row * stride_kr
+            value_row = key_row
+            if not SAME_STRIDES:
+                value_row = page * stride_vb + row * stride_vr
+        else:
+            if HAS_LIST:
+                row = tl.where(visual, tl.load(region_list + place, mask=visual, other=0), place + past)
+            else:
+                row = tl.where(visual, place, place + past)
+            if HAS_WINDOW:
+                position = tl.load(positions + row, mask=inside, other=0)
+                live = inside & (query_position - position < window)
+            key_row = row.to(tl.int64) * stride_kr
+            value_row = row.to(tl.int64) * stride_vr
         m, norm, acc, logit = _attend_block(
-            q, m, norm, acc, row, live, keys, values, stride_kr, stride_kd, stride_vr, stride_vd, dim, value_dim, scale2,
+            q, m, norm, acc, key_row, value_row, live, keys, values, stride_kd, stride_vd, dim, value_dim, scale2,
             DOT, HAS_OUTPUT, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         if HAS_LOGITS or HAS_MASS:
@@ -436,7 +500,8 @@ def decode_attention_kernel(
             )
         if HAS_MASS:
             tl.debug_barrier()  # logits are read back by other threads
-            _store_mass(head, real, m, share, text_logits, text_type_ptr + b * stride_tb, mass_ptr, logit_capacity, n_text, BLOCK_T)
+            types = text_type_ptr + sequence * stride_tb
+            _store_mass(head, real, m, share, text_logits, types, mass_ptr, logit_capacity, n_text, n_typed, BLOCK_T)
     else:
         part = (b * heads + first_head + offset_g) * MAX_SPLITS + split
         real = offset_g < G
@@ -455,8 +520,8 @@ def decode_attention_kernel(
         if HAS_MASS:
             offset_c = tl.arange(0, BLOCK_C)
             _store_mass(
-                b * heads + first_head + offset_c, offset_c < G, top, share, text_logits, text_type_ptr + b * stride_tb, mass_ptr,
-                logit_capacity, n_text, BLOCK_T,
+                b * heads + first_head + offset_c, offset_c < G, top, share, text_logits, text_type_ptr + sequence * stride_tb, mass_ptr,
+                logit_capacity, n_text, n_typed, BLOCK_T,
             )  # fmt: skip
 
     if IMPORTANCE:
@@ -484,7 +549,7 @@ def decode_attention_kernel(
             return
 
         # ---- phase 3: the last key/value head of a sequence -----------------------------------------------------------------------
-        if HAS_LIST:
+        if HAS_LIST and not PAGED:
             for start in range(0, visual_capacity, BLOCK_I):
                 column = start + tl.arange(0, BLOCK_I)
                 zero = tl.zeros([BLOCK_I], dtype=tl.float32)
@@ -495,31 +560,34 @@ def decode_attention_kernel(
             until = visual_capacity
         importance_columns(
             logit_ptr, head_stat_ptr, importance_ptr, region_list, b, 0, until, n_read, visual_capacity, logit_capacity, heads,
-            kv_heads, G > 1, HAS_LIST, BLOCK_H, BLOCK_I,
+            kv_heads, G > 1, HAS_LIST and not PAGED, BLOCK_H, BLOCK_I,
         )  # fmt: skip
         if DECIDE:
+            if PAGED:
+                n_visual = n_read
             tl.debug_barrier()  # importance is read back by other threads
             decide_row(
                 mass_ptr + b * features, importance_ptr + b * visual_capacity, weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr,
-                alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr, b, n_visual, visual_capacity, features, classes,
+                alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr, region_list, b, n_visual, visual_capacity, features, classes,
                 stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
-                HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS,
+                HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS, False, PAGED != 0,
             )  # fmt: skip
 
 
 @triton.jit
 def decide_kernel(
-    n_visual_ptr, head_stat_ptr, counter_ptr, logit_ptr, mass_ptr, importance_ptr,
+    n_visual_ptr, list_ptr, sequence_ptr, head_stat_ptr, counter_ptr, logit_ptr, mass_ptr, importance_ptr,
     weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr, alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr,
-    heads, counters, visual_capacity, logit_capacity, features, classes,
+    heads, counters, visual_capacity, logit_capacity, features, classes, stride_lb,
     stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
     DECIDE: tl.constexpr, HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
-    PDL: tl.constexpr,
+    PAGED: tl.constexpr, SHARED_LIST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Phase 3 as a launch of its own, grid ``(ceil(visual_capacity / BLOCK_I), B)``: many programs share the sum over heads.
 
     The last program of a sequence decides. Which form is faster is a matter of measurement (``plan.Settings.decision``).
+    PAGED: n_visual is the length of the list of positions, as in ``decode_attention_kernel``.
     """
     follow(PDL)
     b = tl.program_id(1).to(tl.int64)
@@ -538,9 +606,15 @@ def decide_kernel(
     if DECIDE:
         if not _finished(counter_ptr + b * counters + counters - 1, tl.num_programs(0) - 1):
             return
+        places = list_ptr
+        if PAGED:
+            owner = b
+            if SHARED_LIST and sequence_ptr is not None:
+                owner = tl.load(sequence_ptr + b).to(tl.int64)
+            places = list_ptr + owner * stride_lb
         decide_row(
             mass_ptr + b * features, importance_ptr + b * visual_capacity, weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr,
-            alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr, b, n, visual_capacity, features, classes,
+            alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr, places, b, n, visual_capacity, features, classes,
             stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
-            HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS, HAS_PREDICTOR,
+            HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS, HAS_PREDICTOR, PAGED,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -70,6 +71,28 @@ class _Attention:
     programs: int | None
 
 
+class Pages(NamedTuple):
+    """What an attention over paged rows has beside the other arguments.
+
+    Attributes:
+        block_table: int32 ``[S, M]``.
+        sequence: int32 ``[B]``, of each query row; None: the row's own number.
+        text_position: int32 ``[S, T]``; None where no list is read.
+        shared_list: the list is the sequence's ``[S, N]``, not the query row's ``[B, N]``.
+        row_bound: rows that no sequence has more of.
+    """
+
+    block_table: Tensor
+    sequence: Tensor | None
+    text_position: Tensor | None
+    shared_list: bool
+    row_bound: int
+
+    def form(self) -> Hashable:
+        """All that a launch depends on but addresses."""
+        return form(self.block_table), self.sequence is None, form(self.text_position), self.shared_list, self.row_bound
+
+
 _attentions: dict[Hashable, _Attention] = {}
 
 
@@ -116,21 +139,31 @@ def _prepare_attention(
     query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, text_type: Tensor | None, position: Tensor | None,
     query_position: Tensor | None, new_key: Tensor | None, new_value: Tensor | None, visual_capacity: int, scale: float,
     window: int | None, mass: bool, importance: bool, output: bool, decide: dict[str, Tensor | None] | None, bias: Tensor | None,
-    programs: int | None, max_registers: int | None,
+    pages: Pages | None, programs: int | None, max_registers: int | None,
 ) -> _Attention:  # fmt: skip
     batch, heads, dim = query.shape
-    kv_heads, capacity, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    kv_heads, block_rows, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     listed, has_window = kept is not None, window is not None
     places = max(kept.shape[1] if kept is not None else visual_capacity, 1)
-    kept_logits = (places if importance else 0) + (capacity - visual_capacity if mass else 0)
+    if pages is None:
+        capacity = places + block_rows - visual_capacity
+        kept_logits = (places if importance else 0) + (block_rows - visual_capacity if mass else 0)
+        paging = (0, 0, 0, 0, False, False)
+    else:
+        capacity = max(pages.row_bound, 1)
+        kept_logits = capacity if mass else places if importance else 0
+        text_position = pages.text_position
+        text_listed = 0 if text_position is None else text_position.shape[1]
+        same = (key.stride(0), key.stride(2)) == (value.stride(0), value.stride(2))
+        paging = (text_listed, pages.block_table.stride(0), strides(text_position, 2)[0], block_rows, pages.shared_list, same)
     logit_capacity = triton.cdiv(kept_logits, 16) * 16  # rows of logits start at a multiple of 64 bytes
     device_name, multiprocessors = _device_facts(query.device)
     how = plan.attention(
         device_name, multiprocessors, batch, kv_heads, heads // kv_heads, dim, value_dim, query.element_size(),
-        places + capacity - visual_capacity, "score" if importance else "list" if listed else "plain", plan.overridden(),
+        capacity, "score" if importance else "list" if listed else "plain", plan.overridden(),
         programs,
     )  # fmt: skip
-    second = importance and how.second_launch and not listed
+    second = importance and how.second_launch and (pages is not None or not listed)
     decision = decide or {}
     weight, score, alive, max_kept = (decision.get(name) for name in ("weight", "score", "alive", "max_kept"))
     features, classes = heads * 4, 0 if weight is None else weight.shape[0]
@@ -141,21 +174,24 @@ def _prepare_attention(
     block_s, chunks = plan.select(visual_capacity, plan.SELECT_BLOCK if second else plan.SELECT_BLOCK_IN_ATTENTION)
     blocks = (block_h, block_i, max(triton.next_power_of_2(features), 16), block_s, chunks)
     rest = (
-        scale, window or 0, dim, value_dim, heads, visual_capacity, logit_capacity, how.min_blocks, features, classes,
+        scale, window or 0, dim, value_dim, heads, visual_capacity, logit_capacity, how.min_blocks, features, classes, paging[0],
         *query.stride(), *key.stride(), *value.stride(),
         strides(kept, 2)[0], strides(text_type, 2)[0], strides(position, 2)[0], strides(query_position, 1)[0],
-        *strides(new_key, 3)[:2], *strides(new_value, 3)[:2], *choice,
+        *strides(new_key, 3)[:2], *strides(new_value, 3)[:2], *paging[1:3], *choice,
         heads // kv_heads, how.block_g, how.block_c, how.dot, how.row_warps, how.block_n, how.block_d, how.block_v,
         how.max_splits, how.split_tile, how.num_stages, how.block_t,
         output, mass, importance, listed, has_window, new_key is not None, importance and not second,
-        decide is not None and not second, *flags, *blocks,
+        decide is not None and not second, *flags, *blocks, *paging[3:],
     )  # fmt: skip
     grid = (how.splits, kv_heads, batch)
     dependent = dependent_launch(query.device)
     launch = Launch(decode_attention_kernel, grid, rest, how.num_warps, how.num_stages, how.max_registers or max_registers, dependent)
     deciding = None
     if second:
-        rest = (heads, kv_heads + 1, visual_capacity, logit_capacity, features, classes, *choice, decide is not None, *flags, *blocks)
+        rest = (
+            heads, kv_heads + 1, visual_capacity, logit_capacity, features, classes, strides(kept, 2)[0], *choice,
+            decide is not None, *flags, *blocks, pages is not None, paging[4],
+        )  # fmt: skip
         grid = (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1)
         deciding = Launch(decide_kernel, grid, rest, plan.DECIDE_WARPS, dependent=dependent)
     scratch = {
@@ -169,13 +205,16 @@ def _prepare_attention(
 
 
 def _run_attention(
-    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_capacity: int, scale: float,
+    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor | None, n_text: Tensor, *, visual_capacity: int, scale: float,
     kept: Tensor | None = None, n_kept: Tensor | None = None, text_type: Tensor | None = None, position: Tensor | None = None,
     query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
     output: bool = True, new_key: Tensor | None = None, new_value: Tensor | None = None,
-    decide: dict[str, Tensor | None] | None = None,
+    decide: dict[str, Tensor | None] | None = None, pages: Pages | None = None,
 ) -> Step:  # fmt: skip
-    """One launch of ``decode_attention_kernel``, and of ``decide_kernel`` where the plan says so."""
+    """One launch of ``decode_attention_kernel``, and of ``decide_kernel`` where the plan says so.
+
+    With ``pages``: key and value ``[blocks, Hkv, rows, D]``, n_text counts all rows of a query row's sequence, kept holds positions.
+    """
     device = query.device
     batch, heads, _ = query.shape
     result, masses, scores, chosen, chosen_count, rate = made = empty_step(
@@ -198,24 +237,28 @@ def _run_attention(
     forms = (
         device, visual_capacity, scale, window, mass, importance, output, plan.overridden(), dependent_launch(device), form(query),
         form(key), form(value), form(kept), form(text_type), form(position), form(query_position), form(new_key), form(new_value), choice,
+        None if pages is None else pages.form(),
     )  # fmt: skip
-    n_visual, n_text = vector(n_visual), vector(n_text)
+    n_visual, n_text, n_kept = vector(n_visual), vector(n_text), vector(n_kept)
+    table, sequence, text_position = (None, None, None) if pages is None else pages[:3]
     before = (
-        query, key, value, result, n_visual, n_text, kept, vector(n_kept), text_type, position, query_position, new_key, new_value,
+        query, key, value, result, n_visual, n_text, kept, n_kept, text_type, position, query_position, new_key, new_value,
+        table, sequence, text_position,
     )  # fmt: skip
     after = (masses, scores, weight, bias, rates, count, score, alive, max_kept, chosen, chosen_count, rate)
     known = _attentions.get(forms)
     if known is None:
         shape = functools.partial(
             _prepare_attention, query, key, value, kept, text_type, position, query_position, new_key, new_value, visual_capacity, scale,
-            window, mass, importance, output, decide, bias,
+            window, mass, importance, output, decide, bias, pages,
         )  # fmt: skip
         known = remember(_attentions, forms, _fit_attention(shape, device, before, after))
     stream = stream_of(device)
     part, part_stat, head_stat, counters, logits = workspace.for_stream(device, stream).buffers_for(known.scratch)
     known.launch.start(device, stream, (*before, part, part_stat, head_stat, counters, logits, *after))
     if known.decide is not None:
-        known.decide.start(device, stream, (n_visual, head_stat, counters, logits, *after))
+        counted = n_visual if pages is None else n_kept
+        known.decide.start(device, stream, (counted, kept, sequence, head_stat, counters, logits, *after))
     return made
 
 
@@ -280,6 +323,65 @@ def decode_step(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=last_contiguous(text_type),
         position=last_contiguous(position) if window is not None else None, query_position=query_position, window=window,
         mass=True, importance=True, new_key=last_contiguous(new_key), new_value=last_contiguous(new_value), decide=decide,
+    )  # fmt: skip
+
+
+# ---- paged rows -------------------------------------------------------------------------------------------------------------------
+
+
+def _run_paged(
+    query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, *, scale: float, sequence: Tensor | None,
+    visual_position: Tensor | None, n_visual: Tensor | None, text_position: Tensor | None, text_type: Tensor | None, kept: Tensor | None,
+    n_kept: Tensor | None, window: int | None, row_bound: int | None, mass: bool, importance: bool,
+    decide: dict[str, Tensor | None] | None = None,
+) -> Step:  # fmt: skip
+    """``_run_attention`` over blocks. The bound on rows is rounded up, so that a batch that grows row by row prepares few launches."""
+    most = block_table.shape[1] * key.shape[1]
+    bound = most if row_bound is None else min(triton.next_power_of_2(max(row_bound, 16)), most)
+    listed, n_listed = (kept, n_kept) if kept is not None else (visual_position, n_visual) if mass or importance else (None, None)
+    pages = Pages(
+        last_contiguous(block_table), vector(sequence), None if listed is None else last_contiguous(text_position), kept is None, bound
+    )  # fmt: skip
+    return _run_attention(
+        query, key.transpose(1, 2), value.transpose(1, 2), n_visual if listed is not None else None, n_rows,
+        visual_capacity=0 if listed is None else listed.shape[1], scale=scale, kept=last_contiguous(listed), n_kept=n_listed,
+        text_type=last_contiguous(text_type) if mass else None, window=window, mass=mass, importance=importance, decide=decide, pages=pages,
+    )  # fmt: skip
+
+
+def paged_attention(
+    query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, *, scale: float, sequence: Tensor | None = None,
+    visual_position: Tensor | None = None, n_visual: Tensor | None = None, text_position: Tensor | None = None,
+    text_type: Tensor | None = None, kept: Tensor | None = None, n_kept: Tensor | None = None, window: int | None = None,
+    mass: bool = False, importance: bool = False, row_bound: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """See ``dyrate_kernels.ops.paged_attention``."""
+    run = reference.paged_attention if query.dtype == torch.float64 else _run_paged
+    return run(
+        query, key, value, block_table, n_rows, scale=scale, sequence=sequence, visual_position=visual_position, n_visual=n_visual,
+        text_position=text_position, text_type=text_type, kept=kept, n_kept=n_kept, window=window, mass=mass, importance=importance,
+        row_bound=row_bound,
+    )[:3]  # fmt: skip
+
+
+def paged_step(
+    query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, *, scale: float, n_visual: Tensor,
+    text_position: Tensor, text_type: Tensor, sequence: Tensor | None = None, visual_position: Tensor | None = None,
+    kept: Tensor | None = None, n_kept: Tensor | None = None, window: int | None = None, row_bound: int | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, rates: Tensor | None = None, count: Tensor | None = None,
+    score: Tensor | None = None, alive: Tensor | None = None, max_kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See ``dyrate_kernels.ops.paged_step``: one launch (two where the plan says so)."""
+    decide = {"weight": weight, "bias": bias, "rates": rates, "count": count, "score": score, "alive": alive, "max_kept": max_kept}
+    if query.dtype == torch.float64:
+        return reference.paged_step(
+            query, key, value, block_table, n_rows, scale=scale, n_visual=n_visual, text_position=text_position, text_type=text_type,
+            sequence=sequence, visual_position=visual_position, kept=kept, n_kept=n_kept, window=window, row_bound=row_bound, **decide,
+        )  # fmt: skip
+    return _run_paged(
+        query, key, value, block_table, n_rows, scale=scale, n_visual=n_visual, text_position=text_position, text_type=text_type,
+        sequence=sequence, visual_position=visual_position, kept=kept, n_kept=n_kept, window=window, row_bound=row_bound, mass=True,
+        importance=True, decide=decide,
     )  # fmt: skip
 
 

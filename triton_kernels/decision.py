@@ -89,10 +89,12 @@ def chunk_keys(
 
 @triton.jit
 def select_row(
-    score_ptr, alive_ptr, kept_ptr, n, count, width, stride_s, stride_a,
-    HAS_ALIVE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    score_ptr, alive_ptr, kept_ptr, places_ptr, n, count, width, stride_s, stride_a,
+    HAS_ALIVE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, HAS_PLACES: tl.constexpr,
 ):  # fmt: skip
     """Writes the ``count`` highest of ``n`` scores as ascending indices, -1 past them; returns their number.
+
+    HAS_PLACES: ``places[index]`` is written in an index's place.
 
     A search finds the threshold, then a prefix sum collects in ascending order. A row that fits into registers is searched by two bits
     a round, which needs one sum a round and ends at the first threshold that exactly ``count`` tokens reach; rows longer than BLOCK are
@@ -165,7 +167,11 @@ def select_row(
         before = tl.cumsum(both, 0) - both
         ties_before = ties + (before >> 16)
         target = highest + (before & 65535) + tl.minimum(ties_before, needed)
-        tl.store(kept_ptr + target, index, mask=over | (tie & (ties_before < needed)))
+        chosen = over | (tie & (ties_before < needed))
+        written = index
+        if HAS_PLACES:
+            written = tl.load(places_ptr + index, mask=chosen, other=-1)
+        tl.store(kept_ptr + target, written, mask=chosen)
         tl.store(kept_ptr + index, tl.full([BLOCK], -1, tl.int32), mask=(index >= n_kept) & (index < width))
         if CHUNKS > 1:
             sums = tl.sum(both, 0)
@@ -177,15 +183,15 @@ def select_row(
 @triton.jit
 def decide_row(
     mass_ptr, importance_ptr, weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr, alive_ptr, max_kept_ptr,
-    kept_ptr, n_kept_ptr, rate_ptr,
+    kept_ptr, n_kept_ptr, rate_ptr, places_ptr,
     b, n, width, features, classes,
     stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
     HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, HAS_RATE: tl.constexpr = False,
+    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, HAS_RATE: tl.constexpr = False, HAS_PLACES: tl.constexpr = False,
 ):  # fmt: skip
     """The decision of sequence ``b``: rate, count, kept list. mass and importance are those of the sequence itself.
 
-    HAS_RATE: another program has already predicted the rate and stored it.
+    HAS_RATE: another program has already predicted the rate and stored it. HAS_PLACES: as in ``select_row``.
     """
     if HAS_RATE:
         count = count_for_rate(n, tl.load(rate_ptr + b, cache_modifier=".cg"))
@@ -207,7 +213,10 @@ def decide_row(
     alive = alive_ptr
     if HAS_ALIVE:
         alive = alive_ptr + b * stride_ab
-    n_kept = select_row(scores, alive, kept_ptr + b * width, n, count, width, score_stride, stride_an, HAS_ALIVE, WIDE, BLOCK, CHUNKS)
+    n_kept = select_row(
+        scores, alive, kept_ptr + b * width, places_ptr, n, count, width, score_stride, stride_an,
+        HAS_ALIVE, WIDE, BLOCK, CHUNKS, HAS_PLACES,
+    )  # fmt: skip
     tl.store(n_kept_ptr + b, n_kept)
     if not HAS_PREDICTOR:
         total = tl.maximum(n, 1).to(tl.float64)
@@ -246,7 +255,7 @@ def select_tokens_kernel(
     if HAS_ALIVE:
         alive = alive_ptr + b * stride_ab
     n_kept = select_row(
-        score_ptr + b * stride_sb, alive, kept_ptr + b * width, n, tl.load(count_ptr + b), width, stride_sn, stride_an,
-        HAS_ALIVE, WIDE, BLOCK, CHUNKS,
+        score_ptr + b * stride_sb, alive, kept_ptr + b * width, kept_ptr, n, tl.load(count_ptr + b), width, stride_sn, stride_an,
+        HAS_ALIVE, WIDE, BLOCK, CHUNKS, False,
     )  # fmt: skip
     tl.store(n_kept_ptr + b, n_kept)

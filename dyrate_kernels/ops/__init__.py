@@ -23,14 +23,19 @@ import torch
 from torch import Tensor
 
 from . import checks, direct, dispatch, library, reference
+from .paged import PagedAttention, PagedStep, paged_attention, paged_step
 
 __all__ = [
     "DecodeAttention",
     "DecodeStep",
+    "PagedAttention",
+    "PagedStep",
     "compact_",
     "decode_attention",
     "decode_step",
     "keep_count",
+    "paged_attention",
+    "paged_step",
     "predict_rate",
     "reorder_",
     "score_last_query",
@@ -343,19 +348,7 @@ def decode_step(
     checks.bound("text_bound", text_bound)
     checks.text_types(text_type, key, visual_capacity)
     batch, heads, _ = query.shape
-    given = [part is not None for part in (weight, bias, rates)]
-    if any(given) == (count is not None) or any(given) != all(given):
-        raise ValueError("count: expected either count or all of weight, bias and rates, got neither, both or a part")
-    if count is None:
-        checks.predictor(weight, bias, rates, batch, heads, query.device)
-    else:
-        checks.int32("count", count, (batch,), query.device)
-    if score is not None:
-        checks.floating("score", score, (batch, visual_capacity), query.device)
-    if alive is not None:
-        checks.tensor("alive", alive, (batch, visual_capacity), (torch.bool,), query.device)
-    if max_kept is not None:
-        checks.int32("max_kept", max_kept, (batch,), query.device)
+    checks.decision(weight, bias, rates, count, score, alive, max_kept, batch, heads, visual_capacity, query.device)
     checks.new_row(new_key, new_value, key, value)
     dispatch.check_name(backend)
     step = _ops.decode_step if new_key is None else _ops.append_decode_step

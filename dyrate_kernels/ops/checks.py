@@ -75,6 +75,57 @@ def new_row(new_key: Tensor | None, new_value: Tensor | None, key: Tensor, value
             tensor(name, new, (rows.shape[0], rows.shape[1], rows.shape[3]), (rows.dtype,), rows.device)
 
 
+def paged(
+    query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, sequence: Tensor | None, visual_position: Tensor | None,
+    n_visual: Tensor | None, text_position: Tensor | None, text_type: Tensor | None, kept: Tensor | None, n_kept: Tensor | None,
+    window: int | None, row_bound: int | None, mass: bool, importance: bool,
+) -> int:  # fmt: skip
+    """The arguments that both operators over paged rows share; returns the columns of a query row's visual places."""
+    floating("query", query, ("R", "Hq", "D"))
+    rows, heads, dim = query.shape
+    device, same = query.device, (query.dtype,)
+    tensor("key", key, ("blocks", "block_size", "Hkv", dim), same, device)
+    if key.shape[0] == 0 or key.shape[1] == 0:
+        raise ValueError(f"key: expected at least one block of at least one row, got shape {list(key.shape)}")
+    tensor("value", value, (*key.shape[:3], "D"), same, device)
+    if key.shape[2] == 0 or heads % key.shape[2]:
+        raise ValueError(f"key: expected a number of heads that divides the {heads} heads of query, got {key.shape[2]}")
+    int32("block_table", block_table, ("S", "M"), device)
+    int32("n_rows", n_rows, (rows,), device)
+    sequences = block_table.shape[0]
+    if sequence is not None:
+        int32("sequence", sequence, (rows,), device)
+    elif sequences != rows:
+        raise ValueError(
+            f"sequence: expected int32 [{rows}], the line of block_table of each query row, as block_table has {sequences} lines, got None"
+        )
+    if (kept is None) != (n_kept is None):
+        raise ValueError("kept, n_kept: expected both or neither, got one; n_kept is the length of each list in kept")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, got {window}")
+    bound("row_bound", row_bound)
+    if kept is not None:
+        int32("kept", kept, (rows, "W"), device)
+        int32("n_kept", n_kept, (rows,), device)
+    if kept is None and not (mass or importance):
+        return 0
+    wanted = {"n_visual": n_visual, "text_position": text_position}
+    if kept is None:
+        wanted["visual_position"] = visual_position
+    for name, value_of in wanted.items():
+        if value_of is None:
+            raise ValueError(f"{name}: expected a tensor, which statistics and kept lists need, got None")
+    int32("n_visual", n_visual, (rows,), device)
+    int32("text_position", text_position, (sequences, "T"), device)
+    if kept is None:
+        int32("visual_position", visual_position, (sequences, "N"), device)
+    if mass:
+        if text_type is None:
+            raise ValueError("text_type: expected uint8 [S, T], which the mass by type needs, got None")
+        tensor("text_type", text_type, tuple(text_position.shape), (torch.uint8,), device)
+    return (visual_position if kept is None else kept).shape[1]
+
+
 def bound(name: str, value: int | None) -> None:
     if value is not None and value < 0:
         raise ValueError(f"{name}: expected a number of rows >= 0 or None, got {value}")
@@ -97,6 +148,26 @@ def predictor(weight: object, bias: object, rates: object, batch: int, heads: in
     else:
         floating("bias", bias, (classes,), device)
     tensor("rates", rates, (classes,), (torch.float64,), device)
+
+
+def decision(
+    weight: object, bias: object, rates: object, count: Tensor | None, score: Tensor | None, alive: Tensor | None, max_kept: Tensor | None,
+    batch: int, heads: int, tokens: int, device: torch.device,
+) -> None:  # fmt: skip
+    """What a step decides by: a predictor or a count, and what narrows the choice."""
+    given = [part is not None for part in (weight, bias, rates)]
+    if any(given) == (count is not None) or any(given) != all(given):
+        raise ValueError("count: expected either count or all of weight, bias and rates, got neither, both or a part")
+    if count is None:
+        predictor(weight, bias, rates, batch, heads, device)
+    else:
+        int32("count", count, (batch,), device)
+    if score is not None:
+        floating("score", score, (batch, tokens), device)
+    if alive is not None:
+        tensor("alive", alive, (batch, tokens), (torch.bool,), device)
+    if max_kept is not None:
+        int32("max_kept", max_kept, (batch,), device)
 
 
 def selection(score: Tensor, count: Tensor | None, n_visual: Tensor, alive: Tensor | None) -> None:

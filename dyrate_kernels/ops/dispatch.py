@@ -28,6 +28,8 @@ _MODULES = {
     "reference": "dyrate_kernels.ops.reference",
 }
 
+_WITHOUT = {"cuda": frozenset({"paged_attention", "paged_step"})}  # operators that a backend does not have
+
 
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
@@ -84,7 +86,7 @@ def name_for(backend: str, device: torch.device | str, operator: str | None = No
         for name in dict.fromkeys((*([faster] if faster else []), *_MODULES)):
             if DRIVER_TOO_OLD in (_load(name)[1] or ""):
                 _warn_skipped(name)
-            if _load(name)[1] is None:
+            if _load(name)[1] is None and operator not in _WITHOUT.get(name, ()):
                 if name == "reference":
                     _warn_slow()
                 return name
@@ -93,6 +95,8 @@ def name_for(backend: str, device: torch.device | str, operator: str | None = No
         raise RuntimeError(
             f'backend={backend!r} cannot run here: {reason}. Use backend="auto", or one that dyrate_kernels.backends() calls available.'
         )
+    if operator in _WITHOUT.get(backend, ()):
+        raise RuntimeError(f'backend={backend!r} has no {operator}: use backend="auto", "triton" or "reference".')
     if backend != "reference" and kind != "cuda" and not _interprets(backend):
         raise RuntimeError(
             f'backend={backend!r} runs on a CUDA device, and this is on {kind}: move the model there (model.to("cuda")), or use '

@@ -27,6 +27,10 @@ _STEP = (
     f"Tensor text_type, {_WINDOW}, Tensor? weight, Tensor? bias, Tensor? rates, Tensor? count, Tensor? score, Tensor? alive,"
     f" Tensor? max_kept, {_BOUNDS}, bool clean, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_PAGES = (
+    "Tensor query, Tensor key, Tensor value, Tensor block_table, Tensor n_rows, float scale, Tensor? sequence, Tensor? visual_position,"
+    " Tensor? n_visual, Tensor? text_position, Tensor? text_type, Tensor? kept, Tensor? n_kept, SymInt? window, SymInt? row_bound"
+)
 # append_*: the same with a new row written first. Operators of their own, so that the others mutate nothing by their schema.
 for _schema in (
     f"decode_attention({_ROWS}, {_ATTENTION}",
@@ -38,6 +42,9 @@ for _schema in (
     "reorder_(Tensor(a!)[] rows, Tensor index, str backend) -> ()",
     f"decode_step({_ROWS}, {_STEP}",
     f"append_decode_step({_APPENDED}, {_STEP}",
+    f"paged_attention({_PAGES}, bool mass, bool importance, str backend) -> (Tensor, Tensor, Tensor)",
+    f"paged_step({_PAGES}, Tensor? weight, Tensor? bias, Tensor? rates, Tensor? count, Tensor? score, Tensor? alive, Tensor? max_kept,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 ):
     _library.define(_schema)
 
@@ -211,3 +218,64 @@ def _fake_step(
 @_fake("decode_step")
 def _(query, key, value, *rest):
     return _fake_step(query, key, value, None, None, *rest)
+
+
+# ---- paged rows ---------------------------------------------------------------------------------------------------------------
+
+
+def _paged_capacity(visual_position: Tensor | None, kept: Tensor | None) -> int:
+    """Columns of importance and of the kept list that is made."""
+    listed = visual_position if kept is None else kept
+    return 0 if listed is None else listed.shape[1]
+
+
+@_implementation("paged_attention")
+def _(
+    query, key, value, block_table, n_rows, scale, sequence, visual_position, n_visual, text_position, text_type, kept, n_kept, window,
+    row_bound, mass, importance, backend,
+):  # fmt: skip
+    output, by_type, per_row = resolve(backend, query.device, "paged_attention").paged_attention(
+        query, key, value, block_table, n_rows, scale=scale, sequence=sequence, visual_position=visual_position, n_visual=n_visual,
+        text_position=text_position, text_type=text_type, kept=kept, n_kept=n_kept, window=window, mass=mass, importance=importance,
+        row_bound=row_bound,
+    )  # fmt: skip
+    kind = _statistics_dtype(query.dtype)
+    by_type = query.new_empty(0, dtype=kind) if by_type is None else by_type
+    per_row = query.new_empty(0, dtype=kind) if per_row is None else per_row
+    return output, by_type, per_row
+
+
+@_fake("paged_attention")
+def _(
+    query, key, value, block_table, n_rows, scale, sequence, visual_position, n_visual, text_position, text_type, kept, n_kept, window,
+    row_bound, mass, importance, backend,
+):  # fmt: skip
+    output = query.new_empty((*query.shape[:2], value.shape[-1]))
+    return output, *_fake_statistics(query, _paged_capacity(visual_position, kept), mass, importance)
+
+
+@_implementation("paged_step")
+def _(
+    query, key, value, block_table, n_rows, scale, sequence, visual_position, n_visual, text_position, text_type, kept, n_kept, window,
+    row_bound, weight, bias, rates, count, score, alive, max_kept, backend,
+):  # fmt: skip
+    return resolve(backend, query.device, "paged_step").paged_step(
+        query, key, value, block_table, n_rows, scale=scale, sequence=sequence, visual_position=visual_position, n_visual=n_visual,
+        text_position=text_position, text_type=text_type, kept=kept, n_kept=n_kept, window=window, row_bound=row_bound,
+        weight=weight, bias=bias, rates=rates, count=count, score=score, alive=alive, max_kept=max_kept,
+    )  # fmt: skip
+
+
+@_fake("paged_step")
+def _(
+    query, key, value, block_table, n_rows, scale, sequence, visual_position, n_visual, text_position, text_type, kept, n_kept, window,
+    row_bound, weight, bias, rates, count, score, alive, max_kept, backend,
+):  # fmt: skip
+    rows, capacity = query.shape[0], _paged_capacity(visual_position, kept)
+    return (
+        query.new_empty((*query.shape[:2], value.shape[-1])),
+        *_fake_statistics(query, capacity, True, True),
+        query.new_empty((rows, capacity), dtype=torch.int32),
+        query.new_empty(rows, dtype=torch.int32),
+        query.new_empty(rows, dtype=torch.float64),
+    )

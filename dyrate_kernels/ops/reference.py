@@ -320,6 +320,23 @@ def decode_step(
         query_position=query_position, window=window, mass=True, importance=True, visual_bound=visual_bound, text_bound=text_bound,
         clean=clean, new_key=new_key, new_value=new_value,
     )  # fmt: skip
+    kept, n_kept, rate = _decide(mass, importance, n_visual, weight, bias, rates, count, score, alive, max_kept)
+    return output, mass, importance, kept, n_kept, rate
+
+
+def _decide(
+    mass: Tensor,
+    importance: Tensor,
+    n_visual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rates: Tensor | None,
+    count: Tensor | None,
+    score: Tensor | None,
+    alive: Tensor | None,
+    max_kept: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kept, n_kept and rate from the statistics of a step."""
     rate = None
     if count is None:
         rate, _ = predict_rate(mass, weight, bias, rates)
@@ -330,4 +347,136 @@ def decode_step(
     if rate is None:
         rate = 1.0 - n_kept.double() / n_visual.clamp(min=1)
         rate = torch.where(n_visual > 0, rate, 0.0)
-    return output, mass, importance, kept, n_kept, rate
+    return kept, n_kept, rate
+
+
+# ---- paged rows -----------------------------------------------------------------------------------------------------------------
+
+
+class _Gathered(NamedTuple):
+    """The rows of paged sequences laid out as ``decode_attention`` reads them, one sequence a query row."""
+
+    key: Tensor  # [R, Hkv, V + P, D]: V visual places, P text places
+    value: Tensor
+    n_visual: Tensor  # int32 [R]
+    n_text: Tensor
+    position: Tensor  # int32 [R, V + P]
+    text_type: Tensor | None  # uint8 [R, P]
+    listed: Tensor | None  # int32 [R, V], positions of the visual places
+
+
+def _gather(
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    n_rows: Tensor,
+    sequence: Tensor | None,
+    visual_position: Tensor | None,
+    n_visual: Tensor | None,
+    text_position: Tensor | None,
+    text_type: Tensor | None,
+    kept: Tensor | None,
+    n_kept: Tensor | None,
+    row_bound: int | None,
+    statistics: bool,
+) -> _Gathered:
+    device, rows = key.device, n_rows.shape[0]
+    size = key.shape[1]
+    capacity = block_table.shape[1] * size
+    text_capacity = capacity if row_bound is None else min(row_bound, capacity)
+    owner = torch.arange(rows, device=device) if sequence is None else sequence.long()
+    text = torch.arange(text_capacity, dtype=torch.int32, device=device).expand(rows, -1)
+    listed, types = None, None
+    if kept is None and not statistics:  # every row, in the order of positions
+        visual = text[:, :0]
+        n_read, n_text, text_places = torch.zeros_like(n_rows), n_rows, text
+    else:
+        listed = visual = visual_position.index_select(0, owner) if kept is None else kept
+        n_read = n_visual if kept is None else n_kept
+        n_text = n_rows - n_visual
+        known = min(text_position.shape[1], text_capacity)
+        written = torch.full((rows, text_capacity), -1, dtype=torch.int32, device=device)
+        written[:, :known] = text_position[:, :known].index_select(0, owner)
+        text_places = torch.where(written < 0, text + n_visual[:, None], written)
+        if text_type is not None:
+            types = torch.full((rows, text_capacity), RESPONSE, dtype=torch.uint8, device=device)
+            types[:, :known] = text_type[:, :known].index_select(0, owner)
+    live = torch.cat([torch.arange(visual.shape[1], device=device) < n_read[:, None], text < n_text[:, None]], 1)
+    position = torch.where(live, torch.cat([visual, text_places], 1), 0)
+    # a place that is not read may point anywhere: block 0 is there
+    block = torch.where(live, block_table.index_select(0, owner).gather(1, (position // size).long()), 0).long()
+    row = (position % size).long()
+    return _Gathered(
+        key[block, row].transpose(1, 2), value[block, row].transpose(1, 2), n_read, n_text, position, types, listed
+    )  # fmt: skip
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    n_rows: Tensor,
+    *,
+    scale: float,
+    sequence: Tensor | None = None,
+    visual_position: Tensor | None = None,
+    n_visual: Tensor | None = None,
+    text_position: Tensor | None = None,
+    text_type: Tensor | None = None,
+    kept: Tensor | None = None,
+    n_kept: Tensor | None = None,
+    window: int | None = None,
+    mass: bool = False,
+    importance: bool = False,
+    row_bound: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See ``dyrate_kernels.ops.paged_attention``: the rows are gathered, the rest is ``decode_attention``."""
+    rows = _gather(
+        key, value, block_table, n_rows, sequence, visual_position, n_visual, text_position, text_type if mass else None, kept, n_kept,
+        row_bound, mass or importance,
+    )  # fmt: skip
+    return decode_attention(
+        query, rows.key, rows.value, rows.n_visual, rows.n_text, visual_capacity=0 if rows.listed is None else rows.listed.shape[1],
+        scale=scale, text_type=rows.text_type, position=rows.position, query_position=n_rows - 1, window=window, mass=mass,
+        importance=importance,
+    )  # fmt: skip
+
+
+def paged_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor,
+    n_rows: Tensor,
+    *,
+    scale: float,
+    n_visual: Tensor,
+    text_position: Tensor,
+    text_type: Tensor,
+    sequence: Tensor | None = None,
+    visual_position: Tensor | None = None,
+    kept: Tensor | None = None,
+    n_kept: Tensor | None = None,
+    window: int | None = None,
+    row_bound: int | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    rates: Tensor | None = None,
+    count: Tensor | None = None,
+    score: Tensor | None = None,
+    alive: Tensor | None = None,
+    max_kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``dyrate_kernels.ops.paged_step``."""
+    rows = _gather(
+        key, value, block_table, n_rows, sequence, visual_position, n_visual, text_position, text_type, kept, n_kept, row_bound, True
+    )  # fmt: skip
+    listed = rows.listed
+    output, mass, importance = decode_attention(
+        query, rows.key, rows.value, rows.n_visual, rows.n_text, visual_capacity=listed.shape[1], scale=scale, text_type=rows.text_type,
+        position=rows.position, query_position=n_rows - 1, window=window, mass=True, importance=True,
+    )  # fmt: skip
+    index, n_chosen, rate = _decide(mass, importance, rows.n_visual, weight, bias, rates, count, score, alive, max_kept)
+    chosen = torch.where(index < 0, -1, listed.gather(1, index.clamp(min=0).long())) if listed.shape[1] else index
+    return output, mass, importance, chosen, n_chosen, rate

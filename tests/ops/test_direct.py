@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyrate_kernels import ops
-from dyrate_kernels.ops import direct
-from tests.ops import spec
+from dyrate_kernels.ops import direct, paged
+from tests.ops import paged_spec, spec
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,8 @@ def calls(monkeypatch):
             made.append(name)
             return getattr(library, name)
 
-    monkeypatch.setattr(ops, "_ops", Counting())
+    for module in (ops, paged):
+        monkeypatch.setattr(module, "_ops", Counting())
     return made
 
 
@@ -43,6 +44,8 @@ def everything():
     lists = spec.lists([12, 5], [4, 3], 5)
     count = torch.tensor([3, 2], dtype=torch.int32)
     new = {"new_key": torch.randn(2, 2, 8), "new_value": torch.randn(2, 2, 8)}
+    pages = paged_spec.problem(paged_spec.SHAPES[0], torch.float32)
+    query = pages.pop("query")
     return {
         "attention": lambda: ops.decode_attention(*rows, visual_capacity=12),
         "list": lambda: ops.decode_attention(*rows, visual_capacity=12, kept=lists[0], n_kept=lists[1], scale=0.3),
@@ -52,6 +55,8 @@ def everything():
         "predictor": lambda: ops.decode_step(*rows, **shared, **predictor),
         "count": lambda: ops.decode_step(*rows, **shared, count=count, alive=torch.ones(2, 12, dtype=torch.bool)),
         "rate": lambda: ops.predict_rate(torch.ones(2, 4, 4), **predictor),
+        "paged attention": lambda: ops.paged_attention(query, **pages, mass=True, importance=True),
+        "paged step": lambda: ops.paged_step(query, **pages, count=count),
         "selection": lambda: ops.select_tokens(torch.arange(24.0).view(2, 12), count, rows[3]),
     }
 

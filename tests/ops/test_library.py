@@ -11,7 +11,7 @@ import torch
 import dyrate_kernels as dk
 from dyrate_kernels import devices, ops
 from dyrate_kernels.ops import dispatch, library
-from tests.ops import spec
+from tests.ops import paged_spec, spec
 
 
 def attention_arguments(dtype=torch.float32, kept=False, window=None, mass=True, importance=True):
@@ -73,6 +73,19 @@ SAMPLES += [
     ),
 ]
 
+_paged = paged_spec.problem(paged_spec.SHAPES[1], torch.float32)
+_kept = tuple(paged_spec.lists(_paged, 0.5).values())
+_pages = (*(_paged[n] for n in ("query", "key", "value", "block_table", "n_rows")), 0.5, _paged["sequence"])
+_tokens = tuple(_paged[n] for n in ("visual_position", "n_visual", "text_position", "text_type"))
+_six = torch.full((6,), 3, dtype=torch.int32)
+SAMPLES += [
+    ("paged_attention", (*_pages, *[None] * 6, 7, None, False, False, "auto")),
+    ("paged_attention", (*_pages, *_tokens, None, None, None, 64, True, True, "auto")),
+    ("paged_attention", (*_pages, *_tokens, *_kept, None, None, True, False, "auto")),
+    ("paged_step", (*_pages, *_tokens, None, None, None, None, _weight, _bias, _rates, None, None, None, None, "auto")),
+    ("paged_step", (*_pages, *_tokens, *_kept, 9, None, None, None, None, _six, torch.rand(6, _kept[0].shape[1]), None, _six, "auto")),
+]
+
 
 @pytest.mark.parametrize(("name", "arguments"), SAMPLES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(SAMPLES)])
 def test_opcheck(name, arguments):
@@ -82,7 +95,8 @@ def test_opcheck(name, arguments):
 
 def test_only_what_changes_rows_declares_mutation():
     changing = ("compact_", "reorder_", "append_decode_attention", "append_decode_step")
-    for name in ("decode_attention", "score_last_query", "predict_rate", "select_tokens", "decode_step", *changing):
+    reading = ("decode_attention", "score_last_query", "predict_rate", "select_tokens", "decode_step", "paged_attention", "paged_step")
+    for name in (*reading, *changing):
         schema = getattr(torch.ops.dyrate, name).default._schema
         assert schema.is_mutable == (name in changing), name
 
@@ -181,9 +195,28 @@ def test_auto_takes_the_backend_that_was_measured_to_be_faster(tmp_path, monkeyp
         dispatch.name_for.cache_clear()
 
 
+def test_a_backend_without_an_operator_is_passed_over_or_says_so(monkeypatch):
+    monkeypatch.setattr(dispatch, "_load", lambda name: (object(), None) if name != "triton" else (None, "away"))
+    monkeypatch.setattr(dispatch, "_faster", lambda operator, device: "cuda")
+    dispatch.name_for.cache_clear()
+    try:
+        assert dispatch.name_for("auto", "cuda", "decode_step") == "cuda"
+        with pytest.warns(UserWarning, match="plain PyTorch reference"):
+            dispatch._warn_slow.cache_clear()
+            assert dispatch.name_for("auto", "cuda", "paged_step") == "reference"
+        with pytest.raises(RuntimeError, match="'cuda' has no paged_step.*auto"):
+            dispatch.name_for("cuda", "cuda", "paged_step")
+    finally:
+        dispatch.name_for.cache_clear()
+
+
 @pytest.mark.parametrize(
-    "name", ["decode_attention", "decode_step", "score_last_query", "select_tokens", "predict_rate", "compact_", "reorder_"]
-)
+    "name",
+    [
+        "decode_attention", "decode_step", "score_last_query", "select_tokens", "predict_rate", "compact_", "reorder_", "paged_attention",
+        "paged_step",
+    ],
+)  # fmt: skip
 def test_every_operator_asks_for_its_own_backend(name, monkeypatch):
     asked = []
 
@@ -208,6 +241,8 @@ def test_every_operator_asks_for_its_own_backend(name, monkeypatch):
         "predict_rate": lambda: ops.predict_rate(two[:, :, :4].contiguous(), *linear.values()),
         "compact_": lambda: ops.compact_([rows], torch.zeros(2, 3, dtype=torch.int32), lengths, lengths),
         "reorder_": lambda: ops.reorder_([rows], torch.arange(2)),
+        "paged_attention": lambda: ops.paged_attention(**_paged),
+        "paged_step": lambda: ops.paged_step(**_paged, count=_six),
     }
     with pytest.raises(Stop):
         calls[name]()
