@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.ops import layers as own
+from dyrate_kernels.triton_kernels import interpreted
 
 LIMIT = {torch.bfloat16: 1.2e-2, torch.float32: 1e-5}  # of ||out - ref|| / ||ref|| against float64
 
@@ -40,7 +41,7 @@ TOY = (Text("toy", 32, 64, 4, 2, 8),)
 
 def rows(toy: bool, bandwidth: float, device: torch.device) -> Iterator[dict[str, Any]]:
     """Everything; nothing where no backend fuses."""
-    kernels = own.fused("triton", device) if device.type == "cuda" or timing.interpreted() else None
+    kernels = own.fused("triton", device) if device.type == "cuda" or interpreted() else None
     if kernels is None:
         return
     for text in TOY if toy else MODELS:

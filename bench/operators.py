@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import multiprocessing
 import os
 import time
@@ -27,7 +26,7 @@ from torch import Tensor
 import dyrate_kernels as dk
 from bench import fastv, layers, oracle
 from dyrate_kernels import ops
-from dyrate_kernels.files import check_file
+from dyrate_kernels.files import check_file, write_json
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.measuring.timing import Times
 
@@ -573,7 +572,7 @@ def run_and_save(out: Path, run: Callable[[Callable[[dict[str, Any]], None]], No
 
     def save(row: dict[str, Any]) -> None:
         rows.append(row)
-        out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(out, rows)
         what = f"{row['median_us']} us" if row["median_us"] is not None else row.get("note", "")
         extra = f", {row['times_floor']} x floor, {row['share_of_copy']} of copy" if row["times_floor"] else ""
         state = "" if row["correct"] is None else ", correct" if row["correct"]["passed"] else f", WRONG {row['correct']}"

@@ -25,6 +25,7 @@ from typing import Any
 import dyrate_kernels as dk
 from bench import plots
 from bench.operators import OURS, label
+from dyrate_kernels.files import write_json
 from dyrate_kernels.measuring import end_to_end, timing
 
 Row = dict[str, Any]
@@ -256,7 +257,7 @@ def write(out: Path, parts: Path, row_files: list[Path]) -> None:
         "speed_ups": speed_ups(rows),
         "rows": rows,
     }
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "report.json", report)
     (out / "report.md").write_text(markdown(report), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed")

@@ -12,11 +12,23 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file that is whole or not there."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yields the name of a file to write, which takes the place of ``path`` at the end: a kill leaves the earlier one or the new one."""
+    target = Path(os.path.realpath(path))  # a link stays one
+    part = target.with_suffix(".part")
+    yield part
+    os.replace(part, target)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a JSON file that is whole or as it was; what is no regular file (``/dev/stdout``) is written to as it is."""
+    text, target = json.dumps(value, indent=1) + "\n", Path(path)
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8")
+        return
+    with replaced(target) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dyrate_kernels import ops
-
-_HOST = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "lift_fresh", "unique", "_unique")
+from tests.host_sync import waiting
 
 
 class TapeRecorder:
@@ -67,8 +66,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        name = func.name().split("::")[1].split(".")[0]
-        if name in _HOST or (name in ("index", "index_put", "index_put_") and _has_boolean(args[1])):
+        if waiting(func, args, kwargs) or func.name().startswith("aten::lift_fresh"):  # the latter copies from the host
             raise RuntimeError(f"operation not permitted when stream is capturing: {func.name()}")
         written = self._written(func, args, kwargs)
         for tensor in written:
@@ -133,5 +131,3 @@ def _storage(tensor: Tensor) -> Any:
     return tensor.untyped_storage()
 
 
-def _has_boolean(index: Any) -> bool:
-    return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in index)

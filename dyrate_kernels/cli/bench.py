@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyrate_kernels.cli import common, contenders
+from dyrate_kernels.files import write_json
+from dyrate_kernels.units import bytes_text
 
 if TYPE_CHECKING:
     from dyrate_kernels.measuring.end_to_end import Problem, Row, Setup
@@ -63,6 +63,7 @@ def run(given: argparse.Namespace) -> int:
     from dyrate_kernels.measuring import decoding, end_to_end, timing
     from dyrate_kernels.ops import dispatch
     from dyrate_kernels.patching.fused import fuses
+    from dyrate_kernels.triton_kernels import interpreted
 
     if given.out is not None:
         common.check_file("--out", given.out)
@@ -95,11 +96,11 @@ def run(given: argparse.Namespace) -> int:
                 largest = _largest(problem, setups)
             for row in found:
                 row["largest_batch"] = largest.get(row["name"])
-                if device.type == "cpu" and not timing.interpreted():  # on a CPU on purpose: no rehearsal
+                if device.type == "cpu" and not interpreted():  # on a CPU on purpose: no rehearsal
                     row |= {"measurement": True, "label": None}
             rows += found
             if given.out is not None:
-                Path(given.out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                write_json(given.out, rows)
     if given.json:
         found = {"bandwidth_GB_per_s": bandwidth / 1e9, "rows": rows, "verdicts": end_to_end.verdicts(rows)}
         common.print_json(found | {"settings": settings})
@@ -225,7 +226,7 @@ def _cells(row: Row) -> list[str]:
         return "" if row.get(key) is None else format(row[key] * factor, form)
 
     def size(key: str) -> str:
-        return "" if row.get(key) is None else common.bytes_text(row[key])
+        return "" if row.get(key) is None else bytes_text(row[key])
 
     spread = f"{row['p20_us'] / 1e3:.2f}..{row['p80_us'] / 1e3:.2f}"
     return [

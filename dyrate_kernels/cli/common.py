@@ -226,21 +226,3 @@ def console(wide: bool = False) -> Any:
 
     width = None if sys.stdout.isatty() else max(int(os.environ.get("COLUMNS", 120)), 200 if wide else 0)
     return Console(width=width, highlight=False)
-
-
-def bytes_text(count: float) -> str:
-    """1536 -> ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
-
-
-def flops_text(count: float) -> str:
-    """2.5e9 -> ``2.50 GFLOP``."""
-    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
-        if count < 1000 or unit == "TFLOP":
-            return f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")

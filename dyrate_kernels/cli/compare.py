@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from dyrate_kernels.cli import common, contenders
+from dyrate_kernels.units import bytes_text
 
 DEFAULT_POLICIES = "none,dyrate,fastv,fixed,random,uniform,vtw,depth"
 
@@ -129,7 +130,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         shares = [f"{100 * row[name]:.1f} %" for name in ("kept_mean", "paper_cost", "flops_share", "bytes_read_share")]
         name = row["policy"] + (f" ({row['predictor']})" if row["predictor"] else "")
         table.add_row(
-            name, str(row["k"]), budget_text(row), *shares, common.bytes_text(row["kv_bytes_live"]), f"{100 * row['agreement']:.0f} %",
+            name, str(row["k"]), budget_text(row), *shares, bytes_text(row["kv_bytes_live"]), f"{100 * row['agreement']:.0f} %",
             str(row["new_tokens"]), f"{row['seconds']:.2f}",
         )  # fmt: skip
     common.console().print(table)

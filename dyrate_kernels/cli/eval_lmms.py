@@ -8,6 +8,7 @@ from typing import Any
 
 from dyrate_kernels.cli import common
 from dyrate_kernels.files import write_json
+from dyrate_kernels.units import bytes_text
 
 
 def run(given: argparse.Namespace, chosen: list[Any], folder: Path, say: Any) -> int:
@@ -55,11 +56,9 @@ def run(given: argparse.Namespace, chosen: list[Any], folder: Path, say: Any) ->
 
 def _cells(line: dict[str, Any], unpruned: dict[str, Any]) -> list[str]:
     """Metrics with their standard errors, the first one as a share of the unpruned model's, costs."""
-    from dyrate_kernels.evaluation.report import size
-
     cells = [f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "") for value, error in line["metrics"].values()]
     costs = line["costs"]
     (value, _), (whole, _) = (next(iter(each["metrics"].values()), (0.0, None)) for each in (line, unpruned))
     cells += [f"{100 * value / whole:.1f} %" if whole else "-"]
-    cells += [f"{100 * costs[name]:.1f} %" for name in ("kept_mean", "rate", "flops_share")] + [size(costs["kv_bytes"])]
+    cells += [f"{100 * costs[name]:.1f} %" for name in ("kept_mean", "rate", "flops_share")] + [bytes_text(costs["kv_bytes"])]
     return cells + ["-" if costs[name] is None else f"{1000 * costs[name]:.2f}" for name in ("ttft_seconds", "seconds_per_token")]

@@ -9,6 +9,7 @@ from typing import Any
 
 from dyrate_kernels import specs
 from dyrate_kernels.cli import common, contenders
+from dyrate_kernels.units import bytes_text, flops_text
 
 
 def add_parser(commands: Any) -> None:
@@ -133,9 +134,9 @@ def _print_totals(stats: Any, new_tokens: int, seconds: float) -> None:
         print(f"{'reducers:':<12}{stats.visual_tokens_in[0]} visual tokens -> {stats.visual_tokens[0]} ({stats.vision})")
     lines = [
         ("kept", f"{100 * stats.kept_mean:.1f} % of the visual tokens in layers >= {stats.k}, mean over steps"),
-        ("KV cache", f"{common.bytes_text(stats.kv_bytes_live)} live, {common.bytes_text(stats.kv_bytes_reserved)} reserved"),
-        ("FLOPs", f"{common.flops_text(stats.flops)}; unpruned {common.flops_text(stats.flops_unpruned)} ({saved:.1f} % saved)"),
-        ("read", f"{common.bytes_text(stats.bytes_read)} by the decode steps; unpruned {common.bytes_text(stats.bytes_read_unpruned)}"),
+        ("KV cache", f"{bytes_text(stats.kv_bytes_live)} live, {bytes_text(stats.kv_bytes_reserved)} reserved"),
+        ("FLOPs", f"{flops_text(stats.flops)}; unpruned {flops_text(stats.flops_unpruned)} ({saved:.1f} % saved)"),
+        ("read", f"{bytes_text(stats.bytes_read)} by the decode steps; unpruned {bytes_text(stats.bytes_read_unpruned)}"),
         ("paper cost", f"{100 * stats.paper_cost:.1f} % (FastV's formula on the whole sequence, mean over steps)"),
         ("time", f"{new_tokens} tokens in {seconds:.2f} s ({speed:.1f} tokens/s), backend {stats.backend}, {stats.retention}"),
     ]  # fmt: skip

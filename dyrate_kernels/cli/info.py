@@ -8,6 +8,7 @@ import platform
 from typing import Any
 
 from dyrate_kernels.cli import common
+from dyrate_kernels.units import bytes_text
 
 PACKAGES = ("dyrate-kernels", "torch", "transformers", "triton", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -106,15 +107,15 @@ def run(given: argparse.Namespace) -> int:
     limit = found["bound"]
     print(
         f"bound:     {limit['config']}, {limit['visual_tokens']} visual + {limit['text_tokens']} text tokens, "
-        f"{common.bytes_text(limit['kv_bytes_per_token'])} of KV a token, weights {common.bytes_text(limit['weight_bytes'])}"
+        f"{bytes_text(limit['kv_bytes_per_token'])} of KV a token, weights {bytes_text(limit['weight_bytes'])}"
     )
     if limit["copy_bandwidth"] is not None:
         print(f"  copy bandwidth {limit['copy_bandwidth'] / 1e9:.1f} GB/s, measured here")
     for row in limit["rows"]:
         floor = f", {1e3 * row['floor_seconds']:.2f} and {1e3 * row['floor_seconds_pruned']:.2f} ms at least" if given.measure else ""
         print(
-            f"  batch {row['batch']:<4} a decode step reads {common.bytes_text(row['bytes'])}; "
-            f"with no visual KV at all {common.bytes_text(row['bytes_pruned'])}: at most {row['bound']:.2f}x faster{floor}"
+            f"  batch {row['batch']:<4} a decode step reads {bytes_text(row['bytes'])}; "
+            f"with no visual KV at all {bytes_text(row['bytes_pruned'])}: at most {row['bound']:.2f}x faster{floor}"
         )
     return 0
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dyrate_kernels import specs
 from dyrate_kernels.cli import common
+from dyrate_kernels.units import bytes_text
 
 
 def add_parser(commands: Any) -> None:
@@ -87,7 +88,7 @@ def run(given: argparse.Namespace) -> int:
         ("saved", f"{given.out} (dyrate_predictor.safetensors, dyrate_predictor.json, training.json)"),
         ("budget", f"{100 * summary['cost_on_calibration']:.1f} % {target} on the training data"),
         ("examples", f"{summary['examples']}, {summary['skipped']} skipped" + "".join(f"\n  {why}" for why in summary["reasons"])),
-        ("memory", f"{common.bytes_text(summary['saved_bytes_per_answer_token'])} kept for the backward pass, a token of the answer"),
+        ("memory", f"{bytes_text(summary['saved_bytes_per_answer_token'])} kept for the backward pass, a token of the answer"),
     ]
     for name, text in lines:
         print(f"{name + ':':<12}{text}")

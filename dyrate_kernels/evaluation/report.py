@@ -15,6 +15,7 @@ from dyrate_kernels.evaluation.runner import Answer
 from dyrate_kernels.evaluation.suite import Part, Suite
 from dyrate_kernels.evaluation.table import Line, lead, summarise
 from dyrate_kernels.files import write_json
+from dyrate_kernels.units import bytes_text
 
 HEADINGS = (
     "policy", "score [95 %]", "of unpruned [95 %]", "same tokens", "kept", "visual", "paper cost", "exact cost", "FLOPs", "KV", "ms/token",
@@ -93,7 +94,7 @@ def cells(line: Line) -> list[str]:
         *(f"{100 * value:.1f} %" for value in (
             line.agreement, line.kept, line.visual_share, line.paper_cost, line.exact_cost, line.flops_share,
         )),
-        size(line.kv_bytes), f"{1000 * line.time_per_token:.2f}", f"{1000 * line.floor:.3f}",
+        bytes_text(line.kv_bytes), f"{1000 * line.time_per_token:.2f}", f"{1000 * line.floor:.3f}",
     ]  # fmt: skip
 
 
@@ -118,15 +119,6 @@ def first_layers_text(starts: dict[str, int]) -> str:
 def interval(value: float, low: float, high: float) -> str:
     """``99.1 [98.0, 99.9]`` of fractions."""
     return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def size(count: float) -> str:
-    """Bytes for reading."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def markdown(lines: Sequence[Line]) -> str:

@@ -23,7 +23,9 @@ from dyrate_kernels.patching.graph import CudaRecorder
 from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View
 from dyrate_kernels.policies.none import KeepAll
 from dyrate_kernels.policies.schedule import Schedule
-from dyrate_kernels.policies.uniform import able_tokens, evenly_spaced
+from dyrate_kernels.policies.uniform import able_tokens
+from dyrate_kernels.spacing import evenly_spaced
+from dyrate_kernels.triton_kernels import interpreted
 
 LIMIT = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float32: 1e-3}  # of the relative error of the logits
 GATED = 4  # sequences that the gate looks at
@@ -170,7 +172,7 @@ class Answer(NamedTuple):
 
 def answer(model: Any, fields: dict[str, Tensor], like: Answer | None = None, new_tokens: int | None = None, **options: Any) -> Answer:
     """Greedy, or with the tokens of another answer; as long as the gate's answers are, unless asked otherwise."""
-    new_tokens = new_tokens or (REHEARSED if timing.interpreted() else GATE_TOKENS)
+    new_tokens = new_tokens or (REHEARSED if interpreted() else GATE_TOKENS)
     repeat = None if like is None else Repeat(like.tokens)
     output = generate(model, fields, new_tokens, repeat, output_logits=True, return_dict_in_generate=True, **options)
     # not the output itself: it holds the cache

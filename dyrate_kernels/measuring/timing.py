@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dyrate_kernels.triton_kernels import interpreted
+
 REHEARSAL = "rehearsal in Triton's interpreter on a CPU: not a measurement"
 ROOT = Path(__file__).resolve().parent.parent.parent  # of a checkout
 
@@ -44,11 +46,6 @@ class Times(NamedTuple):
 def here() -> torch.device:
     """The current CUDA device, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def interpreted() -> bool:
-    """Triton's interpreter is on."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache

@@ -15,8 +15,9 @@ from typing_extensions import Self
 
 from dyrate_kernels import ops
 from dyrate_kernels.policies.base import IMAGE, Decision, ModelShape, Policy, View, bound_for_rate, check_fraction, check_k_range
-from dyrate_kernels.policies.uniform import able_tokens, evenly_spaced
+from dyrate_kernels.policies.uniform import able_tokens
 from dyrate_kernels.predictor import ClosedForm, DyRatePredictor, check_rates, named_rates, predictor_beside
+from dyrate_kernels.spacing import evenly_spaced
 
 TRAINED = "trained"
 DEFAULT_K = 3  # FastV's and the paper's

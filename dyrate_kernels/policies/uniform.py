@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dyrate_kernels.policies.base import Decision, View
 from dyrate_kernels.policies.fixed import Fixed
+from dyrate_kernels.spacing import evenly_spaced
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,3 @@ def able_tokens(view: View) -> Tensor:
     """bool ``[B, N]``: the tokens that can be chosen."""
     able = torch.arange(view.importance.shape[1], device=view.n_visual.device) < view.n_visual[:, None]
     return able if view.alive is None else able & view.alive[:, : able.shape[1]]
-
-
-def evenly_spaced(count: Tensor, able: Tensor) -> Tensor:
-    """``count`` (int ``[B]``) of the ``able`` tokens (bool ``[B, N]``), as evenly apart as can be among those: bool ``[B, N]``."""
-    rank = able.cumsum(1)  # 1-based among those that can be chosen
-    total = rank[:, -1:] if rank.shape[1] else rank.new_zeros(rank.shape[0], 1)
-    wanted = torch.minimum(count[:, None].long(), total)
-    total = total.clamp(min=1)
-    chosen = (rank * wanted).div(total, rounding_mode="floor") > ((rank - 1) * wanted).div(total, rounding_mode="floor")
-    return chosen & able

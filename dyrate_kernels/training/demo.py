@@ -12,9 +12,7 @@ Held-out scenes have negative seeds, which training never uses.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dyrate_kernels import shapes
+from dyrate_kernels.files import replaced, write_json
 from dyrate_kernels.shapes.tasks import corpus
 
 SYSTEM_PROMPT = "A chat between a curious user and an assistant that looks at pictures."
@@ -311,9 +310,8 @@ class Trainer:
             "heads": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        part = self.out / "checkpoint.pt.part"
-        torch.save(state, part)
-        os.replace(part, self.out / "checkpoint.pt")
+        with replaced(self.out / "checkpoint.pt") as part:
+            torch.save(state, part)
 
     def load(self) -> bool:
         """Goes on from the checkpoint in ``out``; False if there is none."""
@@ -408,7 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = evaluate(model, AutoProcessor.from_pretrained(folder), given.scenes)
     print_table(table)
     if given.out is not None:
-        (given.out / "accuracy.json").write_text(json.dumps(table, indent=1) + "\n")
+        write_json(given.out / "accuracy.json", table)
     if not all(math.isfinite(row["accuracy"]) for row in table.values()):
         raise SystemExit("evaluation gave no figures")
 

@@ -223,12 +223,6 @@ def top(score: Tensor, count: int) -> Tensor:
     return mark
 
 
-def evenly(n: int, count: int, device: torch.device) -> Tensor:
-    """bool ``[n]``: ``count`` of ``n`` places, evenly spaced."""
-    place = torch.arange(n, device=device)
-    return ((place + 1) * count).div(max(n, 1), rounding_mode="floor") > (place * count).div(max(n, 1), rounding_mode="floor")
-
-
 def check_budget(keep: Any, tokens: Any) -> None:
     """keep in (0, 1]; tokens a positive integer or None.
 

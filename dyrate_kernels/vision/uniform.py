@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from dyrate_kernels.vision.base import Crop, Selector, budget, evenly
+from dyrate_kernels.spacing import evenly_spaced
+from dyrate_kernels.vision.base import Crop, Selector, budget
 
 
 @dataclass(frozen=True)
@@ -18,4 +20,9 @@ class UniformTokens(Selector):
     name: ClassVar[str] = "uniform"
 
     def choose(self, crops: Sequence[Crop], tiles: tuple[int, int] | None, unit: int) -> list[Tensor]:
-        return [evenly(len(crop), budget(len(crop), self.keep, self.tokens), crop.y.device) for crop in crops]
+        chosen = []
+        for crop in crops:
+            every = torch.ones(1, len(crop), dtype=torch.bool, device=crop.y.device)
+            count = torch.tensor([budget(len(crop), self.keep, self.tokens)], device=every.device)
+            chosen.append(evenly_spaced(count, every)[0])
+        return chosen

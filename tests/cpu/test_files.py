@@ -1,13 +1,15 @@
 """Folders that one run writes to, and names that are looked at before work begins."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from dyrate_kernels.files import check_file, check_folder, locked
+from dyrate_kernels.files import check_file, check_folder, locked, replaced, write_json
 
 HOLD = """import sys, time, pathlib
 from dyrate_kernels.files import locked
@@ -67,3 +69,19 @@ def test_a_name_that_cannot_be_written_is_refused_with_why(tmp_path):
         check_folder("--out", tmp_path / "run", ["table", "table.part"])
     with pytest.raises(ValueError, match="--out .*cannot be written|does not exist"):
         check_file("--out", "/proc/nothing.json")
+
+
+def test_a_json_file_is_replaced_whole_and_a_link_stays_one(tmp_path):
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("[1]\n")
+    link.symlink_to(real)
+    write_json(link, {"a": [1, 2]})
+    assert link.is_symlink() and json.loads(real.read_text()) == {"a": [1, 2]}
+    with pytest.raises(TypeError):
+        write_json(real, {"a": object()})
+    with pytest.raises(RuntimeError, match="killed"), replaced(real) as part:
+        part.write_text("half")
+        raise RuntimeError("killed")
+    assert json.loads(real.read_text()) == {"a": [1, 2]}
+    write_json("/dev/null", [1])
+    assert not Path("/dev/null").is_file()
