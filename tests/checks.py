@@ -74,37 +74,21 @@ def rows_for_beams(rows: list[list[str]]) -> list[list[str]]:
     return rows if PICTURES_FIRST else [row for row in rows if row.count("image") < 2]
 
 
+# options that a rule holds under another name, or not at all
+OTHERWISE = {"layerwise": {"groups": "stages", "num_rates": "buckets"}, "sparsevlm": {"keep": "shares"}, "aim": {"least": ""}}
+
+
 def policy(rule: Rule) -> Any:
     """The policy of the package that ``rule`` describes."""
     import dyrate_kernels as dk
 
-    options: dict[str, Any] = {} if rule.k is None else {"k": rule.k}
-    if rule.name in ("fixed", "fastv", "uniform", "st3", "dycoke"):
-        options["rate"] = rule.rate
-    if rule.name == "fastv":
-        options["ranking"] = rule.ranking
-    if rule.name == "depth":
-        options |= {"prune": rule.prune, "growth": rule.growth}
-    if rule.name == "threshold":
-        options["share"] = rule.share
-    if rule.name == "st3":
-        options |= {name: getattr(rule, name) for name in ("growth", "least", "horizon", "stages")}
-    if rule.name == "pyramiddrop":
-        options |= {"keep": rule.keep, "stages": rule.stages}
-    if rule.name == "sparsevlm":
-        options |= {"keep": rule.shares, "recycle": 0}
-    if rule.name == "aim":
-        options["end"] = rule.end
-    if rule.name == "layerwise":
-        options |= {"groups": rule.stages, "rates": rule.rates, "num_rates": rule.buckets}
-    if rule.name == "dycoke":
-        options["similarity"] = rule.similarity
-    if rule.name == "schedule":
-        options["kept"] = list(rule.kept)
-    if rule.name == "dyrate":
-        options |= {"rates": rule.rates, "spread": rule.spread}
-        if rule.weight is not None:
-            options["predictor"] = trained_predictor(rule)
+    options: dict[str, Any] = {"recycle": 0} if rule.name == "sparsevlm" else {}
+    for name in dk.policies.options(rule.name):
+        held = getattr(rule, OTHERWISE.get(rule.name, {}).get(name, name), None)
+        if held is not None:
+            options[name] = list(held) if isinstance(held, tuple) else held
+    if rule.weight is not None:
+        options["predictor"] = trained_predictor(rule)
     return dk.policies.get(rule.name, **options)
 
 

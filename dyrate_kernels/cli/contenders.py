@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +73,10 @@ def settings(
     bound = policy.bind(shape)
     return {
         "policy": policy.name,
-        "k": None if policy.name == "none" else bound.layer_groups(shape.num_layers)[0],
+        "k": bound.layer_groups(shape.num_layers)[0] if bound.decides else None,
         "layers": shape.num_layers,
-        "options": _options(bound),
-        "predictor": _predictor(policy, bound, shape, retention),
+        "options": bound.settings(),
+        "predictor": bound.predictor_words(policy, shape, retention),
         "retention": retention,
         "backend": dispatch.name_for(backend, device),
         "vision": "+".join(map(str, vision)) if vision else None,
@@ -96,38 +95,6 @@ def settings_by_name(name: str | None, policy: Any, retention: str, backend: str
     check_name(name)
     config = AutoConfig.from_pretrained(DEMO_FOLDER if name is None else name)
     return settings(config, policy, retention, backend, device or ("cuda" if torch.cuda.is_available() else "cpu"), vision or ())
-
-
-def _options(bound: Any) -> dict[str, Any]:
-    """Its fields but those that are told apart."""
-    found = {}
-    for field in dataclasses.fields(bound):
-        value = getattr(bound, field.name)
-        if field.name.startswith("_") or field.name in ("k", "predictor", "num_rates", "num_layers", "num_heads") or value is None:
-            continue
-        if field.name == "rates" and hasattr(bound, "rate_values"):
-            value = [round(rate, 4) for rate in bound.rate_values]
-        found[field.name] = value if isinstance(value, str | int | float | bool | list) else getattr(value, "name", str(value))
-    return found
-
-
-def _predictor(policy: Any, bound: Any, shape: Any, retention: str) -> str | None:
-    if hasattr(bound, "policy"):  # one around another
-        return _predictor(policy.policy, bound.policy, shape, retention)
-    name = bound.predictor_name
-    if name is None:
-        return None
-    if name.startswith("trained"):
-        return f"trained, of {shape.folder or 'the model'}"
-    if name != "closed-form":
-        return f"trained, {name}"
-    if getattr(policy, "predictor", None) is not None:
-        return "closed form, as asked for"
-    if retention == "evict":
-        return "closed form: a trained one in the model's folder is for retention recoverable"
-    if getattr(policy, "rates", "half_open") != "half_open" or getattr(policy, "num_rates", 5) != 5:
-        return "closed form, of the rates asked for"
-    return "closed form: the model's folder holds no trained one (dyrate train makes one)"
 
 
 def words(found: dict[str, Any]) -> str:

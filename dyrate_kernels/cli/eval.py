@@ -261,7 +261,7 @@ def costs_in(text: str | None) -> list[float]:
 def first_layers(model: Any, chosen: list[Any]) -> dict[str, int]:
     """Of the contenders that prune: the first layer that sees the pruned set."""
     layers = model.config.get_text_config().num_hidden_layers
-    return {each.label: each.bound(model).layer_groups(layers)[0] for each in chosen if each.policy.name != "none"}
+    return {each.label: each.bound(model).layer_groups(layers)[0] for each in chosen if each.policy.decides}
 
 
 def _at_costs(
@@ -288,7 +288,7 @@ def _at_costs(
     found, tuned, refused = [chosen[0]], {}, []
 
     def at(contender: Any, cost: float, label: str) -> Any:
-        if contender.vision and contender.policy.name == "none":
+        if contender.vision and not contender.policy.decides:
             *before, last = contender.vision
             made = replace(contender, label=label, vision=(*before, replace(last, keep=cost)))
             setting = str(made.vision)
@@ -299,7 +299,7 @@ def _at_costs(
                 known[label] = {"policy": setting, "cost": found}
                 write_json(path, known)
             return made
-        if contender.policy.name == "none":  # a coarser picture: the nearest square
+        if not contender.policy.decides:  # a coarser picture: the nearest square
             ids = processor(text=processor.image_token, images=[suite[0].images[0]])["input_ids"][0]
             tokens = list(ids).count(model.config.image_token_id)
             side = max(round(math.sqrt(cost * tokens)), 1)
@@ -315,7 +315,7 @@ def _at_costs(
         return replace(contender, label=label, policy=policy.at_strength(known[label]["strength"], shape.num_layers))
 
     def check(contender: Any, cost: float, label: str) -> None:
-        if contender.policy.name != "none":
+        if contender.policy.decides:
             check_reachable(model, contender, cost)
 
     left = [(contender, cost) for cost in costs for contender in chosen[1:]]

@@ -32,7 +32,7 @@ from dyrate_kernels.vision.base import (
     TowerMerger,
     Visual,
 )
-from dyrate_kernels.vision.tome import Merging, ToMe
+from dyrate_kernels.vision.tome import Merging
 
 _ROWS = 128  # query rows at a time where a tower without [CLS] is asked for the attention of all
 
@@ -155,7 +155,7 @@ class TowerRun(Run):
     @property
     def merges_in_tower(self) -> bool:
         """The layers work on merged tokens."""
-        return isinstance(self.reducers[0], ToMe)
+        return self.reducers[0].in_layers
 
     def layer_forward(
         self, index: int, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any

@@ -24,7 +24,6 @@ from dyrate_kernels import families
 from dyrate_kernels.patching import grids, tower
 from dyrate_kernels.patching.reducing import Run
 from dyrate_kernels.vision.base import Reducer
-from dyrate_kernels.vision.tome import ToMe
 
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
@@ -37,7 +36,7 @@ def check_supported(model: Any, reducers: Sequence[Reducer]) -> None:
 
     Raises:
         TypeError: they know nothing of the family, or read a tower that they do not know.
-        ValueError: ToMe with an attention of the tower that takes no additive mask.
+        ValueError: a reducer that merges between layers, with an attention of the tower that takes no additive mask.
     """
     if not reducers:
         return
@@ -55,9 +54,9 @@ def check_supported(model: Any, reducers: Sequence[Reducer]) -> None:
                 )
         return
     attention = getattr(eyes, "_attn_implementation", None)
-    if isinstance(reducers[0], ToMe) and attention not in ("eager", "sdpa", None):
+    if reducers[0].in_layers and attention not in ("eager", "sdpa", None):
         raise ValueError(
-            f"reducer 'tome' adds log(size) to the tower's attention, which {attention!r} cannot; load the model with "
+            f"reducer {reducers[0].name!r} adds log(size) to the tower's attention, which {attention!r} cannot; load the model with "
             "attn_implementation={'vision_config': 'sdpa'}"
         )
 

@@ -264,13 +264,37 @@ class Policy:
         """Logits ``[B, V]`` of a step that ``checks`` asked for, without and with all visual tokens. As ``see_logits``."""
 
     @property
+    def decides(self) -> bool:
+        """Whether it ever decides anything; a policy that never does is the unpruned model."""
+        return self.at_prefill or self.at_decode
+
+    @property
     def drops(self) -> bool:
         """Whether these options ask for any token to be dropped at all."""
         return True
 
+    def settings(self) -> dict[str, Any]:
+        """Returns the options of a bound policy as they took effect, for JSON; k and a predictor are told beside them."""
+        found = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "k" and not field.metadata.get("bound") and value is not None:
+                found[field.name] = value if isinstance(value, str | int | float | bool | list) else getattr(value, "name", str(value))
+        return found
+
     @property
     def predictor_name(self) -> str | None:
         """What predicts the rate, for ``stats()``; None for methods without a predictor."""
+        return None
+
+    def predictor_words(self, asked: Policy, shape: ModelShape, retention: str) -> str | None:
+        """Returns, for people, what predicts the rate of this bound policy, and why; None for methods without a predictor.
+
+        Args:
+            asked: the policy as it was before ``bind``.
+            shape: that it was bound to.
+            retention: that it will run under.
+        """
         return None
 
     def at_strength(self, strength: float, num_layers: int) -> Self:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -148,6 +148,24 @@ class DyRate(Policy):
         if self.predictor is None:
             return "closed-form"
         return self.predictor.source if isinstance(self.predictor, DyRatePredictor) else str(self.predictor)
+
+    def settings(self) -> dict[str, Any]:
+        found = super().settings() | {"rates": [round(rate, 4) for rate in self.rate_values]}
+        return {name: value for name, value in found.items() if name not in ("predictor", "num_rates")}
+
+    def predictor_words(self, asked: Policy, shape: ModelShape, retention: str) -> str:
+        name = self.predictor_name
+        if name.startswith(TRAINED):
+            return f"trained, of {shape.folder or 'the model'}"
+        if name != ClosedForm.source:
+            return f"trained, {name}"
+        if asked.predictor is not None:  # type: ignore[attr-defined]
+            return "closed form, as asked for"
+        if retention == "evict":
+            return "closed form: a trained one in the model's folder is for retention recoverable"
+        if self.rates != "half_open" or self.num_rates != 5:
+            return "closed form, of the rates asked for"
+        return "closed form: the model's folder holds no trained one (dyrate train makes one)"
 
     def kept_bound(self, n_visual: int) -> int:
         return bound_for_rate(n_visual, min(self.rate_values))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,10 @@ class LayerWise(Policy):
     def rate_values(self) -> tuple[float, ...]:
         """The K rates."""
         return named_rates(self.rates, self.num_rates) if isinstance(self.rates, str) else tuple(self.rates)
+
+    def settings(self) -> dict[str, Any]:
+        found = super().settings() | {"rates": [round(rate, 4) for rate in self.rate_values]}
+        return {name: value for name, value in found.items() if name != "num_rates"}
 
     @property
     def drops(self) -> bool:

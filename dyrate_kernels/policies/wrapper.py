@@ -84,6 +84,9 @@ class Wrapper(Policy):
     def predictor_name(self) -> str | None:
         return self.policy.predictor_name
 
+    def predictor_words(self, asked: Policy, shape: ModelShape, retention: str) -> str | None:
+        return self.policy.predictor_words(asked.policy, shape, retention)  # type: ignore[attr-defined, union-attr]
+
     def at_strength(self, strength: float, num_layers: int) -> Self:
         return replace(self, policy=self.policy.at_strength(strength, num_layers))
 

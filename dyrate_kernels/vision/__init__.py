@@ -78,7 +78,7 @@ def chain(spec: str | Reducer | Sequence[str | Reducer | specs.Call] | None) -> 
 
     Raises:
         ValueError: an unknown name or a bad option; a reducer that needs every patch is not the first; one that reads the tower's attention
-            follows ToMe.
+            follows one that merges between its layers.
         TypeError: neither text nor reducers.
     """
     found: list[Reducer] = []
@@ -100,8 +100,8 @@ def chain(spec: str | Reducer | Sequence[str | Reducer | specs.Call] | None) -> 
         if reducer.first:
             raise ValueError(f"reducer {reducer.name!r} needs every patch, so it must be the first of a chain; put it in front")
     for reducer in found[1:]:
-        if isinstance(found[0], ToMe) and reducer.needs:
+        if found[0].in_layers and reducer.needs:
             raise ValueError(
-                f"reducer {reducer.name!r} reads the tower's attention, which 'tome' has merged tokens of; leave one of them out"
+                f"reducer {reducer.name!r} reads the tower's attention, which {found[0].name!r} has merged tokens of; leave one of them out"
             )
     return tuple(found)

@@ -125,11 +125,15 @@ class Reducer:
         name: registry name.
         needs: what it asks the tower for.
         first: must be the first of a chain (it needs whole grids).
+        in_layers: works between the tower's layers, which then see merged tokens (``vision.tome``).
+        videos_only: changes nothing but videos.
     """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     first: ClassVar[bool] = False
+    in_layers: ClassVar[bool] = False
+    videos_only: ClassVar[bool] = False
 
     @property
     def drops(self) -> bool:

@@ -36,6 +36,7 @@ class Temporal(FeatureReducer):
 
     name: ClassVar[str] = "temporal"
     first: ClassVar[bool] = True
+    videos_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("group", self.group, "frames in a group")

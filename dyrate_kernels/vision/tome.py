@@ -31,6 +31,7 @@ class ToMe(Reducer):
 
     name: ClassVar[str] = "tome"
     first: ClassVar[bool] = True
+    in_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_budget(self.keep, self.tokens)

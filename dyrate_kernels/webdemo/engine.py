@@ -120,9 +120,9 @@ class Engine:
         found = []
         for name in vision.names():
             with contextlib.suppress(TypeError):
-                check_supported(self.model, vision.chain(name))
-                found.append(name)
-        return [name for name in found if name != "temporal"]
+                check_supported(self.model, chain := vision.chain(name))
+                found += [name for reducer in chain if not reducer.videos_only]
+        return found
 
     def policy(self, wish: Wish) -> Policy:
         """What the wish asks for."""

@@ -61,8 +61,8 @@ def select(view: View, decision: Decision) -> list[list[list[int]]]:
 every = pytest.mark.parametrize("name", policies.names())
 
 
-def test_registry_lists_the_methods_of_the_issue():
-    assert set(policies.names()) == {
+def test_registry_lists_the_published_methods():
+    assert set(policies.names()) >= {
         "none",
         "dyrate",
         "fastv",
@@ -84,19 +84,14 @@ def test_registry_lists_the_methods_of_the_issue():
     }
 
 
+ONCE = ("fastv", "vtw", "depth", "pyramiddrop", "sparsevlm", "aim")  # at prefill
+
+
 @every
 def test_when_it_decides(name):
-    stages = {
-        "none": (False, False), "dyrate": (True, True), "fixed": (True, True), "fastv": (True, False),
-        "random": (True, True),
-        "uniform": (True, True), "vtw": (True, False), "depth": (True, False), "schedule": (True, True),
-        "threshold": (True, True), "st3": (True, True), "dycoke": (True, True),
-        "pyramiddrop": (True, False), "layerwise": (True, True), "sparsevlm": (True, False), "aim": (True, False),
-        "recycle": (True, True), "klguard": (True, True),
-    }  # fmt: skip
     policy = make(name)
-    assert (policy.at_prefill, policy.at_decode) == stages[name]
-    assert policy.name == name
+    assert (policy.at_prefill, policy.at_decode) == (name != "none", name != "none" and name not in ONCE)
+    assert policy.decides == (name != "none") and policy.name == name
     assert policy.query_rows == {"sparsevlm": "raters", "aim": "pagerank"}.get(name, "last")
 
 
