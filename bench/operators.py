@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,11 @@ class Shape:
         return self.visual + self.text
 
     @property
+    def brief(self) -> bool:
+        """Only the rows that say most are timed at it (:func:`brief_attention_rows`)."""
+        return self.visual > 4096 or self.name not in ("mha", "gqa")
+
+    @property
     def kv_bytes(self) -> int:
         """Keys and values of all sequences."""
         return 2 * self.batch * self.rows * self.kv_heads * self.dim * self.dtype.itemsize
@@ -98,14 +104,29 @@ class Shape:
         }
 
 
+HEADS = {  # query heads, key/value heads, elements of a head: one, and two to eight query heads a key/value head
+    "mha": (32, 32, 128),
+    "gqa": (28, 4, 128),
+    "gqa2": (32, 16, 128),
+    "gqa4": (32, 8, 128),
+    "gqa5": (40, 8, 128),
+    "gqa8": (64, 8, 128),
+}
+
+
 def shapes(toy: bool) -> list[Shape]:
     """The most telling ones first: time may run out."""
     if toy:
-        return [Shape("mha", 2, 24, 8, 2, 2, 16, torch.float32), Shape("gqa", 1, 24, 8, 4, 2, 16, torch.float32)]
-    kinds = {"mha": (32, 32, 128), "gqa": (28, 4, 128)}
+        return [
+            Shape("mha", 2, 24, 8, 2, 2, 16, torch.float32), Shape("gqa", 1, 24, 8, 4, 2, 16, torch.float32),
+            Shape("gqa5", 1, 24, 8, 5, 1, 16, torch.float32),
+        ]  # fmt: skip
     order = [("mha", 32, 2880), ("mha", 1, 576), ("gqa", 32, 2880), ("mha", 8, 2880), ("mha", 32, 576), ("mha", 1, 2880), ("gqa", 1, 576),
-             ("gqa", 8, 2880), ("mha", 8, 576), ("gqa", 32, 576), ("gqa", 1, 2880), ("gqa", 8, 576)]  # fmt: skip
-    return [Shape(kind, batch, visual, 128, *kinds[kind], torch.bfloat16) for kind, batch, visual in order]
+             ("gqa", 8, 2880), ("mha", 8, 576), ("gqa", 32, 576), ("gqa", 1, 2880), ("gqa", 8, 576),
+             ("gqa", 32, 16384), ("gqa", 1, 16384), ("mha", 1, 16384), ("gqa", 8, 16384), ("mha", 8, 16384), ("gqa4", 32, 2880),
+             ("gqa8", 32, 2880), ("gqa5", 32, 2880), ("gqa2", 32, 2880), ("gqa4", 1, 2880), ("gqa8", 1, 2880), ("gqa5", 1, 2880),
+             ("gqa2", 1, 2880), ("mha", 32, 16384)]  # fmt: skip
+    return [Shape(kind, batch, visual, 128, *HEADS[kind], torch.bfloat16) for kind, batch, visual in order]
 
 
 class Data:
@@ -232,18 +253,24 @@ def attention_rows(shape: Shape, backends: list[str], bandwidth: float, device: 
     data = Data(shape, backends[0], device)
     facts = {"bandwidth": bandwidth, "sets": data.sets, **shape.facts()}
     base = shape.attention_bytes
-    for backend in backends:
+    for backend in backends[:1] if shape.brief else backends:
         data.backend = backend
-        yield from our_attention_rows(data, {"backend": backend, **facts})
+        rows = brief_attention_rows if shape.brief else our_attention_rows
+        yield from rows(data, {"backend": backend, **facts})
 
     # dense twins
     right = attention_gate(data)
     for name, make in dense_twins(data):
+        if shape.brief and name in ("torch SDPA, math", "torch SDPA, efficient"):
+            continue
         try:
             times, passed = measured(data.calls(make()), right)
             yield row(f"dense {name}", times, passed, group="attention", moved=base, **facts)
         except Exception as error:  # another package's kernel that does not run here is no failure of this one
-            yield timing.row(f"dense {name}", None, group="attention", note=f"{type(error).__name__}: {error}"[:300], **facts)
+            note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+            yield timing.row(f"dense {name}", None, group="attention", note=note, **facts)
+    if shape.brief:
+        return
     eager = data.calls(fastv.step, n_visual=shape.visual, n_keep=shape.kept, scale=shape.dim**-0.5)
 
     def chosen(got: fastv.FastVStep, number: int) -> dict[str, Any]:
@@ -335,40 +362,106 @@ def our_attention_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, 
     yield timed("decode_attention, 12.5 % kept", listed, through_list, few.attention_bytes)[2]
 
     # as a model calls them: the newest row comes with the call (more registers, another kernel)
-    forms: dict[str, tuple[Callable[..., Any], dict[str, Any], Gate, int]] = {
+    for name, (operator, more, passes, moved) in forms(data).items():
+        yield with_new_row(data, facts, name, operator, more, passes, moved)
+
+
+FORMS = ("decode_attention", "decode_attention with statistics", "decode_attention, 12.5 % kept", "decode_step")
+Form = tuple[Callable[..., Any], dict[str, Any], Gate, int]  # operator, arguments beside the shared ones, gate, bytes that it moves
+
+
+def forms(data: Data) -> dict[str, Form]:
+    """What a model calls: by the names of the rows."""
+    shape, right = data.shape, attention_gate(data)
+    base, extra = shape.attention_bytes, shape.statistics_bytes
+    few, types = dataclasses.replace(shape, visual=shape.kept), {"text_type": data.text_type}
+
+    def decided(got: Any, number: int) -> dict[str, Any]:
+        return step_gate(shape, right(got, number), got, data.linear)
+
+    listed = {"kept": data.kept, "n_kept": data.n_kept}
+    return {
         "decode_attention": (ops.decode_attention, {}, right, base),
-        "decode_attention with statistics": (ops.decode_attention, statistics, right, base + extra),
-        "decode_attention, 12.5 % kept": (
-            ops.decode_attention, {"kept": data.kept, "n_kept": data.n_kept}, through_list, few.attention_bytes,
-        ),
-        "decode_step": (
-            ops.decode_step,
-            {"text_type": data.text_type, **data.linear},
-            lambda got, number: step_gate(shape, right(got, number), got, data.linear),
-            base + extra + 4 * shape.batch * shape.visual,
-        ),
-    }  # fmt: skip
-    for name, (operator, more, passes, moved) in forms.items():
-        data.forget_last_rows()
-        try:
-            yield timed(f"{name}, {NEW_ROW}", data.ours(operator, new_row=True, **more), passes, moved + shape.new_row_bytes)[2]
-        finally:
-            data.put_last_rows_back()
+        "decode_attention with statistics": (ops.decode_attention, {**types, "mass": True, "importance": True}, right, base + extra),
+        "decode_attention, 12.5 % kept": (ops.decode_attention, listed, attention_gate(data, data.kept), few.attention_bytes),
+        "decode_step": (ops.decode_step, {**types, **data.linear}, decided, base + extra + 4 * shape.batch * shape.visual),
+    }
+
+
+def with_new_row(
+    data: Data, facts: dict[str, Any], name: str, operator: Callable[..., Any], more: dict[str, Any], passes: Gate, moved: int
+) -> dict[str, Any]:
+    """The row of a form whose newest row comes with the call; it is not in the cache before."""
+    data.forget_last_rows()
+    try:
+        times, passed = measured(data.ours(operator, new_row=True, **more), passes)
+    finally:
+        data.put_last_rows_back()
+    name = f"{label(data.backend)} {name}, {NEW_ROW}"
+    return row(name, times, passed, group="attention", moved=moved + data.shape.new_row_bytes, **facts)
+
+
+def brief_attention_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Attention plain and with statistics, and what a model calls, with a new row."""
+    found = forms(data)
+    for name in ("decode_attention", "decode_attention with statistics"):
+        operator, more, passes, moved = found[name]
+        times, passed = measured(data.ours(operator, **more), passes)
+        yield row(f"{label(data.backend)} {name}", times, passed, group="attention", moved=moved, **facts)
+    for name in ("decode_attention", "decode_attention, 12.5 % kept", "decode_step"):
+        yield with_new_row(data, facts, name, *found[name])
+
+
+SDPA = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
+PACKAGES = {"flash_attn": "FlashAttention with_kvcache", "flashinfer": "FlashInfer paged decode"}
 
 
 def dense_twins(data: Data) -> Iterator[tuple[str, Callable[[], Callable[..., Tensor]]]]:
     """(name, what makes ``call(query, key, value) -> [B, Hq, D]``) of the dense decode kernels that can be imported."""
     yield "torch SDPA", lambda: _sdpa(data)
-    if torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None:
-        yield "FlashAttention with_kvcache", lambda: _flash_attention(data)
-    if torch.cuda.is_available() and importlib.util.find_spec("flashinfer") is not None and data.shape.rows % 16 == 0:
-        yield "FlashInfer paged decode", lambda: _flashinfer(data)
+    for name, backend in SDPA.items():
+        yield f"torch SDPA, {name}", lambda backend=backend: _sdpa(data, backend)
+    if why_no_twin("flash_attn") is None:
+        yield PACKAGES["flash_attn"], lambda: _flash_attention(data)
+    if why_no_twin("flashinfer") is None and data.shape.rows % 16 == 0:
+        yield PACKAGES["flashinfer"], lambda: _flashinfer(data)
 
 
-def _sdpa(data: Data) -> Callable[..., Tensor]:
+def why_no_twin(package: str) -> str | None:
+    """Why a package's kernels have no rows here, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None if importlib.util.find_spec(package) is not None else f"{package} is not installed"
+
+
+def twins_left_out() -> Iterator[dict[str, Any]]:
+    """A row a package whose kernels have none."""
+    for package, name in PACKAGES.items():
+        reason = why_no_twin(package)
+        if reason is not None:
+            yield timing.row(f"dense {name}", None, group="attention", note=f"skipped: {reason}")
+
+
+def _sdpa(data: Data, backend: str | None = None) -> Callable[..., Tensor]:
+    """torch's attention, by the backend that it takes by itself or by a named one."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     attention = torch.nn.functional.scaled_dot_product_attention
     groups = data.shape.heads != data.shape.kv_heads
-    return lambda query, key, value: attention(query[:, :, None], key, value, enable_gqa=groups)[:, :, 0]
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(query[:, :, None], key, value, enable_gqa=groups)[:, :, 0]
+
+    if backend is None:
+        return call
+    only = getattr(SDPBackend, backend)
+
+    def by_name(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with warnings.catch_warnings(), sdpa_kernel(only):
+            warnings.simplefilter("ignore")  # why the others do not run
+            return call(query, key, value)
+
+    return by_name
 
 
 def _flash_attention(data: Data) -> Callable[..., Tensor]:
@@ -496,11 +589,14 @@ def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -
     bandwidth, times = timing.copy_bandwidth()
     size = bandwidth * times.median
     save(timing.row("device-to-device copy", times, group="copy", bandwidth=bandwidth, moved=size))
+    for left_out in twins_left_out():
+        save(left_out)
     every = shapes(toy)
     work: list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]] = [
         (f"{shape.name} B={shape.batch} N={shape.visual}", lambda shape=shape: attention_rows(shape, backends, bandwidth, device))
         for shape in every
     ]
+    extra = {f"{shape.name} B={shape.batch} N={shape.visual}" for shape in every if shape.brief}
     work[3:3] = [
         ("fused layers", lambda: layers.rows(toy, bandwidth, device)),
         *((f"compaction, {name}", lambda name=name: compaction_rows(toy, name, bandwidth, device)) for name in backends),
@@ -508,7 +604,8 @@ def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -
     ]
     for name, rows in work:
         if time.monotonic() > deadline:
-            save(timing.row(name, None, group="not measured", note=f"skipped: the {seconds:.0f} s of this part were over"))
+            group = "left out" if name in extra else "not measured"  # what is there for completeness is no failure where time ran out
+            save(timing.row(name, None, group=group, note=f"skipped: the {seconds:.0f} s of this part were over"))
             continue
         begin = time.monotonic()
         try:
@@ -549,19 +646,15 @@ def _compile(work: tuple[Shape, bool]) -> str:
     shape, toy = work
     begin = time.monotonic()
     data = Data(shape, operators_backends(toy)[0], timing.here(), sets=1)
-    types = {"text_type": data.text_type}
     with torch.no_grad():
-        data.ours(ops.decode_attention)[0]()
-        data.ours(ops.decode_attention, **types, mass=True, importance=True)[0]()
-        data.ours(ops.decode_attention, kept=data.kept, n_kept=data.n_kept)[0]()
-        data.ours(ops.score_last_query, **types)[0]()
-        step = data.ours(ops.decode_step, **types, **data.linear)[0]()
-        data.ours(ops.decode_attention, new_row=True)[0]()
-        data.ours(ops.decode_attention, new_row=True, **types, mass=True, importance=True)[0]()
-        data.ours(ops.decode_attention, new_row=True, kept=data.kept, n_kept=data.n_kept)[0]()
-        data.ours(ops.decode_step, new_row=True, **types, **data.linear)[0]()
-        ops.select_tokens(step.importance, data.count, data.n_visual, backend=data.backend)
-        ops.predict_rate(step.mass, **data.linear, backend=data.backend)
+        for name, (operator, more, _, _) in forms(data).items():
+            for new_row in (False, True):
+                result = data.ours(operator, new_row=new_row, **more)[0]()
+                step = result if name == "decode_step" else None
+        if not shape.brief:
+            data.ours(ops.score_last_query, text_type=data.text_type)[0]()
+            ops.select_tokens(step.importance, data.count, data.n_visual, backend=data.backend)
+            ops.predict_rate(step.mass, **data.linear, backend=data.backend)
     return f"compiled for {shape.name} B={shape.batch} N={shape.visual}: {time.monotonic() - begin:.1f} s"
 
 

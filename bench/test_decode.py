@@ -26,7 +26,7 @@ from dyrate_kernels.measuring import timing
 
 ON_GPU = torch.cuda.is_available()
 BACKEND = "triton" if ON_GPU and dk.backends()["triton"] == "available" else "reference"
-KINDS = {"mha": (32, 32, 128), "gqa": (28, 4, 128)} if ON_GPU else {"mha": (4, 4, 32), "gqa": (6, 2, 32)}
+KINDS = {name: operators.HEADS[name] for name in ("mha", "gqa")} if ON_GPU else {"mha": (4, 4, 32), "gqa": (6, 2, 32)}
 SIZES = [(batch, visual) for visual in (576, 2880, 16384) for batch in (1, 8, 32, 64)] if ON_GPU else [(2, 144)]
 SHAPES = [
     operators.Shape(
@@ -35,6 +35,12 @@ SHAPES = [
     for kind, sizes in KINDS.items()
     for batch, visual in SIZES
 ]
+if ON_GPU:  # other numbers of query heads a key/value head
+    SHAPES += [
+        operators.Shape(f"{kind} B=8 N=2880", 8, 2880, 128, *sizes, torch.bfloat16)
+        for kind, sizes in operators.HEADS.items()
+        if kind not in KINDS
+    ]
 FASTV = "FastV, score layer: eager attention, mean, topk, gather"
 STATISTICS = "dyrate decode_attention with statistics"
 STEP = "dyrate decode_step: attention, rate, top-k, kept list"
@@ -164,45 +170,52 @@ def compaction(data):
     return Case([call], gate, moved, peer=None)
 
 
+def _with_new_row(name):
+    """As a model calls it: the newest row comes with the call, and is not in the cache before. :func:`made` puts it back there."""
+
+    def make(data):
+        operator, more, gate, moved = operators.forms(data)[name]
+        data.forget_last_rows()
+        calls = data.ours(operator, new_row=True, **more)
+
+        def stored(got, number):
+            """And the new row is in the cache from then on."""
+            found = gate(got, number)
+            errors = {
+                f"new_{what}_wrong": float((rows[number][:, :, -1] != data.new[number][f"new_{what}"]).sum())
+                for what, rows in (("key", data.key), ("value", data.value))
+            }
+            return {**found, "passed": found["passed"] and not any(errors.values()), "errors": found["errors"] | errors}
+
+        return Case(calls, stored, moved + data.shape.new_row_bytes, peer=None)
+
+    return make
+
+
 def sdpa(data):
     return _attention(data, data.calls(dict(operators.dense_twins(data))["torch SDPA"]()), data.shape.attention_bytes)
 
 
-def sdpa_math(data):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    attention = dict(operators.dense_twins(data))["torch SDPA"]()
-
-    def call(*rows):
-        with sdpa_kernel(SDPBackend.MATH):
-            return attention(*rows)
-
-    return _attention(data, data.calls(call), data.shape.attention_bytes, eager=True)
-
-
-def sdpa_flash(data):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    groups = data.shape.heads // data.shape.kv_heads
-
-    def call(query, key, value):
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # which takes as many key heads as query heads
-            rows = (tensor.repeat_interleave(groups, dim=1) if groups > 1 else tensor for tensor in (key, value))
-            return torch.nn.functional.scaled_dot_product_attention(query[:, :, None], *rows)[:, :, 0]
-
-    case = _attention(data, data.calls(call), data.shape.attention_bytes)
-    try:
-        case.calls[0]()
-    except RuntimeError as error:
-        pytest.skip(f"torch has no flash attention here: {str(error).splitlines()[0]}")
-    return case
-
-
-def _twin(name):
+def _sdpa_by(name):
     def make(data):
-        twins = dict(operators.dense_twins(data))
+        case = _attention(data, data.calls(dict(operators.dense_twins(data))[f"torch SDPA, {name}"]()), data.shape.attention_bytes)
+        try:
+            case.calls[0]()
+        except RuntimeError as error:
+            pytest.skip(f"torch has no {name} attention here: {str(error).splitlines()[0]}")
+        return case
+
+    return make
+
+
+def _twin(package):
+    def make(data):
+        reason = operators.why_no_twin(package)
+        if reason is not None:
+            pytest.skip(reason)
+        twins, name = dict(operators.dense_twins(data)), operators.PACKAGES[package]
         if name not in twins:
-            pytest.skip("not installed, or not for this shape")
+            pytest.skip("not for this shape")
         return _attention(data, data.calls(twins[name]()), data.shape.attention_bytes)
 
     return make
@@ -255,11 +268,10 @@ CASES: dict[str, Callable[[operators.Data], Case]] = {
     "dyrate decode_attention": decode_attention,
     STATISTICS: with_statistics,
     STEP: decode_step,
+    **{f"dyrate {name}, {operators.NEW_ROW}": _with_new_row(name) for name in operators.FORMS},
     "torch SDPA": sdpa,
-    "torch SDPA, flash": sdpa_flash,
-    "torch SDPA, math": sdpa_math,
-    "FlashAttention with_kvcache": _twin("FlashAttention with_kvcache"),
-    "FlashInfer paged decode": _twin("FlashInfer paged decode"),
+    **{f"torch SDPA, {name}": _sdpa_by(name) for name in operators.SDPA},
+    **{name: _twin(package) for package, name in operators.PACKAGES.items()},
     FASTV: fastv_score_layer,
     "kvpress TOVAPress.score, with its attention matrix": kvpress_score,
     "dyrate pruned layer: 12.5 % through the kept list": kept_list,
@@ -274,9 +286,15 @@ CASES: dict[str, Callable[[operators.Data], Case]] = {
 }
 
 
+def made(data: operators.Data, name: str) -> Case:
+    """The case, on rows that are as they were made, whatever ran on them before."""
+    data.put_last_rows_back()
+    return CASES[name](data)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_decode(benchmark, data, table, name):
-    case = CASES[name](data)
+    case = made(data, name)
     calls = case.calls
 
     def whole():

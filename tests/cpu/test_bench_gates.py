@@ -15,15 +15,18 @@ from dyrate_kernels.ops import reference
 SHAPES = [operators.Shape("mha", 2, 24, 8, 2, 2, 16, torch.float32), operators.Shape("gqa", 2, 24, 8, 4, 2, 16, torch.float32)]
 ATTENTION = ("dyrate decode_attention", test_decode.STATISTICS, test_decode.STEP, "dyrate pruned layer: 12.5 % through the kept list",
              "dyrate score_last_query (prefill)")  # fmt: skip
+NEW = {name: f"dyrate {name}, {operators.NEW_ROW}" for name in operators.FORMS}
+STATISTICS = {test_decode.STATISTICS, test_decode.STEP, ATTENTION[-1], NEW["decode_attention with statistics"], NEW["decode_step"]}
+STEPS = {test_decode.STEP, NEW["decode_step"]}
 
 
 def failing(shape=SHAPES[1]):
     """Rows whose gate does not pass."""
     data = operators.Data(shape, "reference", torch.device("cpu"), sets=2)
     found = []
-    for name, make in test_decode.CASES.items():
+    for name in test_decode.CASES:
         try:
-            case = make(data)
+            case = test_decode.made(data, name)
         except pytest.skip.Exception:
             continue
         number = len(case.calls) - 1
@@ -54,20 +57,21 @@ def no_image_mass(original):
 
 
 BROKEN = {
-    "scale": ("_probabilities", lambda f: lambda query, rows, scale: f(query, rows, 1.3 * scale), set(ATTENTION)),
-    "importance": ("_statistics", more_importance, {test_decode.STATISTICS, test_decode.STEP, ATTENTION[-1]}),
-    "mass": ("_statistics", no_image_mass, {test_decode.STATISTICS, test_decode.STEP, ATTENTION[-1]}),
+    "scale": ("_probabilities", lambda f: lambda query, rows, scale: f(query, rows, 1.3 * scale), {*ATTENTION, *NEW.values()}),
+    "importance": ("_statistics", more_importance, STATISTICS),
+    "mass": ("_statistics", no_image_mass, STATISTICS),
     "selection": (
         "select_tokens",
         lambda f: lambda score, *args, **more: f(-score, *args, **more),
-        {test_decode.STEP, "dyrate select_tokens (its second half)"},
+        {*STEPS, "dyrate select_tokens (its second half)"},
     ),
-    "count": ("keep_count", lambda f: lambda *args: f(*args) + 1, {test_decode.STEP}),
+    "count": ("keep_count", lambda f: lambda *args: f(*args) + 1, STEPS),
     "rate": (
         "predict_rate",
-        lambda f: lambda *args: tuple(part.flip(0) if part.dtype == torch.int64 else part * 0 for part in f(*args)),
-        {test_decode.STEP, "dyrate predict_rate (the decision's first half)"},
+        lambda f: lambda *args, **named: tuple(part.flip(0) if part.dtype == torch.int64 else part * 0 for part in f(*args, **named)),
+        {*STEPS, "dyrate predict_rate (the decision's first half)"},
     ),
+    "new row": ("_append", lambda f: lambda *args: None, set(NEW.values())),
     "nothing moved": ("compact_", lambda f: lambda *args: None, {"dyrate compact_, one layer"}),
     "rows mixed up": (
         "compact_",
