@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.operators import label
-from bench.report import passed, read
+from bench.report import read
+from bench.targets import passed
 from dyrate_kernels import devices
 
 NOISE = 0.01  # a smaller gain is none

@@ -172,7 +172,8 @@ part more end_to_end.log $([ -n "$toy" ] && echo 200 || of 500) bash -c more
 part experiments experiments.log $([ -n "$toy" ] && echo 400 || of 480) "$python" -m bench.experiments "$out" $toy \
   --seconds $([ -n "$toy" ] && echo 390 || of 465)
 
-if "$python" -m bench.report write "$out" --parts "$work/parts.tsv" --rows "$work/operators.json" "$work/end_to_end.json" "$work"/more-*.json; then
+if "$python" -m bench.report write "$out" --parts "$work/parts.tsv" --rows "$work/operators.json" "$work/end_to_end.json" \
+  "$work"/more-*.json "$out/experiments.json"; then
   echo "report: $out/report.md (${SECONDS}s in all)"
   sed -n '/^## Targets/,/^## Speed-ups/p' "$out/report.md" | sed '$d'
 else

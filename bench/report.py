@@ -6,111 +6,30 @@
     python -m bench.report compare RECORD_DIR OTHER_DIR
 
 The first prints the machine and fails where no compiled kernels can run. The second writes ``report.json`` (environment, parts, targets,
-all rows), ``report.md`` and, with matplotlib, the plots of ``bench.plots``; rows may come from ``dyrate bench e2e --out`` as well. The
-third prints a record's tables as the README shows them, the fourth how the rows that two records share differ; both take a folder with a
-report.json, or a file of rows. A row whose result failed its gate has no speed, whatever the record holds. A speed-up is the ratio of
-two rows of one run whose results both passed their gate; a target is met or not by such rows alone, and neither is printed for a rehearsal.
+all rows), ``report.md`` and, with matplotlib, the plots of ``bench.plots``; rows may come from ``dyrate bench e2e --out`` and from an
+``experiments.json`` as well. The third prints a record's tables as the README shows them, the fourth how the rows that two records share
+differ; both take a folder with a report.json, or a file of rows. A row whose result failed its gate has no speed, whatever the record
+holds. A speed-up is the ratio of two rows of one run whose results both passed their gate; a target is met or not by such rows alone, and
+neither is printed for a rehearsal.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import dyrate_kernels as dk
 from bench import plots
-from bench.operators import OURS, label
+from bench.operators import label
+from bench.targets import sentences, speed_up, targets
 from dyrate_kernels.files import write_json
 from dyrate_kernels.measuring import end_to_end, timing
 
 Row = dict[str, Any]
-FASTV = "FastV eager step (attention matrix, mean, topk, gather)"
-MAIN = {"B": 32, "N": 2880, "heads": "32/32x128"}
-
-
-def find(rows: Iterable[Row], name: str, **facts: Any) -> Row | None:
-    """The timed row of that name (or that begins with it, where it ends in ``*``)."""
-    for row in rows:
-        same = row["name"].startswith(name[:-1]) if name.endswith("*") else row["name"] == name
-        if same and row["median_us"] is not None and all(row.get(key) == value for key, value in facts.items()):
-            return row
-    return None
-
-
-def passed(row: Row | None) -> bool:
-    """It was timed, and its result is right."""
-    return row is not None and bool(row["measurement"]) and row["correct"] is not None and plots.right(row)
-
-
-def speed_up(ours: Row | None, other: Row | None) -> float | None:
-    """How many times as fast; None unless both are measured and right."""
-    if not (passed(ours) and passed(other)) or not ours["median_us"]:
-        return None
-    return other["median_us"] / ours["median_us"]
-
-
-def targets(rows: list[Row]) -> list[dict[str, Any]]:
-    """The table of design.md, section 10, a backend at a time: what was asked and measured, and whether it is met (None: not measured)."""
-    found = operator_targets(rows, "triton")
-    if any(row.get("backend") == "cuda" for row in rows):
-        found += operator_targets(rows, "cuda")
-    return found + model_targets(rows)
-
-
-def _field(row: Row | None, name: str) -> float | None:
-    return row[name] if passed(row) else None
-
-
-def _add(found: list[dict[str, Any]], backend: str, what: str, wanted: str, value: float | None, holds: Callable[[float], bool]) -> None:
-    met = None if value is None else holds(value)
-    found.append({"what": what, "backend": backend, "target": wanted, "measured": value, "met": met})
-
-
-def operator_targets(rows: list[Row], backend: str) -> list[dict[str, Any]]:
-    """The lines about single operators."""
-    ours, found = label(backend), []
-    add = functools.partial(_add, found, backend)
-    names = ("decode_attention with statistics", "decode_attention", "decode_step")
-    statistics, plain, step = (find(rows, f"{ours} {name}", **MAIN) for name in names)
-    where = "B=32, N=2880 + 128 text"
-    add(
-        f"decode_attention with statistics, {where}: share of copy bandwidth",
-        ">= 0.90",
-        _field(statistics, "share_of_copy"),
-        lambda x: x >= 0.9,
-    )
-    for twin in ("dense FlashAttention*", "dense FlashInfer*", "dense torch SDPA"):
-        ratio = speed_up(statistics, find(rows, twin, **MAIN))
-        add(f"the same against {twin.rstrip('*')} without statistics", ">= 1.0x", ratio, lambda x: x >= 1.0)
-    cost = statistics["median_us"] / plain["median_us"] - 1 if passed(statistics) and passed(plain) else None
-    add(f"statistics on against off, {where}", "<= 0.03", cost, lambda x: x <= 0.03)
-    decision = find(rows, f"{ours} decision*", **MAIN)
-    add(f"the decision on top of the attention, {where} (us)", "<= 10", _field(decision, "median_us"), lambda x: x <= 10)
-    add(f"decode_step against FastV's eager step, {where}", ">= 10x", speed_up(step, find(rows, FASTV, **MAIN)), lambda x: x >= 10)
-    moved = find(rows, f"{ours} compact_, 2880 -> 720")
-    add("compact_ of 29 layers, B=32, 2880 -> 720: share of copy bandwidth", ">= 0.80", _field(moved, "share_of_copy"), lambda x: x >= 0.8)
-    return found
-
-
-def model_targets(rows: list[Row]) -> list[dict[str, Any]]:
-    """The lines about whole models, which run on the backend that ``auto`` takes first."""
-    found: list[dict[str, Any]] = []
-    add = functools.partial(_add, found, "auto")
-    captured, dense = f"{OURS} captured step, DyRate at 12.5 %*", f"{OURS} captured step, dense*"
-    large, small = {"model": "LLaVA-NeXT-7B", "B": 32}, {"model": "LLaVA-1.5-7B", "B": 1}
-    best = find(rows, captured, **large)
-    add("LLaVA-NeXT-7B, B=32, N=2880, 12.5 %: captured step over its floor", "<= 1.15x", _field(best, "times_floor"), lambda x: x <= 1.15)
-    add("the same against the dense model, same capture", ">= 2.2x", speed_up(best, find(rows, dense, **large)), lambda x: x >= 2.2)
-    one = _field(find(rows, captured, **small), "times_floor")
-    add("LLaVA-1.5-7B, B=1: captured step over its floor", "<= 1.15x", one, lambda x: x <= 1.15)
-    through = _field(find(rows, f"{OURS} generate(), DyRate at 12.5 %*", **small), "times_floor")
-    add("LLaVA-1.5-7B, B=1: a token through generate() over the floor", "<= 1.4x", through, lambda x: x <= 1.4)
-    return found
 
 
 def speed_ups(rows: list[Row]) -> list[dict[str, Any]]:
@@ -163,12 +82,13 @@ def markdown(report: dict[str, Any]) -> str:
             ([t["what"], t["backend"], t["target"], t["measured"], verdict[t["met"]]] for t in report["targets"]),
         )
     ]
+    text += ["", *sentences(report["targets"])]
     text += ["", "## Speed-ups", "", "Both results passed their comparison with the float64 reference in this run.", ""]
     text += [_table(["B", "N", "heads", "row", "against", "times as fast"], (s.values() for s in report["speed_ups"])), ""]
     head = ["row", "B", "N", "heads", "dtype", "median us", "p20", "p80", "GB/s", "share of copy", "floor us", "x floor", "correct"]
     keys = ["name", "B", "N", "heads", "dtype", "median_us", "p20_us", "p80_us", "GB_per_s", "share_of_copy", "floor_us", "times_floor"]
     speed = {"median_us", "p20_us", "p80_us", "GB_per_s", "share_of_copy", "times_floor"}
-    for group in dict.fromkeys(row["group"] for row in rows):
+    for group in dict.fromkeys(row["group"] for row in rows if not row["group"].startswith("experiment ")):  # experiments.md has those
         text += [f"## Rows: {group}", ""]
         lines = []
         for row in (row for row in rows if row["group"] == group):
@@ -214,6 +134,7 @@ def tables(report: dict[str, Any]) -> str:
         verdict = {True: "met", False: "missed", None: "not measured"}
         lines = ([t["what"], t["backend"], t["target"], t["measured"], verdict[t["met"]]] for t in report["targets"])
         text += [_table(["target", "backend", "asked", "measured", ""], lines), ""]
+        text += [*said, ""] if (said := sentences(report["targets"])) else []
     return "\n".join(text)
 
 
@@ -249,7 +170,8 @@ def write(out: Path, parts: Path, row_files: list[Path]) -> None:
     rows: list[Row] = []
     for path in row_files:
         if path.is_file():
-            rows += json.loads(path.read_text(encoding="utf-8"))
+            body = json.loads(path.read_text(encoding="utf-8"))
+            rows += body["rows"] if isinstance(body, dict) else body
     report = {
         "environment": timing.environment() | {"measurement": any(row["measurement"] for row in rows), "backends": dk.backends()},
         "parts": [dict(zip(PART, line.split("\t"), strict=True)) for line in lines],

@@ -121,19 +121,33 @@ LOOPS: Changes = {  # of the main loop
     "16 rows a step": {"block_n": 16},
     "64 rows a step": {"block_n": 64},
     "64 rows a step, 8 warps": {"block_n": 64, "num_warps": 8},
+    "as many programs as fit": {"programs_per_sm": None},
     "2 stages": {"num_stages": 2},
     "4 stages": {"num_stages": 4},
 }
 
 
+TENSOR_CORES: Changes = {
+    "tensor cores": {"tensor_cores": True},
+    "tensor cores, 64 rows a step": {"tensor_cores": True, "block_n": 64},
+    "tensor cores, rows of each warp": {"tensor_cores": True, "warp_rows": True},
+}
+WARP_ROWS: Changes = {
+    "rows of each warp": {"warp_rows": True},
+    "rows of each warp, 3 programs": {"warp_rows": True, "programs_per_sm": 3},
+    "rows of each of 2 warps": {"warp_rows": True, "num_warps": 2, "programs_per_sm": 6},
+    "rows of each warp, 2 stages": {"warp_rows": True, "num_stages": 2},
+}
+
+
 def loops(toy: bool) -> list[Planned]:
     """Experiment 6: one query head a key/value head."""
-    return grid(toy, ("list", "step", "plain"), ("mha",), SIZES, LOOPS)
+    return grid(toy, ("list", "step", "plain"), ("mha",), SIZES, TENSOR_CORES | LOOPS)
 
 
 def grouped(toy: bool) -> list[Planned]:
     """Experiment 9: several."""
-    return grid(toy, ("list", "step", "plain"), ("gqa",), SIZES, LOOPS)
+    return grid(toy, ("list", "step", "plain"), ("gqa",), SIZES, WARP_ROWS | LOOPS)
 
 
 EXPERIMENTS = [

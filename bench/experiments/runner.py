@@ -25,6 +25,7 @@ from dyrate_kernels.ops import workspace
 from . import clock
 
 Row = dict[str, Any]
+CLOCK = 0.6  # seconds that the clock of a case runs at most
 NOISE = 0.005  # of a ratio: a smaller difference is none, however quiet the machine
 BASE, FASTER, SLOWER, SAME = "base", "faster", "slower", "within noise"
 NOT_REACHED, FAILED, WRONG = "not reached", "did not run", "WRONG"
@@ -245,7 +246,7 @@ def _compared(context: Context, case: Case, budget: float, about: dict[str, Any]
             rows[place] = said(place, None, verdict=FAILED, note=note, fails=place == 0)
     work = [recorded for _, recorded, _ in ready]
     has_base = bool(ready) and ready[0][0] == 0
-    series = context.clock(work + work[:1] if has_base else work, min(budget / 2, 1.0)) if ready else []
+    series = context.clock(work + work[:1] if has_base else work, min(budget / 2, CLOCK)) if ready else []
     noise = _noise(series[0], series[-1]) if has_base else None
     for (place, recorded, before), seconds in zip(ready, series, strict=False):
         with case.variants[place].scope():

@@ -63,8 +63,7 @@ def measure(out: Path, numbers: list[int] | None, toy: bool, seconds: float) -> 
         context.deadline = deadline
         context.bandwidth = timing.copy_bandwidth()[0]
         print(f"copy: {context.bandwidth / 1e9:.1f} GB/s; {deadline - time.monotonic():.0f} s left", flush=True)
-        done += runner.run(timed, context, save)
-        done += runner.run([registry.confirming(rows)], context, save) if len(timed) > 1 else []
+        done += runner.run([*timed, registry.confirming(rows)], context, save)
     path = write(out, rows, done)
     print(f"{time.monotonic() - begin:.0f} s; table: {out / 'experiments.md'}; proposed: {path or 'nothing'}")
     bad = [row for row in rows if row["verdict"] in (runner.WRONG, runner.FAILED)]
