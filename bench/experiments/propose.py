@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dyrate_kernels import devices
+from dyrate_kernels.files import write_json
 from dyrate_kernels.measuring import timing
 
 from .runner import BASE, FASTER, NOT_REACHED, SLOWER, Row
@@ -140,5 +141,5 @@ def write(folder: Path, rows: Iterable[Row], device_name: str) -> tuple[Path | N
     path.unlink(missing_ok=True)
     if not body["figures"]:
         return None, body
-    path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(path, dict(sorted(body.items())))
     return path, body

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dyrate_kernels.files import write_json
 from dyrate_kernels.measuring import timing
 
 from . import propose, registry, runner, table
@@ -80,7 +80,7 @@ def write(out: Path, rows: list[runner.Row], done: list[dict]) -> Path | None:
     name = here["gpu"] if torch.cuda.is_available() else plan.INTERPRETED
     path, body = propose.write(out, rows, name)
     report = {"environment": here, "experiments": done, "rows": rows, "proposed": body if path else None}
-    (out / "experiments.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "experiments.json", report)
     found = list(propose.candidates(rows))
     (out / "experiments.md").write_text(table.markdown(rows, done, found, path and path.name), encoding="utf-8")
     return path
