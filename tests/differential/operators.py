@@ -499,12 +499,12 @@ def rms_norm(draw: Draw) -> Call:
     return layer_call(draw, "rms_norm", (x, weight, draw.one(1e-5, 1e-6, 1e-2)), 3)
 
 
-def silu_mul(draw: Draw) -> Call:
+def gate_mul(draw: Draw) -> Call:
     dtype = layer_dtype(draw)
     shape = draw.one((1, 1, 1), (2, 3, 37), (1, 1, 1111), (4, 1, 64), (0, 1, 8))
     gate, up = (draw.place(poisoned(draw, 4 * draw.normal(*shape)).to(dtype)) for _ in range(2))
     draw.tell(f"{list(shape)} {gate.stride()} {up.stride()} {dtype}")
-    return layer_call(draw, "silu_mul", (gate, up), 4)
+    return layer_call(draw, "gate_mul", (gate, up), 4)
 
 
 def rotate(draw: Draw) -> Call:
@@ -540,7 +540,7 @@ def gated(draw: Draw) -> Call:
 
 
 LAYERS: dict[str, Callable[[Draw], Call]] = {
-    "rms_norm": rms_norm, "silu_mul": silu_mul, "rotate": rotate, "linears": linears, "gated": gated,
+    "rms_norm": rms_norm, "gate_mul": gate_mul, "rotate": rotate, "linears": linears, "gated": gated,
 }  # fmt: skip
 # how often, and how
 OPERATORS: dict[str, tuple[int, Callable[[Draw], Call]]] = {
