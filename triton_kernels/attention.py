@@ -580,13 +580,15 @@ def decide_kernel(
     weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr, alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr,
     heads, counters, visual_capacity, logit_capacity, features, classes, stride_lb,
     stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
-    DECIDE: tl.constexpr, HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
+    DECIDE: tl.constexpr, LAST: tl.constexpr, HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr,
+    HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
     PAGED: tl.constexpr, SHARED_LIST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Phase 3 as a launch of its own, grid ``(ceil(visual_capacity / BLOCK_I), B)``: many programs share the sum over heads.
 
-    The last program of a sequence decides. Which form is faster is a matter of measurement (``plan.Settings.decision``).
+    The last program of a sequence decides where LAST; else ``decide_rows_kernel`` does, and this one only predicts the rate. Which form is
+    faster is a matter of measurement (``plan.Settings.decision``).
     PAGED: n_visual is the length of the list of positions, as in ``decode_attention_kernel``.
     """
     follow(PDL)
@@ -603,7 +605,7 @@ def decide_kernel(
         logit_ptr, head_stat_ptr, importance_ptr, logit_ptr, b, start, start + BLOCK_I, n, visual_capacity, logit_capacity, heads, heads,
         False, False, BLOCK_H, BLOCK_I,
     )  # fmt: skip
-    if DECIDE:
+    if DECIDE and LAST:
         if not _finished(counter_ptr + b * counters + counters - 1, tl.num_programs(0) - 1):
             return
         places = list_ptr
@@ -618,3 +620,30 @@ def decide_kernel(
             stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
             HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS, HAS_PREDICTOR, PAGED,
         )  # fmt: skip
+
+
+@triton.jit
+def decide_rows_kernel(
+    n_visual_ptr, list_ptr, sequence_ptr, mass_ptr, importance_ptr,
+    weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr, alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr,
+    visual_capacity, features, classes, stride_lb,
+    stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
+    HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
+    PAGED: tl.constexpr, SHARED_LIST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence decides, once ``decide_kernel`` has summed the importance and predicted the rate."""
+    follow(PDL)
+    b = tl.program_id(0).to(tl.int64)
+    places = list_ptr
+    if PAGED:
+        owner = b
+        if SHARED_LIST and sequence_ptr is not None:
+            owner = tl.load(sequence_ptr + b).to(tl.int64)
+        places = list_ptr + owner * stride_lb
+    decide_row(
+        mass_ptr + b * features, importance_ptr + b * visual_capacity, weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr,
+        alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr, places, b, tl.load(n_visual_ptr + b), visual_capacity, features, classes,
+        stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
+        HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS, HAS_PREDICTOR, PAGED,
+    )  # fmt: skip

@@ -21,7 +21,7 @@ from dyrate_kernels.ops.forms import Step, empty_step, form, last_contiguous, re
 
 from . import interpreted, interpreter, plan
 from . import rows as moving
-from .attention import decide_kernel, decode_attention_kernel
+from .attention import decide_kernel, decide_rows_kernel, decode_attention_kernel
 from .decision import predict_rate_kernel, select_tokens_kernel
 from .launch import Launch, dependent_launch, start
 
@@ -61,12 +61,14 @@ class _Attention:
     Attributes:
         launch: of ``decode_attention_kernel``.
         decide: of ``decide_kernel``, where the decision takes a launch of its own.
+        select: of ``decide_rows_kernel``, where it takes two.
         scratch: elements of each scratch buffer, by name; None where it is not used.
         programs: on a multiprocessor that the plan wants; None: whatever fits.
     """
 
     launch: Launch
     decide: Launch | None
+    select: Launch | None
     scratch: dict[str, int | None]
     programs: int | None
 
@@ -163,7 +165,7 @@ def _prepare_attention(
         capacity, "score" if importance else "list" if listed else "plain", plan.overridden(),
         programs,
     )  # fmt: skip
-    second = importance and how.second_launch and (pages is not None or not listed)
+    second = importance and how.decision != "same_launch" and (pages is not None or not listed)
     decision = decide or {}
     weight, score, alive, max_kept = (decision.get(name) for name in ("weight", "score", "alive", "max_kept"))
     features, classes = heads * 4, 0 if weight is None else weight.shape[0]
@@ -171,6 +173,8 @@ def _prepare_attention(
     wide = score is not None and score.dtype == torch.float64
     flags = (weight is not None, score is not None, alive is not None, max_kept is not None, wide)
     block_h, block_i = plan.importance(heads if second else kv_heads)
+    if second and how.decision == "two_launches":
+        block_i = plan.sum_columns(block_i, visual_capacity, batch, multiprocessors)
     block_s, chunks = plan.select(visual_capacity, plan.SELECT_BLOCK if second else plan.SELECT_BLOCK_IN_ATTENTION)
     blocks = (block_h, block_i, max(triton.next_power_of_2(features), 16), block_s, chunks)
     rest = (
@@ -186,14 +190,18 @@ def _prepare_attention(
     grid = (how.splits, kv_heads, batch)
     dependent = dependent_launch(query.device)
     launch = Launch(decode_attention_kernel, grid, rest, how.num_warps, how.num_stages, how.max_registers or max_registers, dependent)
-    deciding = None
+    deciding = selecting = None
     if second:
+        apart = decide is not None and how.decision == "two_launches"
         rest = (
             heads, kv_heads + 1, visual_capacity, logit_capacity, features, classes, strides(kept, 2)[0], *choice,
-            decide is not None, *flags, *blocks, pages is not None, paging[4],
+            decide is not None, not apart, *flags, *blocks, pages is not None, paging[4],
         )  # fmt: skip
         grid = (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1)
         deciding = Launch(decide_kernel, grid, rest, plan.DECIDE_WARPS, dependent=dependent)
+        if apart:
+            rest = (visual_capacity, features, classes, strides(kept, 2)[0], *choice, *flags, *blocks[2:], pages is not None, paging[4])
+            selecting = Launch(decide_rows_kernel, (batch, 1, 1), rest, plan.SELECT_WARPS, dependent=dependent)
     scratch = {
         "part": batch * heads * how.max_splits * how.block_v if output else None,
         "part_stat": batch * heads * how.max_splits * 2,
@@ -201,7 +209,7 @@ def _prepare_attention(
         "counters": batch * (kv_heads + 1),
         "logits": batch * heads * logit_capacity if importance or mass else None,
     }
-    return _Attention(launch, deciding, scratch, how.programs)
+    return _Attention(launch, deciding, selecting, scratch, how.programs)
 
 
 def _run_attention(
@@ -259,6 +267,8 @@ def _run_attention(
     if known.decide is not None:
         counted = n_visual if pages is None else n_kept
         known.decide.start(device, stream, (counted, kept, sequence, head_stat, counters, logits, *after))
+        if known.select is not None:
+            known.select.start(device, stream, (counted, kept, sequence, *after))
     return made
 
 
@@ -311,7 +321,7 @@ def decode_step(
     visual_bound: int | None = None, text_bound: int | None = None, clean: bool = False,
     new_key: Tensor | None = None, new_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See ``dyrate_kernels.ops.decode_step``: one launch (two where the plan says so)."""
+    """See ``dyrate_kernels.ops.decode_step``: one launch, two or three, as the plan says."""
     if query.dtype == torch.float64:
         return reference.decode_step(
             query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
