@@ -34,7 +34,7 @@ _FINGERPRINT = ("model_type", "hidden_size", "num_layers", "num_heads")
 
 def named_rates(name: str, count: int) -> tuple[float, ...]:
     """The two published sets of K = ``count`` rates: ``"half_open"`` i/K, ``"closed"`` linspace(0, 1, K)
-    (methods.md, section 1).
+    (docs/methods/dyrate.md).
 
     Raises:
         ValueError: another name.

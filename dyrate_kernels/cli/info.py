@@ -61,7 +61,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def bound(given: argparse.Namespace) -> dict[str, Any]:
-    """The byte model for a named configuration (methods.md, section 4)."""
+    """The byte model for a named configuration (docs/costs.md)."""
     from dyrate_kernels import flops
 
     model = flops.named_model(given.config)

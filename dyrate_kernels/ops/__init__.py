@@ -3,7 +3,7 @@
 All of them are batched, device-agnostic and free of host syncs. ``backend`` is one of ``auto | triton | cuda | reference``; the reference
 (``ops/reference.py``, plain PyTorch) is the specification. They are registered as ``torch.ops.dyrate.*``.
 
-Row layout of one layer (design.md, section 6): ``key``, ``value`` ``[B, Hkv, C, D]`` with ``C = visual_capacity + Ct``. Sequence ``b``
+Row layout of one layer (docs/design.md, section 6): ``key``, ``value`` ``[B, Hkv, C, D]`` with ``C = visual_capacity + Ct``. Sequence ``b``
 has its
 visual rows in ``[0, n_visual[b])`` and its text rows in ``[visual_capacity, visual_capacity + n_text[b])``. Other rows may hold
 anything, NaN

@@ -1,6 +1,6 @@
 """The operators as ``torch.ops.dyrate.*``: declared mutation, fake implementations, dispatch to a backend.
 
-``torch.library.Library`` and not ``custom_op``: about 4 us a call against 24 to 32 us (design.md, section 8). Operators have no
+``torch.library.Library`` and not ``custom_op``: about 4 us a call against 24 to 32 us (docs/design.md, section 8). Operators have no
 autograd formula: they serve generation. A statistic that was not asked for is an empty tensor here and None in ``dyrate_kernels.ops``.
 """
 

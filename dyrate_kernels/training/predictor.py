@@ -1,4 +1,4 @@
-"""Training of the rate predictor: the model frozen, only ``K x (4 Hq + 1)`` numbers learn (methods.md, section 1).
+"""Training of the rate predictor: the model frozen, only ``K x (4 Hq + 1)`` numbers learn (docs/methods/dyrate.md).
 
     loss = cross-entropy of the answer under pruning + budget_weight * (mean cost - target)^2
 
