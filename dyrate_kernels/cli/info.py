@@ -89,7 +89,7 @@ def bound(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does it."""
+    """Prints what is installed, what can run, and the bound."""
     found = collect(given)
     if given.json:
         common.print_json(found)

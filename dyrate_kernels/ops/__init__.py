@@ -4,10 +4,9 @@ All of them are batched, device-agnostic and free of host syncs. ``backend`` is 
 (``ops/reference.py``, plain PyTorch) is the specification. They are registered as ``torch.ops.dyrate.*``.
 
 Row layout of one layer (docs/design.md, section 6): ``key``, ``value`` ``[B, Hkv, C, D]`` with ``C = visual_capacity + Ct``. Sequence ``b``
-has its
-visual rows in ``[0, n_visual[b])`` and its text rows in ``[visual_capacity, visual_capacity + n_text[b])``. Other rows may hold
-anything, NaN
-included: they influence nothing. ``B`` sequences, ``Hq`` query heads, ``Hkv`` key/value heads, ``D`` head dim, ``N`` visual tokens.
+has its visual rows in ``[0, n_visual[b])`` and its text rows in ``[visual_capacity, visual_capacity + n_text[b])``. Other rows may hold
+anything, NaN included: they influence nothing. ``B`` sequences, ``Hq`` query heads, ``Hkv`` key/value heads, ``D`` head dim, ``N`` visual
+tokens.
 
 Arguments are checked on the host for shape, dtype and device (ValueError or TypeError that names the argument); values that live on the
 device are not read, so lengths beyond a capacity are the caller's to avoid.
@@ -126,8 +125,7 @@ def decode_attention(
         visual_bound, text_bound: no sequence has more live rows than this; spares the reference the rest. Does not change the result.
         clean: the caller vouches that no dead row of ``value`` holds NaN or infinity, which spares the reference a pass over it.
         new_key, new_value: ``[B, Hkv, D]`` in the key's dtype: the row of the newest token, counted in ``n_text`` already. It is
-        **written to
-            row** ``visual_capacity + n_text[b] - 1`` of ``key`` and ``value`` first (not where ``n_text[b]`` is 0).
+            **written to row** ``visual_capacity + n_text[b] - 1`` of ``key`` and ``value`` first (not where ``n_text[b]`` is 0).
         backend: ``auto | triton | cuda | reference``.
 
     Returns:
@@ -210,7 +208,7 @@ def predict_rate(mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor, *, b
 
 
 def keep_count(n_visual: Tensor, rate: Tensor) -> Tensor:
-    """How many of ``n_visual`` tokens stay when the fraction ``rate`` is removed: ``floor(n * (1 - rate) + 1e-6)`` within ``[0, n]``.
+    """Returns how many of ``n_visual`` tokens stay where the fraction ``rate`` goes: ``floor(n * (1 - rate) + 1e-6)`` within ``[0, n]``.
 
     Args:
         n_visual: int32 ``[B]``.
@@ -252,8 +250,8 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor,
     """Moves the kept rows to the front, in place, by hole filling: the kept rows at or past ``n_kept`` go into the holes below it.
 
     Afterwards rows ``[0, n_kept[b])`` of every tensor hold the kept rows: those that were below ``n_kept[b]`` where they were, the
-    others, in
-    ascending order, in the holes, in ascending order. Every other row stays as it was. The caller then sets its ``n_visual`` to ``n_kept``.
+    others, in ascending order, in the holes, in ascending order. Every other row stays as it was. The caller then sets its ``n_visual`` to
+    ``n_kept``.
 
     Args:
         rows: tensors ``[B, H, C, D]`` or ``[B, C]`` of any dtype; **changed in place**. They must not overlap in memory.

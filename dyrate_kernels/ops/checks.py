@@ -154,7 +154,7 @@ def decision(
     weight: object, bias: object, rates: object, count: Tensor | None, score: Tensor | None, alive: Tensor | None, max_kept: Tensor | None,
     batch: int, heads: int, tokens: int, device: torch.device,
 ) -> None:  # fmt: skip
-    """What a step decides by: a predictor or a count, and what narrows the choice."""
+    """Checks what a step decides by: a predictor or a count, and what narrows the choice."""
     given = [part is not None for part in (weight, bias, rates)]
     if any(given) == (count is not None) or any(given) != all(given):
         raise ValueError("count: expected either count or all of weight, bias and rates, got neither, both or a part")
