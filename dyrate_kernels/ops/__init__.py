@@ -106,6 +106,8 @@ def decode_attention(
     clean: bool = False,
     new_key: Tensor | None = None,
     new_value: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     backend: str = "auto",
 ) -> DecodeAttention:
     """Attention of one new token per sequence over the live rows, on request with mass and importance.
@@ -126,6 +128,9 @@ def decode_attention(
         clean: the caller vouches that no dead row of ``value`` holds NaN or infinity, which spares the reference a pass over it.
         new_key, new_value: ``[B, Hkv, D]`` in the key's dtype: the row of the newest token, counted in ``n_text`` already. It is
             **written to row** ``visual_capacity + n_text[b] - 1`` of ``key`` and ``value`` first (not where ``n_text[b]`` is 0).
+        cos, sin: ``[B, D]`` or ``[1, D]`` in the query's dtype, D even: query and new_key come before their rotary embedding, which turns
+            the two halves of a head against each other (as ``transformers`` does for Llama); they are rotated by these, as
+            ``ops.layers.rotate`` does it, and the rotated key is what is written.
         backend: ``auto | triton | cuda | reference``.
 
     Returns:
@@ -143,13 +148,14 @@ def decode_attention(
     if mass or text_type is not None:
         checks.text_types(text_type, key, visual_capacity)
     checks.new_row(new_key, new_value, key, value)
+    checks.rotary(cos, sin, query)
     dispatch.check_name(backend)
     attention = _ops.decode_attention if new_key is None else _ops.append_decode_attention
     output, by_type, per_row = attention(
         query, key, value, *(() if new_key is None else (new_key, new_value)), n_visual, n_text, visual_capacity, _scale(scale, query),
         kept, n_kept, text_type, position, query_position,
         window,
-        mass, importance, visual_bound, text_bound, clean, backend,
+        mass, importance, visual_bound, text_bound, clean, backend, cos, sin,
     )  # fmt: skip
     return DecodeAttention(output, by_type if mass else None, per_row if importance else None)
 
@@ -322,6 +328,8 @@ def decode_step(
     clean: bool = False,
     new_key: Tensor | None = None,
     new_value: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     backend: str = "auto",
 ) -> DecodeStep:
     """The score layer's whole step: attention with statistics, the rate, the count, the kept list.
@@ -348,12 +356,13 @@ def decode_step(
     batch, heads, _ = query.shape
     checks.decision(weight, bias, rates, count, score, alive, max_kept, batch, heads, visual_capacity, query.device)
     checks.new_row(new_key, new_value, key, value)
+    checks.rotary(cos, sin, query)
     dispatch.check_name(backend)
     step = _ops.decode_step if new_key is None else _ops.append_decode_step
     return DecodeStep(
         *step(
             query, key, value, *(() if new_key is None else (new_key, new_value)), n_visual, n_text, visual_capacity, _scale(scale,
             query), text_type, position, query_position, window,
-            weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend,
+            weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend, cos, sin,
         )
     )  # fmt: skip

@@ -75,6 +75,19 @@ def new_row(new_key: Tensor | None, new_value: Tensor | None, key: Tensor, value
             tensor(name, new, (rows.shape[0], rows.shape[1], rows.shape[3]), (rows.dtype,), rows.device)
 
 
+def rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
+    """cos and sin of the newest position: both or neither, ``[B, D]`` or ``[1, D]``."""
+    if (cos is None) != (sin is None):
+        raise ValueError("cos, sin: expected both or neither, got one; a rotation has both")
+    if cos is not None:
+        batch, _, dim = query.shape
+        if dim % 2:
+            raise ValueError(f"cos: expected an even head dim, whose halves turn against each other, got {dim}; rotate before the call")
+        for name, rotation in (("cos", cos), ("sin", sin)):
+            one = isinstance(rotation, Tensor) and rotation.dim() == 2 and rotation.shape[0] == 1
+            tensor(name, rotation, (1 if one else batch, dim), (query.dtype,), query.device)
+
+
 def paged(
     query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, sequence: Tensor | None, visual_position: Tensor | None,
     n_visual: Tensor | None, text_position: Tensor | None, text_type: Tensor | None, kept: Tensor | None, n_kept: Tensor | None,

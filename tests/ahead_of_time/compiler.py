@@ -37,8 +37,9 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operator: ``plain | append | list | window | statistics | score_last_query | step | step_count`` are attention
-    launches, all but ``plain``, ``score_last_query`` and ``step_count`` with a new row, as in a model; the others name their operator.
+    """One call of an operator: ``plain | append | rotary | list | window | statistics | score_last_query | step | step_count`` are
+    attention launches, all but ``plain``, ``score_last_query`` and ``step_count`` with a new row, as in a model; the others name their
+    operator.
     """
 
     operator: str
@@ -260,6 +261,9 @@ def _call(backend: Any, case: Case) -> None:
         backend.decode_attention(*rows, **common)
     elif case.operator == "append":
         backend.decode_attention(*rows, **common, **new)
+    elif case.operator == "rotary":
+        rotation = torch.zeros(batch, case.dim, dtype=dtype)
+        backend.decode_attention(*rows, **common, **new, cos=rotation, sin=rotation)
     elif case.operator == "list":
         backend.decode_attention(*rows, **common, **new, kept=torch.zeros(batch, case.tokens // 8, dtype=torch.int32), n_kept=lengths)
     elif case.operator == "window":
@@ -337,8 +341,8 @@ def occupancy_cases() -> list[Case]:
     sizes = ((1, 32, 8), (1, 32, 32), (7, 4, 8), (7, 4, 32))  # group, key/value heads, sequences
     return [
         Case(operator, 90, group=group, batch=batch, kv_heads=kv_heads, second_launch=True)
-        for operator in ("append", "list", "statistics", "step")
-        for group, kv_heads, batch in sizes
+        for operator in ("append", "list", "statistics", "step", "rotary")
+        for group, kv_heads, batch in (sizes if operator != "rotary" else sizes[::2])
     ]
 
 
