@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Trains the predictor, saves it and prints what it cost."""
+    """Does it."""
     try:
         import accelerate  # noqa: F401
     except ImportError:

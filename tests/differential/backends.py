@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from tests.differential.draw import Draw
+from tests.differential.registry import LAYERS, PAGED
 
 # what is drawn for each setting of a Triton launch; a switch that is not named here is drawn on and off, anything else stays as it is
 SETTINGS: dict[str, list[Any]] = {
     "block_n": [4, 16, 16, 16, 32, 64],
-    "num_warps": [4, 8],
+    "num_warps": [1, 2, 4, 8],
     "num_stages": [1, 3],
     "programs_per_sm": [1, 2, 4, 5, 8, None],
     "waves": [1, 2, 4],
@@ -32,24 +33,27 @@ class Interpreter:
 
     name = "triton"
     floats = (torch.float32, torch.float16)  # the interpreter computes bfloat16 wrongly
-    layers = True
+    without: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 must be set before Python starts"
         import numpy as np
 
         from dyrate_kernels import ops, triton_kernels
-        from dyrate_kernels.triton_kernels import backend, layers, plan
+        from dyrate_kernels.ops import layer_settings
+        from dyrate_kernels.triton_kernels import backend, layers, plan, products
         from tests import guarded
 
         np.seterr(all="ignore")  # NaN and infinity are part of the calls
-        self._backend, self._layers, self._plan, self._guarded = backend, layers, plan, guarded
+        self._backend, self._plan, self._products, self._guarded = backend, plan, products, guarded
+        self._layer_settings = layer_settings
         self._select = plan.select
         guarded.watch(triton_kernels, ops.__all__)
+        guarded.watch(layers, layers.__all__)
 
     @contextlib.contextmanager
     def call(self, draw: Draw) -> Iterator[None]:
-        plan, layers = self._plan, self._layers
+        plan, products = self._plan, self._products
         chosen = None
         if draw.chance(0.9):
             fields = {field.name: field for field in dataclasses.fields(plan.Settings)}
@@ -64,10 +68,13 @@ class Interpreter:
             told = [f"{name}={value}" for name, value in values.items() if value != getattr(usual, name)]
             draw.tell(f"settings {' '.join(told)}")
         plan.override(chosen)
-        tiles = layers.LINEAR, layers.GATED
+        tiles = products.LINEAR, products.GATED
         if draw.chance(0.5):
-            layers.LINEAR = layers.Tile(draw.one(1, 4, 16), draw.one(16, 64, 256), 4, 3)
-            layers.GATED = layers.Tile(draw.one(1, 4, 16), draw.one(16, 64, 1024), 4, 3)
+            products.LINEAR = products.RowTile(draw.one(1, 4, 16), draw.one(16, 64, 256), 4, 3)
+            products.GATED = products.RowTile(draw.one(1, 4, 16), draw.one(16, 64, 1024), 4, 3)
+        few = self._layer_settings.Tile(draw.one(None, 16, 32), draw.one(None, 16, 64), None, None, draw.one(None, 1, 2, 3))
+        draw.tell(f"{few}")
+        self._layer_settings.override(_Always(few))
         chunked = draw.chance(0.25)  # rows longer than what one pass of the selection holds
         if chunked:
             draw.tell("chunks of 16")
@@ -80,10 +87,21 @@ class Interpreter:
         finally:
             torch.use_deterministic_algorithms(False)
             plan.override(None)
-            layers.LINEAR, layers.GATED = tiles
+            products.LINEAR, products.GATED = tiles
+            self._layer_settings.override(None)
             if chunked:
                 plan.select = self._select
                 self._backend._attentions.clear()
+
+
+class _Always:
+    """Settings of layers in which every product has one tile."""
+
+    def __init__(self, tile: Any) -> None:
+        self._tile = tile
+
+    def tile(self, kind: str, count: int, size: int, rows: int) -> Any:
+        return self._tile
 
 
 class Emulated:
@@ -91,7 +109,7 @@ class Emulated:
 
     name = "cuda"
     floats = (torch.float32, torch.float16, torch.bfloat16)
-    layers = False
+    without = (*LAYERS, *PAGED)
 
     def __init__(self) -> None:
         from tests.emulated import harness
@@ -113,7 +131,7 @@ class Reference:
 
     name = "reference"
     floats = (torch.float32, torch.float16, torch.bfloat16)
-    layers = True
+    without: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def call(self, draw: Draw) -> Iterator[None]:

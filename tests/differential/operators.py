@@ -1,4 +1,4 @@
-"""A random call of each operator, and what must be true of its results. ``OPERATORS`` names them all."""
+"""Random calls of attention, decision and the rows that move, and what must be true of their results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dyrate_kernels import ops
-from dyrate_kernels.ops import layers as layers_reference
 from dyrate_kernels.ops import reference
 from tests.differential.draw import SPECIAL, Draw
 from tests.ops import spec
@@ -404,7 +403,7 @@ def any_rows(draw: Draw, *shape: int) -> Tensor:
 
 
 def compact_(draw: Draw) -> Call:
-    batch, capacity = draw.one(1, 1, 2, 3), draw.one(1, 2, 7, 16, 33, 70, 130)
+    batch, capacity = draw.one(1, 1, 2, 3), draw.one(1, 2, 7, 16, 33, 70, 130, 300)
     lengths = draw.lengths(batch, capacity)
     counts = [draw.size(int(n)) for n in lengths]
     width = max(counts) + draw.one(0, 0, 1, 5)
@@ -440,116 +439,3 @@ def reorder_(draw: Draw) -> Call:
         nothing_else_changed(draw, {id(part): content for part, content in zip(rows, want, strict=True)})
 
     return Call(lambda backend: ops.reorder_(rows, placed, backend=backend), check)
-
-
-# ---- layers --------------------------------------------------------------------------------------------------------------------------
-
-
-def layers_of(backend: str) -> Any:
-    """The module of the layers' operators for a backend."""
-    if backend == "reference":
-        return layers_reference
-    module = layers_reference.fused(backend, torch.device("cpu"))
-    assert module is not None
-    return module
-
-
-def layer_call(draw: Draw, name: str, given: tuple, tolerance: float) -> Call:
-    """``name`` of the layers against itself in float64; the chain of a model rounds at each of its steps."""
-
-    def wide(part: Any) -> Any:
-        if isinstance(part, list):
-            return [wide(one) for one in part]
-        return part.double().clone(memory_format=torch.contiguous_format) if isinstance(part, Tensor) else part
-
-    dtype = next(part for part in given if isinstance(part, Tensor)).dtype
-    want = getattr(layers_reference, name)(*wide(list(given)))
-    want = [want] if isinstance(want, Tensor) else list(want)
-
-    def check(got: Any) -> None:
-        nothing_else_changed(draw)
-        found = [got] if isinstance(got, Tensor) else list(got)
-        for number, (one, expected) in enumerate(zip(found, want, strict=True)):
-            assert one.dtype == dtype, f"{name}: {one.dtype}"
-            sizes = expected[expected.isfinite()].abs()
-            size = max(sizes.max().item() if sizes.numel() else 0.0, 1e-3)
-            close(one, expected, tolerance * ROUNDING[dtype] * size + DENORMAL[dtype], f"{name} {number}")
-
-    return Call(lambda backend: getattr(layers_of(backend), name)(*given), check)
-
-
-def layer_dtype(draw: Draw) -> torch.dtype:
-    return draw.pick.choice(draw.floats)
-
-
-def poisoned(draw: Draw, content: Tensor) -> Tensor:
-    """Now and then with a number that is none."""
-    if content.numel() and draw.chance(0.15):
-        content.view(-1)[draw.pick.randrange(content.numel())] = draw.one(math.nan, math.inf, -math.inf)
-    return content
-
-
-def rms_norm(draw: Draw) -> Call:
-    dtype, size = layer_dtype(draw), draw.one(1, 5, 16, 40, 96, 128, 700)
-    shape = (draw.one(0, 1, 2, 3), draw.one(1, 1, 5), size)
-    x = draw.normal(*shape) * draw.one(1.0, 3.0, 1e-3)
-    x = draw.place(poisoned(draw, x).to(dtype), expand=(0,))
-    weight = draw.place(draw.normal(size).to(dtype))
-    draw.tell(f"{list(shape)} {x.stride()} {dtype}")
-    return layer_call(draw, "rms_norm", (x, weight, draw.one(1e-5, 1e-6, 1e-2)), 3)
-
-
-def gate_mul(draw: Draw) -> Call:
-    dtype = layer_dtype(draw)
-    shape = draw.one((1, 1, 1), (2, 3, 37), (1, 1, 1111), (4, 1, 64), (0, 1, 8))
-    gate, up = (draw.place(poisoned(draw, 4 * draw.normal(*shape)).to(dtype)) for _ in range(2))
-    draw.tell(f"{list(shape)} {gate.stride()} {up.stride()} {dtype}")
-    return layer_call(draw, "gate_mul", (gate, up), 4)
-
-
-def rotate(draw: Draw) -> Call:
-    dtype, dim = layer_dtype(draw), draw.one(2, 6, 16, 24, 64, 80)
-    batch, columns = draw.one(0, 1, 2, 3), draw.one(1, 1, 2, 5)
-    heads, kv_heads = draw.pick.choice(HEADS)
-    query = draw.place(poisoned(draw, draw.normal(batch, heads, columns, dim)).to(dtype), expand=(0,))
-    key = draw.place(draw.normal(batch, kv_heads, columns, dim).to(dtype), expand=(0, 1))
-    angle = 6 * draw.uniform(draw.one(1, batch) if batch else 1, columns, dim)
-    cos, sin = draw.place(angle.cos().to(dtype), expand=(0,)), draw.place(angle.sin().to(dtype), expand=(0,))
-    draw.tell(f"{list(query.shape)} {query.stride()} {kv_heads} {key.stride()} {list(cos.shape)} {cos.stride()} {dtype}")
-    return layer_call(draw, "rotate", (query, key, cos, sin), 3)
-
-
-def linears(draw: Draw) -> Call:
-    dtype, size = layer_dtype(draw), draw.one(1, 5, 40, 96, 300, 513)
-    x = draw.place(poisoned(draw, draw.normal(1, 1, size)).to(dtype))
-    weights, biases = [], []
-    for _ in range(draw.one(1, 2, 3)):
-        count = draw.one(1, 3, 16, 17, 50)
-        weights.append(draw.place((draw.normal(count, size) / size**0.5).to(dtype), adjacent=True))
-        biases.append(draw.one(None, draw.place(draw.normal(count).to(dtype), adjacent=True)))
-    draw.tell(f"{size} -> {[len(weight) for weight in weights]} {dtype}")
-    return layer_call(draw, "linears", (x, weights, biases), 4)
-
-
-def gated(draw: Draw) -> Call:
-    dtype, size, count = layer_dtype(draw), draw.one(1, 5, 40, 96, 300, 1100), draw.one(1, 3, 4, 17, 50)
-    x = draw.place(draw.normal(1, 1, size).to(dtype))
-    gate, up = (draw.place((draw.normal(count, size) / size**0.5).to(dtype), adjacent=True) for _ in range(2))
-    draw.tell(f"{size} -> {count} {dtype}")
-    return layer_call(draw, "gated", (x, gate, up), 8)
-
-
-LAYERS: dict[str, Callable[[Draw], Call]] = {
-    "rms_norm": rms_norm, "gate_mul": gate_mul, "rotate": rotate, "linears": linears, "gated": gated,
-}  # fmt: skip
-# how often, and how
-OPERATORS: dict[str, tuple[int, Callable[[Draw], Call]]] = {
-    "decode_attention": (6, decode_attention),
-    "decode_step": (5, decode_step),
-    "score_last_query": (2, score_last_query),
-    "select_tokens": (4, select_tokens),
-    "predict_rate": (2, predict_rate),
-    "compact_": (3, compact_),
-    "reorder_": (2, reorder_),
-    **{name: (1, function) for name, function in LAYERS.items()},
-}

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.differential.backends import BACKENDS
 from tests.differential.draw import Draw
-from tests.differential.operators import LAYERS, OPERATORS
+from tests.differential.registry import OPERATORS
 
 
 def run(
@@ -18,12 +18,13 @@ def run(
     """Runs the calls of these numbers and prints the misses; how many there were."""
     backend = BACKENDS[name]()
     for operator in operators or ():
-        if operator not in OPERATORS or (operator in LAYERS and not backend.layers):
-            raise SystemExit(f"--operators: expected some of {', '.join(OPERATORS)} that {name} has, got {operator}")
+        if operator not in OPERATORS or operator in backend.without:
+            names = [known for known in OPERATORS if known not in backend.without]
+            raise SystemExit(f"--operators: expected some of {', '.join(names)} for {name}, got {operator}")
     missed, start, seen = 0, time.monotonic(), Counter()
     for done, number in enumerate(numbers, 1):
         draw = Draw(seed, number, backend.floats)
-        operator = draw_operator(draw, backend.layers, operators)
+        operator = draw_operator(draw, backend.without, operators)
         seen[operator] += 1
         try:
             one(backend, operator, draw)
@@ -44,8 +45,8 @@ def run(
     return missed
 
 
-def draw_operator(draw: Draw, layers: bool, operators: Sequence[str] | None) -> str:
-    names = [name for name in operators or OPERATORS if layers or name not in LAYERS]
+def draw_operator(draw: Draw, without: Sequence[str], operators: Sequence[str] | None) -> str:
+    names = [name for name in operators or OPERATORS if name not in without]
     return draw.pick.choices(names, [OPERATORS[name][0] for name in names])[0]
 
 

@@ -62,6 +62,20 @@ def test_compact_many_tensors(count):
     check_compact(rows, [20, 15], [7, 15])
 
 
+def test_compact_in_several_rounds():
+    """So many sequences that one block makes all moves of one of them."""
+    batch, count = (1024, 8) if harness.PLAIN else (8, 2)
+    rows = [torch.arange(400).repeat(batch, 1).to(torch.int16) for _ in range(count)]
+    lengths, counts = [0] * batch, [0] * batch
+    lengths[7], counts[7] = 400, 200
+    kept = torch.zeros(batch, 200, dtype=torch.int32)
+    kept[7] = torch.cat([torch.arange(0, 40, 2), torch.arange(220, 400)])
+    want = rows[0].clone()
+    want[7] = spec.compact(want[7], kept[7].tolist())
+    harness.run("compact_", rows, kept, *(torch.tensor(n, dtype=torch.int32) for n in (counts, lengths)))
+    assert all(torch.equal(got, want) for got in rows)
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 def test_compact_views(shift):
     """Text rows behind the visual ones stay; slices of a wider buffer, a transposed one and one of odd addresses take part."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dyrate_kernels import ops
+from dyrate_kernels.triton_kernels import backend
 from tests.interpreter import harness
 from tests.ops import spec
 
@@ -31,6 +32,19 @@ def test_compact(capacity):
             ops.compact_(rows, kept, n_kept, torch.tensor(lengths, dtype=torch.int32), backend="triton")
         for got, expected in zip(rows, want, strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("programs", [8192, 1])
+def test_compact_more_moves_than_a_program_makes_at_once(programs, monkeypatch):
+    """By several programs, and by one in several rounds."""
+    monkeypatch.setattr(backend, "MOVERS", programs)
+    rows = tensors(1, 400, (torch.float32,))
+    kept = torch.cat([torch.arange(0, 40, 2), torch.arange(220, 400)]).int()[None]
+    want = [spec.compact(t[0], kept[0].tolist()) for t in rows]
+    with harness.settings():
+        ops.compact_(rows, kept, *(torch.tensor([n], dtype=torch.int32) for n in (200, 400)), backend="triton")
+    for got, expected in zip(rows, want, strict=True):
+        assert torch.equal(got[0], expected)
 
 
 def test_compact_views():
