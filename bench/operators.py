@@ -1,4 +1,4 @@
-"""Operators, each beside its floor and its dense twin: the first rows of the table in design.md, section 10.
+"""Operators, each beside its floor and its dense twin: the first rows of the table in docs/design.md, section 10.
 
     python -m bench.operators OUT.json [--toy] [--seconds 100]
     python -m bench.operators --compile      # builds every kernel that the other call launches, into Triton's cache

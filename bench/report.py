@@ -74,7 +74,7 @@ def markdown(report: dict[str, Any]) -> str:
     text += [_table(["what", "value"], ((key, value) for key, value in here.items() if key != "backends")), ""]
     text += [_table(["backend", "state"], here["backends"].items()), "", "## Parts", ""]
     text += [_table(["part", "status", "seconds", "budget", "log"], ([p[k] for k in PART] for p in report["parts"])), ""]
-    text += ["## Targets (design.md, section 10)", ""]
+    text += ["## Targets (docs/design.md, section 10)", ""]
     verdict = {True: "met", False: "MISSED", None: "not measured"}
     text += [
         _table(

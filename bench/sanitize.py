@@ -136,7 +136,8 @@ def main() -> None:
     if not usable:
         print(f"no compiled kernels can run: {states}")
         sys.exit(1)
-    wrong = sum(map(triton_placement, ("same_launch", "second_launch"), (device, device))) if "triton" in usable else 0
+    decisions = ("same_launch", "second_launch", "two_launches")
+    wrong = sum(triton_placement(where, device) for where in decisions) if "triton" in usable else 0
     wrong += compare(device, "cuda", "") if "cuda" in usable else 0
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -144,7 +145,7 @@ def main() -> None:
 
 
 def triton_placement(where: str, device: torch.device) -> int:
-    """Compares the Triton kernels with the decision in the attention's launch or in a second one; how many results are wrong."""
+    """Compares the Triton kernels with the decision in the attention's launch or in those after it; how many results are wrong."""
     from dyrate_kernels.triton_kernels import plan
 
     usual = plan.settings(plan.INTERPRETED if device.type == "cpu" else torch.cuda.get_device_name(device), 1, 64, 2, "score")

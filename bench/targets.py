@@ -1,4 +1,4 @@
-"""The targets of design.md, section 10, held against a record's rows: met or not, and a sentence on each with the cause that the rows show.
+"""The goals of docs/design.md, section 10, held against a record's rows: met or not, and a sentence on each with the cause that they show.
 
 Only measured rows that are right count. Causes come from other rows of the same record: a row's floor, the same work at other sizes, the
 pieces of a step alone, and the experiments (``bench.experiments``) where their rows are there.

@@ -37,7 +37,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # in the order in which they are tried
     "warp_rows": (False, True),
     "max_registers": (168, 128, None),
     "min_blocks": (2, 1, 4, 8),
-    "decision": ("same_launch", "second_launch"),
+    "decision": ("same_launch", "second_launch", "two_launches"),
 }
 TOY_CHOICES = {"block_n": (16,), "decision": ("same_launch",)}
 

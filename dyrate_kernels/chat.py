@@ -85,7 +85,7 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 @contextlib.contextmanager
 def _able_to_pad(tokenizer: Any, rows: int) -> Iterator[dict[str, Any]]:
-    """How to pad so many rows on the left. A tokenizer without a padding token pads with its end token meanwhile: the mask hides it."""
+    """Lets so many rows be padded on the left. A tokenizer without a padding token pads with its end token meanwhile: the mask hides it."""
     if rows == 1:
         yield {}
         return

@@ -1,5 +1,5 @@
 """What pruning costs and saves: FLOPs by FastV's formula and exactly, and the bytes that a decode step reads
-(methods.md, sections 2 and 4).
+(docs/costs.md).
 
 Three cost axes, never mixed:
 
@@ -145,7 +145,7 @@ def item_bytes(dtype: torch.dtype) -> int:
 
 
 def weight_bytes(shape: ModelShape) -> int:
-    """Bytes of the text model's weights in ``shape.dtype``, or as stored where they are quantised ("the weights", methods.md, section 4).
+    """Bytes of the text model's weights in ``shape.dtype``, or as stored where they are quantised ("the weights" of docs/costs.md).
 
     The input embedding is among them although a step reads only a row a sequence of it (2 % of a 7B Llama, 7 % of
     Qwen2.5-7B), so a bound computed from this errs on the side of promising less.

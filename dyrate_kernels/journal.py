@@ -76,7 +76,7 @@ class Journal:
         return found
 
     def wrong(self, number: int, error: Exception) -> ValueError:
-        """What to raise where a line does not hold what it should; the first one has number 1."""
+        """Returns the error to raise where a line does not hold what it should; the first one has number 1."""
         return ValueError(f"{self.path} line {number} is no answer of this version ({error}); give another folder, or remove the file")
 
     def add(self, *lines: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ class Journal:
 
 
 def is_journal(path: Path) -> bool:
-    """Whether a file begins as a journal does."""
+    """Returns whether a file begins as a journal does."""
     if not is_file(path):
         return False
     with path.open("rb") as file:
@@ -98,7 +98,7 @@ def is_journal(path: Path) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON is of a dataclass's type: plain ones, lists of them, ``X | None``; others are not looked at.
+    """Returns whether a value of JSON is of a dataclass's type: plain ones, lists of them, ``X | None``; others are not looked at.
     Numbers must fit into 64 bits, as in the tables that are made of them.
     """
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -85,7 +85,7 @@ def _read(path: Path) -> tuple[Any, list[int]]:
 
 
 def _are_lines(values: list[Any], texts: list[str]) -> bool:
-    """Whether a file that is not one JSON value is JSON lines, some of them broken, rather than one value over many lines that is."""
+    """Returns whether a file that is no JSON value is JSON lines, some of them broken, rather than one value over many lines that is."""
     objects = sum(isinstance(value, dict) for value in values)
     if not objects:
         return False

@@ -90,7 +90,7 @@ def check_name(name: str | None) -> None:
 
 
 def quantization_config(quantize: str, name: str, dtype: Any) -> Any:
-    """What transformers' ``from_pretrained`` takes as ``quantization_config``: only linear layers of the language model, but not its head.
+    """Returns a ``quantization_config`` for transformers' ``from_pretrained``: of the language model's linear layers, but not its head.
 
     Args:
         quantize: a key of ``QUANTIZATIONS``.

@@ -67,7 +67,7 @@ class Probe:
 
 @functools.cache
 def build_info() -> BuildInfo:
-    """What setup.py recorded. Never raises: a source tree that was not installed says so in ``reason``."""
+    """Returns the record of setup.py. Never raises: a source tree that was not installed says so in ``reason``."""
     try:
         recorded = json.loads(_BUILD_INFO.read_text(encoding="utf-8"))
         return BuildInfo(

@@ -95,7 +95,7 @@ def read_picture(source: str | Path | bytes | Image, max_pixels: int = MAX_PIXEL
 
 
 def find_picture(value: Any, folder: Path) -> Path | bytes | Image:
-    """What ``read_picture`` takes, of what a cell of a table or an entry of a file holds.
+    """Returns the part that ``read_picture`` takes of what a cell of a table or an entry of a file holds.
 
     Args:
         value: bytes; a file's path, a data URL or base64 as text; a picture of Pillow; numbers 0..255: a file's bytes, or pixels
@@ -153,7 +153,7 @@ def _first(values: list[Any], folder: Path) -> Path | bytes | Image:
 
 
 def is_numbers(value: Any) -> bool:
-    """Whether a list is one of whole numbers, or of lists of them: one picture, not several."""
+    """Returns whether a list is one of whole numbers, or of lists of them: one picture, not several."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return isinstance(value, int) and not isinstance(value, bool)
@@ -219,7 +219,7 @@ def _binary(content: bytes) -> bytes:
 
 
 def _of_base64(text: bytes) -> bytes | None:
-    """What a text is in base64, whose two last letters may be those of URLs and whose padding may be missing; None: it is none."""
+    """Returns the bytes of a text in base64, whose last two letters may be those of URLs and whose padding may be missing; else None."""
     letters = b"".join(text.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     try:
         return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
@@ -228,7 +228,7 @@ def _of_base64(text: bytes) -> bytes | None:
 
 
 def _is_known(content: bytes) -> bool:
-    """Whether a picture's file begins so."""
+    """Returns whether a picture's file begins so."""
     from PIL import Image
 
     try:

@@ -34,7 +34,7 @@ _FINGERPRINT = ("model_type", "hidden_size", "num_layers", "num_heads")
 
 def named_rates(name: str, count: int) -> tuple[float, ...]:
     """The two published sets of K = ``count`` rates: ``"half_open"`` i/K, ``"closed"`` linspace(0, 1, K)
-    (methods.md, section 1).
+    (docs/methods/dyrate.md).
 
     Raises:
         ValueError: another name.
@@ -75,9 +75,8 @@ class ClosedForm:
     With v the visual mass (mean over heads) of a step and v0 that of step 0, the thresholds are ``t_j v0``, ``t_j =
     (2 (K-1-j) + 1/2) / K`` for j = 0..K-2 [choice]: 1.7, 1.3, .9, .5 for K = 5. So v = v0 gives the middle rate, and
     falling mass prunes more. The half keeps every threshold away from 1, where step 0 stands: without it, rounding
-    would choose the rate of step 0 for even K. The buckets are the upper envelope of K lines in v with slopes K-1 .. 0, hence an
-    argmax of a
-    linear layer whose bias is ``v0 * bias``. v0 = 0, and NaN, keep the first rate.
+    would choose the rate of step 0 for even K. The buckets are the upper envelope of K lines in v with slopes
+    K-1 .. 0, hence an argmax of a linear layer whose bias is ``v0 * bias``. v0 = 0, and NaN, keep the first rate.
 
     Args:
         num_heads: Hq.
@@ -171,7 +170,7 @@ class DyRatePredictor(nn.Module):
         return logits + nn.functional.linear(hidden.to(self.weight.dtype), self.hidden_weight)
 
     def _named(self) -> dict[str, nn.Parameter]:
-        """What is saved."""
+        """Returns the tensors that are saved, by name."""
         return dict(self.named_parameters())
 
     def shifted(self, amount: float) -> DyRatePredictor:
@@ -284,7 +283,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def _check_numbers(num_heads: Any, rates: Any, k: Any, spread: Any, text_size: Any) -> tuple[float, ...]:
-    """What a predictor's tensors are made from, before any is. Returns the rates.
+    """Checks what a predictor's tensors are made from, before any is; returns the rates.
 
     Raises:
         TypeError, ValueError: a number has no meaning; names it.

@@ -50,7 +50,7 @@ class Registry(Generic[T]):
         return cls(**options)
 
     def parse(self, text: str, **options: Any) -> T:
-        """What a text names: ``fastv:k=2:rate=0.75``.
+        """Makes what a text names: ``fastv:k=2:rate=0.75``.
 
         Args:
             options: beside those of the text, and before them.
@@ -61,7 +61,7 @@ class Registry(Generic[T]):
         return self.make(specs.call(text, self.kind), **options)
 
     def make(self, call: specs.Call, **options: Any) -> T:
-        """What a call names; one in the place of a value is made first."""
+        """Makes what a call names; one in the place of a value is made first."""
         given = {name: self.make(value) if isinstance(value, specs.Call) else value for name, value in call.options.items()}
         return self.get(call.name, **{**given, **options})
 

@@ -61,7 +61,7 @@ class Stats:
             counts of the unpatched model, for each sequence alone (``dyrate_kernels.flops``, axis 2).
         flops_unreduced, bytes_read_unreduced: likewise with every visual token and without the reducers.
         paper_cost: FastV's formula over the whole sequence, mean over steps, as a fraction of the model with every visual token (before
-            reducers too; methods.md, section 4, axis 1).
+            reducers too; docs/costs.md, axis 1).
         exact_cost: the same with the real layer in place of FastV's formula, whose MLP lacks the gate. Neither knows sliding windows.
         bytes_read, bytes_read_unpruned: weights, as the model holds them, and key/value rows inside the windows that the decode steps read.
     """

@@ -378,8 +378,7 @@ def inputs(model: Any, rows: Sequence[Row], *, seed: int = 0, pad_to: int | None
 
     Returns:
         ``input_ids`` and ``attention_mask`` int64 ``[B, S]``, and ``pixel_values``, ``image_sizes``, ``batch_num_images``,
-        ``pixel_values_videos`` as the
-        family and the rows need them.
+        ``pixel_values_videos`` as the family and the rows need them.
     """
     family = model.config.model_type
     ids: list[list[int]] = []

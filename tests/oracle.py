@@ -5,7 +5,7 @@ The oracle copies an unpatched model, gives its text attention an explicit float
 So every forward pass sees the whole sequence, and which visual columns a row may read in layers >= k is a function of that sequence alone:
 it is worked out anew, row by row, from the probabilities of layer k-1. Beams, sampling and several answers per prompt need no further code.
 
-Nothing of ``dyrate_kernels`` is imported here; the rules are written down again from shared/methods.md.
+Nothing of ``dyrate_kernels`` is imported here; the rules are written down again from docs/methods and the papers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SYSTEM, IMAGE, INSTRUCTION, RESPONSE = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Rule:
-    """One method's options, as methods.md words them.
+    """One method's options, as docs/methods words them.
 
     Attributes:
         name: none, fixed, fastv, vtw, depth, schedule, uniform, dyrate, threshold, st3, dycoke, pyramiddrop, layerwise,

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from .decision import decide_row, predict_class
 from .dependent import follow
+from .rotary import rotate_part
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -292,25 +293,25 @@ def importance_columns(
 def decode_attention_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, n_visual_ptr, n_text_ptr,
     list_ptr, n_list_ptr, text_type_ptr, position_ptr, query_position_ptr, new_key_ptr, new_value_ptr,
-    table_ptr, sequence_ptr, text_position_ptr,
+    table_ptr, sequence_ptr, text_position_ptr, cos_ptr, sin_ptr,
     part_ptr, part_stat_ptr, head_stat_ptr, counter_ptr, logit_ptr, mass_ptr, importance_ptr,
     weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr, alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr,
     scale, window, dim, value_dim, heads, visual_capacity, logit_capacity, min_blocks, features, classes, text_listed,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kr, stride_kd, stride_vb, stride_vh, stride_vr, stride_vd,
-    stride_lb, stride_tb, stride_pb, stride_pq, stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_bt, stride_xb,
+    stride_lb, stride_tb, stride_pb, stride_pq, stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_cb, stride_nb, stride_bt, stride_xb,
     stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
     G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, DOT: tl.constexpr, ROW_WARPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, STAGES: tl.constexpr, BLOCK_T: tl.constexpr,
     HAS_OUTPUT: tl.constexpr, HAS_MASS: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LIST: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_NEW: tl.constexpr, IMPORTANCE: tl.constexpr, DECIDE: tl.constexpr,
+    HAS_NEW: tl.constexpr, HAS_ROTARY: tl.constexpr, IMPORTANCE: tl.constexpr, DECIDE: tl.constexpr,
     HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
     PAGED: tl.constexpr, SHARED_LIST: tl.constexpr, SAME_STRIDES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(splits, Hkv, B)``; see the module for the phases and ``backend.decode_attention`` for the tensors.
 
-    MAX_SPLITS is the power of two that holds so many.
+    MAX_SPLITS is the power of two that holds so many. HAS_ROTARY: the query and the new key come before their rotary embedding.
 
     PAGED: rows of a block, 0 where rows are not paged. Then ``b`` is a query row of sequence ``sequence[b]`` (None: ``b``), whose rows
     ``table`` finds in key and value ``[blocks, Hkv, rows, D]``; n_text counts all of its rows; ``list`` holds positions, of the sequence's
@@ -368,11 +369,22 @@ def decode_attention_kernel(
         values += b * stride_vb
     queries = query_ptr + b * stride_qb + first_head.to(tl.int64) * stride_qh
 
+    if HAS_ROTARY:  # cos and sin of this sequence's newest position; every program rotates its queries, which is a few elements
+        half = dim // 2
+        is_low = offset_d < half
+        other_d = tl.where(is_low, offset_d + half, offset_d - half)
+        cos = tl.load(cos_ptr + b * stride_cb + offset_d, mask=offset_d < dim, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + b * stride_nb + offset_d, mask=offset_d < dim, other=0.0).to(tl.float32)
+
     if HAS_NEW:
         # the newest text row belongs to this program alone: it writes it, then reads it back with the others
         if (split == splits - 1) & (n_text > 0):
             new_row = (visual_capacity + n_text - 1).to(tl.int64)
-            new_key = tl.load(new_key_ptr + b * stride_nkb + kv_head * stride_nkh + offset_d, mask=offset_d < dim, other=0.0)
+            source = new_key_ptr + b * stride_nkb + kv_head * stride_nkh
+            new_key = tl.load(source + offset_d, mask=offset_d < dim, other=0.0)
+            if HAS_ROTARY:
+                other = tl.load(source + other_d, mask=offset_d < dim, other=0.0).to(tl.float32)
+                new_key = rotate_part(new_key.to(tl.float32), tl.where(is_low, -other, other), cos, sin, new_key.dtype)
             tl.store(keys + new_row * stride_kr + offset_d * stride_kd, new_key, mask=offset_d < dim)
             new_value = tl.load(new_value_ptr + b * stride_nvb + kv_head * stride_nvh + offset_v, mask=offset_v < value_dim, other=0.0)
             tl.store(values + new_row * stride_vr + offset_v * stride_vd, new_value, mask=offset_v < value_dim)
@@ -384,6 +396,13 @@ def decode_attention_kernel(
             mask=(offset_g < G)[:, None] & (offset_d < dim)[None, :],
             other=0.0,
         )
+        if HAS_ROTARY:
+            other = tl.load(
+                queries + offset_g[:, None] * stride_qh + other_d[None, :] * stride_qd,
+                mask=(offset_g < G)[:, None] & (offset_d < dim)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            q = rotate_part(q.to(tl.float32), tl.where(is_low[None, :], -other, other), cos[None, :], sin[None, :], q.dtype)
         if ROW_WARPS == 1:
             m = tl.full([BLOCK_G], float("-inf"), tl.float32)
             norm = tl.zeros([BLOCK_G], dtype=tl.float32)
@@ -394,7 +413,11 @@ def decode_attention_kernel(
             norm = tl.zeros([ROW_WARPS, BLOCK_G], dtype=tl.float32)
             acc = tl.zeros([ROW_WARPS, BLOCK_G, BLOCK_V], dtype=tl.float32)
     else:
-        q = tl.load(queries + offset_d * stride_qd, mask=offset_d < dim, other=0.0).to(tl.float32)
+        q = tl.load(queries + offset_d * stride_qd, mask=offset_d < dim, other=0.0)
+        if HAS_ROTARY:
+            other = tl.load(queries + other_d * stride_qd, mask=offset_d < dim, other=0.0).to(tl.float32)
+            q = rotate_part(q.to(tl.float32), tl.where(is_low, -other, other), cos, sin, q.dtype)
+        q = q.to(tl.float32)
         m = tl.full([BLOCK_N], float("-inf"), tl.float32)
         norm = tl.zeros([BLOCK_N], dtype=tl.float32)
         acc = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
@@ -580,13 +603,15 @@ def decide_kernel(
     weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr, alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr,
     heads, counters, visual_capacity, logit_capacity, features, classes, stride_lb,
     stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
-    DECIDE: tl.constexpr, HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
+    DECIDE: tl.constexpr, LAST: tl.constexpr, HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr,
+    HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
     PAGED: tl.constexpr, SHARED_LIST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Phase 3 as a launch of its own, grid ``(ceil(visual_capacity / BLOCK_I), B)``: many programs share the sum over heads.
 
-    The last program of a sequence decides. Which form is faster is a matter of measurement (``plan.Settings.decision``).
+    The last program of a sequence decides where LAST; else ``decide_rows_kernel`` does, and this one only predicts the rate. Which form is
+    faster is a matter of measurement (``plan.Settings.decision``).
     PAGED: n_visual is the length of the list of positions, as in ``decode_attention_kernel``.
     """
     follow(PDL)
@@ -603,7 +628,7 @@ def decide_kernel(
         logit_ptr, head_stat_ptr, importance_ptr, logit_ptr, b, start, start + BLOCK_I, n, visual_capacity, logit_capacity, heads, heads,
         False, False, BLOCK_H, BLOCK_I,
     )  # fmt: skip
-    if DECIDE:
+    if DECIDE and LAST:
         if not _finished(counter_ptr + b * counters + counters - 1, tl.num_programs(0) - 1):
             return
         places = list_ptr
@@ -618,3 +643,30 @@ def decide_kernel(
             stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
             HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS, HAS_PREDICTOR, PAGED,
         )  # fmt: skip
+
+
+@triton.jit
+def decide_rows_kernel(
+    n_visual_ptr, list_ptr, sequence_ptr, mass_ptr, importance_ptr,
+    weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr, alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr,
+    visual_capacity, features, classes, stride_lb,
+    stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
+    HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
+    PAGED: tl.constexpr, SHARED_LIST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence decides, once ``decide_kernel`` has summed the importance and predicted the rate."""
+    follow(PDL)
+    b = tl.program_id(0).to(tl.int64)
+    places = list_ptr
+    if PAGED:
+        owner = b
+        if SHARED_LIST and sequence_ptr is not None:
+            owner = tl.load(sequence_ptr + b).to(tl.int64)
+        places = list_ptr + owner * stride_lb
+    decide_row(
+        mass_ptr + b * features, importance_ptr + b * visual_capacity, weight_ptr, bias_ptr, rates_ptr, count_ptr, score_ptr,
+        alive_ptr, max_kept_ptr, kept_ptr, n_kept_ptr, rate_ptr, places, b, tl.load(n_visual_ptr + b), visual_capacity, features, classes,
+        stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
+        HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS, HAS_PREDICTOR, PAGED,
+    )  # fmt: skip

@@ -21,7 +21,7 @@ from dyrate_kernels.ops.forms import Step, empty_step, form, last_contiguous, re
 
 from . import interpreted, interpreter, plan
 from . import rows as moving
-from .attention import decide_kernel, decode_attention_kernel
+from .attention import decide_kernel, decide_rows_kernel, decode_attention_kernel
 from .decision import predict_rate_kernel, select_tokens_kernel
 from .launch import Launch, dependent_launch, start
 
@@ -61,12 +61,14 @@ class _Attention:
     Attributes:
         launch: of ``decode_attention_kernel``.
         decide: of ``decide_kernel``, where the decision takes a launch of its own.
+        select: of ``decide_rows_kernel``, where it takes two.
         scratch: elements of each scratch buffer, by name; None where it is not used.
         programs: on a multiprocessor that the plan wants; None: whatever fits.
     """
 
     launch: Launch
     decide: Launch | None
+    select: Launch | None
     scratch: dict[str, int | None]
     programs: int | None
 
@@ -135,9 +137,15 @@ def _fit_attention(shape: Callable[..., _Attention], device: torch.device, befor
     return made
 
 
+def shared_stride(rotation: Tensor | None) -> int:
+    """From one sequence's row to the next one's; 0 where all of them share it."""
+    return 0 if rotation is None or rotation.shape[0] == 1 else rotation.stride(0)
+
+
 def _prepare_attention(
     query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, text_type: Tensor | None, position: Tensor | None,
-    query_position: Tensor | None, new_key: Tensor | None, new_value: Tensor | None, visual_capacity: int, scale: float,
+    query_position: Tensor | None, new_key: Tensor | None, new_value: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    visual_capacity: int, scale: float,
     window: int | None, mass: bool, importance: bool, output: bool, decide: dict[str, Tensor | None] | None, bias: Tensor | None,
     pages: Pages | None, programs: int | None, max_registers: int | None,
 ) -> _Attention:  # fmt: skip
@@ -163,7 +171,7 @@ def _prepare_attention(
         capacity, "score" if importance else "list" if listed else "plain", plan.overridden(),
         programs,
     )  # fmt: skip
-    second = importance and how.second_launch and (pages is not None or not listed)
+    second = importance and how.decision != "same_launch" and (pages is not None or not listed)
     decision = decide or {}
     weight, score, alive, max_kept = (decision.get(name) for name in ("weight", "score", "alive", "max_kept"))
     features, classes = heads * 4, 0 if weight is None else weight.shape[0]
@@ -171,29 +179,35 @@ def _prepare_attention(
     wide = score is not None and score.dtype == torch.float64
     flags = (weight is not None, score is not None, alive is not None, max_kept is not None, wide)
     block_h, block_i = plan.importance(heads if second else kv_heads)
+    if second and how.decision == "two_launches":
+        block_i = plan.sum_columns(block_i, visual_capacity, batch, multiprocessors)
     block_s, chunks = plan.select(visual_capacity, plan.SELECT_BLOCK if second else plan.SELECT_BLOCK_IN_ATTENTION)
     blocks = (block_h, block_i, max(triton.next_power_of_2(features), 16), block_s, chunks)
     rest = (
         scale, window or 0, dim, value_dim, heads, visual_capacity, logit_capacity, how.min_blocks, features, classes, paging[0],
         *query.stride(), *key.stride(), *value.stride(),
         strides(kept, 2)[0], strides(text_type, 2)[0], strides(position, 2)[0], strides(query_position, 1)[0],
-        *strides(new_key, 3)[:2], *strides(new_value, 3)[:2], *paging[1:3], *choice,
+        *strides(new_key, 3)[:2], *strides(new_value, 3)[:2], *(shared_stride(rotation) for rotation in (cos, sin)), *paging[1:3], *choice,
         heads // kv_heads, how.block_g, how.block_c, how.dot, how.row_warps, how.block_n, how.block_d, how.block_v,
         how.max_splits, how.split_tile, how.num_stages, how.block_t,
-        output, mass, importance, listed, has_window, new_key is not None, importance and not second,
+        output, mass, importance, listed, has_window, new_key is not None, cos is not None, importance and not second,
         decide is not None and not second, *flags, *blocks, *paging[3:],
     )  # fmt: skip
     grid = (how.splits, kv_heads, batch)
     dependent = dependent_launch(query.device)
     launch = Launch(decode_attention_kernel, grid, rest, how.num_warps, how.num_stages, how.max_registers or max_registers, dependent)
-    deciding = None
+    deciding = selecting = None
     if second:
+        apart = decide is not None and how.decision == "two_launches"
         rest = (
             heads, kv_heads + 1, visual_capacity, logit_capacity, features, classes, strides(kept, 2)[0], *choice,
-            decide is not None, *flags, *blocks, pages is not None, paging[4],
+            decide is not None, not apart, *flags, *blocks, pages is not None, paging[4],
         )  # fmt: skip
         grid = (max(triton.cdiv(visual_capacity, block_i), 1), batch, 1)
         deciding = Launch(decide_kernel, grid, rest, plan.DECIDE_WARPS, dependent=dependent)
+        if apart:
+            rest = (visual_capacity, features, classes, strides(kept, 2)[0], *choice, *flags, *blocks[2:], pages is not None, paging[4])
+            selecting = Launch(decide_rows_kernel, (batch, 1, 1), rest, plan.SELECT_WARPS, dependent=dependent)
     scratch = {
         "part": batch * heads * how.max_splits * how.block_v if output else None,
         "part_stat": batch * heads * how.max_splits * 2,
@@ -201,15 +215,15 @@ def _prepare_attention(
         "counters": batch * (kv_heads + 1),
         "logits": batch * heads * logit_capacity if importance or mass else None,
     }
-    return _Attention(launch, deciding, scratch, how.programs)
+    return _Attention(launch, deciding, selecting, scratch, how.programs)
 
 
 def _run_attention(
     query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor | None, n_text: Tensor, *, visual_capacity: int, scale: float,
     kept: Tensor | None = None, n_kept: Tensor | None = None, text_type: Tensor | None = None, position: Tensor | None = None,
     query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
-    output: bool = True, new_key: Tensor | None = None, new_value: Tensor | None = None,
-    decide: dict[str, Tensor | None] | None = None, pages: Pages | None = None,
+    output: bool = True, new_key: Tensor | None = None, new_value: Tensor | None = None, cos: Tensor | None = None,
+    sin: Tensor | None = None, decide: dict[str, Tensor | None] | None = None, pages: Pages | None = None,
 ) -> Step:  # fmt: skip
     """One launch of ``decode_attention_kernel``, and of ``decide_kernel`` where the plan says so.
 
@@ -237,20 +251,20 @@ def _run_attention(
     forms = (
         device, visual_capacity, scale, window, mass, importance, output, plan.overridden(), dependent_launch(device), form(query),
         form(key), form(value), form(kept), form(text_type), form(position), form(query_position), form(new_key), form(new_value), choice,
-        None if pages is None else pages.form(),
+        form(cos), form(sin), None if pages is None else pages.form(),
     )  # fmt: skip
     n_visual, n_text, n_kept = vector(n_visual), vector(n_text), vector(n_kept)
     table, sequence, text_position = (None, None, None) if pages is None else pages[:3]
     before = (
         query, key, value, result, n_visual, n_text, kept, n_kept, text_type, position, query_position, new_key, new_value,
-        table, sequence, text_position,
+        table, sequence, text_position, cos, sin,
     )  # fmt: skip
     after = (masses, scores, weight, bias, rates, count, score, alive, max_kept, chosen, chosen_count, rate)
     known = _attentions.get(forms)
     if known is None:
         shape = functools.partial(
-            _prepare_attention, query, key, value, kept, text_type, position, query_position, new_key, new_value, visual_capacity, scale,
-            window, mass, importance, output, decide, bias, pages,
+            _prepare_attention, query, key, value, kept, text_type, position, query_position, new_key, new_value, cos, sin,
+            visual_capacity, scale, window, mass, importance, output, decide, bias, pages,
         )  # fmt: skip
         known = remember(_attentions, forms, _fit_attention(shape, device, before, after))
     stream = stream_of(device)
@@ -259,6 +273,8 @@ def _run_attention(
     if known.decide is not None:
         counted = n_visual if pages is None else n_kept
         known.decide.start(device, stream, (counted, kept, sequence, head_stat, counters, logits, *after))
+        if known.select is not None:
+            known.select.start(device, stream, (counted, kept, sequence, *after))
     return made
 
 
@@ -267,7 +283,7 @@ def decode_attention(
     kept: Tensor | None = None, n_kept: Tensor | None = None, text_type: Tensor | None = None, position: Tensor | None = None,
     query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
     visual_bound: int | None = None, text_bound: int | None = None, clean: bool = False,
-    new_key: Tensor | None = None, new_value: Tensor | None = None,
+    new_key: Tensor | None = None, new_value: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See ``dyrate_kernels.ops.decode_attention``. The bounds and ``clean`` are not needed: lengths are read on the device."""
     if query.dtype == torch.float64:
@@ -275,12 +291,13 @@ def decode_attention(
             query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=kept, n_kept=n_kept,
             text_type=text_type, position=position, query_position=query_position, window=window, mass=mass, importance=importance,
             visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
+            cos=cos, sin=sin,
         )  # fmt: skip
     return _run_attention(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=last_contiguous(kept), n_kept=n_kept,
         text_type=last_contiguous(text_type) if mass else None, position=last_contiguous(position) if window is not None else None,
         query_position=query_position, window=window, mass=mass, importance=importance,
-        new_key=last_contiguous(new_key), new_value=last_contiguous(new_value),
+        new_key=last_contiguous(new_key), new_value=last_contiguous(new_value), cos=last_contiguous(cos), sin=last_contiguous(sin),
     )[:3]  # fmt: skip
 
 
@@ -309,20 +326,22 @@ def decode_step(
     weight: Tensor | None = None, bias: Tensor | None = None, rates: Tensor | None = None, count: Tensor | None = None,
     score: Tensor | None = None, alive: Tensor | None = None, max_kept: Tensor | None = None,
     visual_bound: int | None = None, text_bound: int | None = None, clean: bool = False,
-    new_key: Tensor | None = None, new_value: Tensor | None = None,
+    new_key: Tensor | None = None, new_value: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See ``dyrate_kernels.ops.decode_step``: one launch (two where the plan says so)."""
+    """See ``dyrate_kernels.ops.decode_step``: one launch, two or three, as the plan says."""
     if query.dtype == torch.float64:
         return reference.decode_step(
             query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
             query_position=query_position, window=window, weight=weight, bias=bias, rates=rates, count=count, score=score, alive=alive,
             max_kept=max_kept, visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
+            cos=cos, sin=sin,
         )  # fmt: skip
     decide = {"weight": weight, "bias": bias, "rates": rates, "count": count, "score": score, "alive": alive, "max_kept": max_kept}
     return _run_attention(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=last_contiguous(text_type),
         position=last_contiguous(position) if window is not None else None, query_position=query_position, window=window,
-        mass=True, importance=True, new_key=last_contiguous(new_key), new_value=last_contiguous(new_value), decide=decide,
+        mass=True, importance=True, new_key=last_contiguous(new_key), new_value=last_contiguous(new_value),
+        cos=last_contiguous(cos), sin=last_contiguous(sin), decide=decide,
     )  # fmt: skip
 
 

@@ -1,8 +1,7 @@
 """Starting kernels with little Python: what a launch has in common with earlier ones is prepared once.
 
 Triton's own ``kernel[grid](...)`` looks at every argument of every call. A ``Launch`` fixes everything but the addresses; from its
-second start
-on it goes straight to the driver. A pointer that is not aligned to 16 bytes, a profiler's launch hook and the interpreter take
+second start on it goes straight to the driver. A pointer that is not aligned to 16 bytes, a profiler's launch hook and the interpreter take
 Triton's own way.
 """
 

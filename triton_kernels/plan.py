@@ -17,6 +17,7 @@ import triton
 from dyrate_kernels import devices
 
 INTERPRETED = "interpreter"
+DECISIONS = ("same_launch", "second_launch", "two_launches")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Settings:
         most_splits: of a pair.
         combined: numbers of partial outputs that the combination of splits takes at once; the next ones are fetched meanwhile. With 4096
             grouped queries take more registers than their main loop does (154 against 91 for a kept list, Triton 3.6, sm_90).
-        decision: ``"same_launch"`` (the last block done decides) or ``"second_launch"``.
+        decision: ``"same_launch"`` (the last block done decides), ``"second_launch"`` (of its many programs,
+            which sum over heads, the last of a sequence decides) or ``"two_launches"`` (the sum, which then takes few registers, and the
+            decision).
         tensor_cores: one query head a key/value head goes through ``tl.dot`` as well, padded to sixteen; several always do.
         warp_rows: where heads go through ``tl.dot``, every warp has rows of its own (at least 16: ``block_n`` grows to that) and a softmax
             that meets the other warps' after the loop.
@@ -58,8 +61,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.block_n < 1 or self.block_n & (self.block_n - 1):
             raise ValueError(f"block_n: expected a power of two, got {self.block_n}")
-        if self.decision not in ("same_launch", "second_launch"):
-            raise ValueError(f"decision: expected 'same_launch' or 'second_launch', got {self.decision!r}")
+        if self.decision not in DECISIONS:
+            raise ValueError(f"decision: expected {', '.join(map(repr, DECISIONS[:-1]))} or {DECISIONS[-1]!r}, got {self.decision!r}")
         for name in ("programs_per_sm", "waves", "min_blocks", "most_splits", "combined"):
             number = getattr(self, name)
             if not (number is None and name == "programs_per_sm") and (not isinstance(number, int) or number < 1):
@@ -147,7 +150,7 @@ class AttentionPlan:
     min_blocks: int
     num_warps: int
     num_stages: int
-    second_launch: bool
+    decision: str
     max_registers: int | None
     programs: int | None  # on a multiprocessor that are wanted; None: whatever fits
 
@@ -211,7 +214,7 @@ def attention(
         min_blocks=use.min_blocks,
         num_warps=use.num_warps,
         num_stages=use.num_stages,
-        second_launch=use.decision == "second_launch",
+        decision=use.decision,
         max_registers=use.max_registers,
         programs=use.programs_per_sm,
     )
@@ -235,6 +238,16 @@ def importance(heads: int) -> tuple[int, int]:
     """(rows, columns) of a tile of the sum over heads; one tile holds all rows."""
     block = triton.next_power_of_2(heads)
     return block, max(2048 // block, 16)
+
+
+SUMS_PER_SM = 6  # programs of the sum alone that a multiprocessor holds at least, at 128 columns and four warps (tests/ahead_of_time)
+
+
+def sum_columns(columns: int, tokens: int, batch: int, multiprocessors: int) -> int:
+    """Columns of a program of the sum over heads where it is a launch of its own: so many, up to 128, that all run at once."""
+    while columns < 128 and triton.cdiv(tokens, columns) * batch > SUMS_PER_SM * multiprocessors:
+        columns *= 2
+    return columns
 
 
 _override: Settings | None = None

@@ -15,11 +15,16 @@ from .norms import scale_row
 
 
 @triton.jit
+def rotate_part(x, other, cos, sin, kind: tl.constexpr):
+    """Elements x of a head, rotated against those of its other half (negated for elements of the first half): of float32 values, in
+    ``kind`` and rounded to it where a model rounds."""
+    return ((x * cos).to(kind).to(tl.float32) + (other * sin).to(kind).to(tl.float32)).to(kind)
+
+
+@triton.jit
 def rotate_halves(low, high, cos_low, cos_high, sin_low, sin_high, kind: tl.constexpr):
-    """Both halves of heads, rotated: of float32 values, in ``kind`` and rounded to it where a model rounds."""
-    first = (low * cos_low).to(kind).to(tl.float32) + (-high * sin_low).to(kind).to(tl.float32)
-    second = (high * cos_high).to(kind).to(tl.float32) + (low * sin_high).to(kind).to(tl.float32)
-    return first.to(kind), second.to(kind)
+    """Both halves of heads, rotated as ``rotate_part`` does."""
+    return rotate_part(low, -high, cos_low, sin_low, kind), rotate_part(high, low, cos_high, sin_high, kind)
 
 
 @triton.jit

@@ -1,8 +1,7 @@
 """Kernels that move rows in place: hole filling for eviction, reordering for beams. Many tensors in one launch.
 
 The tensors of a launch are described by a table int64 ``[T, 6]`` on the device, in units of WORD bytes: address, stride of a sequence,
-stride
-of a head, stride of a row, heads, words of a row. A row's words are contiguous.
+stride of a head, stride of a row, heads, words of a row. A row's words are contiguous.
 """
 
 from __future__ import annotations

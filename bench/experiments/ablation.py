@@ -16,7 +16,10 @@ from .problems import Changes, case, shape
 from .runner import Case, Context, Experiment, Planned, Variant
 
 STATISTICS: Changes = {"importance in the attention's launch": {"decision": "same_launch"}}
-DECISION: Changes = {"the decision in the attention's launch": {"decision": "same_launch"}}
+DECISION: Changes = {
+    "the decision in the attention's launch": {"decision": "same_launch"},
+    "the sum over heads and the decision apart": {"decision": "two_launches"},
+}
 
 
 def pieces(toy: bool, heads: str, batch: int) -> Planned:

@@ -51,7 +51,7 @@ class Task:
     max_pixels: int = MAX_PIXELS
 
     def setting(self) -> dict[str, str]:
-        """What captions depend on: captions of another setting do not belong into one file."""
+        """Returns the setting that captions depend on: those of another do not belong into one file."""
         reducers = None if self.vision is None else "+".join(map(str, self.vision))
         model = "bundled" if self.model is None else full_name(self.model)
         given = {"images": self.images, "column": self.column, "id_column": self.id_column, "max_pixels": self.max_pixels,
@@ -139,7 +139,7 @@ class Captioner:
             return error
 
     def _visual_tokens(self, picture: Any) -> int:
-        """How many the processor will make of it; 0 where it cannot say, or always makes as many."""
+        """Returns how many the processor will make of it; 0 where it cannot say, or always makes as many."""
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
         if count is None:
             return 0

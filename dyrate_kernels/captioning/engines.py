@@ -17,7 +17,7 @@ WINDOW = 4  # batches that a worker is handed at a time, and sorts by visual tok
 
 
 def has_ray() -> bool:
-    """Whether Ray Data is installed."""
+    """Returns whether Ray Data is installed."""
     return importlib.util.find_spec("ray") is not None
 
 

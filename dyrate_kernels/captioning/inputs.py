@@ -142,7 +142,7 @@ def _rows(files: Sequence[Path], base: Path, column: str | None, id_column: str 
 
 
 def _id(cell: Any) -> Any:
-    """What an id column holds; None for what Python has no value for: texts that are no UTF-8, times beyond its years."""
+    """Returns the value of an id column; None for what Python has no value for: texts that are no UTF-8, times beyond its years."""
     try:
         return cell.as_py()
     except (ValueError, OverflowError):
@@ -167,8 +167,8 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def payloads(sources: Sequence[Source], column: str | None) -> Iterator[Any]:
-    """What ``read_picture`` takes, in order, or an UnreadableError: a file's path, or what a row holds, whose path is taken below its
-    file's folder.
+    """Yields, in order, what ``read_picture`` takes or an UnreadableError: a file's path, or what a row holds, whose path is taken below
+    its file's folder.
     """
     if column is None:
         yield from (Path(source.file) for source in sources)

@@ -56,7 +56,7 @@ that a step must read, over the copy bandwidth measured in the same run."""
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does it."""
+    """Measures whole models, prints or writes the rows; returns 1 where a result was wrong."""
     import torch
 
     from dyrate_kernels import policies

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does it."""
+    """Searches the layer and prints what each would cost."""
     from dyrate_kernels.training.layer_search import search_layer
 
     source = common.open_source(given, given.limit)

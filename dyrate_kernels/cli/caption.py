@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does it."""
+    """Captions the pictures and prints what was written."""
     from dataclasses import replace
 
     from dyrate_kernels import vision

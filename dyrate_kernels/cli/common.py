@@ -55,7 +55,7 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
 
 
 def add_limit(parser: argparse.ArgumentParser, of: str, *synonyms: str, default: int | None = None) -> None:
-    """How many of what there is are taken.
+    """Adds ``--limit``: how many of what there is are taken.
 
     Args:
         of: what is counted.

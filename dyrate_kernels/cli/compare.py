@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does it."""
+    """Asks every contender and prints the table."""
     image = common.load_image(given.image)
     chosen = contenders.parse(given.policies, given.retention, given.vision)
     model, processor = common.load_model(given)

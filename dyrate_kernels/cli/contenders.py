@@ -60,7 +60,7 @@ def _side(row: specs.Row) -> int:
 def settings(
     config: Any, policy: Any, retention: str, backend: str, device: Any, vision: Any = (), side: int | None = None
 ) -> dict[str, Any]:  # fmt: skip
-    """What a policy is on a model, every default resolved, for JSON.
+    """Returns a policy's settings on a model, every default resolved, for JSON.
 
     Args:
         config: of the model.
@@ -112,7 +112,7 @@ def words(found: dict[str, Any]) -> str:
 
 
 def not_followed(model: Any, sample: bool = False) -> str | None:
-    """What a user should know of the checkpoint's own generation defaults; None: nothing."""
+    """Returns what a user should know of the checkpoint's own generation defaults; None: nothing."""
     from dyrate_kernels import answering
 
     quiet = ("max_length", "output_scores", "output_logits", "output_attentions", "output_hidden_states", "return_dict_in_generate")

@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does it."""
+    """Serves the page until it is stopped."""
     if importlib.util.find_spec("gradio") is None:
         raise ImportError("dyrate demo needs gradio: pip install 'dyrate-kernels[demo]'")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

@@ -81,7 +81,7 @@ def check_labels(labels: list[str], paths: list[Path]) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does it."""
+    """Asks every contender the questions, writes answers and prints the table."""
     from dyrate_kernels.cli import eval_lmms
     from dyrate_kernels.evaluation import against, report
 
@@ -229,7 +229,7 @@ def check_options(given: argparse.Namespace, kind: str) -> None:
 
 
 def machine(model: Any) -> dict[str, str]:
-    """What times were measured on."""
+    """Returns device and versions, beside which times are written."""
     import platform
 
     import torch

@@ -61,7 +61,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def bound(given: argparse.Namespace) -> dict[str, Any]:
-    """The byte model for a named configuration (methods.md, section 4)."""
+    """The byte model for a named configuration (docs/costs.md)."""
     from dyrate_kernels import flops
 
     model = flops.named_model(given.config)
@@ -89,7 +89,7 @@ def bound(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does it."""
+    """Prints what is installed, what can run, and the bound."""
     found = collect(given)
     if given.json:
         common.print_json(found)

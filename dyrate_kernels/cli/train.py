@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does it."""
+    """Trains the predictor, saves it and prints what it cost."""
     try:
         import accelerate  # noqa: F401
     except ImportError:

@@ -49,7 +49,7 @@ _IGNORED = {"image_aspect_ratio"}  # of the original LLaVA's own preprocessing
 
 
 def manifest() -> Any:
-    """What the entry point ``lmms_eval.models`` gives."""
+    """Returns what the entry point ``lmms_eval.models`` gives."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="dyrate", simple_class_path=f"{__name__}.DyRate")

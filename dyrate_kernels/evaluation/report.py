@@ -128,7 +128,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def leads(answers: dict[str, Sequence[Answer]]) -> str:
-    """What the first method of each cost scores more than every other one of the same cost, in points of the score: a table in Markdown,
+    """Returns by how much the first method of each cost leads every other one of that cost, in points of the score: a table in Markdown,
     a row a method, a column a cost. ``answers`` of one group, by label.
     """
     levels: dict[str, list[str]] = {}

@@ -88,7 +88,7 @@ class Clock(LogitsProcessor):
 
 
 def left_out(steps: int) -> int:
-    """How many of ``steps`` decode steps, the first ones, do not count: of a long answer ``WARM``, else one where another is left."""
+    """Returns how many of ``steps`` decode steps, the first ones, do not count: of a long answer ``WARM``, else one if another is left."""
     return WARM if steps > 2 * WARM else min(1, max(steps - 1, 0))
 
 
@@ -199,7 +199,7 @@ def logits_gate(
     model: Any, fields: dict[str, Tensor], policy: Policy, retention: str, backend: str, fuse: bool = False,
     known: dict[Any, float] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Whether answers of ``GATE_TOKENS`` tokens (``REHEARSED`` in Triton's interpreter) are right under a policy.
+    """Returns whether answers of ``GATE_TOKENS`` tokens (``REHEARSED`` in Triton's interpreter) are right under a policy.
     What they are compared with is never fused.
 
     - Keeping every token: logits against the unpatched model's, and against the reference operators'.

@@ -10,7 +10,7 @@ The first steps of an answer warm up and have no time (``decoding.left_out``). `
 means over the steps that have one; ``kept_by_step`` and ``kept_mean`` are of all steps.
 
 Floor of a token: the weights and the live keys and values that its step reads, over the bandwidth of a copy measured in the same run
-(design.md, section 10).
+(docs/design.md, section 10).
 """
 
 from __future__ import annotations

@@ -35,8 +35,7 @@ class RandomModel:
         tower: arguments of the vision config; SigLIP's for LLaVA-OneVision, CLIP's else.
         visual_tokens: of a sequence, unless asked otherwise; of LLaVA-OneVision by its own count of ``tiles`` x ``tiles`` crops.
         onevision: a LLaVA-OneVision, whose picture is one view of the whole and ``tiles`` x ``tiles`` crops; else a LLaVA, which is given
-        as many
-            pictures as make up the visual tokens (LLaVA-NeXT's crops cost what pictures cost).
+            as many pictures as make up the visual tokens (LLaVA-NeXT's crops cost what pictures cost).
         tiles: crops along a side.
     """
 

@@ -117,7 +117,7 @@ def summary(seconds: Sequence[float]) -> Times:
 
 
 def copies_for_cold_cache(bytes_per_set: int, most: int = 128) -> int:
-    """How many sets of inputs to rotate among, so that three times the L2 cache passes before one is read again."""
+    """Returns how many sets of inputs to rotate among, so that three times the L2 cache passes before one is read again."""
     l2 = environment().get("l2_bytes") or 0
     return max(min(math.ceil(3 * l2 / max(bytes_per_set, 1)), most), 1)
 

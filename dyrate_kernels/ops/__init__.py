@@ -3,11 +3,10 @@
 All of them are batched, device-agnostic and free of host syncs. ``backend`` is one of ``auto | triton | cuda | reference``; the reference
 (``ops/reference.py``, plain PyTorch) is the specification. They are registered as ``torch.ops.dyrate.*``.
 
-Row layout of one layer (design.md, section 6): ``key``, ``value`` ``[B, Hkv, C, D]`` with ``C = visual_capacity + Ct``. Sequence ``b``
-has its
-visual rows in ``[0, n_visual[b])`` and its text rows in ``[visual_capacity, visual_capacity + n_text[b])``. Other rows may hold
-anything, NaN
-included: they influence nothing. ``B`` sequences, ``Hq`` query heads, ``Hkv`` key/value heads, ``D`` head dim, ``N`` visual tokens.
+Row layout of one layer (docs/design.md, section 6): ``key``, ``value`` ``[B, Hkv, C, D]`` with ``C = visual_capacity + Ct``. Sequence ``b``
+has its visual rows in ``[0, n_visual[b])`` and its text rows in ``[visual_capacity, visual_capacity + n_text[b])``. Other rows may hold
+anything, NaN included: they influence nothing. ``B`` sequences, ``Hq`` query heads, ``Hkv`` key/value heads, ``D`` head dim, ``N`` visual
+tokens.
 
 Arguments are checked on the host for shape, dtype and device (ValueError or TypeError that names the argument); values that live on the
 device are not read, so lengths beyond a capacity are the caller's to avoid.
@@ -107,6 +106,8 @@ def decode_attention(
     clean: bool = False,
     new_key: Tensor | None = None,
     new_value: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     backend: str = "auto",
 ) -> DecodeAttention:
     """Attention of one new token per sequence over the live rows, on request with mass and importance.
@@ -126,8 +127,10 @@ def decode_attention(
         visual_bound, text_bound: no sequence has more live rows than this; spares the reference the rest. Does not change the result.
         clean: the caller vouches that no dead row of ``value`` holds NaN or infinity, which spares the reference a pass over it.
         new_key, new_value: ``[B, Hkv, D]`` in the key's dtype: the row of the newest token, counted in ``n_text`` already. It is
-        **written to
-            row** ``visual_capacity + n_text[b] - 1`` of ``key`` and ``value`` first (not where ``n_text[b]`` is 0).
+            **written to row** ``visual_capacity + n_text[b] - 1`` of ``key`` and ``value`` first (not where ``n_text[b]`` is 0).
+        cos, sin: ``[B, D]`` or ``[1, D]`` in the query's dtype, D even: query and new_key come before their rotary embedding, which turns
+            the two halves of a head against each other (as ``transformers`` does for Llama); they are rotated by these, as
+            ``ops.layers.rotate`` does it, and the rotated key is what is written.
         backend: ``auto | triton | cuda | reference``.
 
     Returns:
@@ -145,13 +148,14 @@ def decode_attention(
     if mass or text_type is not None:
         checks.text_types(text_type, key, visual_capacity)
     checks.new_row(new_key, new_value, key, value)
+    checks.rotary(cos, sin, query)
     dispatch.check_name(backend)
     attention = _ops.decode_attention if new_key is None else _ops.append_decode_attention
     output, by_type, per_row = attention(
         query, key, value, *(() if new_key is None else (new_key, new_value)), n_visual, n_text, visual_capacity, _scale(scale, query),
         kept, n_kept, text_type, position, query_position,
         window,
-        mass, importance, visual_bound, text_bound, clean, backend,
+        mass, importance, visual_bound, text_bound, clean, backend, cos, sin,
     )  # fmt: skip
     return DecodeAttention(output, by_type if mass else None, per_row if importance else None)
 
@@ -210,7 +214,7 @@ def predict_rate(mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor, *, b
 
 
 def keep_count(n_visual: Tensor, rate: Tensor) -> Tensor:
-    """How many of ``n_visual`` tokens stay when the fraction ``rate`` is removed: ``floor(n * (1 - rate) + 1e-6)`` within ``[0, n]``.
+    """Returns how many of ``n_visual`` tokens stay where the fraction ``rate`` goes: ``floor(n * (1 - rate) + 1e-6)`` within ``[0, n]``.
 
     Args:
         n_visual: int32 ``[B]``.
@@ -252,8 +256,8 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor,
     """Moves the kept rows to the front, in place, by hole filling: the kept rows at or past ``n_kept`` go into the holes below it.
 
     Afterwards rows ``[0, n_kept[b])`` of every tensor hold the kept rows: those that were below ``n_kept[b]`` where they were, the
-    others, in
-    ascending order, in the holes, in ascending order. Every other row stays as it was. The caller then sets its ``n_visual`` to ``n_kept``.
+    others, in ascending order, in the holes, in ascending order. Every other row stays as it was. The caller then sets its ``n_visual`` to
+    ``n_kept``.
 
     Args:
         rows: tensors ``[B, H, C, D]`` or ``[B, C]`` of any dtype; **changed in place**. They must not overlap in memory.
@@ -324,6 +328,8 @@ def decode_step(
     clean: bool = False,
     new_key: Tensor | None = None,
     new_value: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     backend: str = "auto",
 ) -> DecodeStep:
     """The score layer's whole step: attention with statistics, the rate, the count, the kept list.
@@ -350,12 +356,13 @@ def decode_step(
     batch, heads, _ = query.shape
     checks.decision(weight, bias, rates, count, score, alive, max_kept, batch, heads, visual_capacity, query.device)
     checks.new_row(new_key, new_value, key, value)
+    checks.rotary(cos, sin, query)
     dispatch.check_name(backend)
     step = _ops.decode_step if new_key is None else _ops.append_decode_step
     return DecodeStep(
         *step(
             query, key, value, *(() if new_key is None else (new_key, new_value)), n_visual, n_text, visual_capacity, _scale(scale,
             query), text_type, position, query_position, window,
-            weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend,
+            weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend, cos, sin,
         )
     )  # fmt: skip

@@ -75,6 +75,19 @@ def new_row(new_key: Tensor | None, new_value: Tensor | None, key: Tensor, value
             tensor(name, new, (rows.shape[0], rows.shape[1], rows.shape[3]), (rows.dtype,), rows.device)
 
 
+def rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
+    """cos and sin of the newest position: both or neither, ``[B, D]`` or ``[1, D]``."""
+    if (cos is None) != (sin is None):
+        raise ValueError("cos, sin: expected both or neither, got one; a rotation has both")
+    if cos is not None:
+        batch, _, dim = query.shape
+        if dim % 2:
+            raise ValueError(f"cos: expected an even head dim, whose halves turn against each other, got {dim}; rotate before the call")
+        for name, rotation in (("cos", cos), ("sin", sin)):
+            one = isinstance(rotation, Tensor) and rotation.dim() == 2 and rotation.shape[0] == 1
+            tensor(name, rotation, (1 if one else batch, dim), (query.dtype,), query.device)
+
+
 def paged(
     query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, sequence: Tensor | None, visual_position: Tensor | None,
     n_visual: Tensor | None, text_position: Tensor | None, text_type: Tensor | None, kept: Tensor | None, n_kept: Tensor | None,
@@ -154,7 +167,7 @@ def decision(
     weight: object, bias: object, rates: object, count: Tensor | None, score: Tensor | None, alive: Tensor | None, max_kept: Tensor | None,
     batch: int, heads: int, tokens: int, device: torch.device,
 ) -> None:  # fmt: skip
-    """What a step decides by: a predictor or a count, and what narrows the choice."""
+    """Checks what a step decides by: a predictor or a count, and what narrows the choice."""
     given = [part is not None for part in (weight, bias, rates)]
     if any(given) == (count is not None) or any(given) != all(given):
         raise ValueError("count: expected either count or all of weight, bias and rates, got neither, both or a part")

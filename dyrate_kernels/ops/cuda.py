@@ -178,9 +178,14 @@ def _call(name: str, forms: Hashable, **shape: Any) -> Any:
 
 def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_bound: int | None = None,
-    text_bound: int | None = None, clean: bool = False, **rest: Any,
+    text_bound: int | None = None, clean: bool = False, cos: Tensor | None = None, sin: Tensor | None = None, **rest: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """See ``dyrate_kernels.ops.decode_attention``. The bounds and ``clean`` are not needed: lengths are read on the device."""
+    """See ``dyrate_kernels.ops.decode_attention``. The bounds and ``clean`` are not needed: lengths are read on the device.
+
+    Rotary embedding is left to torch.
+    """
+    if cos is not None:
+        query, rest["new_key"] = reference.rotated(query, rest.get("new_key"), cos, sin)
     if not _readable(query, key, value):
         return reference.decode_attention(
             query, key, value, n_visual, n_text, visual_bound=visual_bound, text_bound=text_bound, clean=clean, **rest
@@ -202,9 +207,11 @@ def decode_step(
     query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, weight: Tensor | None = None,
     bias: Tensor | None = None, rates: Tensor | None = None, count: Tensor | None = None, score: Tensor | None = None,
     alive: Tensor | None = None, max_kept: Tensor | None = None, visual_bound: int | None = None, text_bound: int | None = None,
-    clean: bool = False, **rest: Any,
+    clean: bool = False, cos: Tensor | None = None, sin: Tensor | None = None, **rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See ``dyrate_kernels.ops.decode_step``: two launches."""
+    """See ``dyrate_kernels.ops.decode_step``: two launches. Rotary embedding is left to torch."""
+    if cos is not None:
+        query, rest["new_key"] = reference.rotated(query, rest.get("new_key"), cos, sin)
     decide = {"weight": weight, "bias": bias, "rates": rates, "count": count, "score": score, "alive": alive, "max_kept": max_kept}
     if not _readable(query, key, value):
         return reference.decode_step(

@@ -43,7 +43,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 def backends() -> dict[str, str]:
-    """What can run here: backend name -> ``"available"`` or ``"unavailable: <why>"``.
+    """Returns the state of each backend here: name -> ``"available"`` or ``"unavailable: <why>"``.
 
     >>> backends()["reference"]
     'available'

@@ -1,6 +1,6 @@
 """The operators as ``torch.ops.dyrate.*``: declared mutation, fake implementations, dispatch to a backend.
 
-``torch.library.Library`` and not ``custom_op``: about 4 us a call against 24 to 32 us (design.md, section 8). Operators have no
+``torch.library.Library`` and not ``custom_op``: about 4 us a call against 24 to 32 us (docs/design.md, section 8). Operators have no
 autograd formula: they serve generation. A statistic that was not asked for is an empty tensor here and None in ``dyrate_kernels.ops``.
 """
 
@@ -18,14 +18,16 @@ _ROWS = f"Tensor query, Tensor key, Tensor value, {_LENGTHS}"
 _APPENDED = f"Tensor query, Tensor(a!) key, Tensor(b!) value, Tensor new_key, Tensor new_value, {_LENGTHS}"
 _WINDOW = "Tensor? position, Tensor? query_position, SymInt? window"
 _BOUNDS = "SymInt? visual_bound, SymInt? text_bound"
+_ROTARY = "Tensor? cos=None, Tensor? sin=None"
 
 _ATTENTION = (
-    f"Tensor? kept, Tensor? n_kept, Tensor? text_type, {_WINDOW}, bool mass, bool importance, {_BOUNDS}, bool clean, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
+    f"Tensor? kept, Tensor? n_kept, Tensor? text_type, {_WINDOW}, bool mass, bool importance, {_BOUNDS}, bool clean,"
+    f" str backend, {_ROTARY}) -> (Tensor, Tensor, Tensor)"
 )
 _STEP = (
     f"Tensor text_type, {_WINDOW}, Tensor? weight, Tensor? bias, Tensor? rates, Tensor? count, Tensor? score, Tensor? alive,"
-    f" Tensor? max_kept, {_BOUNDS}, bool clean, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f" Tensor? max_kept, {_BOUNDS}, bool clean, str backend, {_ROTARY})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _PAGES = (
     "Tensor query, Tensor key, Tensor value, Tensor block_table, Tensor n_rows, float scale, Tensor? sequence, Tensor? visual_position,"
@@ -67,12 +69,12 @@ def _fake(name: str):
 
 def _decode_attention(
     query, key, value, new_key, new_value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position,
-    window, mass, importance, visual_bound, text_bound, clean, backend,
+    window, mass, importance, visual_bound, text_bound, clean, backend, cos=None, sin=None,
 ):  # fmt: skip
     output, by_type, per_row = resolve(backend, query.device, "decode_attention").decode_attention(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=kept, n_kept=n_kept,
         text_type=text_type, position=position, query_position=query_position, window=window, mass=mass, importance=importance,
-        visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
+        visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value, cos=cos, sin=sin,
     )  # fmt: skip
     kind = _statistics_dtype(query.dtype)
     by_type = query.new_empty(0, dtype=kind) if by_type is None else by_type
@@ -81,8 +83,8 @@ def _decode_attention(
 
 
 @_implementation("decode_attention")
-def _(query, key, value, *rest):
-    return _decode_attention(query, key, value, None, None, *rest)
+def _(query, key, value, *rest, **rotation):
+    return _decode_attention(query, key, value, None, None, *rest, **rotation)
 
 
 _implementation("append_decode_attention")(_decode_attention)
@@ -100,15 +102,15 @@ def _fake_statistics(query: Tensor, visual_capacity: int, mass: bool, importance
 @_fake("append_decode_attention")
 def _fake_attention(
     query, key, value, new_key, new_value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position,
-    window, mass, importance, visual_bound, text_bound, clean, backend,
+    window, mass, importance, visual_bound, text_bound, clean, backend, cos=None, sin=None,
 ):  # fmt: skip
     output = query.new_empty((*query.shape[:2], value.shape[-1]))
     return output, *_fake_statistics(query, visual_capacity, mass, importance)
 
 
 @_fake("decode_attention")
-def _(query, key, value, *rest):
-    return _fake_attention(query, key, value, None, None, *rest)
+def _(query, key, value, *rest, **rotation):
+    return _fake_attention(query, key, value, None, None, *rest, **rotation)
 
 
 # ---- score_last_query ---------------------------------------------------------------------------------------------------------
@@ -181,18 +183,20 @@ def _(rows, index, backend):
 
 def _decode_step(
     query, key, value, new_key, new_value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window,
-    weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend,
+    weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend, cos=None,
+    sin=None,
 ):  # fmt: skip
     return resolve(backend, query.device, "decode_step").decode_step(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
         query_position=query_position, window=window, weight=weight, bias=bias, rates=rates, count=count, score=score, alive=alive,
         max_kept=max_kept, visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
+        cos=cos, sin=sin,
     )  # fmt: skip
 
 
 @_implementation("decode_step")
-def _(query, key, value, *rest):
-    return _decode_step(query, key, value, None, None, *rest)
+def _(query, key, value, *rest, **rotation):
+    return _decode_step(query, key, value, None, None, *rest, **rotation)
 
 
 _implementation("append_decode_step")(_decode_step)
@@ -201,7 +205,8 @@ _implementation("append_decode_step")(_decode_step)
 @_fake("append_decode_step")
 def _fake_step(
     query, key, value, new_key, new_value, n_visual, n_text, visual_capacity, scale, text_type, position, query_position, window,
-    weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend,
+    weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend, cos=None,
+    sin=None,
 ):  # fmt: skip
     batch = query.shape[0]
     mass, importance = _fake_statistics(query, visual_capacity, True, True)
@@ -216,8 +221,8 @@ def _fake_step(
 
 
 @_fake("decode_step")
-def _(query, key, value, *rest):
-    return _fake_step(query, key, value, None, None, *rest)
+def _(query, key, value, *rest, **rotation):
+    return _fake_step(query, key, value, None, None, *rest, **rotation)
 
 
 # ---- paged rows ---------------------------------------------------------------------------------------------------------------

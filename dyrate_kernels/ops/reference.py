@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import layers
+
 SYSTEM, IMAGE, INSTRUCTION, RESPONSE = 0, 1, 2, 3  # token types
 TYPES = 4
 
@@ -129,6 +131,13 @@ def _statistics(
     return by_type, per_row
 
 
+def rotated(query: Tensor, new_key: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``layers.rotate`` of one column: query ``[B, Hq, D]`` and the new key ``[B, Hkv, D]`` or None; cos, sin ``[B, D]`` or ``[1, D]``."""
+    key = query[:, :0] if new_key is None else new_key
+    query, key = layers.rotate(query[:, :, None], key[:, :, None], cos[:, None], sin[:, None])
+    return query[:, :, 0], None if new_key is None else key[:, :, 0]
+
+
 def _append(key: Tensor, value: Tensor, n_text: Tensor, visual_capacity: int, new_key: Tensor, new_value: Tensor) -> None:
     """Writes ``new_key``, ``new_value`` ``[B, Hkv, D]`` into each sequence's newest text row, in place."""
     row = (visual_capacity + n_text.long() - 1).clamp(min=0)
@@ -160,8 +169,12 @@ def decode_attention(
     clean: bool = False,
     new_key: Tensor | None = None,
     new_value: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See ``dyrate_kernels.ops.decode_attention``."""
+    if cos is not None:
+        query, new_key = rotated(query, new_key, cos, sin)
     if new_key is not None:
         _append(key, value, n_text, visual_capacity, new_key, new_value)
     batch, heads, dim = query.shape
@@ -313,12 +326,14 @@ def decode_step(
     clean: bool = False,
     new_key: Tensor | None = None,
     new_value: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``dyrate_kernels.ops.decode_step``."""
     output, mass, importance = decode_attention(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
         query_position=query_position, window=window, mass=True, importance=True, visual_bound=visual_bound, text_bound=text_bound,
-        clean=clean, new_key=new_key, new_value=new_value,
+        clean=clean, new_key=new_key, new_value=new_value, cos=cos, sin=sin,
     )  # fmt: skip
     kept, n_kept, rate = _decide(mass, importance, n_visual, weight, bias, rates, count, score, alive, max_kept)
     return output, mass, importance, kept, n_kept, rate

@@ -22,7 +22,7 @@ CACHE_NAMES = ("cache", "past_key_values")  # the argument that carries the cach
 
 @cache
 def cache_name() -> str:
-    """What the installed transformers calls the cache in ``generate``'s ``model_kwargs``: one of ``CACHE_NAMES``."""
+    """Returns the installed transformers' name of the cache in ``generate``'s ``model_kwargs``: one of ``CACHE_NAMES``."""
     return next(name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
 
 
@@ -77,7 +77,7 @@ def check_supported(model: Any) -> Family:
 
 
 def deepstack_layers(model: Any) -> int:
-    """How many of the first decoder layers are followed by visual features added to the hidden states (Qwen3-VL); 0 for all others."""
+    """Returns how many of the first decoder layers visual features are added behind (Qwen3-VL); 0 for all others."""
     return len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
 
 
@@ -140,7 +140,7 @@ def _unread(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _storage(tensor: Tensor) -> tuple:
-    """What tells a tensor from others: where its numbers are; itself where they are nowhere (offloaded) or inside of it (torchao)."""
+    """Returns what tells a tensor from others: where its numbers are; itself where they are nowhere (offloaded) or in it (torchao)."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.shape

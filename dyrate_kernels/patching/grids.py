@@ -14,7 +14,7 @@ from dyrate_kernels.vision.base import Visual
 
 
 def reads(model: Any) -> bool:
-    """Whether the grids of this model's visual tokens are known."""
+    """Returns whether the grids of this model's visual tokens are known."""
     return model.config.model_type in names(lambda family: family.grid)
 
 

@@ -38,7 +38,7 @@ _ROWS = 128  # query rows at a time where a tower without [CLS] is asked for the
 
 
 def reads(model: Any) -> bool:
-    """Whether reducers can watch this model's tower."""
+    """Returns whether reducers can watch this model's tower."""
     return model.config.model_type in names(lambda family: family.tower) and model.config.vision_config.model_type in TOWERS
 
 
@@ -180,7 +180,7 @@ class TowerRun(Run):
     # -- reducing
 
     def from_tower(self, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """What merging in the tower left."""
+        """Returns which rows merging in the tower left, and their order."""
         visual = layout.visual
         inside = visual.patch
         if self.merging is None and self.merged is None:

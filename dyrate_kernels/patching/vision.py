@@ -96,7 +96,7 @@ class Prepared:
 
 
 def run_for(model: Any, kind: str, reducers: Sequence[Reducer], backend: str) -> Run:
-    """What reduces this model's pictures (``kind`` ``image``) or videos."""
+    """Returns the run that reduces this model's pictures (``kind`` ``image``) or videos."""
     return (tower.TowerRun if tower.reads(model) else grids.GridRun)(model, kind, reducers, backend)
 
 
@@ -152,7 +152,7 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
 
 
 def features_for(prepared: Prepared, kind: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """What answers the model's ``get_image_features`` or ``get_video_features`` (``kind``); None where these pixels were not reduced.
+    """Returns the answer of ``get_image_features`` or ``get_video_features`` (``kind``); None where these pixels were not reduced.
 
     Args:
         args, kwargs: of that call.
@@ -204,7 +204,7 @@ def _flat(values: Any) -> bool:
 
 
 def _with_values(output: Any, values: list[Tensor]) -> Any:
-    """What a model's ``get_*_features`` returned, with these values ``[n, d]`` of each picture or video."""
+    """Returns the output of a model's ``get_*_features`` with these values ``[n, d]`` of each picture or video."""
     found, every = output.pooler_output, torch.cat(values)
     pooled = every.view_as(found) if isinstance(found, Tensor) else list(every.split([len(item) for item in found]))
     changed = copy.copy(output)  # in older versions of transformers its class has no such field

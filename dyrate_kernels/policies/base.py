@@ -22,7 +22,7 @@ from typing_extensions import Self
 
 from dyrate_kernels.families import text_model
 
-IMAGE = 1  # column of ``mass`` that belongs to visual tokens (design.md, section 3)
+IMAGE = 1  # column of ``mass`` that belongs to visual tokens (docs/design.md, section 3)
 
 
 @dataclass(frozen=True)

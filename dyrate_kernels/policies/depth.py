@@ -18,7 +18,7 @@ class Depth(Policy):
     """Layer l keeps the fraction ``1 - H(l-k) P4 - H(l-k) R'(l)``, H the Heaviside step with H(0) = 1, clamped to
     [0, 1].
 
-    methods.md section 3 leaves P4 and R' open. Here [choice] P4 is ``prune`` and R' grows linearly with depth, from
+    The source leaves P4 and R' open. Here [choice] P4 is ``prune`` and R' grows linearly with depth, from
     0 at layer k to ``growth`` at the last layer, so a deeper layer never keeps a token that a shallower one dropped.
 
     Attributes:

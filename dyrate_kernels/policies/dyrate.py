@@ -184,7 +184,7 @@ class DyRate(Policy):
         return Decision(rate, count, spread_score(count, view.importance, able_tokens(view), self.spread) if self.spread else None)
 
     def predictor_tensors(self, state: dict[str, Tensor], hidden: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the fused decode step takes; None with ``spread``, which that step does not know."""
+        """Returns the tensors that the fused decode step takes; None with ``spread``, which that step does not know."""
         return None if self.spread else self._linear(state, hidden)
 
     def _linear(self, state: dict[str, Tensor], hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""KL guard: now and then a pruned step is compared with the unpruned one, and the rate follows (methods.md, section 3)."""
+"""KL guard: now and then a pruned step is compared with the unpruned one, and the rate follows (docs/methods/klguard.md)."""
 
 from __future__ import annotations
 

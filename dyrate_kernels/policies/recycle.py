@@ -1,4 +1,4 @@
-"""Recycling: while the generation is uncertain, pruned tokens are brought back (methods.md, section 3)."""
+"""Recycling: while the generation is uncertain, pruned tokens are brought back (docs/methods/recycle.md)."""
 
 from __future__ import annotations
 

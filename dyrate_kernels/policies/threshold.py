@@ -59,7 +59,7 @@ def _holding(importance: Tensor, share: float) -> Tensor:
 
 
 def _above(importance: Tensor, real: Tensor, quantile: float) -> Tensor:
-    """How many of the real values exceed their ``quantile`` (the value of rank ``ceil(q n)``): int64 ``[B]``."""
+    """Returns how many of the real values exceed their ``quantile`` (the value of rank ``ceil(q n)``): int64 ``[B]``."""
     number = real.sum(1)
     ascending = importance.masked_fill(~real, float("inf")).sort(dim=1).values
     rank = ((number * quantile).ceil().long() - 1).clamp(min=0)

@@ -416,17 +416,17 @@ class Collator:
 
 
 def names_file(text: str) -> bool:
-    """Whether ``--data`` names a file of conversations, there or missing, by its ending."""
+    """Returns whether ``--data`` names a file of conversations, there or missing, by its ending."""
     return text.lower().endswith(SUFFIXES) and not os.path.isdir(text)
 
 
 def origin_of(source: Sequence[Example]) -> str:
-    """What a source is of, as it says itself (an attribute ``origin``), or else of how many examples."""
+    """Returns a source's origin, as it says itself (an attribute ``origin``), or else of how many examples."""
     return str(getattr(source, "origin", f"{type(source).__name__} of {len(source)} examples"))
 
 
 def open_source(text: str, images: str | None, count: int, seed: int, split: str = "train") -> Sequence[Example]:
-    """What a command line names: ``shapes``, a file of conversations, a saved dataset's folder, or a dataset on the hub.
+    """Opens what a command line names: ``shapes``, a file of conversations, a saved dataset's folder, or a dataset on the hub.
 
     Raises:
         ValueError: there is no such file, or it is of another kind; or the source's own error.

@@ -4,9 +4,8 @@
     python -m dyrate_kernels.training.demo --eval DIR          only evaluate
 
 Everything follows from ``--seed``: sample i is scene ``seed * 10**9 + i``, so a killed run goes on with the very same data. The vision
-tower
-first learns alone, from a label for every patch (which colour, shape, size and place covers it); its label heads are dropped at the end.
-Held-out scenes have negative seeds, which training never uses.
+tower first learns alone, from a label for every patch (which colour, shape, size and place covers it); its label heads are dropped at the
+end. Held-out scenes have negative seeds, which training never uses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention with a differentiable mask inside the softmax (methods.md, section 1).
+"""Attention with a differentiable mask inside the softmax (docs/methods/dyrate.md).
 
     p_j = exp(s_j - max) m_j / sum_i exp(s_i - max) m_i        out = sum_j p_j v_j
 

@@ -70,7 +70,7 @@ def take_likeliest(logits: Tensor) -> Tensor:
 
 
 def gumbel(tau: float) -> Chooser:
-    """``gumbel_softmax(log_softmax(logits), tau, hard=True)`` (methods.md, section 1)."""
+    """``gumbel_softmax(log_softmax(logits), tau, hard=True)`` (docs/methods/dyrate.md)."""
     return lambda logits: nn.functional.gumbel_softmax(logits.log_softmax(-1), tau, hard=True)
 
 

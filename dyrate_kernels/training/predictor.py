@@ -1,4 +1,4 @@
-"""Training of the rate predictor: the model frozen, only ``K x (4 Hq + 1)`` numbers learn (methods.md, section 1).
+"""Training of the rate predictor: the model frozen, only ``K x (4 Hq + 1)`` numbers learn (docs/methods/dyrate.md).
 
     loss = cross-entropy of the answer under pruning + budget_weight * (mean cost - target)^2
 
@@ -481,7 +481,7 @@ _ANOTHER = "give another folder (--out), or resume=False (--fresh)"
 
 
 def _setting(model: Any, source: Sequence[Example], options: Options) -> dict[str, Any]:
-    """What a checkpoint depends on, as JSON reads it again."""
+    """Returns the setting that a checkpoint depends on, as JSON reads it again."""
     found = {**dataclasses.asdict(options), "rates": list(options.rate_values), "model": model_name(model), "data": origin_of(source)}
     return json.loads(json.dumps(found))
 
@@ -522,7 +522,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether the file that the Trainer writes last is there to its end."""
+    """Returns whether the file that the Trainer writes last is there to its end."""
     try:
         return isinstance(read_json(checkpoint / TRAINER_STATE_NAME), dict)
     except (OSError, ValueError):

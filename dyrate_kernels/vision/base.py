@@ -166,7 +166,7 @@ class Selector(Reducer):
         return self.tokens is not None or self.keep < 1
 
     def choose(self, crops: Sequence[Crop], tiles: tuple[int, int] | None, unit: int) -> list[Tensor]:
-        """What stays.
+        """Chooses what stays.
 
         Args:
             crops: of one picture (the whole picture first, then its tiles), or one frame.
@@ -214,7 +214,7 @@ class FeatureReducer(Reducer):
 
 
 def budget(n: int, keep: float, tokens: int | None = None) -> int:
-    """How many of ``n`` stay: ``tokens``, or ``floor(n * keep + 1e-6)``; at least 1 and at most n, 0 of none."""
+    """Returns how many of ``n`` stay: ``tokens``, or ``floor(n * keep + 1e-6)``; at least 1 and at most n, 0 of none."""
     count = math.floor(n * keep + 1e-6) if tokens is None else tokens
     return min(max(count, 1), n)
 

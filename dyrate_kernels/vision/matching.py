@@ -31,5 +31,5 @@ def match(metric: Tensor, r: int, protected: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def room(tokens: int, protected: int = 0) -> int:
-    """How many pairs :func:`match` can merge at most."""
+    """Returns how many pairs :func:`match` can merge at most."""
     return 0 if tokens < 2 else (tokens + 1) // 2 - (protected + 1) // 2 if tokens // 2 > protected // 2 else 0

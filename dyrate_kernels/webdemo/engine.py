@@ -125,7 +125,7 @@ class Engine:
         return found
 
     def policy(self, wish: Wish) -> Policy:
-        """What the wish asks for."""
+        """Makes the policy that the wish asks for."""
         if wish.policy == "none":
             return dk.policies.KeepAll()
         bound = dk.policies.get(wish.policy).bind(shape_for(self.model, wish.retention))
@@ -187,7 +187,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _company(self) -> Iterator[Any]:
-        """How many comparisons are at work, the most since this one began."""
+        """Within: this comparison counts; calls of what it yields give the most that were at work at a time since."""
         most = 1
         with self._count:
             self._working += 1
@@ -263,7 +263,7 @@ class _Turns(StoppingCriteria):
                 self.change.notify_all()
 
     def pruning(self) -> dict[str, Any]:
-        """What the pruned model has kept so far, for ``_Change``."""
+        """Returns the tokens that the pruned model has kept so far, for ``_Change``."""
         stats = self.handle.stats()
         places = None if stats.visual_places is None else stats.visual_places[0]
         kept = [step.kept_tokens[0] for step in stats.steps]

@@ -40,7 +40,7 @@ def test_every_kernel_is_compiled_for_every_architecture(kernels):
         importlib.import_module(f"{triton_kernels.__name__}.{module.name}") for module in pkgutil.iter_modules(triton_kernels.__path__)
     ]
     launched = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert len(launched) >= 13
+    assert len(launched) >= 14
     full = os.environ.get("DYRATE_AOT") == "full"
     for architecture in compiler.ARCHITECTURES:
         here = [k for k in kernels if k.case.architecture == architecture]
@@ -69,6 +69,19 @@ def test_as_many_programs_fit_on_a_multiprocessor_as_the_grid_is_made_for(kernel
         assert fits >= least, f"{describe(kernel)}: {fits} a multiprocessor ({kernel.registers} registers), expected {least}"
         programs, wave = math.prod(kernel.grid), least * compiler.MULTIPROCESSORS
         assert programs <= wave or programs / (-(-programs // wave) * wave) > 0.9, f"{describe(kernel)}: a grid of {kernel.grid}"
+
+
+def test_other_forms_of_the_main_loop_leave_room_for_their_programs(kernels):
+    """Warps with rows of their own meet for the copies of a block alone (twice, in Triton 3.4 up to four times), those
+    that share rows 7 to 9 times."""
+    found = [k for k in kernels if k.case in compiler.form_cases() and k.kernel == "decode_attention_kernel"]
+    assert len(found) == len(compiler.form_cases())
+    for kernel in found:
+        assert kernel.async_copies and not kernel.spills_in_loops, describe(kernel)
+        assert (kernel.loop_barriers <= 4) == (kernel.case.chosen == compiler.WARP_ROWS), f"{describe(kernel)}: {kernel.loop_barriers}"
+        if kernel.case.architecture == 90:
+            least = 3 if kernel.case.chosen == compiler.WARP_ROWS else 4
+            assert kernel.programs_per_sm() >= least, f"{describe(kernel)}: {kernel.registers} registers, {kernel.programs_per_sm()}"
 
 
 def test_main_configurations_do_not_spill(kernels):

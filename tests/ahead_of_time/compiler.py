@@ -20,6 +20,9 @@ from triton.compiler import ASTSource
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = ("bfloat16", "float16", "float32")
 MULTIPROCESSORS = 132  # of an H200
+TENSOR_CORES = (("tensor_cores", True),)
+WARP_ROWS = (("warp_rows", True), ("num_stages", 2), ("max_registers", 168))
+APART = (("decision", "two_launches"),)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -34,8 +37,9 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operator: ``plain | append | list | window | statistics | score_last_query | step | step_count`` are attention
-    launches, all but ``plain``, ``score_last_query`` and ``step_count`` with a new row, as in a model; the others name their operator.
+    """One call of an operator: ``plain | append | rotary | list | window | statistics | score_last_query | step | step_count`` are
+    attention launches, all but ``plain``, ``score_last_query`` and ``step_count`` with a new row, as in a model; the others name their
+    operator.
     """
 
     operator: str
@@ -47,6 +51,7 @@ class Case:
     second_launch: bool = False
     batch: int = 2  # with the heads it says how many splits a program combines, and so how many registers it takes
     kv_heads: int = 8
+    chosen: tuple[tuple[str, Any], ...] = ()  # settings other than the heuristic's
     dependent: bool = False  # programmatic dependent launches
 
 
@@ -63,6 +68,7 @@ class Compiled:
     warps: int
     async_copies: int
     spills_in_loops: tuple[str, ...]  # spill instructions between a label and a branch back to it
+    loop_barriers: int | None  # of the loop that copies and multiplies; None where it was not looked at
     unguarded: tuple[str, ...]  # release atomics with no barrier between them and the stores before
     waits: bool  # for the launches before it
     early: tuple[str, ...]  # what touches global memory before that
@@ -112,10 +118,10 @@ def _read(case: Case, launch: Any, compiled: Any) -> Compiled:
         assert numbers, usage
         registers, stack, local = map(int, numbers.groups())
         spills: tuple[str, ...] = ()
-        if stack or local:
-            spills = spills_in_loops(
-                subprocess.run([str(tools / "nvdisasm"), file.name], capture_output=True, text=True, check=True).stdout
-            )
+        barriers = None
+        if stack or local or case in form_cases():
+            sass = subprocess.run([str(tools / "nvdisasm"), file.name], capture_output=True, text=True, check=True).stdout
+            spills, barriers = spills_in_loops(sass), barriers_of_main_loop(sass)
     ptx = compiled.asm["ptx"]
     copies = len(re.findall(r"cp\.async\.c[ag]", ptx))
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
@@ -123,7 +129,8 @@ def _read(case: Case, launch: Any, compiled: Any) -> Compiled:
     waits = WAIT in ptx
     early = before_the_wait(ptx) if waits else ()
     return Compiled(
-        case, name, registers, stack, local, shared, warps, copies, spills, unguarded_atomics(ptx), waits, early, tensor_products, grid
+        case, name, registers, stack, local, shared, warps, copies, spills, barriers, unguarded_atomics(ptx), waits, early, tensor_products,
+        grid,
     )  # fmt: skip
 
 
@@ -156,6 +163,22 @@ def spills_in_loops(sass: str) -> tuple[str, ...]:
             spilled.append((number, line.strip()))
     # the last instruction of a kernel branches to itself; barriers and votes branch back a line or two
     return tuple(text for number, text in spilled if any(first < number < last for first, last in loops))
+
+
+def barriers_of_main_loop(sass: str) -> int | None:
+    """Barriers between a label and the branch back to it that enclose asynchronous copies and products of tensor cores."""
+    labels: dict[str, int] = {}
+    lines = sass.splitlines()
+    for number, line in enumerate(lines):
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = number
+        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if branch and branch[1] in labels:
+            loop = "\n".join(lines[labels[branch[1]] : number])
+            if "LDGSTS" in loop and "HMMA" in loop:
+                return len(re.findall(r"\bBAR\b", loop))
+    return None
 
 
 def unguarded_atomics(ptx: str) -> tuple[str, ...]:
@@ -191,7 +214,8 @@ def compile_case(case: Case) -> list[Compiled]:
         backend._multiprocessor = lambda device: plan.Multiprocessor() if case.architecture == 90 else None
         size = getattr(torch, case.dtype).itemsize
         usual = plan.heuristic(case.group, case.dim, size)
-        plan.override(dataclasses.replace(usual, decision="second_launch" if case.second_launch else "same_launch"))
+        decision = "second_launch" if case.second_launch else "same_launch"
+        plan.override(dataclasses.replace(usual, **{"decision": decision, **dict(case.chosen)}))
         override_dependent_launch(case.dependent)
         _call(backend, case)
     finally:
@@ -237,6 +261,9 @@ def _call(backend: Any, case: Case) -> None:
         backend.decode_attention(*rows, **common)
     elif case.operator == "append":
         backend.decode_attention(*rows, **common, **new)
+    elif case.operator == "rotary":
+        rotation = torch.zeros(batch, case.dim, dtype=dtype)
+        backend.decode_attention(*rows, **common, **new, cos=rotation, sin=rotation)
     elif case.operator == "list":
         backend.decode_attention(*rows, **common, **new, kept=torch.zeros(batch, case.tokens // 8, dtype=torch.int32), n_kept=lengths)
     elif case.operator == "window":
@@ -299,6 +326,7 @@ def main_cases(architecture: int) -> list[Case]:
         Case("score_last_query", architecture),
         Case("step_count", architecture),
         Case("step", architecture, second_launch=True),
+        Case("step", architecture, second_launch=True, chosen=APART),
         Case("select_tokens", architecture, "float32"),
         Case("select_tokens", architecture, "float32", tokens=16384),
         Case("predict_rate", architecture),
@@ -313,8 +341,8 @@ def occupancy_cases() -> list[Case]:
     sizes = ((1, 32, 8), (1, 32, 32), (7, 4, 8), (7, 4, 32))  # group, key/value heads, sequences
     return [
         Case(operator, 90, group=group, batch=batch, kv_heads=kv_heads, second_launch=True)
-        for operator in ("append", "list", "statistics", "step")
-        for group, kv_heads, batch in sizes
+        for operator in ("append", "list", "statistics", "step", "rotary")
+        for group, kv_heads, batch in (sizes if operator != "rotary" else sizes[::2])
     ]
 
 
@@ -329,7 +357,21 @@ def product_cases() -> list[Case]:
 def dependent_cases() -> list[Case]:
     """Every kernel as a programmatic dependent launch."""
     operators = ("append", "step", "predict_rate", "select_tokens", "compact_", "reorder_", "layer", "products_split")
-    return [Case(operator, 90, second_launch=True, dependent=True) for operator in operators]
+    return [Case(operator, 90, second_launch=True, dependent=True) for operator in operators] + [
+        Case("step", 90, second_launch=True, dependent=True, chosen=APART)
+    ]
+
+
+def form_cases() -> list[Case]:
+    """The main loop's other forms, at sizes that an H200 was measured with, beside the usual one of seven heads."""
+    operators = ("append", "list", "statistics")
+    sizes: dict[str, Any] = {"second_launch": True, "batch": 8}
+    found = [Case("append", 90, group=7, kv_heads=4, **sizes)]
+    for architecture in (80, 90):
+        some = operators if architecture == 90 else operators[:1]
+        found += [Case(operator, architecture, group=7, kv_heads=4, chosen=WARP_ROWS, **sizes) for operator in some]
+        found += [Case(operator, architecture, kv_heads=32, chosen=TENSOR_CORES, **sizes) for operator in some]
+    return found
 
 
 def matrix(operator: str, architecture: int) -> list[Case]:
@@ -348,7 +390,7 @@ def some_of_matrix(architecture: int) -> list[Case]:
 def all_cases(full: bool) -> list[Case]:
     """``full``: everything for every architecture. Else every kernel, head dim and dtype for every one, and more of that for sm_90; the
     slowest to compile (seven heads a key/value head, the decision in the attention's own launch) for sm_80, sm_90 and sm_120."""
-    cases = occupancy_cases() + dependent_cases() + product_cases()
+    cases = occupancy_cases() + dependent_cases() + product_cases() + form_cases()
     for architecture in ARCHITECTURES:
         if full:
             cases += main_cases(architecture) + matrix("append", architecture) + matrix("step", architecture)
@@ -397,7 +439,7 @@ def version_before(*numbers: int) -> bool:
 
 if __name__ == "__main__":
     made, failed = compile_all(
-        [case for architecture in (80, 90, 120) for case in main_cases(architecture)] + occupancy_cases() + product_cases()
+        [case for architecture in (80, 90, 120) for case in main_cases(architecture)] + occupancy_cases() + product_cases() + form_cases()
     )
     print(f"triton {version()}")
     for kernel in made:

@@ -47,7 +47,7 @@ def test_fastv_table_1_to_the_digit_at_k_2():
 
 
 def test_the_published_dyrate_baseline():
-    """57.90 % is FastV's formula at K=3, R=.5, n = 576 + 55 (methods.md, section 1); a constant K=2, R=.75 costs 33
+    """57.90 % is FastV's formula at K=3, R=.5, n = 576 + 55 (docs/costs.md); a constant K=2, R=.75 costs 33
     % too.
     """
     assert 100 * flops.fastv_cost(SEVEN, n=631, visual=576, k=3, rate=0.5).ratio == pytest.approx(57.90, abs=0.6)
@@ -171,7 +171,7 @@ def qwen25_vl(**more):
     return transformers.Qwen2_5_VLConfig(text_config=text | more, tie_word_embeddings=False)
 
 
-# methods.md, section 4: fp16, 128 text tokens, all visual KV gone
+# docs/costs.md: fp16, 128 text tokens, all visual KV gone
 BOUNDS = [
     (transformers.LlavaConfig, 576, 512, (1.02, 1.17, 1.62)),
     (transformers.LlavaNextConfig, 2880, 512, (1.11, 1.86, 4.1)),

@@ -201,7 +201,8 @@ def test_a_grid_is_made_for_the_programs_that_the_compiled_kernel_lets_run(compi
     floats, integers = torch.float32, torch.int32
     assert [d is None for d in dtypes] == [t is None for t in tensors]
     assert all(t is None or t.dtype == d for t, d in zip(tensors, dtypes, strict=True))
-    assert dtypes[13:18] == (floats, floats, floats, integers, None)
+    first = launch.kernel.arg_names.index("part_ptr")
+    assert dtypes[first : first + 5] == (floats, floats, floats, integers, None)
     call()
     assert len(compiled.seen) == 1  # known
     backend._attentions.clear()
@@ -281,6 +282,11 @@ def test_selections_cover_every_token(tokens, want):
     assert plan.select(tokens) == want
 
 
+def test_the_sum_over_heads_runs_in_one_wave_where_it_can():
+    assert plan.sum_columns(64, 2880, 32, 132) == 128 and plan.sum_columns(64, 2880, 8, 132) == 64
+    assert plan.sum_columns(64, 16384, 64, 132) == 128 and plan.sum_columns(256, 2880, 32, 132) == 256
+
+
 def test_a_device_file_is_used_and_checked(tmp_path, monkeypatch):
     chosen = plan.Settings(block_n=64, num_warps=8, decision="second_launch")
     key = plan.problem(1, 128, 2, "score")
@@ -290,7 +296,7 @@ def test_a_device_file_is_used_and_checked(tmp_path, monkeypatch):
     for cached in (devices.measured, plan.settings, plan.attention):
         cached.cache_clear()
     how = attention(device_name="ACME GPU (80 GB)", kind="score")
-    assert (how.block_n, how.num_warps, how.second_launch) == (64, 8, True)
+    assert (how.block_n, how.num_warps, how.decision) == (64, 8, "second_launch")
     assert attention(device_name="ACME GPU (80 GB)").num_warps == plan.heuristic(1, 128, 2).num_warps  # no entry: the heuristic
     for cached in (devices.measured, plan.settings, plan.attention):
         cached.cache_clear()

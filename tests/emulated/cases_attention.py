@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dyrate_kernels import ops
+from dyrate_kernels.ops import layers
 from tests.emulated import harness
 from tests.ops import spec
 
@@ -257,6 +258,18 @@ def test_new_row_with_list_and_window():
         want = spec.attention(**arguments, window=window, kept=kept, n_kept=n_kept)
         for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=True):
             harness.close(value, expected, harness.STATISTICS, what)
+
+
+def test_rotary_embedding():
+    """The query and the new key arrive before it: what ``ops.layers.rotate`` makes of them goes in."""
+    arguments = problem(LENGTHS[2], torch.float32)
+    new = {name: torch.randn(2, 2, 20) for name in ("new_key", "new_value")}
+    cos, sin = torch.randn(2, 20), torch.randn(2, 20)
+    query, key = layers.rotate(arguments["query"][:, :, None], new["new_key"][:, :, None], cos[:, None], sin[:, None])
+    with harness.splits(3, 4):
+        want = harness.run("decode_attention", **{**arguments, "query": query[:, :, 0]}, **{**new, "new_key": key[:, :, 0]})
+        got = harness.run("decode_attention", **arguments, **new, cos=cos, sin=sin)
+    assert torch.equal(got.output, want.output)
 
 
 @pytest.mark.parametrize("dtype", harness.some([torch.float32, torch.bfloat16]), ids=str)

@@ -87,7 +87,8 @@ class Kit:
 
     @contextmanager
     def decision(self, where: str, arguments: dict[str, Any]) -> Iterator[None]:
-        """Lets the backend decide in the attention's own launch (``"same_launch"``) or in one more (``"second_launch"``)."""
+        """Lets the backend decide in the attention's own launch (``"same_launch"``), in one more (``"second_launch"``) or in two
+        (``"two_launches"``)."""
         if self.backend != "triton":
             yield
             return

@@ -14,7 +14,7 @@ from tests.ops import spec
 
 pytestmark = pytest.mark.gpu
 
-DECISIONS = ("same_launch", "second_launch")
+DECISIONS = ("same_launch", "second_launch", *(("two_launches",) if ON_GPU else ()))
 
 
 def both(kit, arguments, **more):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from dyrate_kernels import ops
+from dyrate_kernels.ops import layers
 from tests.interpreter import harness
 from tests.ops import spec
 
@@ -223,3 +226,49 @@ def test_lengths_may_change_under_a_fixed_launch():
         arguments, _ = problem((*case[:6], *lengths), torch.float32)
         with harness.settings():
             check(arguments, torch.float32)
+
+
+def rotation(batch, dim, dtype, kind):
+    """cos and sin of every sequence, of all of them at once, or in a wider tensor."""
+    angle = 3 * torch.randn(1 if kind == "shared" else batch, dim, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    found = angle.cos().to(dtype), angle.sin().to(dtype)
+    return tuple(torch.stack([t, torch.full_like(t, float("nan"))], 1)[:, 0] for t in found) if kind == "strided" else found
+
+
+@pytest.mark.parametrize(
+    "case, dtype, chosen, kind",
+    [
+        (SHAPES[1], torch.float32, harness.SMALL, "own"),
+        (SHAPES[2], torch.float16, harness.THREE_SPLITS, "strided"),  # 20 elements a head, 32 in a tile
+        (SHAPES[4], torch.float16, dataclasses.replace(harness.SMALL, num_warps=2, warp_rows=True), "own"),
+        (SHAPES[6], torch.float16, harness.ONE_SPLIT, "shared"),
+    ],
+    ids=["heads", "groups", "rows of each warp", "nothing to read"],
+)
+def test_rotary_embedding_inside(case, dtype, chosen, kind):
+    """Bit for bit what ``ops.layers.rotate`` and the operator make one after the other, the row that is written too."""
+    arguments, _ = problem(case, dtype)
+    batch, _, kv_heads, dim = case[:4]
+    cos, sin = rotation(batch, dim, dtype, kind)
+    new = {name: torch.randn(batch, kv_heads, dim).to(dtype) for name in ("new_key", "new_value")}
+    query, new_key = layers.rotate(arguments["query"][:, :, None], new["new_key"][:, :, None], cos[:, None], sin[:, None])
+    apart = {**arguments, **new, "query": query[:, :, 0], "new_key": new_key[:, :, 0], "mass": True, "importance": True}
+    apart |= {name: arguments[name].clone() for name in ("key", "value")}
+    inside = {**arguments, **new, "mass": True, "importance": True, "cos": cos, "sin": sin}
+    with harness.settings(chosen):
+        want = harness.run("decode_attention", **apart)
+        got = harness.run("decode_attention", **inside)
+        for a, b in zip(got, want, strict=True):
+            assert harness.same(a, b)
+        assert harness.same(inside["key"], apart["key"]) and harness.same(inside["value"], apart["value"])
+        decision = {"count": torch.ones(batch, dtype=torch.int32)}
+        statistics = ("mass", "importance")
+        steps = [{k: v for k, v in a.items() if k not in statistics and not k.startswith("new_")} for a in (inside, apart)]
+        for a, b in zip(*(harness.run("decode_step", **step, **decision) for step in steps), strict=True):
+            assert harness.same(a, b)  # without a new row: the query alone is rotated
+    inside["n_text"] = torch.zeros_like(inside["n_text"])  # where no new row is written
+    with harness.settings(chosen):
+        got = harness.run("decode_attention", **inside)
+    want = ops.decode_attention(**inside, backend="reference")
+    for value, expected in zip(got, want, strict=True):
+        harness.close(value, expected, harness.TOLERANCE[dtype], "result")

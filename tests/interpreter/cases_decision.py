@@ -163,7 +163,7 @@ def check_step(arguments, **how):
     return got
 
 
-@pytest.mark.parametrize("chosen", [harness.SMALL, harness.TWO_LAUNCHES], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("chosen", [harness.SMALL, harness.TWO_LAUNCHES, harness.APART], ids=plan.DECISIONS)
 @pytest.mark.parametrize("case", STEPS, ids=str)
 def test_step_with_predictor(case, chosen):
     arguments = spec.problem(*case, dtype=torch.float32)
@@ -234,7 +234,7 @@ def test_importance_orders_like_the_reference():
         assert torch.allclose(got.rate, 1 - n_kept.double() / arguments["n_visual"])
 
 
-@pytest.mark.parametrize("chosen", [harness.SMALL, harness.TWO_LAUNCHES], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("chosen", [harness.SMALL, harness.TWO_LAUNCHES, harness.APART], ids=plan.DECISIONS)
 def test_step_in_chunks(chosen, monkeypatch):
     """More visual tokens than the selection inside the launch holds at once."""
     whole = plan.select

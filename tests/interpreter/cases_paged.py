@@ -25,6 +25,8 @@ SETTINGS = {
     "one split": harness.ONE_SPLIT,
     "two launches": harness.TWO_LAUNCHES,
     "three splits": harness.THREE_SPLITS,
+    "apart": harness.APART,
+    "rows of each warp": dataclasses.replace(harness.SMALL, num_warps=2, warp_rows=True, tensor_cores=True),
 }
 
 
@@ -64,8 +66,11 @@ def gathered(arguments, how, statistics):
 
 @pytest.mark.parametrize(
     "number, chosen",
-    grid(range(len(SHAPES)), SETTINGS, usual=[(0, "splits"), (1, "two launches"), (2, "one split"), (3, "splits"), (4, "one split")]),
-)
+    grid(
+        range(len(SHAPES)), SETTINGS,
+        usual=[(0, "splits"), (1, "two launches"), (2, "one split"), (3, "splits"), (4, "one split"), (2, "rows of each warp")],
+    ),
+)  # fmt: skip
 def test_statistics(number, chosen):
     with harness.settings(SETTINGS[chosen]):
         check(spec.problem(SHAPES[number], torch.float32, share=number == 1))
@@ -199,10 +204,10 @@ def decision(arguments, tokens, kind, seed=2):
 @pytest.mark.parametrize(
     "number, kind, chosen, listed",
     grid(
-        [0, 1, 2], ["predictor", "count", "narrow"], ["one split", "splits", "two launches"], [False, True],
+        [0, 1, 2], ["predictor", "count", "narrow"], ["one split", "splits", "two launches", "apart"], [False, True],
         usual=[
             (0, "predictor", "splits", False), (2, "predictor", "two launches", True), (1, "narrow", "one split", True),
-            (1, "narrow", "two launches", False), (2, "count", "one split", False),
+            (1, "narrow", "two launches", False), (2, "predictor", "apart", True), (2, "count", "one split", False),
         ],
     ),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from dyrate_kernels.triton_kernels import plan
 # several splits and several blocks already for a few dozen rows
 SMALL = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8)
 TWO_LAUNCHES = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8, decision="second_launch")
+APART = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8, decision="two_launches")
 ONE_SPLIT = plan.Settings(block_n=32, min_blocks=64)
 # 20 programs: no power of two a pair; combined a split or two at a time
 THREE_SPLITS = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=5, combined=32, decision="second_launch")

@@ -306,3 +306,38 @@ def test_key_heads_must_divide_query_heads():
     plain |= {name: plain[name][:, [0, 1, 1]] for name in ("key", "value")}
     with pytest.raises(ValueError, match="key: expected a number of heads that divides the 4 heads of query, got 3"):
         ops.decode_attention(**plain)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["each sequence's", "one for all"])
+def test_rotary_embedding_comes_before_the_new_row_is_written(shared):
+    arguments = spec.problem(3, 4, 2, 8, 10, 5, [10, 3, 0], [5, 2, 0])
+    plain = {k: arguments[k] for k in arguments if k not in ("position", "query_position")}
+    new = {name: torch.randn(3, 2, 8, dtype=torch.float64) for name in ("new_key", "new_value")}
+    angle = torch.randn(1 if shared else 3, 8, dtype=torch.float64)
+    cos, sin = angle.cos(), angle.sin()
+
+    def turned(x):
+        low, high = x[..., :4], x[..., 4:]
+        return torch.cat([low * cos[:, None, :4] - high * sin[:, None, :4], high * cos[:, None, 4:] + low * sin[:, None, 4:]], -1)
+
+    apart = plain | {"query": turned(plain["query"]), "new_value": new["new_value"], "new_key": turned(new["new_key"])}
+    apart |= {name: plain[name].clone() for name in ("key", "value")}
+    want = ops.decode_attention(**apart, mass=True, importance=True)
+    got = ops.decode_attention(**plain, **new, mass=True, importance=True, cos=cos, sin=sin)
+    assert torch.allclose(plain["key"], apart["key"], atol=1e-14, rtol=0, equal_nan=True)
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, atol=1e-12, rtol=0)
+    count = torch.ones(3, dtype=torch.int32)
+    step = ops.decode_step(**plain, **new, count=count, cos=cos, sin=sin)
+    assert torch.allclose(step.output, want.output, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="cos, sin: expected both"):
+        ops.decode_attention(**plain, cos=cos)
+    with pytest.raises(ValueError, match="sin: expected shape"):
+        ops.decode_attention(**plain, cos=cos, sin=sin[:, :4])
+    with pytest.raises(ValueError, match="cos: expected shape"):
+        ops.decode_step(**plain, count=count, cos=torch.ones(2, 8).double(), sin=sin)
+    with pytest.raises(TypeError, match="cos: expected float64"):
+        ops.decode_attention(**plain, cos=cos.float(), sin=sin.float())
+    odd = plain | {name: plain[name][..., :7] for name in ("query", "key", "value")}
+    with pytest.raises(ValueError, match="cos: expected an even head dim"):
+        ops.decode_attention(**odd, cos=cos[:, :7], sin=sin[:, :7])

@@ -73,6 +73,10 @@ SAMPLES += [
     ),
 ]
 
+_turn = tuple(torch.randn(2, 8, dtype=_rows[0].dtype) for _ in range(2))
+SAMPLES += [(name, (*arguments, *_turn)) for name, arguments in SAMPLES if name in ("append_decode_attention", "append_decode_step")]
+SAMPLES.append((*SAMPLES[3][:1], (*SAMPLES[3][1], *_turn)))
+
 _paged = paged_spec.problem(paged_spec.SHAPES[1], torch.float32)
 _kept = tuple(paged_spec.lists(_paged, 0.5).values())
 _pages = (*(_paged[n] for n in ("query", "key", "value", "block_table", "n_rows")), 0.5, _paged["sequence"])

@@ -1,4 +1,4 @@
-"""Reducers once more, from shared/methods.md and the papers: loops over rows, nothing of ``dyrate_kernels``.
+"""Reducers once more, from docs/vision and the papers: loops over rows, nothing of ``dyrate_kernels``.
 
 A picture is a list of rows in the language model's order; a reducer turns it into a shorter list. What the tower attended to comes from
 transformers' eager attention, the place of tiles and newlines from a canvas of labels.

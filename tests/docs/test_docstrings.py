@@ -1,0 +1,53 @@
+"""Docstrings say what is done, in lines that no tool has broken."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+EMPTY = re.compile(r"(Does (it|so|that)\b|See (above|below)\b|TODO)")
+ENTRY = re.compile(r"\s*([-*>|]|``|\w+(, \w+)*:)")  # an item of a list or of Args begins a line of its own
+SHORT = 60  # a line below this that the next line's first word fits behind was broken by accident
+
+
+def documented() -> Iterator[tuple[str, ast.AST, str, list[str]]]:
+    for folder in ("dyrate_kernels", "triton_kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                    first, last = node.body[0].lineno - 1, node.body[0].end_lineno
+                    yield f"{path.relative_to(ROOT)}:{first + 1}", node, ast.get_docstring(node), text.split("\n")[first:last]
+
+
+def broken(lines: list[str]) -> list[str]:
+    """Lines of a docstring that end in the middle of a sentence although the next word would have fitted."""
+    found = []
+    for line, after in zip(lines, lines[1:], strict=False):
+        text, indent = line.strip(), len(line) - len(line.lstrip())
+        if not text or not after.strip() or after.strip() == '"""' or ENTRY.match(line) or ENTRY.match(after):
+            continue
+        same = len(after) - len(after.lstrip()) >= indent
+        if same and len(line) < SHORT and "  " not in text and not re.search(r"[.:;)`>\]{}]$", text) and after.strip()[0].islower():
+            found.append(text)
+    return found
+
+
+def test_no_docstring_is_empty_of_meaning():
+    assert [place for place, _, text, _ in documented() if EMPTY.match(text)] == []
+
+
+def test_no_docstring_was_broken_by_a_reflow():
+    code = ("bench", "python -m", "rows ", "row ")  # blocks of text that is no prose
+    found = {place: broken(lines) for place, _, _, lines in documented()}
+    assert {place: lines for place, lines in found.items() if [line for line in lines if not line.startswith(code)]} == {}
+
+
+def test_the_broken_line_is_found():
+    assert broken(["    The tensors are described,", "    stride", "    of a head, stride of a row."]) == [
+        "The tensors are described,", "stride"
+    ]  # fmt: skip
+    assert broken(["    Args:", "        a: one.", "        b: two."]) == []
