@@ -44,14 +44,15 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
 
 def norm_linears(
     x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
-    one_plus: bool = False,
+    one_plus: bool = False, total: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """See ``dyrate_kernels.ops.layers.norm_linears``: x is one row."""
-    return products.linears(x, weights, biases, products.Norm(residual, norm, eps, one_plus))
+    return products.linears(x, weights, biases, products.Norm(residual, norm, eps, one_plus, total))
 
 
 def norm_gated(
-    x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, gate: Tensor, up: Tensor, activation: str = "silu", one_plus: bool = False
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, gate: Tensor, up: Tensor, activation: str = "silu",
+    one_plus: bool = False, total: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``dyrate_kernels.ops.layers.norm_gated``: x is one row."""
-    return products.gated(x, gate, up, activation, products.Norm(residual, norm, eps, one_plus))
+    return products.gated(x, gate, up, activation, products.Norm(residual, norm, eps, one_plus, total))

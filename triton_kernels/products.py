@@ -170,6 +170,7 @@ class Norm(NamedTuple):
     weight: Tensor
     eps: float
     one_plus: bool
+    total: Tensor | None  # where the sum is written; None: a new tensor
 
 
 def _shape(tile: RowTile, size: int, itemsize: int) -> tuple[int, int]:
@@ -186,7 +187,7 @@ def _before(x: Tensor, norm: Norm | None) -> tuple[tuple[Tensor | None, ...], fl
     flags = (2 if norm.one_plus else 1, norm.residual is not None, max(triton.next_power_of_2(x.shape[-1]), 16))
     if norm.residual is None:
         return (x, None, norm.weight.contiguous(), None), norm.eps, flags, x
-    total = torch.empty_like(x)
+    total = torch.empty_like(x) if norm.total is None else norm.total
     return (x, norm.residual.contiguous(), norm.weight.contiguous(), total), norm.eps, flags, total
 
 

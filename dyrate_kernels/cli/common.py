@@ -87,7 +87,7 @@ def add_input(parser: argparse.ArgumentParser) -> None:
         help="reducers before the language model, e.g. aim:keep=0.5 or tome+aim; `dyrate info` lists them; default: none",
     )  # fmt: skip
     parser.add_argument("--cuda-graph", action="store_true", help="capture a decode step once and replay it (on one CUDA device)")
-    parser.add_argument("--fuse", action="store_true", help="fewer launches a decoder layer (backend triton; Llama, Mistral, Qwen2)")
+    parser.add_argument("--fuse", action="store_true", help="fewer launches a decoder layer (backend triton)")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     add_seed(parser)
 

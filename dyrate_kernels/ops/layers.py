@@ -129,7 +129,7 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
 
 def norm_linears(
     x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
-    one_plus: bool = False,
+    one_plus: bool = False, total: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """``residual_norm``, then ``linears`` of what it normalised; a backend that fuses takes one row.
 
@@ -138,19 +138,21 @@ def norm_linears(
         residual: of x's shape, or None: x is the residual stream itself.
         norm, eps, one_plus: as ``rms_norm`` takes them.
         weights, biases: as ``linears`` takes them.
+        total: of x's shape and dtype and dense, where ``residual + x`` is written; None: a new tensor. With a residual only.
 
     Returns:
         (``residual + x``, ``[.., N]`` for each weight).
     """
-    total = x if residual is None else residual + x
+    total = x if residual is None else torch.add(residual, x, out=total)
     return total, linears(rms_norm(total, norm, eps, one_plus), weights, biases)
 
 
 def norm_gated(
-    x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, gate: Tensor, up: Tensor, activation: str = "silu", one_plus: bool = False
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, gate: Tensor, up: Tensor, activation: str = "silu",
+    one_plus: bool = False, total: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``residual_norm``, then ``gated`` of what it normalised, as ``norm_linears``: (``residual + x``, ``[.., N]``)."""
-    total = x if residual is None else residual + x
+    total = x if residual is None else torch.add(residual, x, out=total)
     return total, gated(rms_norm(total, norm, eps, one_plus), gate, up, activation)
 
 

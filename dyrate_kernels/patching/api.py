@@ -82,8 +82,9 @@ def patch(
         record_importance: keep importance and kept tokens of every step for ``stats()`` (costs ``5 * N`` bytes a step and sequence).
         cuda_graph: capture a decode step once in every ``generate()`` and replay it for the tokens that follow (``patching.graph``). Needs
             the model on one CUDA device; where a step cannot be captured it runs eagerly, and a warning says why, once.
-        fuse: RMSNorm, rotary embedding and gated SiLU of the decoder layers in one launch each (``patching.fused``), for text models of
-            Llama, Mistral and Qwen2 on backend ``triton``. Results differ by rounding. Elsewhere it has no effect, and says so.
+        fuse: RMSNorm, rotary embedding and gate of the decoder layers in one launch each (``patching.fused``), for text models of Llama,
+            Mistral, Qwen2, Qwen3, Gemma, Gemma 3 and Qwen-VL on backend ``triton``. Results differ by rounding. Elsewhere it has no effect,
+            and says so.
         vision: reducers that leave fewer visual tokens before the language model: a name of ``dyrate_kernels.vision.names()``, with options
             (``"aim:keep=0.5"``), several (``"tome+aim"``), a ``Reducer``, or a list of these; None: none. They work in ``generate``;
             those that look into the vision tower (``Reducer.reads_tower``) need a LLaVA or PaliGemma with CLIP or SigLIP.

@@ -1,10 +1,14 @@
-"""``patch(model, fuse=True)``: RMSNorm, rotary embedding and gated SiLU of the decoder layers, one launch each instead of about twenty,
-and at batch 1 matrix products that read their weights faster.
+"""``patch(model, fuse=True)``: RMSNorm, rotary embedding and the gate of the decoder layers, one launch each instead of about twenty, and
+at batch 1 matrix products that read their weights faster.
 
 Around attention a decoder layer of ``transformers`` launches its arithmetic operation by operation. On a GPU that is a third of a decode
 step at batch 1 (bench/results/README.md), so pruning cannot win it back. A module keeps its parameters, hooks and state_dict keys; only its
 class is swapped, for one that does the same in fewer launches (``ops.layers``) while a generation of this handle reads or writes its
 cache. Every other pass is the model's own.
+
+What else is there is off until a device's file turns it on (``ops.layer_settings``): products with several rows, and the sum of a residual
+stream with the norm that follows. For that the layer's forward leaves what a norm will be asked for (``_Ready``) or, with one row, what the
+product behind that norm needs to make it itself (``_Pending``); both are known by the very tensor that is handed on.
 """
 
 from __future__ import annotations
@@ -13,26 +17,93 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dyrate_kernels.cache import VisualCache
+from dyrate_kernels.ops import layer_settings
 from dyrate_kernels.ops import layers as ops
 from dyrate_kernels.patching.attention import CARRIER, sliding_window
 from dyrate_kernels.patching.families import decoder_layers
 
-# text models whose layers are known to compute what ``ops.layers`` does, by the module that defines them: the names in it of
-# normalisation, feed-forward block, attention
+
+@dataclass(frozen=True)
+class Known:
+    """A text model whose layers compute what ``ops.layers`` does: the names of its classes, and what differs from Llama's.
+
+    Attributes:
+        one_plus: its RMSNorm multiplies by ``1 + weight``.
+        qk_norm: ``q_norm`` and ``k_norm`` normalise each head before it is rotated.
+        four_norms: what attention and feed-forward block give is normalised before it joins the residual stream.
+    """
+
+    norm: str
+    feed_forward: str
+    attention: str
+    layer: str
+    one_plus: bool = False
+    qk_norm: bool = False
+    four_norms: bool = False
+
+
+def _known(title: str, feed_forward: str | None = None, **differs: bool) -> Known:
+    return Known(f"{title}RMSNorm", feed_forward or f"{title}MLP", f"{title}Attention", f"{title}DecoderLayer", **differs)
+
+
+# by the module that defines them; compared line by line with transformers 5.6.2 and 5.24 (tests/patching/test_fused.py runs them)
 KNOWN = {
-    f"transformers.models.{name}.modeling_{name}": (f"{title}RMSNorm", f"{title}MLP", f"{title}Attention")
-    for name, title in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"))
+    f"transformers.models.{name}.modeling_{name}": known
+    for name, known in {
+        "llama": _known("Llama"),
+        "mistral": _known("Mistral"),
+        "qwen2": _known("Qwen2"),
+        "qwen2_vl": _known("Qwen2VL", "Qwen2MLP"),
+        "qwen2_5_vl": _known("Qwen2_5_VL", "Qwen2MLP"),
+        "qwen3": _known("Qwen3", qk_norm=True),
+        "qwen3_vl": _known("Qwen3VLText", qk_norm=True),
+        "gemma": _known("Gemma", one_plus=True),
+        "gemma3": _known("Gemma3", one_plus=True, qk_norm=True, four_norms=True),
+    }.items()
 }
 _SWITCH = "_dyrate_switch"  # attribute of a fused module: its ``Fused``
-_PASS = threading.local()  # .of: the ``Fused`` of the pass under way in this thread, .kernels: the functions of ``ops.layers`` that fuse
+_NEXT = "_dyrate_next"  # of a fused layer: the norm that reads what it gives, and the next layer (None behind the last one)
+
+
+class _Ready(NamedTuple):
+    """What a norm will be asked for is there already."""
+
+    asked: Tensor
+    version: int
+    norm: nn.Module
+    normal: Tensor
+
+
+class _Pending(NamedTuple):
+    """A norm was asked, and gave ``normal``, which nobody has written: a product with one row makes it from x, and writes ``total``."""
+
+    normal: Tensor
+    total: Tensor
+    x: Tensor
+    residual: Tensor
+    norm: nn.Module
+
+
+class _Pass(threading.local):
+    """The pass under way in this thread."""
+
+    of: Fused | None = None
+    kernels: ModuleType | None = None  # the functions of ``ops.layers`` that fuse
+    settings = layer_settings.LayerSettings()
+    ready: _Ready | None = None
+    pending: _Pending | None = None
+
+
+_PASS = _Pass()
 
 
 class Fused:
@@ -43,9 +114,14 @@ class Fused:
 
     def install(self, decoder: nn.Module) -> None:
         """Swaps the classes of a text model whose attention is swapped already."""
-        for module, make in list(_modules(decoder)):
+        on = layer_settings.settings(next(decoder.parameters()).device)
+        for module, make in list(_modules(decoder, on.residual_norm or on.norm_prologue)):
             vars(module)[_SWITCH] = self
             module.__class__ = _fused_class(type(module), make)
+        layers = list(decoder.layers)
+        for layer, after in zip(layers, [*layers[1:], None], strict=True):
+            if "_dyrate_fused" in vars(type(layer)):
+                vars(layer)[_NEXT] = (decoder.norm, None) if after is None else (after.input_layernorm, after)
 
     def remove(self, decoder: nn.Module) -> None:
         """Undoes it; before the attention modules get their own class back."""
@@ -54,12 +130,14 @@ class Fused:
             if "_dyrate_fused" in vars(type(module)):
                 module.__class__ = type(module)._dyrate_fused
                 vars(module).pop(_SWITCH, None)
+                vars(module).pop(_NEXT, None)
 
     def on(self, backend: str, device: torch.device) -> None:
         """The pass that begins is one of ours, on ``device``."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
             return
         _PASS.of, _PASS.kernels = self, ops.fused(backend, device)
+        _PASS.settings, _PASS.ready, _PASS.pending = layer_settings.settings(device), None, None
         if _PASS.kernels is None and not self._told:
             self._told = True
             warnings.warn(
@@ -69,8 +147,8 @@ class Fused:
 
     def off(self) -> None:
         """The pass that begins is the model's own."""
-        if getattr(_PASS, "of", None) is self:
-            _PASS.of = _PASS.kernels = None
+        if _PASS.of is self:
+            _PASS.of = _PASS.kernels = _PASS.ready = _PASS.pending = None
 
 
 def _alike(*tensors: Tensor) -> bool:
@@ -81,23 +159,129 @@ def _alike(*tensors: Tensor) -> bool:
 def _kernels(module: nn.Module) -> ModuleType | None:
     """What to fuse with in this pass. A forward that accelerate took over while the module was fused outlives the patch: then None."""
     fused = vars(module).get(_SWITCH)
-    return None if fused is None or getattr(_PASS, "of", None) is not fused else _PASS.kernels
+    return None if fused is None or _PASS.of is not fused else _PASS.kernels
+
+
+def _bare(module: Any) -> bool:
+    """Calling the module does nothing but run its class's forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+# ---- norms, and what joins the residual stream before them ----------------------------------------------------------------------
+
+
+def _row_of(original: type[nn.Module]) -> Known:
+    return KNOWN[getattr(original, "_dyrate_original", original).__module__]
+
+
+def _kind(norm: Any) -> tuple[float, bool]:
+    """(eps, multiplies by one more than its weight) of a fused norm."""
+    one_plus = _row_of(type(norm)._dyrate_fused).one_plus
+    return (norm.eps if one_plus else norm.variance_epsilon), one_plus
 
 
 def _norm(original: type[nn.Module]) -> dict[str, Any]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        kernels = _kernels(self)
+        kernels, ready, pending = _kernels(self), _PASS.ready, _PASS.pending
         if kernels is None or type(self.weight) is not nn.Parameter or not _alike(hidden_states, self.weight):
             return original.forward(self, hidden_states)
-        return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        if ready is not None and ready.asked is hidden_states and ready.norm is self and ready.version == hidden_states._version:
+            _PASS.ready = None
+            return ready.normal
+        if pending is not None and pending.total is hidden_states and pending.norm is self:
+            return pending.normal
+        return kernels.rms_norm(hidden_states, self.weight, *_kind(self))
 
     return {"forward": forward}
 
 
-def _one_row(x: Tensor, *linears: Any) -> bool:
-    """x is a single row, and calling these modules does nothing but multiply their weights, which lie row by row."""
-    if x.numel() != x.shape[-1]:
-        return False
+def _joins(norm: Any, x: Tensor, residual: Tensor) -> bool:
+    """This norm can be part of a launch that makes ``residual + x``."""
+    return (
+        _kernels(norm) is not None and _bare(norm) and type(norm.weight) is nn.Parameter and _alike(x, residual, norm.weight)
+        and x.shape == residual.shape
+    )  # fmt: skip
+
+
+def _join(residual: Tensor, x: Tensor, then: Any, before: Any = None, product: Callable[[Tensor], bool] | None = None) -> Tensor:
+    """``residual + x``, or with ``before`` ``residual + before(x)``; what the norm ``then`` makes of it is prepared.
+
+    product: whether what reads that norm is a product that can make it itself for this row.
+    """
+    kernels = _PASS.kernels
+    if before is not None and not (_joins(before, x, residual) and _joins(then, x, residual) and _kind(before) == _kind(then)):
+        x, before = before(x), None
+    if torch.is_inference_mode_enabled() or not _joins(then, x, residual):  # nobody could tell whether the sum was changed meanwhile
+        return residual + (x if before is None else before(x))
+    if _PASS.settings.norm_prologue and before is None and x.numel() == x.shape[-1] and product is not None and product(x):
+        total = torch.empty_like(residual)
+        _PASS.pending = _Pending(torch.empty_like(total), total, x, residual, then)
+        return total
+    if not _PASS.settings.residual_norm:
+        return residual + (x if before is None else before(x))
+    total, normal = kernels.residual_norm(x, residual, then.weight, *_kind(then), None if before is None else before.weight)
+    _PASS.ready = _Ready(total, total._version, then, normal)
+    return total
+
+
+def _take(x: Tensor) -> _Pending | None:
+    """What x still needs; whoever takes it makes it."""
+    pending = _PASS.pending
+    if pending is None or pending.normal is not x:
+        return None
+    _PASS.pending = None
+    return pending
+
+
+def _settled(x: Tensor) -> Tensor:
+    """x, written."""
+    pending = _take(x)
+    if pending is None:
+        return x
+    total, normal = ops.residual_norm(pending.x, pending.residual, pending.norm.weight, *_kind(pending.norm))
+    pending.total.copy_(total)
+    return normal
+
+
+def _layer(original: type[nn.Module]) -> dict[str, Any]:
+    four_norms = _row_of(original).four_norms
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        settings = _PASS.settings
+        if _kernels(self) is None or args or _NEXT not in vars(self) or not (settings.residual_norm or settings.norm_prologue):
+            return original.forward(self, hidden_states, *args, **kwargs)
+        next_norm, after = vars(self)[_NEXT]
+        residual = hidden_states
+        x, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+
+        def gate_is_next(row: Tensor) -> bool:
+            return _kernels(self.mlp) is not None and _bare(self.mlp) and _gate_fits(self.mlp, row)
+
+        def query_is_next(row: Tensor) -> bool:
+            return after is not None and _bare(self) and _bare(after) and _attention_fits(after.self_attn, row, kwargs)
+
+        if four_norms:
+            residual = _join(residual, x, self.pre_feedforward_layernorm, self.post_attention_layernorm, gate_is_next)
+            x = self.mlp(self.pre_feedforward_layernorm(residual))
+            return _join(residual, x, next_norm, self.post_feedforward_layernorm, query_is_next)
+        residual = _join(residual, x, self.post_attention_layernorm, None, gate_is_next)
+        x = self.mlp(self.post_attention_layernorm(residual))
+        return _join(residual, x, next_norm, None, query_is_next)
+
+    return {"forward": forward}
+
+
+# ---- products -------------------------------------------------------------------------------------------------------------------
+
+
+def _plain(x: Tensor, *linears: Any) -> bool:
+    """Calling these modules does nothing but multiply their weights, which lie row by row."""
     for linear in linears:
         if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
             return False
@@ -108,42 +292,85 @@ def _one_row(x: Tensor, *linears: Any) -> bool:
     return True
 
 
+def _fits(kind: str, x: Tensor, *linears: Any) -> bool:
+    """Our product takes the place of these modules: with one row, and with as many as the device's file says."""
+    size = x.shape[-1]
+    rows = x.numel() // size if size else 0
+    if rows != 1:
+        if not (_PASS.settings.products and 1 < rows <= ops.MOST_ROWS):
+            return False
+        count = linears[0].out_features if kind == "gated" else sum(linear.out_features for linear in linears)
+        if _PASS.settings.tile(kind, count, size, rows) is None:
+            return False
+    return _plain(x, *linears)
+
+
 def _products(kernels: ModuleType, x: Tensor, *linears: Any) -> list[Tensor]:
     """What the modules give for x."""
-    if _one_row(x, *linears):
-        return kernels.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
+    pending = _take(x)
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    if pending is not None:
+        eps, one_plus = _kind(pending.norm)
+        before = (pending.x, pending.residual, pending.norm.weight, eps)
+        return kernels.norm_linears(*before, weights, biases, one_plus=one_plus, total=pending.total)[1]
+    if _fits("linear", x, *linears):
+        return kernels.linears(x, weights, biases)
     return [linear(x) for linear in linears]
+
+
+def _gate_fits(module: Any, x: Tensor) -> bool:
+    """Gate and up are one launch."""
+    gate, up = module.gate_proj, module.up_proj
+    return _fits("gated", x, gate, up) and gate.bias is None and up.bias is None
 
 
 def _feed_forward(original: type[nn.Module]) -> dict[str, Any]:
     def forward(self: Any, x: Tensor) -> Tensor:
         kernels = _kernels(self)
         if kernels is None:
-            return original.forward(self, x)
-        if _one_row(x, self.gate_proj, self.up_proj) and self.gate_proj.bias is None and self.up_proj.bias is None:
-            active = kernels.gated(x, self.gate_proj.weight, self.up_proj.weight)
+            return original.forward(self, _settled(x))
+        pending, activation = _take(x), _activation(self.act_fn)
+        gate, up = self.gate_proj, self.up_proj
+        if pending is not None:
+            eps, one_plus = _kind(pending.norm)
+            before = (pending.x, pending.residual, pending.norm.weight, eps)
+            active = kernels.norm_gated(*before, gate.weight, up.weight, activation, one_plus=one_plus, total=pending.total)[1]
+        elif _gate_fits(self, x):
+            active = kernels.gated(x, gate.weight, up.weight, activation)
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-            active = kernels.gate_mul(gate, up) if _alike(gate, up) else self.act_fn(gate) * up
+            gated, upped = gate(x), up(x)
+            active = kernels.gate_mul(gated, upped, activation) if _alike(gated, upped) else self.act_fn(gated) * upped
         return _products(kernels, active, self.down_proj)[0]
 
     return {"forward": forward}
 
 
+# ---- attention ------------------------------------------------------------------------------------------------------------------
+
+
+def _attention_fits(module: Any, x: Tensor, kwargs: dict[str, Any]) -> bool:
+    """A call of the module with these arguments multiplies x, normalised, by the weights of query, key and value at once."""
+    return (
+        _kernels(module) is not None and _bare(module) and isinstance(kwargs.get(CARRIER), VisualCache)
+        and kwargs.get("position_embeddings") is not None and _fits("linear", x, module.q_proj, module.k_proj, module.v_proj)
+    )  # fmt: skip
+
+
 def _attention(original: type[nn.Module]) -> dict[str, Any]:
+    row = _row_of(original)
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kernels, carrier = _kernels(self), kwargs.get(CARRIER)
         embeddings = kwargs.get("position_embeddings")
         if kernels is None or args or not isinstance(carrier, VisualCache) or embeddings is None:
+            if "hidden_states" in kwargs:
+                kwargs["hidden_states"] = _settled(kwargs["hidden_states"])
             return original.forward(self, *args, **kwargs)
         hidden = kwargs["hidden_states"]
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         made = _products(kernels, hidden, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (tensor.view(shape).transpose(1, 2) for tensor in made)
-        cos, sin = embeddings
-        whole = cos.shape[-1] == self.head_dim and self.head_dim % 2 == 0 and cos.dim() == 3
-        rotate = kernels.rotate if whole and _alike(query, key, cos, sin) else _own_rotary(type(self)._dyrate_original)
-        query, key = rotate(query, key, cos, sin)
+        query, key = _rotated(self, kernels, query, key, *embeddings, row)
         key, value = carrier.update(key, value, self.layer_idx)
         output = carrier.attend(self.layer_idx, query, key, value, self.scaling, sliding_window(self))
         return _products(kernels, output.reshape(*hidden.shape[:-1], -1), self.o_proj)[0], None
@@ -151,8 +378,26 @@ def _attention(original: type[nn.Module]) -> dict[str, Any]:
     return {"forward": forward}
 
 
-def _own_rotary(original: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]]:
-    return sys.modules[original.__module__].apply_rotary_pos_emb
+def _rotated(module: Any, kernels: ModuleType, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, row: Known) -> tuple[Tensor, Tensor]:
+    """Queries and keys, normalised where the model does that, and rotated."""
+    how: dict[str, Any] = {}
+    if cos.dim() == 4:  # a stream each for time, height and width, of which transformers before 5.24 chooses here
+        how["sections"] = module.config.rope_parameters["mrope_section"]
+    whole = cos.shape[-1] == module.head_dim and module.head_dim % 2 == 0 and _alike(query, key, cos, sin)
+    if row.qk_norm:
+        norms = (module.q_norm, module.k_norm)
+        if whole and all(_kernels(norm) is not None and _bare(norm) and _alike(query, norm.weight) for norm in norms):
+            (eps, one_plus), other = map(_kind, norms)
+            if (eps, one_plus) == other:
+                how |= {"query_norm": norms[0].weight, "key_norm": norms[1].weight, "eps": eps, "one_plus": one_plus}
+        if "eps" not in how:
+            query, key = norms[0](query), norms[1](key)
+    if whole:
+        return kernels.rotate(query, key, cos, sin, **how)
+    own = sys.modules[type(module)._dyrate_original.__module__]
+    if "sections" in how:
+        return own.apply_multimodal_rotary_pos_emb(query, key, cos, sin, how["sections"])
+    return own.apply_rotary_pos_emb(query, key, cos, sin)
 
 
 @cache
@@ -162,24 +407,33 @@ def _fused_class(original: type[nn.Module], make: Callable[[type[nn.Module]], di
     return type(f"Fused{original.__name__}", (original,), members)
 
 
-def _modules(decoder: nn.Module) -> Iterator[tuple[nn.Module, Callable[[type[nn.Module]], dict[str, Any]]]]:
-    """(module, what makes its class) of everything in a text model that can be fused."""
+def _modules(decoder: nn.Module, layers: bool) -> Iterator[tuple[nn.Module, Callable[[type[nn.Module]], dict[str, Any]]]]:
+    """(module, what makes its class) of everything in a text model that can be fused; ``layers``: of whole layers, too."""
     for module in decoder.modules():
         kind = getattr(type(module), "_dyrate_original", type(module))
-        names = KNOWN.get(kind.__module__)
-        if names is None or "forward" in vars(module):  # accelerate has put a forward of its own there
+        known = KNOWN.get(kind.__module__)
+        if known is None or "forward" in vars(module):  # accelerate has put a forward of its own there
             continue
-        norm, feed_forward, attention = names
-        if kind.__name__ == norm:
+        if kind.__name__ == known.norm:
             yield module, _norm
-        elif kind.__name__ == feed_forward and _is_silu(module.act_fn):
+        elif kind.__name__ == known.feed_forward and _activation(module.act_fn) is not None:
             yield module, _feed_forward
-        elif kind.__name__ == attention:
+        elif kind.__name__ == known.attention:
             yield module, _attention
+        elif kind.__name__ == known.layer and layers:
+            yield module, _layer
 
 
-def _is_silu(activation: Any) -> bool:
-    return activation is nn.functional.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
+def _activation(module: Any) -> str | None:
+    """Its name in ``ops.layers.ACTIVATIONS``; None for any other."""
+    name, function = type(module).__name__, getattr(module, "act", None)
+    if module is nn.functional.silu or name in ("SiLU", "SiLUActivation"):
+        return "silu"
+    if name == "GELUTanh" and getattr(function, "func", None) is nn.functional.gelu:
+        return "gelu_tanh"
+    if name == "GELUActivation" and function is nn.functional.gelu:
+        return "gelu"
+    return None
 
 
 def fuses(model: Any, backend: str) -> bool:
@@ -194,7 +448,8 @@ def fuses(model: Any, backend: str) -> bool:
 def check_fusable(model: Any) -> None:
     """Raises TypeError where ``fuse=True`` does not know the model's decoder layers."""
     kinds = {type(layer.self_attn) for layer in decoder_layers(model)}
-    unknown = sorted(kind.__name__ for kind in kinds if kind.__name__ not in KNOWN.get(kind.__module__, ()))
+    rows = {kind: KNOWN.get(kind.__module__) for kind in kinds}
+    unknown = sorted(kind.__name__ for kind, row in rows.items() if row is None or kind.__name__ != row.attention)
     if unknown:
-        known = ", ".join(names[2] for names in KNOWN.values())
+        known = ", ".join(row.attention for row in KNOWN.values())
         raise TypeError(f"fuse=True knows decoder layers with {known}; this model's have {', '.join(unknown)}: leave fuse out")

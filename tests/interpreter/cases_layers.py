@@ -232,8 +232,8 @@ def test_fused_model_gives_the_references_tokens(policy, retention, options, ste
 
 
 def counted(calls, name, function):
-    def call(*args):
+    def call(*args, **kwargs):
         calls[name] += 1
-        return function(*args)
+        return function(*args, **kwargs)
 
     return call
