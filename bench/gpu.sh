@@ -153,7 +153,8 @@ part memcheck sanitizer.log "$(of 55)" bash -c 'sanitizer memcheck'
 part racecheck sanitizer.log "$(of 55)" bash -c 'sanitizer racecheck'
 part synccheck sanitizer.log "$(of 35)" bash -c 'sanitizer synccheck'
 part initcheck sanitizer.log "$(of 35)" bash -c 'sanitizer initcheck'
-part operators operators.log $([ -n "$toy" ] && echo 300 || of 110) "$python" -m bench.operators "$work/operators.json" $toy --seconds "$(of 90)"
+part operators operators.log $([ -n "$toy" ] && echo 300 || of 120) "$python" -m bench.operators "$work/operators.json" $toy \
+  --seconds $([ -n "$toy" ] && echo 280 || of 105)
 few=$([ -n "$toy" ] && echo "" || echo "B32-N2880 or B1-N576")
 part pytest pytest.log $([ -n "$toy" ] && echo 200 || of 70) "$python" -m pytest bench -q -p no:cacheprovider -k "$few" --benchmark-json="$out/benchmark.json"
 part end_to_end end_to_end.log $([ -n "$toy" ] && echo 950 || of 130) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy \

@@ -364,6 +364,7 @@ def our_attention_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, 
     # as a model calls them: the newest row comes with the call (more registers, another kernel)
     for name, (operator, more, passes, moved) in forms(data).items():
         yield with_new_row(data, facts, name, operator, more, passes, moved)
+    yield from paged_rows(data, facts)
 
 
 FORMS = ("decode_attention", "decode_attention with statistics", "decode_attention, 12.5 % kept", "decode_step")
@@ -414,6 +415,61 @@ def brief_attention_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str
 
 SDPA = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
 PACKAGES = {"flash_attn": "FlashAttention with_kvcache", "flashinfer": "FlashInfer paged decode"}
+
+
+BLOCK = 16  # rows of a block of the paged forms
+PAGED = ("paged_attention", "paged_attention, 12.5 % kept", "paged_step")
+
+
+def paged_forms(data: Data) -> dict[str, tuple[list[Callable[[], Any]], Gate, int]]:
+    """The same work over paged rows, by the names of the rows: (calls, gate, bytes). Blocks lie in random order; copies made here."""
+    shape, right = data.shape, attention_gate(data)
+    blocks = shape.rows // BLOCK
+    if shape.rows % BLOCK:
+        raise ValueError(f"{shape.name}: expected a multiple of {BLOCK} rows, got {shape.rows}")
+    device = data.query[0].device
+    g = torch.Generator(device=device).manual_seed(2)
+    order = torch.randperm(shape.batch * blocks, generator=g, device=device)
+
+    def pool(rows: Tensor) -> Tensor:
+        paged = torch.empty(shape.batch * blocks, BLOCK, shape.kv_heads, shape.dim, dtype=shape.dtype, device=device)
+        paged[order] = rows.transpose(1, 2).reshape(paged.shape)
+        return paged
+
+    pools = [(pool(key), pool(value)) for key, value in zip(data.key, data.value, strict=True)]
+    place = torch.arange(shape.rows, dtype=torch.int32, device=device).expand(shape.batch, -1)
+    shared = {
+        "block_table": order.view(shape.batch, blocks).int(), "n_rows": torch.full_like(data.count, shape.rows), "n_visual": data.n_visual,
+        "text_position": place[:, shape.visual :].contiguous(), "text_type": data.text_type, "backend": data.backend,
+    }  # fmt: skip
+    visual = {"visual_position": place[:, : shape.visual].contiguous()}
+    found = forms(data)
+
+    def calls(operator: Callable[..., Any], **more: Any) -> list[Callable[[], Any]]:
+        pairs = zip(data.query, pools, strict=True)
+        return [lambda query=query, rows=rows: operator(query, *rows, **shared, **more) for query, rows in pairs]
+
+    def moved(name: str) -> int:
+        return found[name][3] + 4 * shape.batch * blocks
+
+    listed = {"kept": data.kept, "n_kept": data.n_kept}
+    return {
+        "paged_attention": (calls(ops.paged_attention, **visual), right, moved("decode_attention")),
+        "paged_attention, 12.5 % kept": (
+            calls(ops.paged_attention, **listed), attention_gate(data, data.kept), moved("decode_attention, 12.5 % kept"),
+        ),
+        "paged_step": (calls(ops.paged_step, **visual, **data.linear), found["decode_step"][2], moved("decode_step")),
+    }  # fmt: skip
+
+
+def paged_rows(data: Data, facts: dict[str, Any], names: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Rows of ``paged_forms``, or of those named; nothing for CUDA C++, which has no paged form."""
+    if data.backend == "cuda" or data.shape.rows % BLOCK:
+        return
+    for name, (calls, passes, moved) in paged_forms(data).items():
+        if not names or name in names:
+            times, passed = measured(calls, passes)
+            yield row(f"{label(data.backend)} {name}", times, passed, group="attention", moved=moved, **facts)
 
 
 def dense_twins(data: Data) -> Iterator[tuple[str, Callable[[], Callable[..., Tensor]]]]:
@@ -651,6 +707,9 @@ def _compile(work: tuple[Shape, bool]) -> str:
             for new_row in (False, True):
                 result = data.ours(operator, new_row=new_row, **more)[0]()
                 step = result if name == "decode_step" else None
+        if not shape.rows % BLOCK:
+            for calls, _, _ in paged_forms(data).values():
+                calls[0]()
         if not shape.brief:
             data.ours(ops.score_last_query, text_type=data.text_type)[0]()
             ops.select_tokens(step.importance, data.count, data.n_visual, backend=data.backend)

@@ -192,6 +192,15 @@ def _with_new_row(name):
     return make
 
 
+def _paged(name):
+    def make(data):
+        if data.shape.rows % operators.BLOCK:
+            pytest.skip(f"rows are no multiple of {operators.BLOCK}")
+        return Case(*operators.paged_forms(data)[name], peer=None)
+
+    return make
+
+
 def sdpa(data):
     return _attention(data, data.calls(dict(operators.dense_twins(data))["torch SDPA"]()), data.shape.attention_bytes)
 
@@ -269,6 +278,7 @@ CASES: dict[str, Callable[[operators.Data], Case]] = {
     STATISTICS: with_statistics,
     STEP: decode_step,
     **{f"dyrate {name}, {operators.NEW_ROW}": _with_new_row(name) for name in operators.FORMS},
+    **{f"dyrate {name}": _paged(name) for name in operators.PAGED},
     "torch SDPA": sdpa,
     **{f"torch SDPA, {name}": _sdpa_by(name) for name in operators.SDPA},
     **{name: _twin(package) for package, name in operators.PACKAGES.items()},

@@ -1,9 +1,9 @@
-"""Launches that follow each other: programmatic dependent launches, experiment 8."""
+"""Launches that follow each other: fewer of them, and programmatic dependent ones. Experiment 8."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from . import problems
 from .propose import SWITCHES
 from .runner import Case, Context, Experiment, Planned, Variant
 
-LAYERS = 4  # of the chain: 1.6 GB of weights, far more than an L2 cache holds
+LAYERS, TOY_LAYERS = 4, 1  # of the chain: 1.6 GB of weights, far more than an L2 cache holds
+KEY = "launches"
+EPS = 1e-5
 DEPENDENT = {"dependent_launch": True}
 
 
@@ -34,71 +36,103 @@ def dependent(on: bool) -> Iterator[None]:
 
 
 class Chain:
-    """What surrounds attention in decoder layers with one new token, attention left out: norm, query, key and value, output, residual,
-    norm, gate and up, down, residual."""
+    """What surrounds attention in decoder layers with one new token a sequence, attention left out: norm, query, key and value, output,
+    residual, norm, gate and up, down, residual."""
 
-    def __init__(self, text: sizes.Text, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, text: sizes.Text, layers: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         g = torch.Generator(device=device).manual_seed(0)
 
         def random(*size: int) -> Tensor:
             return torch.randn(*size, generator=g, device=device).to(dtype)
 
-        def weight(rows: int, columns: int) -> Tensor:
-            return random(rows, columns) / columns**0.5
+        def weight(count: int, columns: int) -> Tensor:
+            return random(count, columns) / columns**0.5
 
         inner = text.heads * text.dim
-        self.x = random(1, 1, text.hidden)
-        self.layers = [
+        self.x = random(rows, 1, text.hidden)
+        self.layers: list[dict[str, list[Tensor]]] = [
             {
                 "norms": [1 + random(text.hidden) / 10 for _ in range(2)],
                 "qkv": [weight(many * text.dim, text.hidden) for many in (text.heads, text.kv_heads, text.kv_heads)],
-                "o": weight(text.hidden, inner),
-                "gate": weight(text.intermediate, text.hidden),
-                "up": weight(text.intermediate, text.hidden),
-                "down": weight(text.hidden, text.intermediate),
+                "o": [weight(text.hidden, inner)],
+                "gated": [weight(text.intermediate, text.hidden) for _ in range(2)],
+                "down": [weight(text.hidden, text.intermediate)],
             }
-            for _ in range(LAYERS)
+            for _ in range(layers)
         ]
-        parts = [part for layer in self.layers for many in layer.values() for part in (many if isinstance(many, list) else [many])]
-        self.bytes = sum(part.numel() * part.element_size() for part in parts)
+        self.bytes = sum(part.numel() * part.element_size() for layer in self.layers for parts in layer.values() for part in parts)
 
-    def run(self, of: Any, wide: bool = False) -> Tensor:
-        """By the functions of ``of``; wide: in float64."""
+    def run(self, small: Any, products: Any, form: str = "", wide: bool = False) -> Tensor:
+        """The residual stream at the end.
 
-        def as_it_is(tensor: Tensor) -> Tensor:
-            return tensor.double() if wide else tensor
+        Args:
+            small: whose norms; products: whose products, both as ``ops.layers``.
+            form: "residual_norm" or "norm_prologue": one launch for what the other has two or three for.
+            wide: in float64.
+        """
 
-        x = as_it_is(self.x)
+        def parts(layer: dict[str, list[Tensor]], name: str) -> list[Tensor]:
+            return [part.double() for part in layer[name]] if wide else layer[name]
+
+        def linears(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+            return products.linears(x, weights, [None] * len(weights))
+
+        def block(x: Tensor, y: Tensor | None, norm: Tensor, weights: list[Tensor], gated: bool) -> tuple[Tensor, list[Tensor]]:
+            """(residual stream, products of it normalised); y: what the block before adds to it."""
+            if form == "norm_prologue":
+                given = (x, None, norm, EPS) if y is None else (y, x, norm, EPS)
+                if not gated:
+                    return small.norm_linears(*given, weights, [None] * len(weights))
+                total, inner = small.norm_gated(*given, *weights)
+                return total, [inner]
+            if form == "residual_norm" and y is not None:
+                total, normal = small.residual_norm(y, x, norm, EPS)
+            else:
+                total = x if y is None else x + y
+                normal = small.rms_norm(total, norm, EPS)
+            return total, [products.gated(normal, *weights)] if gated else linears(normal, weights)
+
+        x, y = self.x.double() if wide else self.x, None
         for layer in self.layers:
-            first, second = map(as_it_is, layer["norms"])
-            query, _, _ = of.linears(of.rms_norm(x, first, 1e-5), [as_it_is(part) for part in layer["qkv"]], [None] * 3)
-            x = x + of.linears(query, [as_it_is(layer["o"])], [None])[0]
-            inner = of.gated(of.rms_norm(x, second, 1e-5), as_it_is(layer["gate"]), as_it_is(layer["up"]))
-            x = x + of.linears(inner, [as_it_is(layer["down"])], [None])[0]
-        return x
+            first, second = parts(layer, "norms")
+            x, (query, *_) = block(x, y, first, parts(layer, "qkv"), False)
+            (y,) = linears(query, parts(layer, "o"))
+            x, (inner,) = block(x, y, second, parts(layer, "gated"), True)
+            (y,) = linears(inner, parts(layer, "down"))
+        return x + y
 
 
-def around_attention(toy: bool) -> Planned:
-    """One row through the layers of Vicuna-7B without their attention."""
-    text, dtype = (sizes.TOY[0], torch.float32) if toy else (sizes.MODELS[0], torch.bfloat16)
+def around_attention(toy: bool, text: sizes.Text, rows: int) -> Planned:
+    """Rows through layers without their attention. With several rows the products are cuBLAS's."""
+    dtype, layers = (torch.float32, TOY_LAYERS) if toy else (torch.bfloat16, LAYERS)
 
     def make(context: Context) -> Case:
-        chain, kernels = Chain(text, dtype, context.device), own.fused("triton", context.device)
-        want = chain.run(own, wide=True)
+        chain, kernels = Chain(text, layers, rows, dtype, context.device), own.fused("triton", context.device)
+        products = kernels if rows == 1 else own
+        want = chain.run(own, own, wide=True)
         limit = 2 * sizes.LIMIT[dtype]  # roundings of several layers
 
         def right(got: Tensor, number: int) -> dict[str, Any]:
             return timing.correctness(limit, output=timing.relative(got, want))
 
-        calls: list[Callable[[], Any]] = [lambda: chain.run(kernels)]
-        variants = [
-            Variant("as it is", calls, right, scope=lambda: dependent(False)),
-            Variant("dependent launches", calls, right, DEPENDENT, scope=lambda: dependent(True)),
-            Variant("torch", [lambda: chain.run(own)], right),
-        ]
-        return Case(variants, chain.bytes, {"B": 1, "model": text.name, "dtype": str(dtype).removeprefix("torch.")})
+        def variant(name: str, form: str, on: bool) -> Variant:
+            calls: Sequence[Callable[[], Any]] = [lambda: chain.run(kernels, products, form)]
+            changes = ({form: True} if form else {}) | (DEPENDENT if on else {})
+            return Variant(name, calls, right, changes, lambda: dependent(on))
 
-    return Planned(f"{LAYERS} layers of {text.name} without attention", make, SWITCHES, "dependent_launch")
+        variants = [
+            variant("as it is", "", False),
+            variant("residual and norm in one launch", "residual_norm", False),
+            variant("dependent launches", "", True),
+            variant("dependent launches, residual and norm in one", "residual_norm", True),
+        ]
+        if rows == 1:
+            variants.insert(2, variant("residual and norm in the product", "norm_prologue", False))
+            variants.append(variant("dependent launches, residual and norm in the product", "norm_prologue", True))
+        variants.append(Variant("torch", [lambda: chain.run(own, own)], right))
+        return Case(variants, chain.bytes, {"B": rows, "model": text.name, "dtype": str(dtype).removeprefix("torch.")})
+
+    return Planned(f"{layers} layers of {text.name} without attention, {rows} rows", make, SWITCHES, KEY)
 
 
 def step(toy: bool, heads: str, batch: int, form: str) -> Planned:
@@ -114,15 +148,15 @@ def step(toy: bool, heads: str, batch: int, form: str) -> Planned:
         ]
         return Case(variants, moved, {"sets": data.sets, **of.facts()})
 
-    return Planned(f"dependent launches: {form}, {of.name} B={of.batch} N={of.visual}", make, SWITCHES, "dependent_launch")
+    return Planned(f"dependent launches: {form}, {of.name} B={of.batch} N={of.visual}", make, SWITCHES, KEY)
 
 
-def dependents(toy: bool) -> list[Planned]:
+def launches(toy: bool) -> list[Planned]:
     """Experiment 8."""
     if toy:
-        return [around_attention(True)]
-    found = [around_attention(False)]
+        return [around_attention(True, sizes.TOY[0], 1)]
+    found = [around_attention(False, text, rows) for rows in (1, 32) for text in sizes.MODELS]
     return found + [step(False, heads, batch, form) for batch in (32, 1) for heads in ("mha", "gqa") for form in ("step", "list")]
 
 
-EXPERIMENTS = [Experiment(8, "programmatic dependent launches", 40, dependents)]
+EXPERIMENTS = [Experiment(8, "fewer launches around attention, and dependent ones", 40, launches)]

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ from dyrate_kernels.measuring import timing
 
 from .runner import BASE, FASTER, NOT_REACHED, SLOWER, Row
 
-SWITCHES = "switches"  # rows of this section change what holds for every launch: a word at the top of the file
+# sections of rows that stand elsewhere in the file than under their name
+SWITCHES = "switches"  # what holds for every launch: ``dependent_launch`` at the top of the file, else a word of ``layers``
+PRODUCTS = "products"  # under ``layers``; keys are such as "linear 12288x4096, 32 rows", the number of rows being a power of two
+WITHIN_NOISE = "within noise"
 CONFIRMING = 13  # the experiment that times the winners of the others together
 
 
@@ -62,29 +65,44 @@ def candidates(rows: Iterable[Row]) -> Iterator[Candidate]:
         if row["changes"]:
             name = json.dumps(row["changes"], sort_keys=True)
             groups.setdefault((row["experiment"], row["section"], row["key"], name), []).append(row)
-    for (experiment, section, key, _), found in groups.items():
-        same = [row for row in rows if (row["experiment"], row["section"], row["key"]) == (experiment, section, key)]
-        bases = {row["case"]: row for row in same if row["verdict"] == BASE and row["median_us"] is not None}
-        timed = [row for row in found if row["ratio"] is not None and row["median_us"]]
-        ratio = math.exp(statistics.fmean(math.log(row["ratio"]) for row in timed)) if timed else math.nan
-        noise = statistics.fmean(row["noise"] for row in timed) if timed else math.nan
-        cases = {
-            row["case"]: {"base_us": bases[row["case"]]["median_us"], "us": row["median_us"], "ratio": row["ratio"]}
-            for row in timed
-            if row["case"] in bases
-        }
-        against = None
-        if any(row["correct"] is not None and not row["correct"]["passed"] for row in found):
-            against = "a result was wrong"
-        elif len(timed) < len(found) or len(cases) < len(timed):
-            against = "it did not run in every case"
-        elif any(row["verdict"] == NOT_REACHED for row in same):
-            against = "a case was not reached"
-        elif any(row["verdict"] == SLOWER for row in found):
-            against = "slower in " + next(row["case"] for row in found if row["verdict"] == SLOWER)
-        elif not any(row["verdict"] == FASTER for row in found) or ratio >= 1 - noise:
-            against = "within noise"
-        yield Candidate(section, key, found[0]["changes"], found[0].get("base") or {}, experiment, ratio, noise, cases, against)
+    judged = [_judged(rows, *place[:3], found) for place, found in groups.items()]
+    for one in judged:
+        yield one if one.section != SWITCHES else _vetoed(one, judged)
+
+
+def _vetoed(one: Candidate, others: Iterable[Candidate]) -> Candidate:
+    """Several switches together are not proposed where a part of them, which more cases may have, was wrong or slower."""
+    for part in others:
+        same = (part.section, part.key, part.experiment) == (one.section, one.key, one.experiment)
+        if same and part.changes.items() < one.changes.items() and part.against not in (None, WITHIN_NOISE) and one.against is None:
+            return replace(one, against=f"{', '.join(part.changes)}: {part.against}")
+    return one
+
+
+def _judged(rows: list[Row], experiment: int, section: str, key: str, found: list[Row]) -> Candidate:
+    """The change of ``found``, rows of one experiment and key, against the base of its cases."""
+    same = [row for row in rows if (row["experiment"], row["section"], row["key"]) == (experiment, section, key)]
+    bases = {row["case"]: row for row in same if row["verdict"] == BASE and row["median_us"] is not None}
+    timed = [row for row in found if row["ratio"] is not None and row["median_us"]]
+    ratio = math.exp(statistics.fmean(math.log(row["ratio"]) for row in timed)) if timed else math.nan
+    noise = statistics.fmean(row["noise"] for row in timed) if timed else math.nan
+    cases = {
+        row["case"]: {"base_us": bases[row["case"]]["median_us"], "us": row["median_us"], "ratio": row["ratio"]}
+        for row in timed
+        if row["case"] in bases
+    }
+    against = None
+    if any(row["correct"] is not None and not row["correct"]["passed"] for row in found):
+        against = "a result was wrong"
+    elif len(timed) < len(found) or len(cases) < len(timed):
+        against = "it did not run in every case"
+    elif any(row["verdict"] == NOT_REACHED for row in same):
+        against = "a case was not reached"
+    elif any(row["verdict"] == SLOWER for row in found):
+        against = "slower in " + next(row["case"] for row in found if row["verdict"] == SLOWER)
+    elif not any(row["verdict"] == FASTER for row in found) or ratio >= 1 - noise:
+        against = WITHIN_NOISE
+    return Candidate(section, key, found[0]["changes"], found[0].get("base") or {}, experiment, ratio, noise, cases, against)
 
 
 def winners(rows: Iterable[Row]) -> dict[tuple[str, str], list[Candidate]]:
@@ -122,14 +140,24 @@ def chosen(rows: Iterable[Row]) -> list[Candidate]:
 def device_file(rows: Iterable[Row], device_name: str, facts: dict[str, Any]) -> dict[str, Any]:
     """The body of the file: what is shipped for the device now, with what is proposed over it."""
     body = {"device": device_name, **devices.measured(device_name), **facts, "made_by": "bench/gpu.sh --only experiments"}
+    layers = {**body.get("layers", {})}
+    products: dict[str, list[dict[str, Any]]] = {}
     figures: dict[str, dict[str, Any]] = {}
     for one in chosen(rows):
         if one.section == SWITCHES:
-            body |= one.changes
+            layers |= {name: value for name, value in one.changes.items() if name != "dependent_launch"}
+            body |= {name: value for name, value in one.changes.items() if name == "dependent_launch"}
+        elif one.section == PRODUCTS:
+            problem, _, number = one.key.removesuffix(" rows").partition(", ")
+            most = int(number)  # a kernel for so many rows serves every number above its half
+            products.setdefault(problem, []).append({"rows": [max(most // 2 + 1, 2), most], **one.changes})
         else:
             body[one.section] = {**body.get(one.section, {}), one.key: {**one.base, **one.changes}}
         figures.setdefault(one.section, {})[one.key] = one.figures()
-    return {**body, "figures": figures}
+    if products:
+        ordered = {problem: sorted(ranges, key=lambda entry: entry["rows"]) for problem, ranges in products.items()}
+        layers["products"] = {**layers.get("products", {}), **ordered}
+    return {**body, **({"layers": layers} if layers else {}), "figures": figures}
 
 
 def write(folder: Path, rows: Iterable[Row], device_name: str) -> tuple[Path | None, dict[str, Any]]:

@@ -13,6 +13,7 @@ from bench.experiments import chain, counters, problems, propose, registry, runn
 from bench.experiments.runner import BASE, FAILED, FASTER, NOT_REACHED, SAME, SLOWER, WRONG, Case, Context, Experiment, Planned, Variant
 from dyrate_kernels import devices
 from dyrate_kernels.measuring import timing
+from dyrate_kernels.ops import layer_settings
 from dyrate_kernels.triton_kernels import plan
 
 KEY = "gn-d128-b2-list"
@@ -236,13 +237,33 @@ def test_winners_of_several_experiments_are_confirmed_together(tmp_path):
     assert [one.key for one in registry.confirming(rows).cases(True)] == [key]
 
 
-def test_a_switch_is_a_word_at_the_top_of_the_file_and_what_is_shipped_stays(tmp_path):
-    (tmp_path / "ACME_GPU.json").write_text(json.dumps({"backend": {"compact_": "cuda"}, "settings": {"other": {"waves": 1}}}))
-    switch = planned("chain", (1, 1), {"dependent": chain.DEPENDENT}, propose.SWITCHES, "dependent_launch")
-    rows = rows_of((switch, (10e-6, 9e-6)), (planned("a", (1, 1), WAVES), (10e-6, 8e-6)))
+def test_switches_and_products_stand_where_they_are_read_and_what_is_shipped_stays(tmp_path):
+    shipped = {"backend": {"compact_": "cuda"}, "settings": {"other": {"waves": 1}}, "layers": {"products": {"gated 8x8": []}}}
+    (tmp_path / "ACME_GPU.json").write_text(json.dumps(shipped))
+    both = {"both": chain.DEPENDENT | {"residual_norm": True}}
+    switch = planned("chain", (1, 1), both, propose.SWITCHES, chain.KEY)
+    tiles = {"4 splits": {"tile": {"splits": 4}}}
+    few = [planned(f"product {rows}", (1, 1), tiles, propose.PRODUCTS, f"linear 64x32, {rows} rows") for rows in (64, 2, 8, 16)]
+    speeds = [(10e-6, 5e-6), (10e-6, 9e-6), (10e-6, 9e-6), (10e-6, 10e-6)]
+    rows = rows_of((switch, (10e-6, 9e-6)), (planned("a", (1, 1), WAVES), (10e-6, 8e-6)), *zip(few, speeds, strict=True))
     body = propose.device_file(rows, "ACME GPU", {})
     assert body["dependent_launch"] is True and body["backend"] == {"compact_": "cuda"}
-    assert body["settings"].keys() == {"other", KEY} and body["figures"].keys() == {"settings", "switches"}
+    assert body["settings"].keys() == {"other", KEY} and body["figures"].keys() == {"settings", "switches", "products"}
+    ranges = [(2, 2), (5, 8), (33, 64)]
+    assert [tuple(one["rows"]) for one in body["layers"]["products"]["linear 64x32"]] == ranges
+    read = layer_settings.LayerSettings.from_file(body["layers"])
+    assert read.residual_norm and not read.norm_prologue
+    tile = layer_settings.Tile(splits=4)
+    assert [read.tile("linear", 64, 32, rows) for rows in (1, 2, 3, 5, 8, 9, 33, 64)] == [None, tile, None, tile, tile, None, tile, tile]
+
+
+def test_switches_together_are_not_proposed_where_one_of_them_is_slower_or_wrong():
+    changes = {"one": {"dependent_launch": True}, "both": {"dependent_launch": True, "residual_norm": True}}
+    first = (planned("chain", (1, 1, 1), changes, propose.SWITCHES, chain.KEY), (10e-6, 9e-6, 8e-6))
+    step = planned("step", (1, 1), {"one": changes["one"]}, propose.SWITCHES, chain.KEY)
+    assert propose.chosen(rows_of(first))[0].changes == changes["both"]
+    assert propose.chosen(rows_of(first, (step, (10e-6, 11e-6)))) == []
+    assert propose.chosen(rows_of(first, (step, (10e-6, 10e-6))))[0].changes == changes["both"]
 
 
 def test_every_experiment_of_the_issue_is_there_and_fits_its_time():
@@ -264,7 +285,11 @@ def test_every_change_is_one_that_the_launcher_takes():
     tried = 0
     for one in registry.EXPERIMENTS:
         for case in one.cases(False) if one.cases else []:
-            assert case.section in (None, "settings", propose.SWITCHES)
+            assert case.section in (None, "settings", propose.SWITCHES, propose.PRODUCTS)
+            if case.section == propose.PRODUCTS:
+                assert all(layer_settings.Tile(**change["tile"]) for change in case.changes.values())
+                problem = case.key.split(", ")[0]
+                assert layer_settings.LayerSettings.from_file({"products": {problem: [{"rows": [2, 2]}]}}).tile
             if case.section == "settings":
                 assert case.changes and "as it is" not in case.changes
                 for change in case.changes.values():

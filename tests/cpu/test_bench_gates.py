@@ -16,8 +16,10 @@ SHAPES = [operators.Shape("mha", 2, 24, 8, 2, 2, 16, torch.float32), operators.S
 ATTENTION = ("dyrate decode_attention", test_decode.STATISTICS, test_decode.STEP, "dyrate pruned layer: 12.5 % through the kept list",
              "dyrate score_last_query (prefill)")  # fmt: skip
 NEW = {name: f"dyrate {name}, {operators.NEW_ROW}" for name in operators.FORMS}
-STATISTICS = {test_decode.STATISTICS, test_decode.STEP, ATTENTION[-1], NEW["decode_attention with statistics"], NEW["decode_step"]}
-STEPS = {test_decode.STEP, NEW["decode_step"]}
+PAGED = {f"dyrate {name}" for name in operators.PAGED}
+STATISTICS = {test_decode.STATISTICS, test_decode.STEP, ATTENTION[-1], NEW["decode_attention with statistics"], NEW["decode_step"],
+              "dyrate paged_step"}  # fmt: skip
+STEPS = {test_decode.STEP, NEW["decode_step"], "dyrate paged_step"}
 
 
 def failing(shape=SHAPES[1]):
@@ -57,7 +59,7 @@ def no_image_mass(original):
 
 
 BROKEN = {
-    "scale": ("_probabilities", lambda f: lambda query, rows, scale: f(query, rows, 1.3 * scale), {*ATTENTION, *NEW.values()}),
+    "scale": ("_probabilities", lambda f: lambda query, rows, scale: f(query, rows, 1.3 * scale), {*ATTENTION, *NEW.values(), *PAGED}),
     "importance": ("_statistics", more_importance, STATISTICS),
     "mass": ("_statistics", no_image_mass, STATISTICS),
     "selection": (
