@@ -1,6 +1,7 @@
 """Launches every kernel once, on small inputs made on the CPU: what compute-sanitizer watches.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m bench.sanitize
+    python -m bench.sanitize --forms        # what settings turn on that are off as shipped, and paged rows, instead
 
 Without torch's caching every tensor is an allocation of its own, so that a read or write past one is seen. Exit status 1 where a result is
 not the reference's.
@@ -8,19 +9,30 @@ not the reference's.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 import dyrate_kernels as dk
 from dyrate_kernels import ops
 from dyrate_kernels.measuring import timing
-from dyrate_kernels.ops import layers
+from dyrate_kernels.ops import layer_settings, layers
+
+FEW = ("decode_attention with a new row", "decode_attention with statistics", "decode_step")  # under each form of FORMS
+FORMS: dict[str, dict[str, Any]] = {  # of the attention kernel: fields of plan.Settings
+    "two launches": {"decision": "two_launches"},
+    "tensor cores": {"tensor_cores": True},
+    "rows of warps": {"tensor_cores": True, "warp_rows": True},
+}
 
 
-def launches(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(what, got, want) of every kernel, on ragged inputs with a dead tail."""
+def launches(device: torch.device, backend: str, few: bool = False) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(what, got, want) of every kernel, on ragged inputs with a dead tail; few: of ``FEW`` and a kept list alone."""
     g = torch.Generator().manual_seed(0)
     toy = device.type == "cpu"
     dtype = torch.float16
@@ -61,6 +73,8 @@ def launches(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor
             "decode_step": (ops.decode_step, {**plain, **types, **linear, **new}, {}),
         }
         for what, (operator, tensors, options) in problems.items():
+            if few and what not in FEW:
+                continue
             results = []
             for where, which in ((device, backend), (torch.device("cpu"), "reference")):
                 moved = {name: tensor.to(where, copy=True) for name, tensor in tensors.items()}
@@ -69,8 +83,8 @@ def launches(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor
             found += [(f"{what} {heads}/{kv_heads}", a, b) for a, b in zip(got, want, strict=True) if a is not None]
             found += [(f"{what} {heads}/{kv_heads}, {name}", after[name], reference[name]) for name in ("key", "value")]
             if what == "decode_step":
-                found += follow_ups(got, after, want, reference, backend, capacity)
-    return found + fused_layers(device, backend)
+                found += follow_ups(got, after, want, reference, backend, capacity, few)
+    return found if few else found + fused_layers(device, backend)
 
 
 def fused_layers(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -106,13 +120,94 @@ def _to(given, device):
     return type(given)(_to(part, device) for part in given) if isinstance(given, list | tuple) else given
 
 
-def follow_ups(got, after, want, reference, backend, capacity):
-    """What follows a decision: reading the kept list, eviction, reordering, selection and prediction alone."""
+def few_rows(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Products with several rows, with and without splits, norms that add to the residual stream, and norms in a product."""
+    kernels = layers.fused(backend, device)
+    if kernels is None:
+        return []
+    g = torch.Generator().manual_seed(5)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=g).to(torch.float16)
+
+    weight, up, norm = random(33, 150) / 12, random(33, 150) / 12, random(150)
+    one, several, stream = random(1, 1, 150), random(3, 1, 150), random(3, 1, 150)
+    problems: list[tuple[str, tuple, int]] = [(name, given, splits) for splits in (1, 3) for name, given in (
+        ("linears", (several, [weight, up], [random(33), random(33)])), ("gated", (several, weight, up)),
+    )]  # fmt: skip
+    problems += [
+        ("residual_norm", (several, stream, norm, 1e-5), 1),
+        ("norm_linears", (one, random(1, 1, 150), norm, 1e-5, [weight, up], [None, None]), 1),
+        ("norm_gated", (one, random(1, 1, 150), norm, 1e-5, weight, up), 1),
+    ]
+    found = []
+    for name, given, splits in problems:
+        tile = layer_settings.Tile(columns=32, splits=splits)
+        products = {layer_settings.problem(kind, count, 150): ((1, 64, tile),) for kind, count in (("linear", 66), ("gated", 33))}
+        layer_settings.override(layer_settings.LayerSettings(products=products))
+        try:
+            got, want = getattr(kernels, name)(*_to(given, device)), getattr(layers, name)(*given)
+        finally:
+            layer_settings.override(None)
+        found += [(f"{name}, {splits} splits", a, b) for a, b in zip(_flat(got), _flat(want), strict=True)]
+    return found
+
+
+def _flat(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else [tensor for part in result for tensor in _flat(part)]
+
+
+def paged(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Paged rows in blocks of random order, several query rows a sequence; nothing for a backend without a paged form."""
+    if backend == "cuda":
+        return []
+    toy = device.type == "cpu"
+    visual, text, dim, block = (20, 5, 16, 16) if toy else (150, 21, 64, 16)
+    found: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    g = torch.Generator().manual_seed(6)
+    blocks = -(-(visual + text) // block)
+    for heads, kv_heads in ((2, 2), (8, 2)):
+        n_rows = torch.tensor([visual + text - 1, visual + text, visual + 2], dtype=torch.int32)  # two of a sequence, one of another
+        tensors = {
+            "query": torch.randn(3, heads, dim, generator=g).half(),
+            "key": torch.randn(2 * blocks, block, kv_heads, dim, generator=g).half(),
+            "value": torch.randn(2 * blocks, block, kv_heads, dim, generator=g).half(),
+            "block_table": torch.randperm(2 * blocks, generator=g).view(2, blocks).int(),
+            "n_rows": n_rows,
+        }
+        lists = {
+            "sequence": torch.tensor([0, 0, 1], dtype=torch.int32),
+            "n_visual": torch.full((3,), visual, dtype=torch.int32),
+            "visual_position": torch.arange(visual, dtype=torch.int32).repeat(2, 1),
+            "text_position": torch.arange(visual, visual + text, dtype=torch.int32).repeat(2, 1),
+            "text_type": torch.randint(0, 4, (2, text), generator=g).to(torch.uint8),
+        }
+        count = torch.full((3,), visual // 3, dtype=torch.int32)
+        results = []
+        for where, which in ((device, backend), (torch.device("cpu"), "reference")):
+            given, more = ({name: tensor.to(where) for name, tensor in part.items()} for part in (tensors, lists))
+            step = ops.paged_step(*given.values(), **more, count=count.to(where), backend=which)
+            del more["visual_position"]
+            more |= {"kept": step.kept, "n_kept": step.n_kept}
+            listed = ops.paged_attention(*given.values(), **more, mass=True, importance=True, backend=which)
+            plain = ops.paged_attention(*given.values(), sequence=more["sequence"], backend=which)
+            results.append((*step, *listed, plain.output))
+        names = [f"paged_step {part}" for part in ("output", "mass", "importance", "kept", "n_kept", "rate")]
+        names += [f"paged list {part}" for part in ("output", "mass", "importance")] + ["paged_attention"]
+        found += [(f"{name} {heads}/{kv_heads}", a, b) for name, a, b in zip(names, *results, strict=True)]
+    return found
+
+
+def follow_ups(got, after, want, reference, backend, capacity, few=False):
+    """What follows a decision: reading the kept list (few: that alone), eviction, reordering, selection and prediction alone."""
     outcomes = []
     for step, tensors, which in ((got, after, backend), (want, reference, "reference")):
         rows = ("query", "key", "value", "n_visual", "n_text")
         listed = {"kept": want.kept.to(step.kept.device), "n_kept": step.n_kept}
         narrow = ops.decode_attention(*(tensors[name] for name in rows), **listed, visual_capacity=capacity, backend=which)
+        if few:
+            outcomes.append((narrow.output,))
+            continue
         score = want.importance.to(step.kept.device)
         kept, n_kept = ops.select_tokens(score, step.n_kept, tensors["n_visual"], backend=which)
         wide = torch.rand(2, 9000, generator=torch.Generator().manual_seed(1)).to(score.device)
@@ -125,41 +220,77 @@ def follow_ups(got, after, want, reference, backend, capacity):
         ops.reorder_(moved, torch.arange(score.shape[0], device=score.device).flip(0), backend=which)
         outcomes.append((narrow.output, kept, n_kept, chunks, rate, index, *moved))
     names = ("kept list", "select_tokens", "select_tokens, count", "select_tokens, 9000", "predict_rate", "class", "key", "value")
-    return list(zip(names, *outcomes, strict=True))
+    return list(zip(names[:1] if few else names, *outcomes, strict=True))
 
 
 def main() -> None:
     """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--forms", action="store_true")
+    given = parser.parse_args()
     device = timing.here()
     states = dk.backends()
     usable = [name for name in ("triton", "cuda") if states[name] == "available"]
     if not usable:
         print(f"no compiled kernels can run: {states}")
         sys.exit(1)
-    decisions = ("same_launch", "second_launch", "two_launches")
-    wrong = sum(triton_placement(where, device) for where in decisions) if "triton" in usable else 0
-    wrong += compare(device, "cuda", "") if "cuda" in usable else 0
+    wrong = forms(device, usable) if given.forms else every(device, usable)
     if device.type == "cuda":
         torch.cuda.synchronize()
     sys.exit(1 if wrong else 0)
 
 
-def triton_placement(where: str, device: torch.device) -> int:
-    """Compares the Triton kernels with the decision in the attention's launch or in those after it; how many results are wrong."""
+def every(device: torch.device, usable: list[str]) -> int:
+    """All kernels as they are shipped, with the decision in each of its places; how many results are wrong."""
+    from dyrate_kernels.triton_kernels import plan
+
+    wrong = 0
+    for where in plan.DECISIONS if "triton" in usable else ():
+        with triton_settings(device, decision=where):
+            wrong += compare("triton", where, launches(device, "triton"))
+    return wrong + (compare("cuda", "", launches(device, "cuda")) if "cuda" in usable else 0)
+
+
+def forms(device: torch.device, usable: list[str]) -> int:
+    """What is off as shipped, and paged rows; how many results are wrong."""
+    from dyrate_kernels.triton_kernels import launch
+
+    wrong = 0
+    if "triton" in usable:
+        for name, changes in FORMS.items():
+            with triton_settings(device, **changes):
+                wrong += compare("triton", name, launches(device, "triton", few=True))
+        for on in (False, True):
+            launch.override_dependent_launch(on)
+            try:
+                if on and not launch.dependent_launch(device):
+                    break  # the device has no such thing
+                how = "dependent" if on else ""
+                wrong += compare("triton", how, [*few_rows(device, "triton"), *paged(device, "triton")])
+                if on:
+                    wrong += compare("triton", how, launches(device, "triton", few=True) + fused_layers(device, "triton"))
+            finally:
+                launch.override_dependent_launch(None)
+    return wrong
+
+
+@contextlib.contextmanager
+def triton_settings(device: torch.device, **changes: Any) -> Iterator[None]:
+    """The Triton kernels with other settings than those of the device."""
     from dyrate_kernels.triton_kernels import plan
 
     usual = plan.settings(plan.INTERPRETED if device.type == "cpu" else torch.cuda.get_device_name(device), 1, 64, 2, "score")
-    plan.override(dataclasses.replace(usual, decision=where))
+    plan.override(dataclasses.replace(usual, **changes))
     try:
-        return compare(device, "triton", where)
+        yield
     finally:
         plan.override(None)
 
 
-def compare(device: torch.device, backend: str, how: str) -> int:
-    """Prints every result of :func:`launches`; how many are wrong."""
+def compare(backend: str, how: str, found: list[tuple[str, torch.Tensor, torch.Tensor]]) -> int:
+    """Prints every result; how many are wrong."""
     wrong = 0
-    for what, got, want in launches(device, backend):
+    for what, got, want in found:
         close = torch.allclose(got.cpu().double(), want.double(), atol=5e-3, rtol=5e-3, equal_nan=True)
         print(f"{'ok' if close else 'WRONG':<6} {backend:<7} {how:<14} {what}", flush=True)
         wrong += not close

@@ -15,7 +15,10 @@ from dyrate_kernels.measuring import timing
 from .problems import Changes, case, shape
 from .runner import Case, Context, Experiment, Planned, Variant
 
-STATISTICS: Changes = {"importance in the attention's launch": {"decision": "same_launch"}}
+STATISTICS: Changes = {
+    "importance in the attention's launch": {"decision": "same_launch"},
+    "the sum over heads alone": {"decision": "two_launches"},
+}
 DECISION: Changes = {
     "the decision in the attention's launch": {"decision": "same_launch"},
     "the sum over heads and the decision apart": {"decision": "two_launches"},

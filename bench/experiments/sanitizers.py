@@ -1,4 +1,5 @@
-"""Every kernel under compute-sanitizer: experiment 11. Nothing is timed, so it runs while the kernels of the others are built."""
+"""What settings turn on, and paged rows, under compute-sanitizer: experiment 11. Nothing is timed, so it runs while the kernels of the
+others are built."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from .runner import FAILED, NOT_REACHED, WRONG, Context, Experiment, Row
 
 TOOLS = ("racecheck", "memcheck", "synccheck")
 SKIPPED, CLEAN = "skipped", "clean"
-ALONE = [sys.executable, "-m", "bench.sanitize"]
+ALONE = [sys.executable, "-m", "bench.sanitize", "--forms"]
 
 
 def find_sanitizer() -> str | None:
@@ -36,7 +37,7 @@ def results(output: str) -> dict:
 
 def watch(context: Context) -> Iterator[Row]:
     """Alone first, which builds the kernels and compares every result; then under all tools at once."""
-    name = "every kernel once"
+    name = "what settings turn on"
     left = max(context.left(), 5.0)
     try:
         alone = subprocess.run(ALONE, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=left * 0.6)
@@ -89,4 +90,4 @@ def said(output: str, status: int) -> dict:
     return {"verdict": WRONG, "note": "; ".join([*summary, *found[:3]])[:400] or f"exit status {status}"}
 
 
-EXPERIMENTS = [Experiment(11, "every kernel under compute-sanitizer", 100, rows=watch, beside_compiling=True)]
+EXPERIMENTS = [Experiment(11, "what settings turn on under compute-sanitizer", 100, rows=watch, beside_compiling=True)]
