@@ -37,6 +37,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # in the order in which they are tried
     "warp_rows": (False, True),
     "max_registers": (168, 128, None),
     "min_blocks": (2, 1, 4, 8),
+    "logit_bytes": (4, 2),
     "decision": ("same_launch", "second_launch", "two_launches"),
 }
 TOY_CHOICES = {"block_n": (16,), "decision": ("same_launch",)}
@@ -107,7 +108,7 @@ def _matters(name: str, best: Any, problem: Problem) -> bool:
     """Whether a setting changes anything for this kind of problem."""
     shape = problem.cases[0][0]
     grouped = shape.heads > shape.kv_heads
-    if name == "decision":
+    if name in ("decision", "logit_bytes"):
         return problem.kind == "score"
     if name == "tensor_cores":
         return not grouped

@@ -14,6 +14,8 @@ rows. Forms of the loop: one query head a key/value head is a matrix-vector prod
 softmax of its own, so that the loop has no reduction across warps; several heads are packed into ``tl.dot`` (DOT), whose rows lie along
 the warps, or (ROW_WARPS) whose every warp has rows and a softmax of its own.
 
+Logits are kept in float32 or, where a setting says so, in float16 (``stored_logit``).
+
 Logits are in base 2. A live row whose logit is -inf gets the lowest finite number instead, which tells it from a dead row: softmax over
 nothing but such rows is NaN, over no row at all it is 0.
 """
@@ -29,6 +31,18 @@ from .rotary import rotate_part
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST_HALF = tl.constexpr(65504.0)
+WHOLE = tl.constexpr(2048.0)  # what a probability of 1 is in float16, so that one of 1e-7 is no denormal and the sum of 31 is no infinity
+
+
+@triton.jit
+def stored_logit(logit, kind: tl.constexpr):
+    """Logits as scratch memory of dtype ``kind`` holds them. float16 is right to 11 bits up to 65504: a probability then is off by
+    ``2^-11 |z| ln 2`` of itself at most, where z is its logit in base 2. Dead rows stay -inf, those of the lowest number stay finite."""
+    if kind == tl.float16:
+        logit = tl.where(logit > LARGEST_HALF, LARGEST_HALF, logit)
+        logit = tl.where((logit < -LARGEST_HALF) & (logit != float("-inf")), -LARGEST_HALF, logit)
+    return logit.to(kind)
 
 
 @triton.jit
@@ -156,7 +170,7 @@ def _store_mass(
             mask=real[:, None] & inside[None, :],
             other=float("-inf"),
             cache_modifier=".cg",
-        )
+        ).to(tl.float32)
         p = tl.exp2(z - finite)
         system += tl.where(kind == 0, p, 0.0)
         instruction += tl.where(kind == 2, p, 0.0)
@@ -264,8 +278,9 @@ def importance_columns(
 ):  # fmt: skip
     """importance of the columns ``[first, last)`` of sequence ``b``: the mean over heads, always summed in the same order.
 
-    NORMALISED: there are ``rows`` rows of probabilities, each the sum over the heads of one key/value head, at the first head's place;
-    else ``rows`` rows of logits, one a head. A tile holds all of them (BLOCK_H >= rows), so that the loop over columns is pipelined.
+    NORMALISED: there are ``rows`` rows of probabilities, each the sum over the heads of one key/value head, at the first head's place (in
+    float16 times WHOLE); else ``rows`` rows of logits, one a head. A tile holds all of them (BLOCK_H >= rows), so that the loop over
+    columns is pipelined.
     """
     row = tl.arange(0, BLOCK_H)
     real = row < rows
@@ -278,6 +293,9 @@ def importance_columns(
         column = start + tl.arange(0, BLOCK_I)
         inside = column < count
         x = tl.load(logits + column[None, :], mask=real[:, None] & inside[None, :], other=0.0, cache_modifier=".cg")
+        x = x.to(tl.float32)
+        if NORMALISED and logit_ptr.dtype.element_ty == tl.float16:
+            x = x / WHOLE
         if not NORMALISED:
             x = tl.where(x == float("-inf"), 0.0, tl.exp2(x - top[:, None]) * share[:, None])
             x = tl.where(real[:, None] & inside[None, :], x, 0.0)
@@ -319,8 +337,8 @@ def decode_attention_kernel(
     SAME_STRIDES: a row lies in value as it does in key, which spares registers.
 
     Scratch: part float32 ``[B, Hq, MAX_SPLITS, BLOCK_V]``; part_stat float32 ``[B, Hq, MAX_SPLITS, 2]`` (max, sum);
-    head_stat float32 ``[B, Hq, 2]`` (max, 1 / sum); counter int32 ``[B, Hkv + 1]``, zero before and after; logit float32
-    ``[B, Hq, logit_capacity]``, rows in reading order: visual where importance is asked for, then text where mass is.
+    head_stat float32 ``[B, Hq, 2]`` (max, 1 / sum); counter int32 ``[B, Hkv + 1]``, zero before and after; logit float32 or
+    float16 ``[B, Hq, logit_capacity]``, rows in reading order: visual where importance is asked for, then text where mass is.
     """
     follow(PDL)
     split = tl.program_id(0)
@@ -469,6 +487,7 @@ def decode_attention_kernel(
             DOT, HAS_OUTPUT, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         if HAS_LOGITS or HAS_MASS:
+            logit = stored_logit(logit, logit_ptr.dtype.element_ty)
             asked = inside
             if not HAS_MASS:
                 asked = visual
@@ -565,8 +584,10 @@ def decode_attention_kernel(
                     scaled = tl.load(head_stat_ptr + of_head * 2 + 1)
                     z = tl.load(
                         logit_ptr + of_head * logit_capacity + column, mask=column < n_read, other=float("-inf"), cache_modifier=".cg"
-                    )
+                    ).to(tl.float32)
                     summed += tl.where(z == float("-inf"), 0.0, tl.exp2(z - peak) * scaled)
+                if logit_ptr.dtype.element_ty == tl.float16:
+                    summed = stored_logit(summed * WHOLE, tl.float16)
                 tl.store(logit_ptr + (b * heads + first_head) * logit_capacity + column, summed, mask=column < n_read)
         if not _finished(counter_ptr + b * (kv_heads + 1) + kv_heads, kv_heads - 1):
             return

@@ -111,7 +111,7 @@ def _fit_attention(shape: Callable[..., _Attention], device: torch.device, befor
         return made
 
     def ask(made: _Attention) -> tuple[int, int]:
-        scratch = [None if size is None else torch.int32 if name == "counters" else torch.float32 for name, size in made.scratch.items()]
+        scratch = [None if size is None else workspace.dtype_of(name) for name, size in made.scratch.items()]
         dtypes = [*(t if t is None else t.dtype for t in before), *scratch, *(t if t is None else t.dtype for t in after)]
         registers, spilled, shared = made.launch.resources(device, dtypes)
         return max(here.holds(registers, shared, made.launch.options["num_warps"]), 1), spilled
@@ -213,7 +213,7 @@ def _prepare_attention(
         "part_stat": batch * heads * how.max_splits * 2,
         "head_stat": batch * heads * 2,
         "counters": batch * (kv_heads + 1),
-        "logits": batch * heads * logit_capacity if importance or mass else None,
+        "logits" if how.logit_bytes == 4 else "logits16": batch * heads * logit_capacity if importance or mass else None,
     }
     return _Attention(launch, deciding, selecting, scratch, how.programs)
 

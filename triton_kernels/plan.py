@@ -41,6 +41,8 @@ class Settings:
         tensor_cores: one query head a key/value head goes through ``tl.dot`` as well, padded to sixteen; several always do.
         warp_rows: where heads go through ``tl.dot``, every warp has rows of its own (at least 16: ``block_n`` grows to that) and a softmax
             that meets the other warps' after the loop.
+        logit_bytes: 4, or 2 for logits in float16: half the bytes, importance and mass right to ``2^-11 |z| ln 2`` of themselves (z: a
+            logit in base 2), so that tokens of nearly the same importance may change places.
         max_registers: that a thread of the attention kernel may use; None leaves it to the compiler, but for a bound that makes room for
             ``programs_per_sm`` and spills nothing.
     """
@@ -56,6 +58,7 @@ class Settings:
     decision: str = "second_launch"
     tensor_cores: bool = False
     warp_rows: bool = False
+    logit_bytes: int = 4
     max_registers: int | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class Settings:
             raise ValueError(f"block_n: expected a power of two, got {self.block_n}")
         if self.decision not in DECISIONS:
             raise ValueError(f"decision: expected {', '.join(map(repr, DECISIONS[:-1]))} or {DECISIONS[-1]!r}, got {self.decision!r}")
+        if self.logit_bytes not in (2, 4):
+            raise ValueError(f"logit_bytes: expected 2 or 4, got {self.logit_bytes!r}")
         for name in ("programs_per_sm", "waves", "min_blocks", "most_splits", "combined"):
             number = getattr(self, name)
             if not (number is None and name == "programs_per_sm") and (not isinstance(number, int) or number < 1):
@@ -151,6 +156,7 @@ class AttentionPlan:
     num_warps: int
     num_stages: int
     decision: str
+    logit_bytes: int
     max_registers: int | None
     programs: int | None  # on a multiprocessor that are wanted; None: whatever fits
 
@@ -215,6 +221,7 @@ def attention(
         num_warps=use.num_warps,
         num_stages=use.num_stages,
         decision=use.decision,
+        logit_bytes=use.logit_bytes,
         max_registers=use.max_registers,
         programs=use.programs_per_sm,
     )

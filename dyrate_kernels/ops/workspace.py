@@ -20,6 +20,13 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+_DTYPES = {"counters": torch.int32, "logits16": torch.float16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Of the buffer of that name."""
+    return _DTYPES.get(name, torch.float32)
+
 
 def capturing(device: torch.device) -> bool:
     """The current stream of ``device`` is recording a CUDA graph."""
@@ -58,7 +65,7 @@ class Workspace:
             if name == "counters":
                 buffer = torch.zeros(size, dtype=torch.int32, device=self.device)
             else:
-                buffer = torch.empty(max(size, 1), dtype=torch.float32, device=self.device)
+                buffer = torch.empty(max(size, 1), dtype=dtype_of(name), device=self.device)
         self._buffers[name] = buffer
         return buffer
 

@@ -22,6 +22,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 MULTIPROCESSORS = 132  # of an H200
 TENSOR_CORES = (("tensor_cores", True),)
 WARP_ROWS = (("warp_rows", True), ("num_stages", 2), ("max_registers", 168))
+HALF_LOGITS = (("logit_bytes", 2),)
 APART = (("decision", "two_launches"),)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 _TYPES = {
@@ -366,7 +367,7 @@ def form_cases() -> list[Case]:
     """The main loop's other forms, at sizes that an H200 was measured with, beside the usual one of seven heads."""
     operators = ("append", "list", "statistics")
     sizes: dict[str, Any] = {"second_launch": True, "batch": 8}
-    found = [Case("append", 90, group=7, kv_heads=4, **sizes)]
+    found = [Case("append", 90, group=7, kv_heads=4, **sizes), Case("statistics", 90, group=7, kv_heads=4, chosen=HALF_LOGITS, **sizes)]
     for architecture in (80, 90):
         some = operators if architecture == 90 else operators[:1]
         found += [Case(operator, architecture, group=7, kv_heads=4, chosen=WARP_ROWS, **sizes) for operator in some]

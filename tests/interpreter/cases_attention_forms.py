@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 
 import pytest
 import torch
 
+from dyrate_kernels import ops
+from dyrate_kernels.ops import workspace
 from dyrate_kernels.triton_kernels import plan
 from tests.interpreter import harness
 from tests.interpreter.cases_attention import SHAPES, check, problem
@@ -88,8 +91,6 @@ def test_new_row(case, chosen):
 @pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "all -inf"])
 @pytest.mark.parametrize("group, chosen", [(1, TENSOR_CORES), (2, TWO_WARPS)], ids=["tensor cores", "rows of each warp"])
 def test_special_logits(kind, group, chosen):
-    from dyrate_kernels import ops
-
     arguments, _ = problem((2, 2 * group, 2, 4, 20, 5, [20, 9], [5, 3]), torch.float32)
     arguments["query"].abs_()
     number = {"nan": float("nan"), "inf": float("inf")}.get(kind, -float("inf"))
@@ -102,6 +103,69 @@ def test_special_logits(kind, group, chosen):
     want = ops.decode_attention(**arguments, mass=True, importance=True, backend="reference")
     for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=True):
         harness.close(value, expected, 3e-6, what)
+
+
+HALF_LOGITS = {
+    "same launch": dataclasses.replace(harness.SMALL, logit_bytes=2),
+    "one split": dataclasses.replace(harness.ONE_SPLIT, logit_bytes=2, decision="second_launch"),
+    "rows of each warp": dataclasses.replace(FOUR_WARPS, logit_bytes=2),
+}
+
+
+@pytest.mark.parametrize("chosen", HALF_LOGITS)
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[6], SHAPES[9]], ids=str)
+def test_logits_in_float16(case, chosen):
+    """Every importance and mass is off by 2^-11 |z| ln 2 of itself at most, z being a logit in base 2; the output knows nothing of it."""
+    arguments, _ = problem(case, torch.float32)
+    arguments["query"] *= 3
+    with harness.settings(dataclasses.replace(HALF_LOGITS[chosen], logit_bytes=4)):
+        exact = harness.run("decode_attention", **arguments, mass=True, importance=True)
+    with harness.settings(HALF_LOGITS[chosen]):
+        got = harness.run("decode_attention", **arguments, mass=True, importance=True)
+    assert harness.same(got.output, exact.output)
+    largest = 0.0
+    for b in range(case[0]):
+        rows = [*range(case[6][b]), *range(case[4], case[4] + case[7][b])]
+        keys = arguments["key"][b, :, rows].double().repeat_interleave(case[1] // case[2], 0)
+        z = arguments["scale"] * torch.einsum("hd,hrd->hr", arguments["query"][b].double(), keys) / math.log(2)
+        largest = max(largest, z.abs().max().item() if rows else 0.0)
+    bound = 2**-11 * largest * math.log(2) + 2**-11  # and of a sum that is kept in float16
+    assert largest > 4
+    error = (got.importance - exact.importance).abs()
+    assert (error <= bound * exact.importance + 1e-9).all() and error.max() > 1e-6
+    text = [0, 2, 3]
+    assert ((got.mass - exact.mass)[..., text].abs() <= bound * exact.mass[..., text] + 1e-6).all()
+    harness.close(got.mass.sum(-1), exact.mass.sum(-1), bound, "sum of mass")
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "all -inf", "large"])
+@pytest.mark.parametrize("group, chosen", [(1, "same launch"), (1, "one split"), (2, "same launch"), (2, "rows of each warp")])
+def test_special_logits_in_float16(kind, group, chosen):
+    """What is no number, dead rows, and logits that float16 does not hold."""
+    arguments, _ = problem((2, 2 * group, 2, 4, 20, 5, [20, 9], [5, 3]), torch.float32)
+    arguments["query"].abs_()
+    number = {"nan": float("nan"), "inf": float("inf"), "large": -1e6}.get(kind, -float("inf"))
+    if kind == "all -inf":
+        arguments["key"][0, 0] = number
+    else:
+        arguments["key"][0, 0, 3] = arguments["key"][1, 1, 22] = number
+    with harness.settings(HALF_LOGITS[chosen]):
+        got = harness.run("decode_attention", **arguments, mass=True, importance=True)
+    want = ops.decode_attention(**arguments, mass=True, importance=True, backend="reference")
+    for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=True):
+        harness.close(value, expected, 3e-6 if what == "output" else 2e-3, what)
+
+
+def test_scratch_memory_of_logits_in_float16(monkeypatch):
+    monkeypatch.setattr(workspace, "_workspaces", {})
+    arguments, _ = problem(SHAPES[1], torch.float32)
+    with harness.settings(HALF_LOGITS["same launch"]):
+        ops.decode_attention(**arguments, mass=True, importance=True, backend="triton")
+    (space,) = workspace._workspaces.values()
+    buffers = space.buffers()
+    assert "logits" not in buffers and buffers["logits16"].dtype == torch.float16
+    with pytest.raises(ValueError, match="logit_bytes: expected 2 or 4, got 8"):
+        plan.Settings(logit_bytes=8)
 
 
 def grid():
