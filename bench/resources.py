@@ -44,13 +44,15 @@ def find_cuobjdump() -> str | None:
 
 
 def readable(symbol: str) -> str:
-    """``AttentionKernel float16 D<=128 G=4 aligned`` from the mangled name of its entry."""
+    """``AttentionKernel float16 D<=128 G=4 aligned`` or ``StagedKernel float16 D<=128 G<=8 bulk`` from the mangled name of its entry."""
     found = re.search(r"NS_\d+([A-Z][A-Za-z]*Kernel)(?:I(?:NS_)?(f|7Float16|8BFloat16)E?Li(\d+)ELi(\d+)ELb([01])E)?E", symbol)
     if found is None:
         return "write_architecture" if "write_architecture" in symbol else symbol
     name, element, dim, group, aligned = found.groups()
     if element is None:
         return name
+    if name == "StagedKernel":
+        return f"{name} {_ELEMENTS[element]} D<={dim} G<={group}{' bulk' if aligned == '1' else ''}"
     return f"{name} {_ELEMENTS[element]} D<={dim} G={group} {'aligned' if aligned == '1' else 'unaligned'}"
 
 

@@ -3,10 +3,13 @@
 // For query head h of sequence b over its live rows r, with z_r = scale * q_h . k_r:
 //     output = sum_r softmax(z)_r v_r          mass[t] = sum over rows of type t of softmax(z)_r
 //
-// A row is shared by a team of lanes, 16 bytes a lane and load; a team has a softmax of its own, so the main loop meets no barrier.
-// While a tile is computed, the loads of the next one are in flight and the row numbers of the one after it are being read. Teams are
-// combined through shared memory, splits by the last block of a unit to finish. Rows are numbered in reading order ("place"): visual
-// rows, or the kept list, then text rows; how they are cut into splits is computed here from the live lengths.
+// Two kernels. In this file: a row is shared by a team of lanes, 16 bytes a lane and load; a team has a softmax of its own, so the main
+// loop meets no barrier. While a tile is computed, the loads of the next one are in flight in registers and the row numbers of the one after
+// it are being read. It takes any type, size and alignment and runs on sm_75. In attention_staged.h: tiles of several stages in shared
+// memory, tensor cores for several query heads.
+//
+// Both: teams are combined through shared memory, splits by the last block of a unit to finish. Rows are numbered in reading order ("place"):
+// visual rows, or the kept list, then text rows; how they are cut into splits is computed here from the live lengths.
 //
 // Logits are in base 2. A live row whose logit is -inf gets the lowest finite number instead, which tells it from a dead row: softmax
 // over nothing but such rows is NaN, over no row at all it is 0.
@@ -22,6 +25,211 @@ constexpr float kInfinity = static_cast<float>(INFINITY);
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kMostSplits = 64;
 
+/// What a block is at work on.
+template <class Element>
+struct Work {
+  int split, splits;
+  int chunk, kv_head;       // of the unit: its part of the heads of a key/value head
+  int heads_here;           // query heads of the unit
+  int head_of_sequence;     // the first of them
+  std::int64_t b, first_head;  // the sequence; the first head, of all sequences' heads
+  int n_read, n_text, total;   // places of visual rows; of text rows; all
+  int new_row;              // the row that new_key holds; -2: none
+  int query_position;
+  const Element *key, *value, *new_key, *new_value;
+  const std::int32_t* kept;
+  const std::int32_t* position;
+
+  /// False where the block has nothing to do. Writes the new row, which nobody reads from there in this launch but from where it came.
+  template <class Block>
+  DYRATE_HD bool open(Block& block, const AttentionCall& call, int unit_heads, int threads) {
+    split = static_cast<int>(block.index().x);
+    const int unit = static_cast<int>(block.index().y);
+    b = block.index().z;
+    const int group = call.heads / call.kv_heads;
+    const int chunks = (group + unit_heads - 1) / unit_heads;
+    kv_head = unit / chunks;
+    chunk = unit % chunks;
+    heads_here = group - chunk * unit_heads < unit_heads ? group - chunk * unit_heads : unit_heads;
+    head_of_sequence = kv_head * group + chunk * unit_heads;
+    first_head = b * call.heads + head_of_sequence;
+    n_text = call.n_text[b];
+    n_read = call.kept ? call.n_kept[b] : call.n_visual[b];
+    total = n_read + n_text;
+    const int most = (total + call.min_rows - 1) / call.min_rows;
+    splits = most < 1 ? 1 : most < call.max_splits ? most : call.max_splits;
+    if (split >= splits) return false;
+
+    key = static_cast<const Element*>(call.key) + b * call.key_stride[0] + kv_head * call.key_stride[1];
+    value = static_cast<const Element*>(call.value);
+    if (value) value += b * call.value_stride[0] + kv_head * call.value_stride[1];
+    new_row = -2;
+    new_key = new_value = nullptr;
+    if (call.new_key && n_text > 0) {
+      new_row = call.visual_capacity + n_text - 1;
+      new_key = static_cast<const Element*>(call.new_key) + b * call.new_key_stride[0] + kv_head * call.new_key_stride[1];
+      new_value = static_cast<const Element*>(call.new_value) + b * call.new_value_stride[0] + kv_head * call.new_value_stride[1];
+      if (chunk == 0 && split == splits - 1) append(block, call, threads);
+    }
+    kept = call.kept ? call.kept + b * call.kept_stride : nullptr;
+    position = call.position ? call.position + b * call.position_stride : nullptr;
+    query_position = call.window ? call.query_position[b * call.query_position_stride] : 0;
+    return true;
+  }
+
+  /// The row at a place, -1 where there is none to read.
+  DYRATE_HD int locate(const AttentionCall& call, int place) const {
+    if (place >= total) return -1;
+    int row = call.visual_capacity + place - n_read;
+    if (place < n_read) row = kept ? kept[place] : place;
+    if (call.window && query_position - position[row] >= call.window) return -1;
+    return row;
+  }
+
+ private:
+  template <class Block>
+  DYRATE_HD void append(Block& block, const AttentionCall& call, int threads) const {
+    Element* keys = static_cast<Element*>(call.key) + b * call.key_stride[0] + kv_head * call.key_stride[1];
+    Element* values = static_cast<Element*>(call.value) + b * call.value_stride[0] + kv_head * call.value_stride[1];
+    for (int d = block.thread(); d < call.dim; d += threads) keys[new_row * call.key_stride[2] + d] = new_key[d];
+    for (int d = block.thread(); d < call.value_dim; d += threads) values[new_row * call.value_stride[2] + d] = new_value[d];
+  }
+};
+
+/// What teams bring together, and splits. Loops run once or twice a launch: they are not unrolled, which would be most of the code.
+template <class Element, int kDim, int kGroup, int kTeams, int kThreads>
+struct Combination {
+  struct Shared {
+    float stat[kTeams][kGroup][3];  // maximum, sum, sum over image rows
+    float factor[kTeams][kGroup];
+    float total[kGroup][2];  // maximum, 1 / sum
+    int flag;
+  };
+  struct Teams {
+    float sum[kTeams][kGroup][kDim];
+  };
+  struct Splits {
+    float stat[kGroup][kMostSplits][3];
+    float factor[kGroup][kMostSplits];
+  };
+
+  /// From the teams' softmax to results. `teams` and `splits` may be the same memory.
+  template <class Block>
+  static DYRATE_HD void run(Block& block, Shared& shared, const Teams& teams, Splits& splits, const AttentionCall& call, const Work<Element>& work) {
+    combine_teams(block, shared, teams, call, work);
+    unsigned* counter = call.counters + work.b * block.grid().y + block.index().y;
+    if (!block.last_of(counter, static_cast<unsigned>(work.splits), &shared.flag)) return;
+    combine_splits(block, shared, splits, call, work);
+  }
+
+ private:
+  /// The teams of this block become one part in scratch memory.
+  template <class Block>
+  static DYRATE_HD void combine_teams(Block& block, Shared& shared, const Teams& teams, const AttentionCall& call, const Work<Element>& work) {
+    const int heads_here = work.heads_here, split = work.split;
+    const std::int64_t first_head = work.first_head;
+    DYRATE_UNROLL_BY(1)
+    for (int i = block.thread(); i < heads_here * kTeams; i += kThreads) {
+      const int g = i / kTeams, team = i % kTeams;
+      float high = -kInfinity;
+      for (int other = 0; other < kTeams; ++other) high = fmaxf(high, shared.stat[other][g][0]);
+      shared.factor[team][g] = exp2f(shared.stat[team][g][0] - (high == -kInfinity ? 0.f : high));
+      if (team == 0) shared.total[g][0] = high;
+    }
+    block.sync();
+    DYRATE_UNROLL_BY(1)
+    for (int g = block.thread(); g < heads_here; g += kThreads) {
+      float norm = 0.f, image = 0.f;
+      for (int team = 0; team < kTeams; ++team) {
+        norm += shared.stat[team][g][1] * shared.factor[team][g];
+        image += shared.stat[team][g][2] * shared.factor[team][g];
+      }
+      float* stat = call.part_stat + ((first_head + g) * call.max_splits + split) * 4;
+      stat[0] = shared.total[g][0];
+      stat[1] = norm;
+      stat[2] = image;
+    }
+    if (call.output == nullptr) return;
+    DYRATE_UNROLL_BY(1)
+    for (int i = block.thread(); i < heads_here * call.value_dim; i += kThreads) {
+      const int g = i / call.value_dim, d = i % call.value_dim;
+      float sum = 0.f;
+      for (int team = 0; team < kTeams; ++team) sum += teams.sum[team][g][d] * shared.factor[team][g];
+      call.part[((first_head + g) * call.max_splits + split) * call.value_dim + d] = sum;
+    }
+  }
+
+  /// The last block of a unit: output, mass, and what turns logits into probabilities.
+  template <class Block>
+  static DYRATE_HD void combine_splits(Block& block, Shared& shared, Splits& parts, const AttentionCall& call, const Work<Element>& work) {
+    const int heads_here = work.heads_here, splits = work.splits, n_read = work.n_read, n_text = work.n_text;
+    const std::int64_t first_head = work.first_head, b = work.b;
+    DYRATE_UNROLL_BY(1)
+    for (int i = block.thread(); i < heads_here * splits; i += kThreads) {
+      const int g = i / splits, s = i % splits;
+      const float* stat = call.part_stat + ((first_head + g) * call.max_splits + s) * 4;
+      for (int f = 0; f < 3; ++f) parts.stat[g][s][f] = block.load_shared_by_blocks(stat + f);
+    }
+    block.sync();
+    DYRATE_UNROLL_BY(1)
+    for (int g = block.warp(); g < heads_here; g += kThreads / kWarp) {  // a warp for each head
+      float high = -kInfinity, norm = 0.f, image = 0.f;
+      for (int s = block.lane(); s < splits; s += kWarp) high = fmaxf(high, parts.stat[g][s][0]);
+      for (int distance = kWarp / 2; distance > 0; distance /= 2) high = fmaxf(high, block.shuffle_xor(high, distance));
+      const float finite = high == -kInfinity ? 0.f : high;
+      for (int s = block.lane(); s < splits; s += kWarp) {
+        const float factor = exp2f(parts.stat[g][s][0] - finite);
+        parts.factor[g][s] = factor;
+        norm += parts.stat[g][s][1] * factor;
+        image += parts.stat[g][s][2] * factor;
+      }
+      for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+        norm += block.shuffle_xor(norm, distance);
+        image += block.shuffle_xor(image, distance);
+      }
+      const float share = high == -FLT_MAX ? NAN : norm == 0.f ? 0.f : 1.f / norm;
+      const std::int64_t head = first_head + g;
+      if (call.mass) {
+        float mass[kTypes] = {0.f, image, 0.f, 0.f};
+        if (block.lane() != 0) mass[kImage] = 0.f;
+        const float* logits = call.logits + head * call.logit_capacity + n_read;
+        const std::uint8_t* type = call.text_type + b * call.text_type_stride;
+        for (int row = block.lane(); row < n_text; row += kWarp) {
+          const float weight = exp2f(block.load_shared_by_blocks(logits + row) - finite);
+          DYRATE_UNROLL
+          for (int kind = 0; kind < kTypes; ++kind) mass[kind] += type[row] == kind ? weight : 0.f;
+        }
+        DYRATE_UNROLL
+        for (int kind = 0; kind < kTypes; ++kind) {
+          for (int distance = kWarp / 2; distance > 0; distance /= 2) mass[kind] += block.shuffle_xor(mass[kind], distance);
+          if (block.lane() == 0) call.mass[head * kTypes + kind] = mass[kind] * share;
+        }
+      }
+      if (block.lane() == 0) {
+        shared.total[g][1] = share;
+        if (call.head_stat) {
+          call.head_stat[head * 2] = high;
+          call.head_stat[head * 2 + 1] = share;
+        }
+      }
+    }
+    block.sync();
+    if (call.output == nullptr) return;
+    Element* output = static_cast<Element*>(call.output);
+    DYRATE_UNROLL_BY(1)
+    for (int i = block.thread(); i < heads_here * call.value_dim; i += kThreads) {
+      const int g = i / call.value_dim, d = i % call.value_dim;
+      const float* part = call.part + (first_head + g) * call.max_splits * static_cast<std::int64_t>(call.value_dim) + d;
+      float sum = 0.f;
+      DYRATE_UNROLL_BY(8)
+      for (int s = 0; s < splits; ++s) {
+        sum += block.load_shared_by_blocks(part + static_cast<std::int64_t>(s) * call.value_dim) * parts.factor[g][s];
+      }
+      from_float(sum * shared.total[g][1], output + (first_head + g) * call.value_dim + d);
+    }
+  }
+};
+
 /// kDim: dim and value_dim rounded up. kAligned: every row of query, key, value and new row starts at a multiple of 16 bytes and has
 /// a whole number of 16-byte groups.
 template <class Element, int kDim, int kGroup, bool kAligned>
@@ -35,14 +243,11 @@ struct AttentionKernel {
   static constexpr int kStep = (kGroup == 1 ? 4 : 2) / kPieces;  // rows of a tile that a team holds
   static constexpr int kTile = kTeams * kStep;
 
+  using Together = Combination<Element, kDim, kGroup, kTeams, kThreads>;
   struct Shared {
-    float sum[kTeams][kGroup][kDim];
-    float stat[kTeams][kGroup][3];  // maximum, sum, sum over image rows
-    float factor[kTeams][kGroup];
-    float split_stat[kGroup][kMostSplits][3];
-    float split_factor[kGroup][kMostSplits];
-    float total[kGroup][2];  // maximum, 1 / sum
-    int flag;
+    typename Together::Shared common;
+    typename Together::Teams teams;
+    typename Together::Splits splits;
   };
 
   /// One team's tile: 16-byte groups of its rows.
@@ -51,25 +256,6 @@ struct AttentionKernel {
     Bytes16 value[kStep][kPieces];
   };
 
-  /// What a block is at work on.
-  struct Work {
-    int n_read, total;  // places of visual rows; all places
-    int new_row;        // the row that new_key holds; -1: none
-    int query_position;
-    const Element *key, *value, *new_key, *new_value;
-    const std::int32_t* kept;
-    const std::int32_t* position;
-  };
-
-  /// The row at a place, -1 where there is none to read.
-  static DYRATE_HD int locate(const AttentionCall& call, const Work& work, int place) {
-    if (place >= work.total) return -1;
-    int row = call.visual_capacity + place - work.n_read;
-    if (place < work.n_read) row = work.kept ? work.kept[place] : place;
-    if (call.window && work.query_position - work.position[row] >= call.window) return -1;
-    return row;
-  }
-
   template <class Block>
   static DYRATE_HD Bytes16 load_group(Block& block, const Element* row, int column, int columns) {
     if constexpr (kAligned) return block.load16(row + column);
@@ -77,7 +263,7 @@ struct AttentionKernel {
   }
 
   template <class Block>
-  static DYRATE_HD void fetch(Block& block, const AttentionCall& call, const Work& work, const int (&row)[kStep], Tile& tile) {
+  static DYRATE_HD void fetch(Block& block, const AttentionCall& call, const Work<Element>& work, const int (&row)[kStep], Tile& tile) {
     const int lane = block.thread() % kLanes;
     DYRATE_UNROLL
     for (int r = 0; r < kStep; ++r) {
@@ -98,57 +284,16 @@ struct AttentionKernel {
 
   template <class Block>
   static DYRATE_HD void run(Block& block, Shared& shared, const AttentionCall& call) {
-    const int split = static_cast<int>(block.index().x);
-    const int unit = static_cast<int>(block.index().y);
-    const std::int64_t b = block.index().z;
-    const int group = call.heads / call.kv_heads;
-    const int chunks = (group + kGroup - 1) / kGroup;
-    const int kv_head = unit / chunks, chunk = unit % chunks;
-    const int heads_here = group - chunk * kGroup < kGroup ? group - chunk * kGroup : kGroup;
-    const std::int64_t first_head = b * call.heads + kv_head * group + chunk * kGroup;  // of all sequences' heads
-
-    Work work;
-    const int n_text = call.n_text[b];
-    work.n_read = call.kept ? call.n_kept[b] : call.n_visual[b];
-    work.total = work.n_read + n_text;
-    const int most = (work.total + call.min_rows - 1) / call.min_rows;
-    const int splits = most < 1 ? 1 : most < call.max_splits ? most : call.max_splits;
-    if (split >= splits) return;
-
-    work.key = static_cast<const Element*>(call.key) + b * call.key_stride[0] + kv_head * call.key_stride[1];
-    work.value = static_cast<const Element*>(call.value);
-    if (work.value) work.value += b * call.value_stride[0] + kv_head * call.value_stride[1];
-    work.new_row = -2;
-    work.new_key = work.new_value = nullptr;
-    if (call.new_key && n_text > 0) {
-      work.new_row = call.visual_capacity + n_text - 1;
-      work.new_key = static_cast<const Element*>(call.new_key) + b * call.new_key_stride[0] + kv_head * call.new_key_stride[1];
-      work.new_value = static_cast<const Element*>(call.new_value) + b * call.new_value_stride[0] + kv_head * call.new_value_stride[1];
-      if (chunk == 0 && split == splits - 1) append(block, call, work, b, kv_head);
-    }
-    work.kept = call.kept ? call.kept + b * call.kept_stride : nullptr;
-    work.position = call.position ? call.position + b * call.position_stride : nullptr;
-    work.query_position = call.window ? call.query_position[b * call.query_position_stride] : 0;
-
-    attend(block, shared, call, work, split, splits, first_head, kv_head * group + chunk * kGroup, b, heads_here);
-    combine_teams(block, shared, call, split, first_head, heads_here);
-    if (!block.last_of(call.counters + b * block.grid().y + unit, static_cast<unsigned>(splits), &shared.flag)) return;
-    combine_splits(block, shared, call, splits, first_head, heads_here, b, work.n_read, n_text);
+    Work<Element> work;
+    if (!work.open(block, call, kGroup, kThreads)) return;
+    attend(block, shared, call, work);
+    Together::run(block, shared.common, shared.teams, shared.splits, call, work);
   }
 
-  /// Writes the new row. Nobody reads it from there in this launch: `fetch` takes it from where it came.
+  /// The main loop: this split's rows through each team's softmax, into shared.teams and shared.common.
   template <class Block>
-  static DYRATE_HD void append(Block& block, const AttentionCall& call, const Work& work, std::int64_t b, int kv_head) {
-    Element* key = static_cast<Element*>(call.key) + b * call.key_stride[0] + kv_head * call.key_stride[1];
-    Element* value = static_cast<Element*>(call.value) + b * call.value_stride[0] + kv_head * call.value_stride[1];
-    for (int d = block.thread(); d < call.dim; d += kThreads) key[work.new_row * call.key_stride[2] + d] = work.new_key[d];
-    for (int d = block.thread(); d < call.value_dim; d += kThreads) value[work.new_row * call.value_stride[2] + d] = work.new_value[d];
-  }
-
-  /// The main loop: this split's rows through each team's softmax, into shared.sum and shared.stat.
-  template <class Block>
-  static DYRATE_HD void attend(Block& block, Shared& shared, const AttentionCall& call, const Work& work, int split, int splits,
-                               std::int64_t first_head, int head_of_sequence, std::int64_t b, int heads_here) {
+  static DYRATE_HD void attend(Block& block, Shared& shared, const AttentionCall& call, const Work<Element>& work) {
+    const int heads_here = work.heads_here;
     const int lane = block.thread() % kLanes, team = block.thread() / kLanes;
     float query[kGroup][kPieces][kWide], sum[kGroup][kPieces][kWide];
     float top[kGroup], norm[kGroup], image[kGroup];
@@ -156,7 +301,7 @@ struct AttentionKernel {
     for (int g = 0; g < kGroup; ++g) {
       top[g] = -kInfinity;
       norm[g] = image[g] = 0.f;
-      const Element* row = static_cast<const Element*>(call.query) + b * call.query_stride[0] + (head_of_sequence + g) * call.query_stride[1];
+      const Element* row = static_cast<const Element*>(call.query) + work.b * call.query_stride[0] + (work.head_of_sequence + g) * call.query_stride[1];
       DYRATE_UNROLL
       for (int p = 0; p < kPieces; ++p) {
         const int column = (p * kLanes + lane) * kWide;
@@ -172,14 +317,14 @@ struct AttentionKernel {
     }
 
     const int tiles = (work.total + kTile - 1) / kTile;
-    const int first = static_cast<int>(static_cast<std::int64_t>(split) * tiles / splits);
-    const int last = static_cast<int>(static_cast<std::int64_t>(split + 1) * tiles / splits);
+    const int first = static_cast<int>(static_cast<std::int64_t>(work.split) * tiles / work.splits);
+    const int last = static_cast<int>(static_cast<std::int64_t>(work.split + 1) * tiles / work.splits);
     int row[kStep], next_row[kStep];
     Tile tile;
     DYRATE_UNROLL
     for (int r = 0; r < kStep; ++r) {
-      row[r] = first < last ? locate(call, work, first * kTile + r * kTeams + team) : -1;
-      next_row[r] = first + 1 < last ? locate(call, work, (first + 1) * kTile + r * kTeams + team) : -1;
+      row[r] = first < last ? work.locate(call, first * kTile + r * kTeams + team) : -1;
+      next_row[r] = first + 1 < last ? work.locate(call, (first + 1) * kTile + r * kTeams + team) : -1;
     }
     fetch(block, call, work, row, tile);
     for (int t = first; t < last; ++t) {
@@ -187,7 +332,7 @@ struct AttentionKernel {
       fetch(block, call, work, next_row, next);
       int after[kStep];
       DYRATE_UNROLL
-      for (int r = 0; r < kStep; ++r) after[r] = t + 2 < last ? locate(call, work, (t + 2) * kTile + r * kTeams + team) : -1;
+      for (int r = 0; r < kStep; ++r) after[r] = t + 2 < last ? work.locate(call, (t + 2) * kTile + r * kTeams + team) : -1;
 
       float logit[kStep][kGroup];
       DYRATE_UNROLL
@@ -223,7 +368,7 @@ struct AttentionKernel {
           logit[r][g] = row[r] < 0 ? -kInfinity : logit[r][g] == -kInfinity ? -FLT_MAX : logit[r][g];
           high = fmaxf(high, logit[r][g]);
           if (call.write_logits && lane == g % kLanes && g < heads_here && place < work.total) {
-            call.logits[(first_head + g) * call.logit_capacity + place] = logit[r][g];
+            call.logits[(work.first_head + g) * call.logit_capacity + place] = logit[r][g];
           }
         }
         const float finite = high == -kInfinity ? 0.f : high;
@@ -272,113 +417,15 @@ struct AttentionKernel {
       DYRATE_UNROLL
       for (int p = 0; p < kPieces; ++p) {
         DYRATE_UNROLL
-        for (int i = 0; i < kWide; ++i) shared.sum[team][g][(p * kLanes + lane) * kWide + i] = sum[g][p][i];
+        for (int i = 0; i < kWide; ++i) shared.teams.sum[team][g][(p * kLanes + lane) * kWide + i] = sum[g][p][i];
       }
       if (lane == 0) {
-        shared.stat[team][g][0] = top[g];
-        shared.stat[team][g][1] = norm[g];
-        shared.stat[team][g][2] = image[g];
+        shared.common.stat[team][g][0] = top[g];
+        shared.common.stat[team][g][1] = norm[g];
+        shared.common.stat[team][g][2] = image[g];
       }
     }
     block.sync();
-  }
-
-  /// The teams of this block become one part in scratch memory.
-  template <class Block>
-  static DYRATE_HD void combine_teams(Block& block, Shared& shared, const AttentionCall& call, int split, std::int64_t first_head,
-                                      int heads_here) {
-    for (int i = block.thread(); i < heads_here * kTeams; i += kThreads) {
-      const int g = i / kTeams, team = i % kTeams;
-      float high = -kInfinity;
-      for (int other = 0; other < kTeams; ++other) high = fmaxf(high, shared.stat[other][g][0]);
-      shared.factor[team][g] = exp2f(shared.stat[team][g][0] - (high == -kInfinity ? 0.f : high));
-      if (team == 0) shared.total[g][0] = high;
-    }
-    block.sync();
-    for (int g = block.thread(); g < heads_here; g += kThreads) {
-      float norm = 0.f, image = 0.f;
-      for (int team = 0; team < kTeams; ++team) {
-        norm += shared.stat[team][g][1] * shared.factor[team][g];
-        image += shared.stat[team][g][2] * shared.factor[team][g];
-      }
-      float* stat = call.part_stat + ((first_head + g) * call.max_splits + split) * 4;
-      stat[0] = shared.total[g][0];
-      stat[1] = norm;
-      stat[2] = image;
-    }
-    if (call.output == nullptr) return;
-    for (int i = block.thread(); i < heads_here * call.value_dim; i += kThreads) {
-      const int g = i / call.value_dim, d = i % call.value_dim;
-      float sum = 0.f;
-      for (int team = 0; team < kTeams; ++team) sum += shared.sum[team][g][d] * shared.factor[team][g];
-      call.part[((first_head + g) * call.max_splits + split) * call.value_dim + d] = sum;
-    }
-  }
-
-  /// The last block of a unit: output, mass, and what turns logits into probabilities.
-  template <class Block>
-  static DYRATE_HD void combine_splits(Block& block, Shared& shared, const AttentionCall& call, int splits, std::int64_t first_head,
-                                       int heads_here, std::int64_t b, int n_read, int n_text) {
-    for (int i = block.thread(); i < heads_here * splits; i += kThreads) {
-      const int g = i / splits, s = i % splits;
-      const float* stat = call.part_stat + ((first_head + g) * call.max_splits + s) * 4;
-      for (int f = 0; f < 3; ++f) shared.split_stat[g][s][f] = block.load_shared_by_blocks(stat + f);
-    }
-    block.sync();
-    for (int g = block.warp(); g < heads_here; g += kThreads / kWarp) {  // a warp for each head
-      float high = -kInfinity, norm = 0.f, image = 0.f;
-      for (int s = block.lane(); s < splits; s += kWarp) high = fmaxf(high, shared.split_stat[g][s][0]);
-      for (int distance = kWarp / 2; distance > 0; distance /= 2) high = fmaxf(high, block.shuffle_xor(high, distance));
-      const float finite = high == -kInfinity ? 0.f : high;
-      for (int s = block.lane(); s < splits; s += kWarp) {
-        const float factor = exp2f(shared.split_stat[g][s][0] - finite);
-        shared.split_factor[g][s] = factor;
-        norm += shared.split_stat[g][s][1] * factor;
-        image += shared.split_stat[g][s][2] * factor;
-      }
-      for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-        norm += block.shuffle_xor(norm, distance);
-        image += block.shuffle_xor(image, distance);
-      }
-      const float share = high == -FLT_MAX ? NAN : norm == 0.f ? 0.f : 1.f / norm;
-      const std::int64_t head = first_head + g;
-      if (call.mass) {
-        float mass[kTypes] = {0.f, image, 0.f, 0.f};
-        if (block.lane() != 0) mass[kImage] = 0.f;
-        const float* logits = call.logits + head * call.logit_capacity + n_read;
-        const std::uint8_t* type = call.text_type + b * call.text_type_stride;
-        for (int row = block.lane(); row < n_text; row += kWarp) {
-          const float weight = exp2f(block.load_shared_by_blocks(logits + row) - finite);
-          DYRATE_UNROLL
-          for (int kind = 0; kind < kTypes; ++kind) mass[kind] += type[row] == kind ? weight : 0.f;
-        }
-        DYRATE_UNROLL
-        for (int kind = 0; kind < kTypes; ++kind) {
-          for (int distance = kWarp / 2; distance > 0; distance /= 2) mass[kind] += block.shuffle_xor(mass[kind], distance);
-          if (block.lane() == 0) call.mass[head * kTypes + kind] = mass[kind] * share;
-        }
-      }
-      if (block.lane() == 0) {
-        shared.total[g][1] = share;
-        if (call.head_stat) {
-          call.head_stat[head * 2] = high;
-          call.head_stat[head * 2 + 1] = share;
-        }
-      }
-    }
-    block.sync();
-    if (call.output == nullptr) return;
-    Element* output = static_cast<Element*>(call.output);
-    for (int i = block.thread(); i < heads_here * call.value_dim; i += kThreads) {
-      const int g = i / call.value_dim, d = i % call.value_dim;
-      const float* part = call.part + (first_head + g) * call.max_splits * static_cast<std::int64_t>(call.value_dim) + d;
-      float sum = 0.f;
-      DYRATE_UNROLL_BY(8)
-      for (int s = 0; s < splits; ++s) {
-        sum += block.load_shared_by_blocks(part + static_cast<std::int64_t>(s) * call.value_dim) * shared.split_factor[g][s];
-      }
-      from_float(sum * shared.total[g][1], output + (first_head + g) * call.value_dim + d);
-    }
   }
 };
 
@@ -399,35 +446,5 @@ inline bool aligned(const AttentionCall& call) {
   }
   return good;
 }
-
-template <class Element, int kDim, int kGroup, bool kAligned>
-Status start_attention(const AttentionCall& call, Stream stream) {
-  const int chunks = (call.heads / call.kv_heads + kGroup - 1) / kGroup;
-  const Grid grid{static_cast<unsigned>(call.max_splits), static_cast<unsigned>(call.kv_heads * chunks), static_cast<unsigned>(call.batch)};
-  return launch<AttentionKernel<Element, kDim, kGroup, kAligned>>(grid, stream, call);
-}
-
-template <class Element, int kDim>
-Status start_attention(const AttentionCall& call, Stream stream) {
-  switch (group_block(call.heads / call.kv_heads)) {
-    case 1: return start_attention<Element, kDim, 1, true>(call, stream);
-    case 4: return start_attention<Element, kDim, 4, true>(call, stream);
-    default: return start_attention<Element, kDim, 8, true>(call, stream);
-  }
-}
-
-/// The kernel for the call's shape. Each element type is instantiated in a file of its own.
-template <class Element>
-Status start_attention(const AttentionCall& call, Stream stream) {
-  const int dim = call.dim > call.value_dim ? call.dim : call.value_dim;
-  if (!aligned(call)) return start_attention<Element, kMostDim, 8, false>(call, stream);
-  if (dim <= 64) return start_attention<Element, 64>(call, stream);
-  if (dim <= kUsualDim) return start_attention<Element, kUsualDim>(call, stream);
-  return start_attention<Element, kMostDim, 8, true>(call, stream);  // no supported model has such heads: one kernel for any group
-}
-
-extern template Status start_attention<Float16>(const AttentionCall&, Stream);
-extern template Status start_attention<BFloat16>(const AttentionCall&, Stream);
-extern template Status start_attention<float>(const AttentionCall&, Stream);
 
 }  // namespace dyrate

@@ -1,4 +1,4 @@
-#include "attention.h"
+#include "attention_start.h"
 
 namespace dyrate {
 

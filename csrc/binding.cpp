@@ -146,8 +146,14 @@ struct Attention {
     fields.stride("text_type_stride", call.text_type_stride);
     fields.stride("position_stride", call.position_stride);
     fields.stride("query_position_stride", call.query_position_stride);
-    const int multiprocessors = fields.number("multiprocessors");
-    expect_range("multiprocessors", multiprocessors, 1, 1 << 20);
+    const Gpu gpu{fields.number("multiprocessors"), fields.number("capability"), fields.number("code")};
+    expect_range("multiprocessors", gpu.multiprocessors, 1, 1 << 20);
+    expect_range("capability", gpu.capability, 0, 9999);
+    expect_range("code", gpu.code, 0, 9999);
+    const AttentionSettings settings{fields.number("tensor_cores"), fields.number("stages"), fields.number("bulk")};
+    expect_range("tensor_cores", settings.tensor_cores, 0, kGridLimit);
+    expect_range("stages", settings.stages, 0, kMostStages);
+    expect_range("bulk", settings.bulk, 0, 1);
     const int most_splits = fields.number("most_splits"), least_rows = fields.number("least_rows");  // 0: as planned
     fields.finish();
     // what the plan divides by and multiplies
@@ -157,7 +163,7 @@ struct Attention {
     expect_range("capacity", call.capacity, 0, kMostRows);
     expect_range("list_width", call.list_width, 0, kMostRows);
     expect_range("visual_capacity", call.visual_capacity, 0, call.capacity);
-    plan_attention(call, multiprocessors);
+    plan_attention(call, gpu, settings);
     if (most_splits) call.max_splits = most_splits;
     if (least_rows) call.min_rows = least_rows;
     check_shape(call);
@@ -422,6 +428,9 @@ PYBIND11_MODULE(DYRATE_MODULE, module) {
       .def_property_readonly("scratch", &Attention::scratch)
       .def_property_readonly("logit_capacity", [](const Attention& self) { return self.call.logit_capacity; })
       .def_property_readonly("max_splits", [](const Attention& self) { return self.call.max_splits; })
+      .def_property_readonly("unit", [](const Attention& self) { return self.call.unit; })
+      .def_property_readonly("stages", [](const Attention& self) { return self.call.stages; })
+      .def_property_readonly("bulk", [](const Attention& self) { return self.call.bulk; })
       .def("launch", &Attention::launch);
   py::class_<Decide>(module, "Decide").def(py::init<const py::kwargs&>()).def("launch", &Decide::launch);
   py::class_<Select>(module, "Select").def(py::init<const py::kwargs&>()).def("launch", &Select::launch);

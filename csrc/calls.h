@@ -18,7 +18,8 @@ constexpr int kImage = 1;
 
 /// Attention of one new token a sequence over `[visual | text]` rows, split over blocks, with statistics on request.
 ///
-/// Grid `(max_splits, units, batch)`; a unit is up to `group_block` query heads of one key/value head.
+/// Grid `(max_splits, units, batch)`; a unit is up to so many query heads of one key/value head as the kernel takes: `group_block`, or
+/// `unit` in the staged kernel.
 struct AttentionCall {
   // ---- shape: the same in every step
   Type type;
@@ -30,6 +31,9 @@ struct AttentionCall {
   int window;                     // rows are read where query_position - position < window; 0: all
   float scale;
   int write_logits;               // for mass (text rows) and importance
+  int unit;                       // query heads of the staged kernel's unit: 1, 8, 16; 0: rows go through registers
+  int stages;                     // tiles of its ring, 2 .. kMostStages
+  int bulk;                       // 1: they are filled by bulk copies
   std::int64_t query_stride[3], key_stride[4], value_stride[4];  // the last one of each is 1
   std::int64_t new_key_stride[2], new_value_stride[2];
   std::int64_t kept_stride, text_type_stride, position_stride, query_position_stride;
@@ -137,6 +141,23 @@ DYRATE_HD constexpr int group_block(int group) { return group <= 1 ? 1 : group <
 
 /// Blocks that a multiprocessor holds of the attention kernel for units of `group_heads` query heads: bounds its registers, shapes its grid.
 DYRATE_HD constexpr int resident_blocks(int group_heads) { return group_heads == 8 ? 2 : 3; }
+
+// The staged kernel (attention_staged.h), for 16-bit heads of up to kUsualDim elements.
+constexpr int kMostStages = 4;
+constexpr int kBulkUnit = 8;  // units of more heads take no bulk copies: a kernel less to compile for each size of head
+
+/// Rows of a warp's tile: 16 of the tensor cores; for one query head as many as make 2 KiB of keys.
+DYRATE_HD constexpr int staged_rows(int unit, int dim) { return unit > 1 ? 16 : 1024 / dim; }
+/// Elements from a row of a tile to the next one.
+DYRATE_HD constexpr int staged_pitch(int unit, int dim) { return unit > 1 ? dim + 8 : dim; }
+/// Bytes of one stage of all warps: keys and values.
+DYRATE_HD constexpr int staged_bytes(int unit, int dim) {
+  return kAttentionThreads / kWarp * staged_rows(unit, dim) * staged_pitch(unit, dim) * 2 * 2;
+}
+/// Blocks that a multiprocessor holds as far as registers go.
+DYRATE_HD constexpr int staged_blocks(int unit) { return unit == 1 ? 4 : unit == 8 ? 3 : 2; }
+/// Bytes of shared memory that a block takes beside its ring, at most.
+DYRATE_HD constexpr int staged_rest(int unit) { return unit == 1 ? 512 : 1536; }
 
 #ifdef DYRATE_EMULATE
 using Status = int;

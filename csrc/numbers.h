@@ -20,9 +20,11 @@ DYRATE_HD To bits_as(From from) {
 
 // Elements as they lie in memory. All arithmetic is float32.
 struct Float16 {
+  static constexpr bool kBrain = false;
   std::uint16_t bits;
 };
 struct BFloat16 {
+  static constexpr bool kBrain = true;
   std::uint16_t bits;
 };
 
@@ -66,6 +68,22 @@ DYRATE_HD void from_float(float x, Float16* out) {
     half = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
   }
   out->bits = static_cast<std::uint16_t>(sign | half);
+#endif
+}
+
+/// The place of the lowest bit; there is one.
+DYRATE_HD int lowest_bit(std::uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __ffs(static_cast<int>(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
+#endif
+}
+DYRATE_HD int count_bits(std::uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
 #endif
 }
 

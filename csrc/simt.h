@@ -1,7 +1,7 @@
 // The machine that the kernels are written for: a block of threads with barriers, warp shuffles and a "last block done" counter.
 //
-// A kernel is a struct with `kThreads`, `kBlocks` (blocks that a multiprocessor shall hold: bounds the registers), a plain struct
-// `Shared` and
+// A kernel is a struct with `kThreads`, `kBlocks` (blocks that a multiprocessor shall hold: bounds the registers), `kArchitecture` where it
+// needs one (80: instructions.h), a plain struct `Shared` and
 //     template <class Block> static DYRATE_HD void run(Block& block, Shared& shared, const Arguments& arguments);
 // which names the thread, the warp and the block only through `block`. Compiled by nvcc, `DeviceBlock` maps that to the hardware;
 // compiled with DYRATE_EMULATE by any C++17 compiler, `emulation/` runs the very same code on a CPU, one fiber a thread, in an
@@ -48,15 +48,24 @@ struct Grid {
 
 #elif defined(__CUDACC__)
 
+#include <atomic>
+
+#include "instructions.h"
+
 namespace dyrate {
 
 /// The block that this thread is in, on the device.
-struct DeviceBlock {
+struct DeviceBlock : DeviceInstructions {
+  unsigned char* extra_memory;
+
   __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ int lane() const { return static_cast<int>(threadIdx.x) % kWarp; }
   __device__ __forceinline__ int warp() const { return static_cast<int>(threadIdx.x) / kWarp; }
   __device__ __forceinline__ Grid index() const { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
   __device__ __forceinline__ Grid grid() const { return {gridDim.x, gridDim.y, gridDim.z}; }
+
+  /// Shared memory beyond `Shared`, as many bytes as the launch asked for; starts at a multiple of 16.
+  __device__ __forceinline__ unsigned char* extra() const { return extra_memory; }
 
   /// All threads of the block meet here; what they wrote before is seen after.
   __device__ __forceinline__ void sync() { __syncthreads(); }
@@ -97,6 +106,7 @@ struct DeviceBlock {
   __device__ __forceinline__ T load_shared_by_blocks(const T* address) {
     return __ldcg(address);
   }
+  __device__ __forceinline__ std::uint32_t load4(const void* address) { return *static_cast<const std::uint32_t*>(address); }
   __device__ __forceinline__ Bytes16 load16(const void* address) {
     const uint4 got = *static_cast<const uint4*>(address);
     return {{got.x, got.y, got.z, got.w}};
@@ -106,17 +116,53 @@ struct DeviceBlock {
   }
 };
 
+/// `Kernel::kArchitecture`, 0 where a kernel does not name one: below it its code is empty.
+template <class Kernel, class = void>
+constexpr int kArchitectureOf = 0;
+template <class Kernel>
+constexpr int kArchitectureOf<Kernel, decltype(void(Kernel::kArchitecture))> = Kernel::kArchitecture;
+
 template <class Kernel, class Arguments>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocks) entry(const __grid_constant__ Arguments arguments) {
-  __shared__ typename Kernel::Shared shared;
-  DeviceBlock block;
-  Kernel::run(block, shared, arguments);
+#ifdef __CUDA_ARCH__
+  if constexpr (kArchitectureOf<Kernel> * 10 <= __CUDA_ARCH__) {
+    __shared__ typename Kernel::Shared shared;
+    extern __shared__ uint4 extra[];
+    DeviceBlock block;
+    block.extra_memory = reinterpret_cast<unsigned char*>(extra);
+    Kernel::run(block, shared, arguments);
+  }
+#endif
 }
 
-/// Starts `Kernel` on the caller's stream. Allocates nothing, synchronises nothing, can be captured in a graph.
+/// Lets `Kernel` have as much shared memory as a block may ask for on the current device; more than 48 KiB needs that. Asked once a device.
 template <class Kernel, class Arguments>
-cudaError_t launch(Grid grid, cudaStream_t stream, const Arguments& arguments) {
-  entry<Kernel><<<dim3(grid.x, grid.y, grid.z), Kernel::kThreads, 0, stream>>>(arguments);
+cudaError_t allow_shared() {
+  static std::atomic<std::uint64_t> allowed{0};
+  int device = 0, most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
+  if (status != cudaSuccess || (allowed.load() & bit)) return status;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  cudaFuncAttributes its;
+  status = cudaFuncGetAttributes(&its, entry<Kernel, Arguments>);
+  if (status != cudaSuccess) return status;
+  most -= static_cast<int>(its.sharedSizeBytes);
+  status = cudaFuncSetAttribute(entry<Kernel, Arguments>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (status == cudaSuccess) allowed.fetch_or(bit);
+  return status;
+}
+
+/// Starts `Kernel` on the caller's stream, with `extra` bytes of shared memory beyond its `Shared`. Allocates nothing, synchronises
+/// nothing, can be captured in a graph.
+template <class Kernel, class Arguments>
+cudaError_t launch(Grid grid, cudaStream_t stream, const Arguments& arguments, int extra = 0) {
+  if (extra > 0) {
+    const cudaError_t status = allow_shared<Kernel, Arguments>();
+    if (status != cudaSuccess) return status;
+  }
+  entry<Kernel><<<dim3(grid.x, grid.y, grid.z), Kernel::kThreads, static_cast<std::size_t>(extra), stream>>>(arguments);
   return cudaGetLastError();
 }
 

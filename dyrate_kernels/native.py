@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["BuildInfo", "Device", "Probe", "build_info", "load", "missing_reason", "probe", "unusable_reason"]
+__all__ = ["BuildInfo", "Device", "Probe", "build_info", "code_for", "load", "missing_reason", "probe", "unusable_reason"]
 
 _BUILD_INFO = Path(__file__).with_name("_build_info.json")  # written by setup.py
 
@@ -163,6 +163,19 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
     if major == capability[0] and minor <= capability[1]:
         return True
     return not architecture.endswith("-real") and (major, minor) <= capability
+
+
+def code_for(architectures: tuple[str, ...], capability: tuple[int, int]) -> int:
+    """The architecture, e.g. 90, that the extension's code on a device was compiled for: the best machine code of the device's generation,
+    else PTX of the latest architecture that is not later than the device; 0 where there is neither.
+    """
+    ours = [name for name in architectures if _runs(name, capability)]
+    machine = [number for name in ours if (number := _number(name)) // 10 == capability[0] and not name.endswith("-virtual")]
+    return max(machine or [_number(name) for name in ours], default=0)
+
+
+def _number(architecture: str) -> int:
+    return int("".join(character for character in architecture.split("-")[0] if character.isdigit()))
 
 
 def _release(version: int) -> str | None:

@@ -4,15 +4,22 @@
 // kernel in several orders: a barrier that is missing shows as a result that depends on the order (or, compiled for it, in races.h).
 // Several blocks are alive at once and take turns, so that blocks meet in every state of each other. Shared memory starts as NaN.
 //
+// Copies that threads do not wait for (instructions.h) land at the last moment that a machine may take, when they are waited for; in the
+// order kDescending at once, in kRandom now and then at once. So what is read before its wait is old, and what is overwritten while others
+// still read it shows too. What they read may not change while they are in flight.
+//
 // A launch fails with a message, and the process lives on, where threads of a block wait for something that the others do not come to:
-// a barrier that is not reached by all, different barriers, a collective without all 32 lanes. What is not seen: orders of memory weaker
-// than a CPU's (a fence that is missing), and threads that spin.
+// a barrier that is not reached by all, different barriers, a collective without all 32 lanes, bytes that nobody copies; and where a thread
+// returns before its copies have landed. What is not seen: orders of memory weaker than a CPU's (a fence that is missing), and threads that
+// spin.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -39,7 +46,9 @@ constexpr int kLaunchFailed = 719;            // cudaErrorLaunchFailure
 constexpr int kInvalidConfiguration = 9;      // cudaErrorInvalidConfiguration
 constexpr std::size_t kMostShared = 48 << 10; // bytes of static shared memory of a block
 constexpr std::size_t kMostArguments = 4096;  // bytes of kernel arguments
-constexpr std::size_t kMostExchanged = 16;    // bytes of a shuffled value
+constexpr std::size_t kMostExchanged = 32;    // bytes of a shuffled value
+constexpr std::size_t kMostExtra = 227 << 10; // bytes of shared memory of a block, with those that a launch asks for
+constexpr int kPatience = 1000;               // turns that a thread waits for bytes
 
 /// In which order threads and blocks go on; with kNothing launches start none, which leaves the time of the host.
 enum Order : int { kAscending = 0, kDescending = 1, kRandom = 2, kNothing = 3 };
@@ -86,6 +95,23 @@ struct Site {
 
 enum class State : std::uint8_t { kReady, kAtBarrier, kAtMeeting, kDone };
 
+/// A copy in flight: `bytes` from one place, and zeros up to `room`.
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  int bytes, room;
+  int group;                         // of the thread
+  const void* barrier;               // that counts its bytes; null: the thread waits for the group
+  std::vector<unsigned char> found;  // what the source held when the copy was started
+};
+
+/// An mbarrier.
+struct ByteBarrier {
+  int count = 0, missing = 0;  // arrivals of a phase; of this one, still to come
+  std::int64_t bytes = 0;      // expected and not there
+  unsigned phase = 0;          // phases that are over
+};
+
 struct Thread {
   std::unique_ptr<Fiber> fiber;
   State state = State::kDone;
@@ -93,6 +119,8 @@ struct Thread {
   unsigned meetings = 0;
   // What a lane brings to a collective. Two, in turn: whoever is at the next meeting has left this one, not so the one before.
   alignas(16) unsigned char brought[2][kMostExchanged];
+  std::vector<Copy> copies;
+  int groups = 0;  // of copies, closed
 };
 
 /// A block that is alive.
@@ -101,6 +129,9 @@ struct Resident {
   std::int64_t number = 0;  // of the launch
   int threads = 0;
   void* shared = nullptr;
+  unsigned char* extra = nullptr;  // shared memory beyond the kernel's `Shared`
+  std::vector<Copy> copies;        // that count at a barrier
+  std::map<const void*, ByteBarrier> barrier;
   std::vector<Thread> thread;
   std::vector<int> met;  // lanes of each warp that wait at a collective
   int ready = 0, at_barrier = 0, done = 0;
@@ -113,7 +144,8 @@ struct Program {
   const void* arguments;
   std::size_t argument_bytes;
   int threads;
-  std::size_t shared_bytes, shared_alignment;
+  std::size_t shared_bytes, shared_alignment;  // with those beyond `Shared`
+  std::size_t own_bytes;                       // where those start
 };
 
 /// Thrown to end a thread of a launch that has failed.
@@ -154,6 +186,7 @@ class Machine {
       go_on(block);
       if (!failed_ && block.ready == 0) settle(block);
       if (!failed_ && block.done == block.threads) {
+        if (!block.copies.empty()) fail(block, "all threads returned before copies have landed");
         retire(block);
         alive.erase(alive.begin() + static_cast<std::ptrdiff_t>(turn));
       } else {
@@ -180,6 +213,7 @@ class Machine {
     }
     // The last lane to come: all may go on, in the order of the launch, so this one gives way like the others.
     block.met[static_cast<std::size_t>(warp)] = 0;
+    DYRATE_RACES(if (std::strcmp(site.kind, "sync_warp") == 0) races::warp_barrier(block.number, warp));
     block.thread[static_cast<std::size_t>(thread)].site = site;
     for (int lane = 0; lane < kWarp; ++lane) {
       Thread& other = block.thread[static_cast<std::size_t>(warp * kWarp + lane)];
@@ -190,6 +224,18 @@ class Machine {
     }
     block.thread[static_cast<std::size_t>(thread)].fiber->give_way(false);
   }
+
+  /// A copy that is started now lands at once.
+  bool prompt() { return settings().order == kDescending || (settings().order == kRandom && draw(2) == 0); }
+
+  void land(Resident& block, int thread, const Copy& copy) {
+    if (std::memcmp(copy.from, copy.found.data(), copy.found.size()) != 0) fail_thread(block, thread, "what a copy reads changed while it was in flight");
+    std::memcpy(copy.to, copy.from, static_cast<std::size_t>(copy.bytes));
+    std::memset(copy.to + copy.bytes, 0, static_cast<std::size_t>(copy.room - copy.bytes));
+  }
+
+  /// Another turn for the others of a thread that waits for bytes.
+  void give_turn(Resident& block, int thread) { block.thread[static_cast<std::size_t>(thread)].fiber->give_way(false); }
 
   /// Ends the launch, from a fiber or the scheduler. The first message stays.
   void fail(const Resident& block, const std::string& why) {
@@ -256,6 +302,9 @@ class Machine {
     block.met.assign(static_cast<std::size_t>(block.threads / kWarp), 0);
     block.shared = ::operator new(program_->shared_bytes, std::align_val_t(program_->shared_alignment));
     std::memset(block.shared, 0xFF, program_->shared_bytes);
+    block.extra = static_cast<unsigned char*>(block.shared) + program_->own_bytes;
+    block.copies.clear();
+    block.barrier.clear();
     if (block.thread.size() < static_cast<std::size_t>(block.threads)) block.thread.resize(static_cast<std::size_t>(block.threads));
     for (int t = 0; t < block.threads; ++t) {
       Thread& thread = block.thread[static_cast<std::size_t>(t)];
@@ -263,6 +312,8 @@ class Machine {
       thread.fiber->start(&Machine::entry, static_cast<unsigned>(t));
       thread.state = State::kReady;
       thread.meetings = 0;
+      thread.copies.clear();
+      thread.groups = 0;
     }
     DYRATE_RACES(races::start(block.number, block.shared, program_->shared_bytes));
     return &block;
@@ -429,10 +480,174 @@ class HostBlock {
     return *flag != 0;
   }
 
+  // ---- instructions.h
+
+  using Place = unsigned char*;
+
+  unsigned char* extra() const { return block_->extra; }
+  template <class T>
+  Place place(T* pointer) {
+    return reinterpret_cast<unsigned char*>(pointer);
+  }
+  template <class T>
+  T keep(T value) {
+    return value;
+  }
+  Bytes16 load16_at(Place from) { return load16(from); }
+  void clear16_at(Place to) { store16(to, Bytes16{{0, 0, 0, 0}}); }
+  std::uint32_t load4_at(Place from) { return load4(from); }
+  void store4_at(Place to, std::uint32_t word) {
+    check_alignment(to, 4);
+    *reinterpret_cast<std::uint32_t*>(to) = word;
+  }
+
+  void sync_warp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    DYRATE_RACES(const emulation::races::Quiet quiet);
+    bring(0, {"sync_warp", file, line});
+  }
+
+  void copy16(Place to, const void* from, bool here, bool live = true) {
+    if (!here) return;
+    DYRATE_RACES(const emulation::races::Quiet quiet);
+    check_alignment(to, 16);
+    if (live) check_alignment(from, 16);
+    static const unsigned char nothing[16] = {};
+    emulation::Copy copy = started(to, live ? from : nothing, live ? 16 : 0, 16);
+    DYRATE_RACES(emulation::races::access(to, 16, emulation::races::kWrite, __builtin_return_address(0)));
+    DYRATE_RACES(if (live) emulation::races::access(from, 16, emulation::races::kRead, __builtin_return_address(0)));
+    emulation::Thread& self = block_->thread[static_cast<std::size_t>(thread_)];
+    copy.group = self.groups;
+    if (emulation::Machine::only().prompt()) {
+      emulation::Machine::only().land(*block_, thread_, copy);
+    } else {
+      self.copies.push_back(copy);
+    }
+  }
+  void commit_copies() { ++block_->thread[static_cast<std::size_t>(thread_)].groups; }
+  void wait_copies(int pending) {
+    DYRATE_RACES(const emulation::races::Quiet quiet);
+    emulation::Machine& machine = emulation::Machine::only();
+    if (pending < 0 || pending > 2) machine.fail_thread(*block_, thread_, "waits for all copies but " + std::to_string(pending) + " groups");
+    emulation::Thread& self = block_->thread[static_cast<std::size_t>(thread_)];
+    std::vector<emulation::Copy> left;
+    for (const emulation::Copy& copy : self.copies) {
+      if (copy.group >= self.groups - pending) {
+        left.push_back(copy);
+        continue;
+      }
+      DYRATE_RACES(emulation::races::access(copy.to, 16, emulation::races::kWrite, __builtin_return_address(0)));
+      machine.land(*block_, thread_, copy);
+    }
+    self.copies.swap(left);
+  }
+
+  void expect_arrivals(Place barrier, int count) {
+    DYRATE_RACES(const emulation::races::Quiet quiet);
+    emulation::ByteBarrier& made = block_->barrier[barrier];
+    made = emulation::ByteBarrier();
+    made.count = made.missing = count;
+  }
+  void expect_bytes(Place barrier, int bytes) {
+    DYRATE_RACES(const emulation::races::Quiet quiet);
+    emulation::ByteBarrier& its = known(barrier);
+    if (--its.missing < 0) emulation::Machine::only().fail_thread(*block_, thread_, "arrives once too often at a barrier of bytes");
+    its.bytes += bytes;
+    settle(its);
+  }
+  void copy_bulk(Place to, const void* from, int bytes, Place barrier) {
+    DYRATE_RACES(const emulation::races::Quiet quiet);
+    emulation::Machine& machine = emulation::Machine::only();
+    for (const void* address : {static_cast<const void*>(to), from}) check_alignment(address, 16);
+    if (bytes <= 0 || bytes % 16) machine.fail_thread(*block_, thread_, "copies " + std::to_string(bytes) + " bytes: expected whole 16 bytes");
+    emulation::Copy copy = started(to, from, bytes, bytes);
+    DYRATE_RACES(emulation::races::copy(to, from, static_cast<std::size_t>(bytes), __builtin_return_address(0)));
+    copy.barrier = barrier;
+    if (machine.prompt()) {
+      deliver(copy);
+    } else {
+      block_->copies.push_back(copy);
+    }
+  }
+  void wait_bytes(Place barrier, int parity) {
+    DYRATE_RACES(const emulation::races::Quiet quiet);
+    emulation::Machine& machine = emulation::Machine::only();
+    for (int turn = 0; (known(barrier).phase & 1u) == static_cast<unsigned>(parity); ++turn) {
+      if (turn == emulation::kPatience) machine.fail_thread(*block_, thread_, "waits for bytes that nobody copies");
+      if (turn) machine.give_turn(*block_, thread_);
+      std::vector<emulation::Copy> all;
+      all.swap(block_->copies);
+      for (const emulation::Copy& copy : all) {
+        if (copy.barrier == barrier) {
+          deliver(copy);
+        } else {
+          block_->copies.push_back(copy);
+        }
+      }
+    }
+  }
+  void fence_proxy() { DYRATE_RACES(emulation::races::fence(block_->number, thread_)); }
+
+  template <bool kTransposed>
+  void load_matrices(std::uint32_t (&out)[4], Place row, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    DYRATE_RACES(const emulation::races::Quiet quiet);
+    check_alignment(row, 16);
+    const unsigned turn = bring(row, {"load_matrices", file, line});
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      std::uint16_t half[2];
+      for (int i = 0; i < 2; ++i) {
+        const int at = kTransposed ? 2 * (lane() % 4) + i : lane() / 4, column = kTransposed ? lane() / 4 : 2 * (lane() % 4) + i;
+        const std::uint16_t* its = static_cast<const std::uint16_t*>(brought<const void*>(8 * matrix + at, turn)) + column;
+        DYRATE_RACES(emulation::races::access(its, sizeof *its, emulation::races::kRead, __builtin_return_address(0)));
+        std::memcpy(&half[i], its, sizeof *its);
+      }
+      out[matrix] = half[0] | static_cast<std::uint32_t>(half[1]) << 16;
+    }
+  }
+  std::uint32_t transpose_matrix(std::uint32_t pair, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    DYRATE_RACES(const emulation::races::Quiet quiet);
+    const unsigned turn = bring(pair, {"transpose_matrix", file, line});
+    std::uint32_t out = 0;
+    for (int i = 0; i < 2; ++i) {
+      const int row = 2 * (lane() % 4) + i, column = lane() / 4;
+      const std::uint32_t word = brought<std::uint32_t>(4 * row + column / 2, turn);
+      out |= (word >> 16 * (column % 2) & 0xFFFFu) << 16 * i;
+    }
+    return out;
+  }
+  template <class Element>
+  void multiply(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], const char* file = __builtin_FILE(),
+                int line = __builtin_LINE()) {
+    DYRATE_RACES(const emulation::races::Quiet quiet);
+    struct Fragments {
+      std::uint32_t a[4], b[2];
+    };
+    const unsigned turn = bring(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, {"multiply", file, line});
+    const auto number = [](std::uint32_t word, int half) { return to_float(Element{static_cast<std::uint16_t>(word >> 16 * half)}); };
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane() / 4, column = 2 * (lane() % 4) + i % 2, below = i / 2;  // below: row + 8
+      for (int k = 0; k < 16; ++k) {
+        const Fragments left = brought<Fragments>(4 * row + k % 8 / 2, turn), right = brought<Fragments>(4 * column + k % 8 / 2, turn);
+        c[i] += number(left.a[k / 8 * 2 + below], k % 2) * number(right.b[k / 8], k % 2);
+      }
+    }
+  }
+  float power(float x) { return exp2f(x); }
+  template <class Element>
+  std::uint32_t pack(float low, float high) {
+    Element pair[2];
+    from_float(low, &pair[0]);
+    from_float(high, &pair[1]);
+    return pair[0].bits | static_cast<std::uint32_t>(pair[1].bits) << 16;
+  }
+
   template <class T>
   T load_shared_by_blocks(const T* address) {
     check_alignment(address, alignof(T));
     return *address;
+  }
+  std::uint32_t load4(const void* address) {
+    check_alignment(address, 4);
+    return *static_cast<const std::uint32_t*>(address);
   }
   Bytes16 load16(const void* address) {
     check_alignment(address, 16);
@@ -444,6 +659,27 @@ class HostBlock {
   }
 
  private:
+  static emulation::Copy started(void* to, const void* from, int bytes, int room) {
+    const unsigned char* source = static_cast<const unsigned char*>(from);
+    return {static_cast<unsigned char*>(to), source, bytes, room, 0, nullptr, std::vector<unsigned char>(source, source + bytes)};
+  }
+  emulation::ByteBarrier& known(const void* barrier) {
+    const auto found = block_->barrier.find(barrier);
+    if (found == block_->barrier.end()) emulation::Machine::only().fail_thread(*block_, thread_, "uses a barrier of bytes that nobody made");
+    return found->second;
+  }
+  static void settle(emulation::ByteBarrier& barrier) {
+    if (barrier.missing || barrier.bytes) return;
+    barrier.missing = barrier.count;
+    ++barrier.phase;
+  }
+  void deliver(const emulation::Copy& copy) {
+    emulation::Machine::only().land(*block_, thread_, copy);
+    emulation::ByteBarrier& barrier = known(copy.barrier);
+    barrier.bytes -= copy.bytes;
+    settle(barrier);
+  }
+
   void check_alignment(const void* address, std::size_t bytes) {
     if (reinterpret_cast<std::uintptr_t>(address) % bytes == 0) return;
     emulation::Machine::only().fail_thread(
@@ -494,6 +730,7 @@ inline void Machine::entry() {
   try {
     HostBlock view(block, number);
     machine.program_->run(view, block.shared, machine.program_->arguments);
+    if (!self.copies.empty()) machine.fail(block, "thread " + std::to_string(number) + ": returns before its copies have landed");
   } catch (const Ended&) {
   } catch (const std::exception& error) {
     machine.fail(block, "thread " + std::to_string(number) + " throws: " + error.what());
@@ -507,9 +744,9 @@ inline void Machine::entry() {
 
 }  // namespace emulation
 
-/// Runs `Kernel` to its end. 0, or a status with `emulation::last_error()`.
+/// Runs `Kernel` to its end, with `extra` bytes of shared memory beyond its `Shared`. 0, or a status with `emulation::last_error()`.
 template <class Kernel, class Arguments>
-int launch(Grid grid, void*, const Arguments& arguments) {
+int launch(Grid grid, void*, const Arguments& arguments, int extra = 0) {
   using Shared = typename Kernel::Shared;
   static_assert(Kernel::kThreads > 0 && Kernel::kThreads % kWarp == 0 && Kernel::kThreads <= 1024, "a block is 1 .. 32 whole warps");
   static_assert(std::is_trivially_copyable<Shared>::value && std::is_trivially_default_constructible<Shared>::value,
@@ -518,11 +755,16 @@ int launch(Grid grid, void*, const Arguments& arguments) {
   static_assert(std::is_trivially_copyable<Arguments>::value && sizeof(Arguments) <= emulation::kMostArguments,
                 "arguments travel by value in 4 KiB");
   const Arguments copy = arguments;
+  const std::size_t own = (sizeof(Shared) + 15) / 16 * 16, bytes = own + static_cast<std::size_t>(extra);
+  if (extra < 0 || bytes > emulation::kMostExtra) {
+    emulation::message() = std::to_string(bytes) + " bytes of shared memory: a block has " + std::to_string(emulation::kMostExtra) + " at most";
+    return emulation::kInvalidConfiguration;
+  }
   const emulation::Program program{
       [](HostBlock& block, void* shared, const void* given) {
         Kernel::run(block, *static_cast<Shared*>(shared), *static_cast<const Arguments*>(given));
       },
-      &copy, sizeof copy, Kernel::kThreads, sizeof(Shared), alignof(Shared) < 16 ? 16 : alignof(Shared)};
+      &copy, sizeof copy, Kernel::kThreads, bytes, alignof(Shared) < 16 ? 16 : alignof(Shared), own};
   return emulation::Machine::only().run(grid, program);
 }
 

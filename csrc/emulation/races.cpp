@@ -15,12 +15,13 @@
 namespace dyrate::emulation::races {
 namespace {
 
-/// Who touched a byte, and when: after `phase` barriers of its block.
+/// Who touched a byte, and when: after `phase` barriers of its block, `warp_phase` of its warp, `fences` of its own.
 struct Touch {
   std::int32_t block = -1;
   std::int16_t thread = 0;
   bool atomic = false;
-  std::int32_t phase = 0;
+  bool bulk = false;
+  std::int32_t phase = 0, warp_phase = 0, fences = 0;
   const void* code = nullptr;
 };
 
@@ -39,6 +40,7 @@ struct Known {
   std::size_t bytes = 0;
   std::vector<Cell> cell;                              // of shared memory
   std::int32_t phase = 0;
+  std::int32_t warp_phase[32] = {}, fences[1024] = {};
   std::unordered_map<std::int64_t, std::int32_t> seen;  // of another block: the barriers that all it did is visible up to
 };
 
@@ -70,7 +72,10 @@ void merge(std::unordered_map<std::int64_t, std::int32_t>& into, const std::unor
 /// Nothing orders the earlier touch before what `now` does.
 bool concurrent(const Known& block, const Touch& earlier, const Touch& now) {
   if (earlier.block < 0 || (earlier.atomic && now.atomic)) return false;
-  if (earlier.block == now.block) return earlier.thread != now.thread && earlier.phase == now.phase;
+  if (earlier.block == now.block) {
+    if (earlier.thread == now.thread || earlier.phase != now.phase) return false;
+    return earlier.thread / kWarp != now.thread / kWarp || earlier.warp_phase == now.warp_phase;
+  }
   const auto seen = block.seen.find(earlier.block);
   return seen == block.seen.end() || earlier.phase >= seen->second;
 }
@@ -147,6 +152,10 @@ void retire(std::int64_t block) {
 
 void barrier(std::int64_t block) { ++all().block[block].phase; }
 
+void warp_barrier(std::int64_t block, int warp) { ++all().block[block].warp_phase[warp]; }
+
+void fence(std::int64_t block, int thread) { ++all().block[block].fences[thread]; }
+
 void arrive(std::int64_t block, const unsigned* counter, bool last) {
   Known& known = all().block[block];
   auto& arrived = all().counter[counter];
@@ -159,7 +168,10 @@ void arrive(std::int64_t block, const unsigned* counter, bool last) {
 
 void hush(bool quiet) { all().quiet = quiet; }
 
-void access(const void* address, std::size_t bytes, Kind kind, const void* code) {
+namespace {
+
+/// `bulk`: by a copy that the thread starts.
+void access(const void* address, std::size_t bytes, Kind kind, const void* code, bool bulk) {
   Machine& machine = Machine::only();
   const Resident* resident = machine.running();
   if (resident == nullptr || machine.failed()) return;
@@ -173,10 +185,20 @@ void access(const void* address, std::size_t bytes, Kind kind, const void* code)
     state.at = &state.block[resident->number];
   }
   Known& block = *state.at;
-  const Touch now{static_cast<std::int32_t>(resident->number), static_cast<std::int16_t>(thread), kind == kAtomic, block.phase, code};
+  const Touch now{static_cast<std::int32_t>(resident->number), static_cast<std::int16_t>(thread), kind == kAtomic, bulk, block.phase,
+                  block.warp_phase[thread / kWarp], block.fences[thread], code};
+  const auto behind_fence = [&](const Cell& cell, const char* memory, std::size_t offset) {
+    const Touch& write = cell.write;
+    if (!bulk || write.bulk || write.block != now.block || block.fences[write.thread] > write.fences) return;
+    machine.fail(*resident, "no fence_proxy on byte " + std::to_string(offset) + " of " + memory + " memory between what " +
+                                describe(write, "writes") + " and the copy that " + describe(now, "starts"));
+  };
   if (first >= block.shared && first < block.shared + block.bytes) {
     const std::size_t offset = static_cast<std::size_t>(first - block.shared);
-    for (std::size_t i = offset; i < offset + bytes && i < block.bytes; ++i) touch(*resident, block, block.cell[i], now, kind, "shared", i);
+    for (std::size_t i = offset; i < offset + bytes && i < block.bytes; ++i) {
+      behind_fence(block.cell[i], "shared", i);
+      touch(*resident, block, block.cell[i], now, kind, "shared", i);
+    }
     return;
   }
   for (std::uintptr_t at = reinterpret_cast<std::uintptr_t>(first), past = at + bytes; at < past; ++at) {
@@ -186,8 +208,18 @@ void access(const void* address, std::size_t bytes, Kind kind, const void* code)
       state.at_page = at / kPage;
       state.page_there = page.get();
     }
+    behind_fence(state.page_there->cell[at % kPage], "global", at);
     touch(*resident, block, state.page_there->cell[at % kPage], now, kind, "global", at);
   }
+}
+
+}  // namespace
+
+void access(const void* address, std::size_t bytes, Kind kind, const void* code) { access(address, bytes, kind, code, false); }
+
+void copy(const void* to, const void* from, std::size_t bytes, const void* code) {
+  access(from, bytes, kRead, code, true);
+  access(to, bytes, kWrite, code, true);
 }
 
 namespace {

@@ -2,6 +2,7 @@
 
     device      the name that the driver gives it
     settings    launch settings of the Triton kernels by kind of problem (``bench/tune.py`` writes, ``triton_kernels/plan.py`` reads them)
+    cuda        settings of the CUDA attention (``ops/cuda.py``: ``Settings``)
     backend     operator -> "triton" or "cuda", whichever was faster (``bench/choose_backend.py`` writes, ``ops/dispatch.py`` reads it)
     layers      which products and fusions of decoder layers are used (``ops/layer_settings.py`` reads it)
     dependent_launch    true: a kernel gets on its way while the one before it still runs (``triton_kernels/dependent.py``)

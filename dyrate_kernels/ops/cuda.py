@@ -16,14 +16,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyrate_kernels import native
+from dyrate_kernels import devices, native
 from dyrate_kernels.ops import reference, workspace
 from dyrate_kernels.ops.forms import Step, empty_step, form, last_contiguous, readable_list, remember, stream_of, strides, vector
 
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_EMULATED_MULTIPROCESSORS = 4
 
 _cut: tuple[int, int] = (0, 0)  # (most splits, least rows of a split); 0: as the extension plans. Tests set it.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How attention of 16-bit rows runs from sm_80 on (``csrc/attention_staged.h``); other rows and earlier GPUs go through registers.
+
+    From the device file's ``"cuda"``, or ``override``. A number of unknown effect on a GPU stays as it is here until it is measured there.
+
+    Attributes:
+        tensor_cores: the least number of query heads a key/value head that takes tensor cores; 0: none does. With 1, a single head's
+            softmax is rounded to the rows' type before it meets the values.
+        stages: tiles of a warp that are on their way or being read, 2 .. 4; 0: as many as leave room for as many blocks as two do;
+            1: rows go through registers, whatever ``tensor_cores`` says.
+        bulk: 1: on sm_90 and later a copy of whole runs of rows instead of 16 bytes a lane; not for more than 8 query heads.
+    """
+
+    tensor_cores: int = 2
+    stages: int = 0
+    bulk: int = 0
+
+    def __post_init__(self) -> None:
+        for name, most in (("tensor_cores", 65535), ("stages", 4), ("bulk", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+                raise ValueError(f"{name}: expected a whole number from 0 to {most}, got {value!r}")
+
+
+override: Settings | None = None  # of tests and tuning: instead of the device file's
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """multiprocessors; capability: 90 for sm_90; code: that of the code which runs there; settings: of its device file."""
+
+    multiprocessors: int
+    capability: int
+    code: int
+    settings: Settings
+
+
+_EMULATED = _Gpu(multiprocessors=4, capability=90, code=90, settings=Settings())
 
 
 def interpreted() -> bool:
@@ -39,9 +79,23 @@ def unavailable_reason() -> str | None:
     return native.unusable_reason(native.probe()) if torch.cuda.is_available() else "no CUDA device"
 
 
+def settings(device_name: str) -> Settings:
+    """Those of the device's file."""
+    return Settings(**devices.measured(device_name).get("cuda", {}))
+
+
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _EMULATED_MULTIPROCESSORS
+def _gpu(device: torch.device) -> _Gpu:
+    if device.type != "cuda":
+        return _EMULATED
+    properties = torch.cuda.get_device_properties(device)
+    seen = native.probe()
+    return _Gpu(
+        multiprocessors=properties.multi_processor_count,
+        capability=properties.major * 10 + properties.minor,
+        code=native.code_for(seen.architectures if seen else (), (properties.major, properties.minor)),
+        settings=settings(properties.name),
+    )
 
 
 def _launch(prepared: Any, device: torch.device, stream: int, *tensors: Tensor | None) -> None:
@@ -91,14 +145,16 @@ def _prepare_attention(
 ) -> _Attention:  # fmt: skip
     batch, heads, dim = query.shape
     width = 0 if kept is None else kept.shape[1]
+    gpu = _gpu(query.device)
+    how = override or gpu.settings
     attention = native.load().Attention(
         type=_type(query), batch=batch, heads=heads, kv_heads=key.shape[1], dim=dim, value_dim=value.shape[-1], capacity=key.shape[2],
         visual_capacity=visual_capacity, list_width=width, window=window or 0, write_logits=int(logits), scale=scale,
         query_stride=(*query.stride()[:2], 1), key_stride=(*key.stride()[:3], 1), value_stride=(*value.stride()[:3], 1),
         new_key_stride=strides(new_key, 2), new_value_stride=strides(new_value, 2), kept_stride=strides(kept, 1)[0],
         text_type_stride=strides(text_type, 1)[0], position_stride=strides(position, 1)[0],
-        query_position_stride=strides(query_position, 1)[0], multiprocessors=_multiprocessors(query.device), most_splits=_cut[0],
-        least_rows=_cut[1],
+        query_position_stride=strides(query_position, 1)[0], multiprocessors=gpu.multiprocessors, capability=gpu.capability, code=gpu.code,
+        tensor_cores=how.tensor_cores, stages=how.stages, bulk=how.bulk, most_splits=_cut[0], least_rows=_cut[1],
     )  # fmt: skip
     decide = None
     if importance:
@@ -145,9 +201,9 @@ def _attend(
     text_type = last_contiguous(text_type) if mass else None
     position, query_position = (None, None) if window is None else (last_contiguous(position), query_position)
     forms = (
-        device, visual_capacity, scale, window, mass, importance, output, decide is not None, _cut, form(query), form(key), form(value),
-        form(kept), form(text_type), form(position), form(query_position), form(new_key), form(new_value), form(weight), form(bias),
-        form(score), form(alive),
+        device, visual_capacity, scale, window, mass, importance, output, decide is not None, _cut, override, form(query), form(key),
+        form(value), form(kept), form(text_type), form(position), form(query_position), form(new_key), form(new_value), form(weight),
+        form(bias), form(score), form(alive),
     )  # fmt: skip
     known = _attentions.get(forms)
     if known is None:

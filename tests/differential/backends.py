@@ -112,18 +112,24 @@ class Emulated:
     without = (*LAYERS, *PAGED)
 
     def __init__(self) -> None:
+        from dyrate_kernels.ops import cuda
         from tests.emulated import harness
 
-        self._harness = harness
+        self._harness, self._cuda = harness, cuda
 
     @contextlib.contextmanager
     def call(self, draw: Draw) -> Iterator[None]:
         order = draw.one((0, 0, 4), (1, 0, 1), (2, draw.pick.randrange(99), 3), (2, draw.pick.randrange(99), 64))
         splits = draw.one((0, 0), (1, 64), (2, 8), (3, 16), (5, 1), (64, 1))
-        draw.tell(f"order {order} splits {splits}")
+        settings = draw.one((2, 0, 0), (1, 2, 0), (2, 3, 1), (1, 4, 1), (0, 1, 0))
+        draw.tell(f"order {order} splits {splits} settings {settings}")
         self._harness.configure(*order)
-        with self._harness.splits(*splits), self._harness.allocations():
-            yield
+        self._cuda.override = self._cuda.Settings(*settings)
+        try:
+            with self._harness.splits(*splits), self._harness.allocations():
+                yield
+        finally:
+            self._cuda.override = None
 
 
 class Reference:

@@ -79,29 +79,79 @@ AttentionCall some_shape() {
   return call;
 }
 
+Gpu some_gpu() {
+  static const int known[] = {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121, 130};
+  const int capability = known[between(0, static_cast<int64_t>(std::size(known)) - 1)];
+  const int code = between(0, 3) ? capability : between(0, 1) ? 75 : capability / 10 * 10;
+  return {static_cast<int>(between(1, between(0, 1) ? 200 : 1 << 20)), capability, code};
+}
+
+/// Blocks of the staged kernel that fit one multiprocessor, by CUDA's table of shared memory.
+int64_t staged_held(const AttentionCall& call, const Gpu& gpu) {
+  const int major = gpu.capability / 10;
+  const int64_t kib = major == 12 || major > 12 || gpu.capability == 86 || gpu.capability == 89 ? 100 : major == 8 ? 164 : 228;
+  const int64_t row = std::max(call.dim, call.value_dim) <= 64 ? 64 : 128;
+  const int64_t warp = call.unit == 1 ? 2048 : 16 * (row + 8) * 2;  // bytes of keys that a warp holds
+  const int64_t block = call.stages * 4 * 2 * warp + (call.unit == 1 ? 512 : 1536) + 1024;
+  return std::min<int64_t>(call.unit == 1 ? 4 : call.unit == 8 ? 3 : 2, kib * 1024 / block);
+}
+
+void check_kernel(const AttentionCall& call, const Gpu& gpu, const AttentionSettings& settings) {
+  const int group = call.heads / call.kv_heads;
+  const bool can = call.type != Type::kFloat32 && gpu.code >= 80 && std::max(call.dim, call.value_dim) <= 128 && settings.stages != 1;
+  const bool cores = can && settings.tensor_cores && group >= settings.tensor_cores;
+  require(call.unit == (cores ? group <= 8 ? 8 : 16 : can && group == 1 ? 1 : 0), "heads of a unit: " + std::to_string(call.unit));
+  if (call.unit == 0) {
+    require(call.stages == 0 && call.bulk == 0, "a ring for the kernel that has none");
+    return;
+  }
+  require(call.stages >= 2 && call.stages <= kMostStages, "stages");
+  require(call.bulk == (settings.bulk && gpu.code >= 90 && call.unit < 16), "bulk");
+  const int64_t held = staged_held(call, gpu);
+  require(held >= 1, "a block that does not fit");
+  AttentionCall other = call;
+  other.stages = call.stages + 1;
+  if (settings.stages) {
+    require(call.stages == settings.stages || (call.stages < settings.stages && staged_held(other, gpu) == 0), "other stages than asked for");
+  } else {
+    require(call.stages == kMostStages || staged_held(other, gpu) < held, "fewer stages than fit");
+    other.stages = 2;
+    require(staged_held(other, gpu) == held, "fewer blocks than two stages leave");
+  }
+  other.key_stride[2] = int64_t{INT32_MAX} + 1;
+  plan_kernel(other, gpu, settings);
+  require(other.unit == 0, "a stride of more than 32 bits");
+}
+
 void plans() {
   for (int trial = 0; trial < 20000; ++trial) {
     AttentionCall call = some_shape();
-    const int multiprocessors = static_cast<int>(between(1, between(0, 1) ? 200 : 1 << 20));
-    plan_attention(call, multiprocessors);
+    if (between(0, 3) == 0) call.type = Type::kFloat32;
+    const Gpu gpu = some_gpu();
+    const AttentionSettings settings{static_cast<int>(between(0, 3)), static_cast<int>(between(0, kMostStages)), static_cast<int>(between(0, 1))};
+    plan_attention(call, gpu, settings);
+    check_kernel(call, gpu, settings);
     const int64_t text = call.capacity - call.visual_capacity, rows = (call.list_width ? call.list_width : call.visual_capacity) + text;
     require(call.max_splits >= 1 && call.max_splits <= kSplitLimit, "splits out of range: " + std::to_string(call.max_splits));
     require(call.max_splits == 1 || static_cast<int64_t>(call.max_splits - 1) * call.min_rows < rows, "a split without rows");
     require(call.logit_capacity >= rows && call.logit_capacity >= 1 && call.logit_capacity < rows + 32, "logit capacity");
     require(call.logit_capacity % 16 == 0, "rows of logits are not aligned");
-    int64_t units = 0;  // counted by walking over the heads of each key/value head
+    int64_t units = 0, units_here = 0;  // counted by walking over the heads of each key/value head
     const int group = call.heads / call.kv_heads;
     for (int first = 0; first < group; first += group_block(group)) ++units;
+    for (int first = 0; first < group; first += call.unit ? call.unit : group_block(group)) ++units_here;
     units *= call.kv_heads;
-    require(attention_units(call) == units, "units");
-    const int64_t blocks = units * call.batch;
-    const int64_t at_once = (std::max(call.dim, call.value_dim) > 128 || group > 4 ? 2 : 3) * int64_t{multiprocessors};
+    units_here *= call.kv_heads;
+    require(attention_units(call) == units && units_here <= units, "units");
+    const int64_t blocks = units_here * call.batch;
+    const int64_t held = call.unit ? staged_held(call, gpu) : std::max(call.dim, call.value_dim) > 128 || group > 4 ? 2 : 3;
+    const int64_t at_once = held * int64_t{gpu.multiprocessors};
     require(call.max_splits == 1 || call.max_splits * blocks <= at_once, "more blocks than run at once");
     const bool more = (call.max_splits + 1) * blocks <= at_once && call.max_splits < kSplitLimit && int64_t{call.max_splits} * call.min_rows < rows;
     require(!more, "fewer blocks than would run at once");
     const AttentionScratch sizes = attention_scratch(call);
     const int64_t heads = int64_t{call.batch} * call.heads;
-    require(sizes.counters == blocks && sizes.head_stat == heads * 2, "scratch of counters and heads");
+    require(sizes.counters == units * call.batch && sizes.head_stat == heads * 2, "scratch of counters and heads");
     require(sizes.part == heads * call.max_splits * call.value_dim && sizes.part_stat == heads * call.max_splits * 4, "scratch of parts");
     require(sizes.logits == (call.write_logits ? heads * call.logit_capacity : 0), "scratch of logits");
     if (heads <= INT32_MAX && blocks <= INT32_MAX) {
@@ -311,7 +361,7 @@ AttentionCall valid_attention() {
   call.type = Type::kFloat16;
   call.batch = 2, call.heads = 8, call.kv_heads = 4, call.dim = 64, call.value_dim = 32, call.capacity = 100, call.visual_capacity = 60;
   call.list_width = 40, call.window = 9, call.scale = 0.125f, call.write_logits = 1;
-  plan_attention(call, 132);
+  plan_attention(call, Gpu{132, 90, 90}, AttentionSettings{2, 0, 0});
   const int64_t query[] = {8 * 64, 64, 1}, key[] = {4 * 100 * 64, 100 * 64, 64, 1}, value[] = {4 * 100 * 32, 100 * 32, 32, 1};
   std::memcpy(call.query_stride, query, sizeof query);
   std::memcpy(call.key_stride, key, sizeof key);

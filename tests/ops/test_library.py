@@ -10,7 +10,7 @@ import torch
 
 import dyrate_kernels as dk
 from dyrate_kernels import devices, ops
-from dyrate_kernels.ops import dispatch, library
+from dyrate_kernels.ops import cuda, dispatch, library
 from tests.ops import paged_spec, spec
 
 
@@ -266,3 +266,17 @@ def test_a_backend_whose_import_fails_does_not_take_the_others_along(monkeypatch
 def test_importing_the_package_imports_no_torch():
     code = "import sys, dyrate_kernels; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_settings_of_the_cuda_attention_come_from_the_device_file(tmp_path, monkeypatch):
+    (tmp_path / devices.file_name("ACME GPU")).write_text('{"cuda": {"tensor_cores": 1, "bulk": 1}}')
+    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    devices.measured.cache_clear()
+    try:
+        assert cuda.settings("ACME GPU") == cuda.Settings(tensor_cores=1, stages=0, bulk=1)
+        assert cuda.settings("another") == cuda.Settings()
+    finally:
+        devices.measured.cache_clear()
+    for wrong in ({"stages": 5}, {"bulk": 2}, {"bulk": True}, {"tensor_cores": -1}, {"tensor_cores": 1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected a whole number from 0 to"):
+            cuda.Settings(**wrong)

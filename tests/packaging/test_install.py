@@ -179,6 +179,23 @@ def test_why_the_extension_cannot_run_a_kernel(change: dict, expected: str | Non
     assert reason is None if expected is None else re.search(expected, reason or "")
 
 
+@pytest.mark.parametrize(
+    ("architectures", "capability", "code"),
+    [
+        (("75-real", "80-real", "86-real", "90"), (8, 6), 86),
+        (("75-real", "80-real", "86-real", "90"), (8, 9), 86),
+        (("75-real", "80-real", "86-real", "90"), (8, 0), 80),
+        (("75-real", "90"), (12, 0), 90),  # PTX of what came before
+        (("75",), (9, 0), 75),
+        (("75", "80-virtual"), (8, 0), 80),
+        (("80", "90-virtual"), (8, 0), 80),
+        (("120-real",), (9, 0), 0),
+    ],
+)
+def test_which_code_runs_on_a_device(architectures: tuple[str, ...], capability: tuple[int, int], code: int) -> None:
+    assert native.code_for(architectures, capability) == code
+
+
 def test_probe_reports_the_machine() -> None:
     seen = native.probe()
     if seen is None:
