@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from bench import layers as sizes
+from bench import operators, oracle
+from dyrate_kernels import ops
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.ops import layers as own
 
@@ -151,11 +153,59 @@ def step(toy: bool, heads: str, batch: int, form: str) -> Planned:
     return Planned(f"dependent launches: {form}, {of.name} B={of.batch} N={of.visual}", make, SWITCHES, KEY)
 
 
+def rotation(toy: bool, heads: str, batch: int, form: str) -> Planned:
+    """The rotary embedding of query and new key in a launch of its own, and inside attention. Over all rows, or through a list."""
+    of = problems.shape(toy, heads, batch, 2880)
+
+    def make(context: Context) -> Case:
+        data = context.data(of)
+        kernels = own.fused("triton", context.device)
+        g = torch.Generator(device=context.device).manual_seed(7)
+        angle = torch.rand(1, of.dim // 2, generator=g, device=context.device) * 6.0
+        cos, sin = (torch.cat([part, part], -1).to(of.dtype) for part in (angle.cos(), angle.sin()))
+        listed = {"kept": data.kept, "n_kept": data.n_kept} if form == "list" else {}
+        picked = sorted({0, of.batch - 1})
+        kept = data.kept[picked] if listed else None
+        known: dict[int, oracle.Attention] = {}
+
+        def right(got: Any, number: int) -> dict[str, Any]:
+            if number not in known:
+                query, new = (tensor[picked].double()[:, :, None] for tensor in (data.query[number], data.new[number]["new_key"]))
+                query, new = (tensor[:, :, 0] for tensor in own.rotate(query, new, cos.double()[None], sin.double()[None]))
+                key, value = (tensor[number][picked].double() for tensor in (data.key, data.value))
+                key[:, :, -1], value[:, :, -1] = new, data.new[number]["new_value"][picked].double()
+                known[number] = oracle.attention(query, key, value, of.visual, data.text_type[picked], kept)
+            return operators.gate(of, picked, known[number], got)
+
+        def apart(number: int) -> Any:
+            new = data.new[number]
+            query, key = kernels.rotate(data.query[number][:, :, None], new["new_key"][:, :, None], cos[None], sin[None])
+            rows = (query[:, :, 0], data.key[number], data.value[number])
+            more = {"new_key": key[:, :, 0], "new_value": new["new_value"]}
+            return ops.decode_attention(*rows, **more, **data.shared(), **listed)
+
+        def inside(number: int) -> Any:
+            rows = (data.query[number], data.key[number], data.value[number])
+            return ops.decode_attention(*rows, **data.new[number], **data.shared(), **listed, cos=cos, sin=sin)
+
+        def calls(one: Callable[[int], Any]) -> list[Callable[[], Any]]:
+            return [lambda number=number: one(number) for number in range(data.sets)]
+
+        variants = [
+            Variant("rotary embedding in a launch of its own", calls(apart), right, prepare=data.forget_last_rows),
+            Variant("inside attention", calls(inside), right, {"rotary_in_attention": True}, prepare=data.forget_last_rows),
+        ]
+        return Case(variants, problems.call(data, form)[2], {"sets": data.sets, **of.facts()})
+
+    return Planned(f"rotary embedding: {form}, {of.name} B={of.batch} N={of.visual}", make, SWITCHES, "rotary")
+
+
 def launches(toy: bool) -> list[Planned]:
     """Experiment 8."""
     if toy:
-        return [around_attention(True, sizes.TOY[0], 1)]
+        return [around_attention(True, sizes.TOY[0], 1), rotation(True, "mha", 1, "list")]
     found = [around_attention(False, text, rows) for rows in (1, 32) for text in sizes.MODELS]
+    found += [rotation(False, heads, batch, "list") for batch in (1, 32) for heads in ("mha", "gqa")]
     return found + [step(False, heads, batch, form) for batch in (32, 1) for heads in ("mha", "gqa") for form in ("step", "list")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from bench.experiments import chain, problems, runner, session
@@ -61,16 +62,32 @@ def test_a_kernel_that_keeps_no_new_row_is_wrong():
     assert [row["correct"]["passed"] for row in rows] == [True, False]
 
 
-def test_a_chain_of_layers_is_held_to_float64():
-    planned = chain.around_attention(True)
-
-    def make(context):
-        case = planned.make(context)
-        right = case.variants[0].calls[0]()
-        assert case.variants[0].gate(right, 0)["passed"] and not case.variants[0].gate(right * 1.01, 0)["passed"]
-        case.variants = case.variants[2:]
-        return case
-
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_chain_of_layers_is_held_to_float64(monkeypatch, rows):
+    """Two layers: norms behind what a block adds, between layers too. A variant that leaves out a part of it is wrong."""
+    monkeypatch.setattr(chain, "TOY_LAYERS", 2)
+    case = chain.around_attention(True, chain.sizes.TOY[0], rows).make(runner.Context(True, 1e9))
+    names = [variant.name for variant in case.variants]
+    assert names[0] == "as it is" and names[-1] == "torch" and ("residual and norm in the product" in names) == (rows == 1)
     with torch.no_grad():
-        rows = list(runner.compare(runner.Context(True, 1e9), runner.Planned("a", make), 1.0))
-    assert rows[0]["correct"]["passed"]
+        for variant in case.variants:
+            got = variant.calls[0]()
+            assert variant.gate(got, 0)["passed"], variant.name
+            assert not variant.gate(got * 1.01, 0)["passed"]
+
+
+def test_a_rotation_that_is_left_out_is_wrong():
+    case = chain.rotation(True, "gqa", 2, "list").make(runner.Context(True, 1e9))
+    with torch.no_grad():
+        for variant in case.variants:
+            variant.prepare()
+            got = variant.calls[0]()
+            assert variant.gate(got, 0)["passed"], variant.name
+        turned = case.variants[1].calls[0]
+        monkey = problems.ops.decode_attention
+        try:
+            problems.ops.decode_attention = lambda *args, cos=None, sin=None, **more: monkey(*args, **more)
+            case.variants[1].prepare()
+            assert not case.variants[1].gate(turned(), 0)["passed"]
+        finally:
+            problems.ops.decode_attention = monkey
