@@ -24,8 +24,8 @@ _PUBLIC: dict[str, str | None] = {
     "VisualCache": "cache",
     "backends": "ops.dispatch",
     "flops": None,
-    "demo_inputs": "demo",
-    "load_demo": "demo",
+    "demo_inputs": "bundled",
+    "load_demo": "bundled",
     "ops": None,
     "patch": "patching.api",
     "policies": None,
@@ -55,8 +55,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import flops, ops, policies, predictor, shapes, vision
+    from .bundled import demo_inputs, load_demo
     from .cache import VisualCache
-    from .demo import demo_inputs, load_demo
     from .ops.dispatch import backends
     from .patching.api import Handle, patch, unpatch
     from .predictor import DyRatePredictor

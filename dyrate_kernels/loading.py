@@ -42,9 +42,9 @@ def load_model(
     kind = getattr(torch, dtype) if dtype else (torch.float32 if device == "cpu" else "auto")
     check_name(name)
     if quantize is not None:
-        from dyrate_kernels.demo import DEMO_FOLDER
+        from dyrate_kernels.bundled import MODEL_FOLDER
 
-        name = str(DEMO_FOLDER) if name is None else name
+        name = str(MODEL_FOLDER) if name is None else name
         config = quantization_config(quantize, name, kind)
         model = transformers.AutoModelForImageTextToText.from_pretrained(
             name, dtype=kind, device_map={"": device}, quantization_config=config
@@ -69,11 +69,11 @@ def full_name(name: str) -> str:
 
 def model_name(model: Any) -> str:
     """Enough to tell one model from another: its class, where it is from, its size, its dtype, and how its weights were rounded."""
-    from dyrate_kernels.demo import DEMO_FOLDER
+    from dyrate_kernels.bundled import MODEL_FOLDER, NAME
 
     config = model.config.get_text_config()
     name = full_name(str(model.config._name_or_path))
-    name = DEMO_FOLDER.name if name == full_name(str(DEMO_FOLDER)) else name
+    name = NAME if name == full_name(str(MODEL_FOLDER)) else name
     found = f"{type(model).__name__} {name} {config.num_hidden_layers}x{config.hidden_size} {model.dtype}"
     rounded = getattr(model.config, "quantization_config", None)
     if rounded is None:

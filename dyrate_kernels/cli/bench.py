@@ -145,7 +145,7 @@ def _build(given: argparse.Namespace, name: str, device: Any) -> tuple[Any, Any,
 
 
 def _bundled(device: Any, dtype: Any) -> tuple[Any, Any, int, int]:
-    from dyrate_kernels.demo import load_demo, scene_inputs
+    from dyrate_kernels.bundled import load_demo, scene_inputs
 
     model, processor = load_demo(device, dtype)
 

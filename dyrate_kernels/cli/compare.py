@@ -56,7 +56,7 @@ def run(given: argparse.Namespace) -> int:
 def _row(
     contender: Any, model: Any, processor: Any, inputs: dict, reference: list[int], given: argparse.Namespace
 ) -> dict[str, Any]:  # fmt: skip
-    from dyrate_kernels.evaluation.downsample import downsampled, thin
+    from dyrate_kernels.evaluation.coarse import downsampled, thin
 
     length, n_visual = inputs["input_ids"].shape[1], 0
     with contextlib.ExitStack() as stack:

@@ -89,11 +89,11 @@ def settings_by_name(name: str | None, policy: Any, retention: str, backend: str
     import torch
     from transformers import AutoConfig
 
-    from dyrate_kernels.demo import DEMO_FOLDER
+    from dyrate_kernels.bundled import MODEL_FOLDER
     from dyrate_kernels.loading import check_name
 
     check_name(name)
-    config = AutoConfig.from_pretrained(DEMO_FOLDER if name is None else name)
+    config = AutoConfig.from_pretrained(MODEL_FOLDER if name is None else name)
     return settings(config, policy, retention, backend, device or ("cuda" if torch.cuda.is_available() else "cpu"), vision or ())
 
 

@@ -30,8 +30,8 @@ def run(given: argparse.Namespace) -> int:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1") if given.model is None else None
     from dyrate_kernels import policies
-    from dyrate_kernels.webdemo import app
-    from dyrate_kernels.webdemo.engine import Engine
+    from dyrate_kernels.demo import app
+    from dyrate_kernels.demo.engine import Engine
 
     engine = Engine(*common.load_model(given))
     settings = contenders.settings(engine.model.config, policies.get("dyrate"), "recoverable", "auto", engine.model.device)

@@ -52,7 +52,7 @@ def manifest() -> Any:
     """Returns what the entry point ``lmms_eval.models`` gives."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="dyrate", simple_class_path=f"{__name__}.DyRate")
+    return ModelManifest(model_id="dyrate", simple_class_path=f"{__name__}.PatchedModel")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Request:
     text: str
 
 
-class DyRate(lmms):
+class PatchedModel(lmms):
     """A patched model behind lmms-eval's interface; values may be texts, as its command line gives them.
 
     Args:
@@ -133,7 +133,7 @@ class DyRate(lmms):
     @classmethod
     def of(
         cls, model: Any, processor: Any, contender: Contender, batch_size: int = 1, backend: str = "auto", stats: str | Path | None = None
-    ) -> DyRate:  # fmt: skip
+    ) -> PatchedModel:  # fmt: skip
         """Around a model that is loaded already."""
         made = cls.__new__(cls)
         made._set_up(model, processor, contender, batch_size, backend, stats)
@@ -389,12 +389,12 @@ def evaluate(
             if progress is not None:
                 progress(f"{task}: {contender.label}")
             stem = stem_of(contender, task)
-            runner = DyRate.of(model, processor, contender, batch_size, backend, folder / f"{stem}.jsonl")
+            runner = PatchedModel.of(model, processor, contender, batch_size, backend, folder / f"{stem}.jsonl")
             found[contender.label] |= _evaluate_one(runner, task, manager, folder / f"{stem}.json", limit)
     return found
 
 
-def _evaluate_one(runner: DyRate, task: str, manager: Any, path: Path, limit: int | None) -> dict[str, dict[str, Any]]:
+def _evaluate_one(runner: PatchedModel, task: str, manager: Any, path: Path, limit: int | None) -> dict[str, dict[str, Any]]:
     import lmms_eval.evaluator
 
     setting = {"task": task, "limit": limit, **runner.setting}

@@ -14,7 +14,7 @@ import torch
 from transformers import LogitsProcessor
 
 from dyrate_kernels import answering, chat, flops
-from dyrate_kernels.evaluation.downsample import downsampled, thin
+from dyrate_kernels.evaluation.coarse import downsampled, thin
 from dyrate_kernels.evaluation.suite import Item, Suite
 from dyrate_kernels.journal import Journal
 from dyrate_kernels.loading import model_name
@@ -33,7 +33,7 @@ class Contender:
         label: its row in the table; also its file's name.
         policy: what runs; ``policies.KeepAll()`` is the unpruned model.
         retention: ``"recoverable"`` or ``"evict"``.
-        side: the picture is first averaged to ``side`` x ``side`` tokens (``evaluation.downsample``); None: not.
+        side: the picture is first averaged to ``side`` x ``side`` tokens (``evaluation.coarse``); None: not.
         vision: reducers before the language model (``vision.chain``).
     """
 

@@ -1,1 +1,1 @@
-"""Training: the bundled model (``python -m dyrate_kernels.training.demo``)."""
+"""Training of rate predictors (``dyrate train``), and the search of a layer for ``vtw`` (``dyrate calibrate``). The model is frozen."""

@@ -2,7 +2,7 @@
 
 >>> from dyrate_kernels import vision
 >>> vision.chain("temporal:method=mean+aim:keep=0.5")
-(Temporal(group=4, keep=0.3, method='mean'), AIM(keep=0.5, tokens=None))
+(Temporal(group=4, keep=0.3, method='mean'), AIMTokens(keep=0.5, tokens=None))
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from dyrate_kernels import specs
 from dyrate_kernels.registry import Registry
-from dyrate_kernels.vision.aim import AIM
+from dyrate_kernels.vision.aim import AIMTokens
 from dyrate_kernels.vision.base import Crop, FeatureReducer, Merged, Reduced, Reducer, Selector, TowerFeatures, TowerMerger, Visual
 from dyrate_kernels.vision.divprune import DivPrune
 from dyrate_kernels.vision.downsample import Downsample
@@ -26,7 +26,7 @@ from dyrate_kernels.vision.visionzip import VisionZip
 
 _CLASSES: tuple[type[Reducer], ...] = (
     HiRED,
-    AIM,
+    AIMTokens,
     ToMe,
     VisionZip,
     FasterVLM,
@@ -37,11 +37,13 @@ _CLASSES: tuple[type[Reducer], ...] = (
     RandomTokens,
     UniformTokens,
 )
+AIM = AIMTokens  # its older name, which the policy bears
 _REGISTRY: Registry[Reducer] = Registry("reducer", _CLASSES)
 names, options, get, parse, make = _REGISTRY.names, _REGISTRY.options, _REGISTRY.get, _REGISTRY.parse, _REGISTRY.make
 
 __all__ = [
     "AIM",
+    "AIMTokens",
     "Crop",
     "DivPrune",
     "Downsample",

@@ -13,7 +13,7 @@ from dyrate_kernels.vision.matching import match, room
 
 
 @dataclass(frozen=True)
-class AIM(FeatureReducer):
+class AIMTokens(FeatureReducer):
     """Rounds of bipartite merging of the projected tokens of each crop or frame, until ``keep`` of them are left (section 3).
 
     A round matches even places with odd ones by cosine similarity and merges the best pairs, at most all of them: the odd token becomes

@@ -224,7 +224,7 @@ def test_the_first_lines_say_which_predictor_and_which_defaults(capsys, demo, pi
     first = out.splitlines()[0]
     start = "with:       dyrate, k=1 of 6 layers, rates 0.4 0.6 0.8 0.9 1.0, spread 1.0, predictor trained, of "
     assert status == 0 and first.startswith(start)
-    assert first.endswith("demo_model, retention recoverable, backend reference")
+    assert first.endswith("bundled/model, retention recoverable, backend reference")
     status, out, _ = run(capsys, "generate", *quick, "--retention", "evict", "--json")
     found = json.loads(out)["settings"]
     assert (found["policy"], found["k"], found["retention"], found["backend"]) == ("dyrate", 3, "evict", "reference")

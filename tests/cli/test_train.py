@@ -11,8 +11,8 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import dyrate_kernels as dk
+from dyrate_kernels.bundled import MODEL_FOLDER
 from dyrate_kernels.cli.main import main
-from dyrate_kernels.demo import DEMO_FOLDER
 from dyrate_kernels.policies.base import ModelShape
 from dyrate_kernels.predictor import CONFIG_FILE, WEIGHTS_FILE
 from dyrate_kernels.shapes import draw, make_scene
@@ -78,7 +78,7 @@ def test_mistakes(capsys, tmp_path, arguments, words):
 def copy(tmp_path_factory) -> Path:
     """The bundled model in a folder of its own, with a predictor for k=2 beside it."""
     folder = tmp_path_factory.mktemp("model") / "copy"
-    shutil.copytree(DEMO_FOLDER, folder)
+    shutil.copytree(MODEL_FOLDER, folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         (folder / name).unlink(missing_ok=True)
     shape = ModelShape.from_config(dk.load_demo()[0].config)

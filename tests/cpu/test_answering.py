@@ -12,12 +12,12 @@ from transformers import GenerationConfig
 import dyrate_kernels as dk
 from dyrate_kernels import answering, chat, shapes
 from dyrate_kernels.cli.main import main
+from dyrate_kernels.demo.engine import Engine, Wish
 from dyrate_kernels.evaluation.curves import measure
 from dyrate_kernels.evaluation.runner import Contender, ask_all, encode
 from dyrate_kernels.evaluation.suite import Part, ShapesSuite
 from dyrate_kernels.training.data import ShapesSource
 from dyrate_kernels.training.layer_search import search_layer
-from dyrate_kernels.webdemo.engine import Engine, Wish
 
 MOST = 14
 ODD = {

@@ -7,8 +7,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
 from dyrate_kernels import chat
+from dyrate_kernels.bundled import MODEL_FOLDER, scene_inputs
 from dyrate_kernels.cli import common
-from dyrate_kernels.demo import DEMO_FOLDER, scene_inputs
 from dyrate_kernels.evaluation.runner import encode
 from dyrate_kernels.evaluation.suite import ShapesSuite
 from dyrate_kernels.training.data import Collator, Example, Rows
@@ -23,7 +23,7 @@ def picture():
 
 @pytest.fixture
 def processor():
-    return AutoProcessor.from_pretrained(DEMO_FOLDER, local_files_only=True)
+    return AutoProcessor.from_pretrained(MODEL_FOLDER, local_files_only=True)
 
 
 def adding(processor, single):

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dyrate_kernels import shapes
-from dyrate_kernels.demo import DEMO_FOLDER, load_demo
-from dyrate_kernels.training import demo as training
+from dyrate_kernels.bundled import MODEL_FOLDER, load_demo
+from tools import train_bundled_model as training
 
 TINY = training.Settings(
     image_size=24,
@@ -42,11 +42,11 @@ def _question(processor: Any, prompt: str, images: int = 1) -> str:
 
 
 def test_the_folder_is_small_and_holds_no_code() -> None:
-    files = [path for path in DEMO_FOLDER.rglob("*") if path.is_file()]
+    files = [path for path in MODEL_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 16 * 2**20
     assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors", ".md"}
     assert not any("auto_map" in path.read_text(encoding="utf-8") for path in files if path.suffix == ".json")
-    assert "held-out" in (DEMO_FOLDER / "README.md").read_text(encoding="utf-8").lower()
+    assert "held-out" in (MODEL_FOLDER / "README.md").read_text(encoding="utf-8").lower()
 
 
 def test_transformers_loads_it_without_code_of_ours(demo: tuple[Any, Any]) -> None:
@@ -55,11 +55,11 @@ def test_transformers_loads_it_without_code_of_ours(demo: tuple[Any, Any]) -> No
     model, processor = demo
     assert type(model) is LlavaForConditionalGeneration and not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    again = AutoModelForImageTextToText.from_pretrained(DEMO_FOLDER, dtype=torch.float32)
+    again = AutoModelForImageTextToText.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
     assert type(again) is LlavaForConditionalGeneration
     state = model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
-    assert type(AutoProcessor.from_pretrained(DEMO_FOLDER)) is type(processor)
+    assert type(AutoProcessor.from_pretrained(MODEL_FOLDER)) is type(processor)
     assert processor.tokenizer.padding_side == "left"
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
@@ -71,8 +71,8 @@ def test_other_devices_and_types_can_be_asked_for() -> None:
 
 
 def test_missing_weights_are_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("dyrate_kernels.demo.DEMO_FOLDER", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors.*python -m dyrate_kernels\.training\.demo"):
+    monkeypatch.setattr("dyrate_kernels.bundled.MODEL_FOLDER", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors.*python -m tools\.train_bundled_model"):
         load_demo()
 
 

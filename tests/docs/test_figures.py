@@ -191,7 +191,7 @@ def shares(page: str, *labels: str) -> list[float]:
 
 
 def bundled_model() -> list[float]:
-    text = (ROOT / "dyrate_kernels" / "demo_model" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "dyrate_kernels" / "bundled" / "model" / "README.md").read_text(encoding="utf-8")
     lines = re.finditer(r"^\| (\w+).*? \| (\S+) % \|.*\| (\d+) \|$", text, re.MULTILINE)
     parts = {line[1]: (float(line[2]), float(line[3])) for line in lines}
     order = [parts["describe"], *(parts[name] for name in ("colour", "shape", "place", "count", "existence"))]

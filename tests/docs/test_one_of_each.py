@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,3 +80,19 @@ def test_json_files_are_written_whole():
 def test_one_trip_wire_says_what_would_wait_for_a_device():
     named = {path.name for path in (ROOT / "tests").rglob("*.py") if "_local_scalar_" + "dense" in path.read_text(encoding="utf-8")}
     assert named == {"host_sync.py"}
+
+
+def test_the_package_knows_nothing_of_the_scripts_of_a_checkout():
+    names = re.compile(r"^\s*(?:from|import) (bench|tools|tests|examples)\b", re.MULTILINE)
+    assert [path for path in (ROOT / "dyrate_kernels").rglob("*.py") if names.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_no_two_classes_of_methods_or_models_bear_one_name():
+    """``AIM`` is a policy and a reducer, ``DyRate`` a policy and was a model for lmms-eval: the classes have names of their own."""
+    found: dict[str, list[str]] = {}
+    for folder in ("policies", "vision", "evaluation", "families", "patching"):
+        for path in (ROOT / "dyrate_kernels" / folder).rglob("*.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(path.name)
+    assert {name: files for name, files in found.items() if len(files) > 1} == {}

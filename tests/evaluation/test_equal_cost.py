@@ -8,7 +8,7 @@ import torch
 
 import dyrate_kernels as dk
 from dyrate_kernels.evaluation import curves
-from dyrate_kernels.evaluation.downsample import check_square, downsampled, thin
+from dyrate_kernels.evaluation.coarse import check_square, downsampled, thin
 from dyrate_kernels.evaluation.equal_cost import TOLERANCE, WITHIN, Tuned, mean_cost, search, tune
 from dyrate_kernels.evaluation.runner import Contender, ask_all, encode
 from dyrate_kernels.evaluation.suite import ShapesSuite

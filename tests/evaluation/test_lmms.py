@@ -47,7 +47,7 @@ def requests(generation=None, docs=DOCS, visual=visual, context=None, task="draw
 
 
 def ask(plugin, demo, given, policy=None, **options):
-    model = plugin.DyRate.of(*demo, Contender("it", policy or P.KeepAll()), **options)
+    model = plugin.PatchedModel.of(*demo, Contender("it", policy or P.KeepAll()), **options)
     model.task_dict["drawn"] = {"test": DOCS}
     return model.generate_until(given), model
 
@@ -66,7 +66,7 @@ def test_pictures_are_read_as_everywhere(plugin, demo):
     turned = shapes.draw(shapes.make_scene(3), 96)
     turned.getexif()[0x0112] = 6
     for picture, wanted in ((ramp, np.repeat((np.asarray(ramp) >> 8)[..., None], 3, 2)), (turned, np.rot90(np.asarray(turned), -1))):
-        model = plugin.DyRate.of(*demo, Contender("it", P.KeepAll()))
+        model = plugin.PatchedModel.of(*demo, Contender("it", P.KeepAll()))
         model.task_dict["drawn"] = {"test": DOCS}
         item = model._item(requests(visual=lambda doc, picture=picture: [picture])[0])
         assert np.array_equal(item.images[0], wanted)
@@ -127,7 +127,7 @@ def test_groups_and_order(plugin, demo):
 def test_sampling_and_pictures_within_the_text(plugin, demo):
     sampled, _ = ask(plugin, demo, requests({"max_new_tokens": 12, "temperature": 5.0, "do_sample": True}))
     assert [a.text for a in sampled] != [alone(demo, doc, 12)[0] for doc in DOCS]
-    inside = plugin.DyRate.of(*demo, Contender("it", P.KeepAll()))
+    inside = plugin.PatchedModel.of(*demo, Contender("it", P.KeepAll()))
     inside.task_dict["drawn"] = {"test": DOCS}
     (request,) = requests(docs=DOCS[:1], visual=lambda doc: visual(doc) * 2, context="First <image> then <image> and?")
     kinds = [part.get("text", part["type"]) for part in inside._item(request).messages[0]["content"]]
@@ -175,7 +175,7 @@ def test_what_a_task_may_not_ask(plugin, demo, given, words):
 
 
 def test_not_supported(plugin, demo):
-    model = plugin.DyRate.of(*demo, Contender("it", P.KeepAll()))
+    model = plugin.PatchedModel.of(*demo, Contender("it", P.KeepAll()))
     with pytest.raises(NotImplementedError, match="loglikelihood"):
         model.loglikelihood([])
     with pytest.raises(NotImplementedError, match="one round"):
@@ -183,14 +183,14 @@ def test_not_supported(plugin, demo):
 
 
 def test_options_as_the_command_line_gives_them(plugin):
-    model = plugin.DyRate(
+    model = plugin.PatchedModel(
         pretrained="demo", policy="schedule", kept="[(0, 50), (3, 20)]", k=2, retention="evict", batch_size="4", device="cpu"
     )
     assert model.contender.policy == P.Schedule(k=2, kept=[(0, 50), (3, 20)]) and model.contender.retention == "evict"
     assert model.batch_size == 4 and model.setting["retention"] == "evict" and model.is_simple
     manifest = plugin.manifest()
     module, _, name = manifest.simple_class_path.rpartition(".")
-    assert manifest.model_id == "dyrate" and getattr(importlib.import_module(module), name) is plugin.DyRate
+    assert manifest.model_id == "dyrate" and getattr(importlib.import_module(module), name) is plugin.PatchedModel
     for options, error, words in (
         ({"rat": 0.5}, TypeError, "dyrate has no option 'rat'; it has pretrained, policy"),
         ({"policy": "poem"}, ValueError, "policy must be one of"),
@@ -202,7 +202,7 @@ def test_options_as_the_command_line_gives_them(plugin):
         ({"pretrained": "/nowhere"}, ValueError, "no such folder"),
     ):
         with pytest.raises(error, match=words):
-            plugin.DyRate(device="cpu", **options)
+            plugin.PatchedModel(device="cpu", **options)
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_evaluate(plugin, demo, tmp_path, tasks, monkeypatch):
 def test_a_killed_evaluation_goes_on(plugin, demo, tmp_path, tasks, monkeypatch):
     whole = plugin.evaluate(*demo, CONTENDERS, ["drawn"], tmp_path / "whole", batch_size=1)
     asked = []
-    original = plugin.DyRate._ask
+    original = plugin.PatchedModel._ask
 
     def killed(self, *given):
         asked.append(given)
@@ -243,7 +243,7 @@ def test_a_killed_evaluation_goes_on(plugin, demo, tmp_path, tasks, monkeypatch)
             raise KeyboardInterrupt
         return original(self, *given)
 
-    monkeypatch.setattr(plugin.DyRate, "_ask", killed)
+    monkeypatch.setattr(plugin.PatchedModel, "_ask", killed)
     with pytest.raises(KeyboardInterrupt):
         plugin.evaluate(*demo, CONTENDERS, ["drawn"], tmp_path / "killed", batch_size=1)
     again = plugin.evaluate(*demo, CONTENDERS, ["drawn"], tmp_path / "killed", batch_size=1)

@@ -436,7 +436,7 @@ def test_every_file_of_the_package_is_packed(build: ModuleType, monkeypatch: pyt
             if path.is_file() and not any(word in str(path) for word in made):
                 expected.add(f"{target}/{path.relative_to(ROOT / folder).as_posix()}")
     assert expected <= packed, f"not packed: {sorted(expected - packed)}"
-    assert "dyrate_kernels/demo_model/model.safetensors" in packed
+    assert "dyrate_kernels/bundled/model/model.safetensors" in packed
     assert {name.split("/")[0] for name in packed} == {"dyrate_kernels"}
 
 
@@ -445,4 +445,4 @@ def test_kinds_of_model_files_that_are_packed(name: str) -> None:
     from setuptools.config.pyprojecttoml import read_configuration
 
     patterns = read_configuration(ROOT / "pyproject.toml", expand=False)["tool"]["setuptools"]["package-data"]["dyrate_kernels"]
-    assert any(Path(f"demo_model/{name}").match(pattern) for pattern in patterns)
+    assert any(Path(f"bundled/model/{name}").match(pattern) for pattern in patterns)

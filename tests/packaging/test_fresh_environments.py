@@ -184,7 +184,7 @@ def test_what_a_wheel_and_a_source_archive_hold(checkout: Path, python: Path, tm
         for path in (checkout / folder).rglob("*"):
             if path.is_file() and not path.name.startswith(("_native.", "_build_info")) and path.suffix != ".pyc":
                 expected.add(f"{target}/{path.relative_to(checkout / folder).as_posix()}")
-    assert "dyrate_kernels/demo_model/model.safetensors" in expected
+    assert "dyrate_kernels/bundled/model/model.safetensors" in expected
     assert expected <= set(names), sorted(expected - set(names))
     tops = {name.split("/")[0] for name in names}
     assert len(tops) == 2 and "dyrate_kernels" in tops

@@ -137,8 +137,8 @@ def test_the_folder_is_not_taken_for_the_package_of_that_name() -> None:
 def test_data_files_are_installed() -> None:
     folder = Path(dyrate_kernels.__file__).parent
     assert (folder / "py.typed").exists()
-    assert (folder / "demo_model" / "config.json").exists()
-    assert list((folder / "demo_model").glob("*.safetensors"))
+    assert (folder / "bundled" / "model" / "config.json").exists()
+    assert list((folder / "bundled" / "model").glob("*.safetensors"))
 
 
 # The native extension.

@@ -1,11 +1,12 @@
-"""The bundled model: a small LLaVA that describes drawn scenes, trained by ``dyrate_kernels.training.demo``."""
+"""The bundled model: a small LLaVA that describes drawn scenes, trained by ``tools/train_bundled_model.py``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-DEMO_FOLDER = Path(__file__).parent / "demo_model"
+MODEL_FOLDER = Path(__file__).parent / "model"
+NAME = "demo_model"  # what files of answers and captions call it
 
 
 def load_demo(device: str | Any = "cpu", dtype: Any = None) -> tuple[Any, Any]:
@@ -22,10 +23,10 @@ def load_demo(device: str | Any = "cpu", dtype: Any = None) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: the weights are not in this installation.
     """
-    if not (DEMO_FOLDER / "model.safetensors").is_file():
+    if not (MODEL_FOLDER / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"the bundled model is missing: expected model.safetensors in {DEMO_FOLDER}; reinstall dyrate_kernels, "
-            "or train it with: python -m dyrate_kernels.training.demo --out DIR"
+            f"the bundled model is missing: expected model.safetensors in {MODEL_FOLDER}; reinstall dyrate_kernels, "
+            "or train it, in a checkout, with: python -m tools.train_bundled_model --out DIR"
         )
     import torch
 
@@ -34,8 +35,8 @@ def load_demo(device: str | Any = "cpu", dtype: Any = None) -> tuple[Any, Any]:
     import_transformers()
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(DEMO_FOLDER, dtype=dtype or torch.float32, local_files_only=True)
-    processor = AutoProcessor.from_pretrained(DEMO_FOLDER, local_files_only=True)
+    model = LlavaForConditionalGeneration.from_pretrained(MODEL_FOLDER, dtype=dtype or torch.float32, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(MODEL_FOLDER, local_files_only=True)
     return model.to(device).eval(), processor
 
 

@@ -10,7 +10,7 @@ import torch
 
 import dyrate_kernels as dk
 from dyrate_kernels import chat, shapes
-from dyrate_kernels.webdemo.engine import Engine, Wish, twin
+from dyrate_kernels.demo.engine import Engine, Wish, twin
 
 QUESTION = "Describe the picture."
 
@@ -70,7 +70,7 @@ def test_both_answers_are_those_of_one_generation_alone(engine, picture, wish):
 
 def test_time_is_only_that_of_ones_own_turns(engine, picture, monkeypatch):
     """One side sleeps in every step: the other one's time does not grow."""
-    from dyrate_kernels.webdemo import engine as module
+    from dyrate_kernels.demo import engine as module
 
     wish = Wish(QUESTION, "none", max_new_tokens=8)
     original = module.twin
@@ -128,7 +128,7 @@ def test_what_cannot_be(engine, picture):
 
 
 def test_a_failing_side_is_told(engine, picture, monkeypatch):
-    from dyrate_kernels.webdemo import engine as module
+    from dyrate_kernels.demo import engine as module
 
     def broken(model):
         copy = twin(model)

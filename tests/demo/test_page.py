@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.jo
 
 @pytest.fixture(scope="module")
 def address():
-    from dyrate_kernels.webdemo import app
-    from dyrate_kernels.webdemo.engine import Engine
+    from dyrate_kernels.demo import app
+    from dyrate_kernels.demo.engine import Engine
 
     page, (_, url, _) = app.launch(Engine(*dk.load_demo()), "127.0.0.1", None, prevent_thread_lock=True)
     yield url

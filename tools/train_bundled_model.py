@@ -1,7 +1,7 @@
 """Trains the bundled model: a small LLaVA that describes drawn scenes (``dyrate_kernels.shapes``).
 
-    python -m dyrate_kernels.training.demo --out DIR           train (or go on, when DIR holds a checkpoint), then evaluate
-    python -m dyrate_kernels.training.demo --eval DIR          only evaluate
+    python -m tools.train_bundled_model --out DIR           train (or go on, when DIR holds a checkpoint), then evaluate
+    python -m tools.train_bundled_model --eval DIR          only evaluate
 
 Everything follows from ``--seed``: sample i is scene ``seed * 10**9 + i``, so a killed run goes on with the very same data. The vision
 tower first learns alone, from a label for every patch (which colour, shape, size and place covers it); its label heads are dropped at the

@@ -12,9 +12,9 @@ import gradio as gr
 import numpy as np
 
 from dyrate_kernels import plots, shapes
+from dyrate_kernels.demo.engine import Engine, Side, State, Wish
 from dyrate_kernels.pictures import UnreadableError, read_picture
 from dyrate_kernels.specs import RETENTIONS
-from dyrate_kernels.webdemo.engine import Engine, Side, State, Wish
 
 TITLE = "Visual tokens, dropped while the model answers"
 INTRO = (
