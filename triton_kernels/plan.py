@@ -190,9 +190,14 @@ def attention(
     kind: str,
     chosen: Settings | None = None,
     programs: int | None = None,
+    waits: int = 0,
 ) -> AttentionPlan:
     """Shapes the launch for ``rows`` rows of capacity a sequence; ``kind``: of ``KINDS``; ``programs``: that a multiprocessor holds at
-    once, None where that is not known."""
+    once, None where that is not known; ``waits``: loads that a paged row's address waits for, one after the other.
+
+    Triton shares a loop's stages among such loads and the keys: with three stages and a block table the tensor cores' loop has one buffer
+    of keys, so that nothing is under way while they are used (sm_90, 22 against 38 KiB of shared memory). It gets stages for two again.
+    """
     use = chosen or settings(device_name, group, max(dim, value_dim), itemsize, kind)
     dot = group > 1 or use.tensor_cores
     row_warps = use.num_warps if dot and use.warp_rows else 1
@@ -219,7 +224,7 @@ def attention(
         split_tile=min(max_splits, max(triton.next_power_of_2(use.combined) // (block_c * block_v), 1)),
         min_blocks=use.min_blocks,
         num_warps=use.num_warps,
-        num_stages=use.num_stages,
+        num_stages=(use.num_stages - 1) * (waits + 1) + 1 if dot else use.num_stages,
         decision=use.decision,
         logit_bytes=use.logit_bytes,
         max_registers=use.max_registers,

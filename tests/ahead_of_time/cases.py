@@ -30,7 +30,8 @@ def describe(kernel):
 
 def main(kernels):
     """Those of the configurations that matter most."""
-    return [k for k in kernels if k.case in [*compiler.main_cases(k.case.architecture), *compiler.occupancy_cases()]]
+    cases = [*compiler.occupancy_cases(), *compiler.paged_cases()]
+    return [k for k in kernels if k.case in cases or k.case in compiler.main_cases(k.case.architecture)]
 
 
 def test_every_kernel_is_compiled_for_every_architecture(kernels):
@@ -107,6 +108,17 @@ def test_main_loops_are_pipelined(kernels):
     attention = [k for k in main(kernels) if k.kernel == "decode_attention_kernel"]
     assert attention
     assert not [describe(k) for k in attention if k.async_copies == 0]
+
+
+def test_keys_of_paged_rows_are_under_way_while_others_are_used(kernels):
+    """Two buffers of keys and of values, though their addresses wait for one load or two; and as many programs at once as hide the rest."""
+    paged = [k for k in kernels if k.case in compiler.paged_cases() and k.kernel == "decode_attention_kernel"]
+    assert len(paged) == len(compiler.paged_cases())
+    for kernel in paged:
+        assert kernel.shared >= 2 * 2 * 32 * 128 * 2, f"{describe(kernel)}: {kernel.shared} bytes shared"
+        least = 4 if kernel.case.operator == "paged" else 3
+        if kernel.case.architecture == 90:
+            assert kernel.programs_per_sm() >= least, f"{describe(kernel)}: {kernel.registers} registers, {kernel.shared} bytes"
 
 
 def test_a_barrier_stands_before_every_release(kernels):

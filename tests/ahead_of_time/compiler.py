@@ -39,8 +39,8 @@ _TYPES = {
 @dataclass(frozen=True)
 class Case:
     """One call of an operator: ``plain | append | rotary | list | window | statistics | score_last_query | step | step_count`` are
-    attention launches, all but ``plain``, ``score_last_query`` and ``step_count`` with a new row, as in a model; the others name their
-    operator.
+    attention launches, all but ``plain``, ``score_last_query`` and ``step_count`` with a new row, as in a model; ``paged | paged_window |
+    paged_list | paged_statistics | paged_step`` those over paged rows, ``batch`` query rows; the others name their operator.
     """
 
     operator: str
@@ -258,7 +258,9 @@ def _call(backend: Any, case: Case) -> None:
     types = torch.zeros(batch, text, dtype=torch.uint8)
     new = {"new_key": key[:, :, 0], "new_value": key[:, :, 0]}
     rows = (query, key, torch.empty_like(key), lengths, lengths)
-    if case.operator == "plain":
+    if case.operator.startswith("paged"):
+        _call_paged(backend, case, query, types)
+    elif case.operator == "plain":
         backend.decode_attention(*rows, **common)
     elif case.operator == "append":
         backend.decode_attention(*rows, **common, **new)
@@ -320,6 +322,36 @@ def _call_products(dtype: torch.dtype, case: Case) -> None:
     few_rows(x, [weight, weight], [None, None], "silu", tile)
 
 
+def _call_paged(backend: Any, case: Case, query: torch.Tensor, types: torch.Tensor) -> None:
+    """Over vLLM's layout: blocks of sixteen rows, keys beside values."""
+    rows, heads, dim = query.shape
+    text = types.shape[1]
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    pool = torch.empty(8, case.kv_heads, 16, 2 * dim, dtype=query.dtype)
+    table = zeros(rows, (case.tokens + text) // 16)
+    key, value = pool[..., :dim].transpose(1, 2), pool[..., dim:].transpose(1, 2)
+    given = (query, key, value, table, zeros(rows))
+    common: dict[str, Any] = {"scale": 0.1, "sequence": zeros(rows)}
+    tokens = {"n_visual": zeros(rows), "text_position": zeros(rows, text), "text_type": types}
+    every = {**common, **tokens, "visual_position": zeros(rows, case.tokens)}
+    if case.operator == "paged":
+        backend.paged_attention(*given, **common)
+    elif case.operator == "paged_window":
+        backend.paged_attention(*given, **common, window=4096)
+    elif case.operator == "paged_list":
+        backend.paged_attention(*given, **common, **tokens, kept=zeros(rows, case.tokens // 8), n_kept=zeros(rows))
+    elif case.operator == "paged_statistics":
+        backend.paged_attention(*given, **every, mass=True, importance=True)
+    elif case.operator == "paged_step":
+        predictor = {"weight": torch.zeros(5, heads * 4), "bias": torch.zeros(rows, 5), "rates": torch.zeros(5, dtype=torch.float64)}
+        backend.paged_step(*given, **every, **predictor)
+    else:
+        raise ValueError(f"operator: unknown {case.operator!r}")
+
+
 def main_cases(architecture: int) -> list[Case]:
     """The configurations that matter most: LLaVA-1.5-7B and its kin (G = 1), Qwen2-7B text models (G = 7), bfloat16."""
     return [Case(operator, architecture, group=group) for operator in ("append", "list", "statistics", "step") for group in (1, 7)] + [
@@ -345,6 +377,16 @@ def occupancy_cases() -> list[Case]:
         for operator in ("append", "list", "statistics", "step", "rotary")
         for group, kv_heads, batch in (sizes if operator != "rotary" else sizes[::2])
     ]
+
+
+def paged_cases() -> list[Case]:
+    """Paged rows: every form of the main loop in both groups as an H200 would be given them, and two other devices."""
+    sizes = ((1, 32, 8), (7, 4, 32))  # group, key/value heads, query rows
+    return [
+        Case(operator, 90, group=group, batch=batch, kv_heads=kv_heads, second_launch=True)
+        for operator in ("paged", "paged_list", "paged_statistics")
+        for group, kv_heads, batch in sizes
+    ] + [Case("paged_step", 90), Case("paged_window", 80), Case("paged_list", 80), Case("paged", 120, group=7)]
 
 
 def product_cases() -> list[Case]:
@@ -391,7 +433,7 @@ def some_of_matrix(architecture: int) -> list[Case]:
 def all_cases(full: bool) -> list[Case]:
     """``full``: everything for every architecture. Else every kernel, head dim and dtype for every one, and more of that for sm_90; the
     slowest to compile (seven heads a key/value head, the decision in the attention's own launch) for sm_80, sm_90 and sm_120."""
-    cases = occupancy_cases() + dependent_cases() + product_cases() + form_cases()
+    cases = occupancy_cases() + dependent_cases() + product_cases() + form_cases() + paged_cases()
     for architecture in ARCHITECTURES:
         if full:
             cases += main_cases(architecture) + matrix("append", architecture) + matrix("step", architecture)
@@ -440,8 +482,9 @@ def version_before(*numbers: int) -> bool:
 
 if __name__ == "__main__":
     made, failed = compile_all(
-        [case for architecture in (80, 90, 120) for case in main_cases(architecture)] + occupancy_cases() + product_cases() + form_cases()
-    )
+        [case for architecture in (80, 90, 120) for case in main_cases(architecture)]
+        + occupancy_cases() + product_cases() + form_cases() + paged_cases()
+    )  # fmt: skip
     print(f"triton {version()}")
     for kernel in made:
         c = kernel.case
