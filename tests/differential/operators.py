@@ -169,13 +169,18 @@ def attention_problem(draw: Draw, *, new_row: bool = True, values: bool = True) 
         given["new_value"] = draw.place(draw.normal(batch, kv_heads, value_dim).to(dtype), expand=(0, 1))
         draw.tell("new row")
 
+    if new_row and dim % 2 == 0 and draw.chance(0.25):
+        angle = 6 * draw.uniform(draw.one(1, batch) if batch else 1, dim)
+        given |= {"cos": draw.place(angle.cos().to(dtype), expand=(0,)), "sin": draw.place(angle.sin().to(dtype), expand=(0,))}
+        draw.tell("rotary")
+
     products = torch.zeros((), dtype=torch.float64)
     if rows and batch:
         products = finite(given["query"]).abs().amax((0, 1)) @ finite(given["key"]).abs().amax((0, 1, 2))
     largest = finite(given["value"]).abs().max().item() if given["value"].numel() else 0.0
     if appended:
         largest = max(largest, given["new_value"].abs().max().item() if batch else 0.0)
-        products = products.maximum(products.new_tensor(30.0 * dim))
+        products = products.maximum(products.new_tensor(60.0 * dim))
     factor = dim**-0.5 if given.get("scale") is None else given["scale"]
     rounding = ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
     return Problem(given, heads // kv_heads, dtype, infinite, rounding * (1 + products.item() * factor), max(largest, 1e-30))
@@ -183,11 +188,21 @@ def attention_problem(draw: Draw, *, new_row: bool = True, values: bool = True) 
 
 def in_float64(given: dict[str, Any]) -> dict[str, Any]:
     """Copies for the reference: nothing that it does is seen by the call under test."""
-    wide = ("query", "key", "value", "new_key", "new_value", "cos", "sin")
+    wide = ("query", "key", "value", "new_key", "new_value")
+    given = turned(given)
     return {
         name: (part.double() if name in wide else part).clone(memory_format=torch.contiguous_format) if isinstance(part, Tensor) else part
         for name, part in given.items()
     }
+
+
+def turned(given: dict[str, Any]) -> dict[str, Any]:
+    """With query and new key rotated in their dtype, as a call with cos and sin rounds them."""
+    if "cos" not in given:
+        return given
+    query, new_key = reference.rotated(given["query"], given.get("new_key"), given["cos"], given["sin"])
+    rest = {name: part for name, part in given.items() if name not in ("cos", "sin")}
+    return {**rest, "query": query, **({} if new_key is None else {"new_key": new_key})}
 
 
 def appended_rows(draw: Draw, problem: Problem) -> dict[int, Tensor]:
@@ -195,12 +210,12 @@ def appended_rows(draw: Draw, problem: Problem) -> dict[int, Tensor]:
     given = problem.given
     if "new_key" not in given:
         return {}
-    changed = {}
+    changed, new = {}, turned(given)
     for name in ("key", "value"):
         rows = given[name].clone(memory_format=torch.contiguous_format)
         for b, n in enumerate(given["n_text"].tolist()):
             if n > 0:
-                rows[b, :, given["visual_capacity"] + n - 1] = given[f"new_{name}"][b]
+                rows[b, :, given["visual_capacity"] + n - 1] = new[f"new_{name}"][b]
         changed[id(given[name])] = rows
     return changed
 

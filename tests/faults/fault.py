@@ -55,7 +55,7 @@ class Family:
     faults: tuple[Fault, ...]
 
 
-NAMES = ("decision", "rows", "cuda-decision", "cuda-rows")
+NAMES = ("attention", "paged", "decision", "rows", "layers", "cuda-decision", "cuda-rows")
 
 
 def load(name: str) -> Family:
