@@ -24,6 +24,7 @@ SETTINGS: dict[str, list[Any]] = {
     "most_splits": [1, 2, 3, 5, 64, 64],
     "combined": [16, 256, 4096],
     "decision": ["same_launch", "second_launch", "two_launches"],
+    "logit_bytes": [4, 4, 2],
     "max_registers": [None],
 }
 
@@ -65,6 +66,7 @@ class Interpreter:
                     values[name] = draw.chance(0.5)
             chosen = plan.Settings(**values)
             usual = plan.Settings()
+            draw.short_logits = values.get("logit_bytes") == 2
             told = [f"{name}={value}" for name, value in values.items() if value != getattr(usual, name)]
             draw.tell(f"settings {' '.join(told)}")
         plan.override(chosen)

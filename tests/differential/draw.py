@@ -57,6 +57,7 @@ class Draw:
 
     Attributes:
         floats: dtypes that the backend under test computes with.
+        short_logits: the backend's settings keep logits in float16.
     """
 
     def __init__(self, seed: int, number: int, floats: Sequence[torch.dtype]) -> None:
@@ -65,6 +66,7 @@ class Draw:
         self.floats = list(floats)
         self.placed: list[Placed] = []
         self.told: list[str] = []
+        self.short_logits = False
 
     # ---- decisions
 

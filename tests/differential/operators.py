@@ -72,12 +72,16 @@ def nothing_else_changed(draw: Draw, changed: dict[int, Tensor] | None = None) -
 class Problem:
     """What the operators of attention share."""
 
+    draw: Draw
     given: dict[str, Any]  # arguments by name
-    group: int
     dtype: torch.dtype
     infinite_values: bool  # infinity times a probability that rounds to zero is NaN
-    tolerance: float  # of a probability
+    steepest: float  # no logit is larger, and no term of its sum
     largest: float  # of the values
+
+    def tolerance(self) -> float:
+        """Of a probability."""
+        return ROUNDING[torch.float64 if self.dtype == torch.float64 else torch.float32] * (1 + self.steepest)
 
 
 def attention_problem(draw: Draw, *, new_row: bool = True, values: bool = True) -> Problem:
@@ -182,8 +186,7 @@ def attention_problem(draw: Draw, *, new_row: bool = True, values: bool = True) 
         largest = max(largest, given["new_value"].abs().max().item() if batch else 0.0)
         products = products.maximum(products.new_tensor(60.0 * dim))
     factor = dim**-0.5 if given.get("scale") is None else given["scale"]
-    rounding = ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
-    return Problem(given, heads // kv_heads, dtype, infinite, rounding * (1 + products.item() * factor), max(largest, 1e-30))
+    return Problem(draw, given, dtype, infinite, products.item() * factor, max(largest, 1e-30))
 
 
 def in_float64(given: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +230,9 @@ def check_attention(problem: Problem, got: tuple, want: tuple) -> None:
         if value is None:
             continue
         assert value.dtype == (problem.dtype if what == "output" else statistics), f"{what}: {value.dtype}"
-        tolerance = problem.tolerance
+        tolerance = problem.tolerance()
+        if what != "output" and problem.draw.short_logits:
+            tolerance += min(2**-11 * (1 + problem.steepest), 1.0)
         if what == "output":
             tolerance = (tolerance + ROUNDING[problem.dtype]) * problem.largest + DENORMAL[problem.dtype]
         close(value, expected, tolerance, what, numbers=not problem.infinite_values or what != "output")

@@ -13,7 +13,6 @@ from tests.differential.draw import Draw
 from tests.differential.operators import (
     DIMS,
     HEADS,
-    ROUNDING,
     Call,
     Problem,
     check_attention,
@@ -69,9 +68,8 @@ def paged_problem(draw: Draw) -> Problem:
         given |= {name: draw.place(part) for name, part in kept.items()}
         draw.tell(f"list {kept['n_kept'].tolist()}/{kept['kept'].shape[1]}")
     products = finite(given["query"]).abs().amax((0, 1)) @ finite(given["key"]).abs().amax((0, 1, 2))
-    rounding = ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
     largest = max(finite(given["value"]).abs().max().item(), 1e-30)
-    return Problem(given, heads // kv_heads, dtype, False, rounding * (1 + products.item() * made["scale"]), largest)
+    return Problem(draw, given, dtype, False, products.item() * made["scale"], largest)
 
 
 def paged_attention(draw: Draw) -> Call:

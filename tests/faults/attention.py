@@ -8,6 +8,7 @@ FILE, HOST = "triton_kernels/attention.py", "triton_kernels/backend.py"
 
 
 WINDOW = "positions + row, mask=inside, other=0)\n                live = inside & (query_position - position < window)"
+QUERY = "queries + offset_g[:, None] * stride_qh + offset_d[None, :] * stride_qd,\n"
 
 
 def fault(old: str, new: str, file: str = FILE) -> Fault:
@@ -61,7 +62,7 @@ FAULTS = (
     fault("first_block = (split * blocks) // splits", "first_block = split * (blocks // splits)"),
     fault("first_head = kv_head * G\n", "first_head = kv_head\n"),
     fault("        keys += b * stride_kb\n", ""),
-    fault("queries + offset_g[:, None] * stride_qh + offset_d[None, :] * stride_qd,\n", "queries + offset_g[:, None] * dim + offset_d[None, :] * stride_qd,\n"),
+    fault(QUERY, QUERY.replace("stride_qh", "dim", 1)),
     fault("past = visual_capacity - n_read", "past = visual_capacity - n_visual"),
     fault("        inside = place < total\n", "        inside = place <= total\n"),
     fault(WINDOW, WINDOW.replace("< window", "<= window")),

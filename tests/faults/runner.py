@@ -6,10 +6,12 @@ What takes long to import is imported once: each run is a fork of this process, 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.abc
 import importlib.util
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -166,7 +168,7 @@ def _child(family: Family, step: tuple[str, str], copy: Path) -> int:
 
 
 def _reuse_objects(copy: Path) -> None:
-    """A file of ``csrc`` is compiled again only if what it includes has changed."""
+    """A file of ``csrc`` is compiled again only if it has changed, or what it includes."""
     from tests.emulated import build
 
     folder = copy.parent / "objects"
@@ -176,15 +178,25 @@ def _reuse_objects(copy: Path) -> None:
     def compiled(command: list[str]) -> str:
         if "-c" not in command:
             return compile_and_link(command)
-        target = command[command.index("-o") + 1]
-        plain = [part for part in command if part not in ("-o", target)]
-        text = compile_and_link([*(part for part in plain if part != "-c"), "-E", "-P"])
-        kept = folder / f"{build.hashlib.sha256((repr(plain) + text).encode()).hexdigest()[:24]}.o"
-        if not kept.is_file():
+        place = command.index("-o") + 1
+        target, plain = command[place], command[: place - 1] + command[place + 1 :]
+        text = "".join(path.read_text() for path in sorted(_included(Path(plain[-1]), {})))
+        kept = folder / f"{hashlib.sha256((repr(plain) + text).encode()).hexdigest()[:24]}.o"
+        if kept.is_file():
+            shutil.copy(kept, target)
+        else:
             compile_and_link(command)
             shutil.copy(target, kept)
-        else:
-            shutil.copy(kept, target)
         return ""
 
     build._run = compiled
+
+
+def _included(file: Path, seen: dict[Path, None]) -> dict[Path, None]:
+    """A source file and all that it includes of its folder and of ``csrc``."""
+    seen[file] = None
+    for name in re.findall(r'^#include "([^"]+)"', file.read_text(), re.MULTILINE):
+        for found in (file.parent / name, file.parent.parent / name):
+            if found.is_file() and found not in seen:
+                _included(found, seen)
+    return seen
