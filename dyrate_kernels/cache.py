@@ -292,6 +292,11 @@ class VisualCache(Cache):
         """The attention of ``layer`` over the rows stored here (``patching.attention.Carrier``)."""
         return self.session.attend(layer, query, key, value, scale, window)
 
+    def rotate(self, layer: int, cos: Tensor, sin: Tensor) -> bool:
+        """Asks that the attention of ``layer`` in this pass rotates its query and its new key by these ``[B or 1, D]``, so that ``update``
+        and ``attend`` are given them as they were; before ``update``. Returns whether it will: not every attention can."""
+        return self.session is not None and self.session.in_forward and self.session.rotate(layer, cos, sin)
+
     def see(self, layer: int, hidden: Tensor) -> None:
         """What goes into the attention of ``layer`` (``patching.attention.Carrier``)."""
         self.session.see(layer, hidden)

@@ -47,6 +47,7 @@ class Forward:
     row: Tensor | None = None  # decode: int64 [B, 1], text row index (not yet offset by the visual capacity)
     moved: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # decode: by id and device, metadata and their copies
     new_row: tuple[Tensor, Tensor] | None = None  # decode: key and value [B, Hkv, D] that the layer's attention is to store
+    rotation: tuple[Tensor, Tensor] | None = None  # decode: cos and sin by which the layer's attention is to rotate query and new key
     on_cpu: CpuStep | None = None  # decode: what attends on a CPU, without the reference operators
     slots: dict[int, Slot] = field(default_factory=dict)  # wide: by index of the group
     allowed: dict[int, Tensor] = field(default_factory=dict)  # wide: by group, bool [B, d, N] visual tokens each decode row may read

@@ -370,12 +370,22 @@ def _attention(original: type[nn.Module]) -> dict[str, Any]:
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         made = _products(kernels, hidden, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (tensor.view(shape).transpose(1, 2) for tensor in made)
-        query, key = _rotated(self, kernels, query, key, *embeddings, row)
+        if not _attention_rotates(self, carrier, query, key, *embeddings, row):
+            query, key = _rotated(self, kernels, query, key, *embeddings, row)
         key, value = carrier.update(key, value, self.layer_idx)
         output = carrier.attend(self.layer_idx, query, key, value, self.scaling, sliding_window(self))
         return _products(kernels, output.reshape(*hidden.shape[:-1], -1), self.o_proj)[0], None
 
     return {"forward": forward}
+
+
+def _attention_rotates(module: Any, cache: VisualCache, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, row: Known) -> bool:
+    """The attention of this layer rotates query and new key itself."""
+    return (
+        _PASS.settings.rotary_in_attention and query.shape[2] == 1 and not row.qk_norm and cos.dim() == 3
+        and cos.shape[-1] == module.head_dim and module.head_dim % 2 == 0 and _alike(query, key, cos, sin)
+        and cache.rotate(module.layer_idx, cos[:, 0], sin[:, 0])
+    )  # fmt: skip
 
 
 def _rotated(module: Any, kernels: ModuleType, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, row: Known) -> tuple[Tensor, Tensor]:

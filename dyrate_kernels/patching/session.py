@@ -334,6 +334,15 @@ class Session:
         if slot is not None:  # None: a deferred chunk, whose rows come with the last one
             cache.write(layer, key, value, slot.row)
 
+    def rotate(self, layer: int, cos: Tensor, sin: Tensor) -> bool:
+        """The kernel of a decode step that writes the new row can rotate it (called by ``VisualCache.rotate``)."""
+        forward = self.forward_in_progress()
+        able = forward.decode and forward.on_cpu is None and self.backend != "reference"
+        if not able or self.stages is not None or self.cache.keys[layer] is None:
+            return False
+        forward.rotation = (cos, sin)
+        return True
+
     def see(self, layer: int, hidden: Tensor) -> None:
         """Keeps the hidden states that go into the score layer's attention (called by ``VisualCache.see``)."""
         if self.keeps_hidden and layer in self.score_layers:
@@ -395,6 +404,9 @@ class Session:
         if forward.new_row is not None:
             rows["new_key"], rows["new_value"] = forward.new_row
             forward.new_row = None
+        if forward.rotation is not None:
+            rows["cos"], rows["sin"] = forward.rotation
+            forward.rotation = None
         if window is not None:
             rows["position"] = cache.columns(group, group.capacity, cache.text_capacity).to(device)
             rows["query_position"] = self._at(device, self.column).expand_as(rows["n_text"])

@@ -13,7 +13,8 @@ from dyrate_kernels.ops import layers as want
 from dyrate_kernels.ops.layer_settings import LayerSettings, Tile, problem
 from dyrate_kernels.triton_kernels import few_rows, plan
 from dyrate_kernels.triton_kernels import layers as got
-from tests import end_to_end
+from tests import end_to_end, models
+from tests.checks import ROWS
 from tests.interpreter import harness
 
 DTYPES = [torch.float32, torch.float16]
@@ -229,6 +230,40 @@ def test_fused_model_gives_the_references_tokens(policy, retention, options, ste
     assert calls == Counter(
         rms_norm=steps * (2 * layers + 1), rotate=steps * layers, gate_mul=steps * layers - single, gated=single, linears=3 * single
     )
+
+
+EVERYTHING = {"residual_norm": True, "norm_prologue": True, "rotary_in_attention": True}
+
+
+@pytest.mark.parametrize("family, text, rows, steps", [("llava", "qwen2", 1, 3), ("gemma3", "own", 2, 2)])
+def test_a_model_with_every_fusion_gives_the_references_tokens(family, text, rows, steps, monkeypatch):
+    model = models.build(family, text)
+    fields = models.inputs(model, ROWS[:rows])
+    config = model.config.get_text_config()
+    hidden, wide = config.hidden_size, config.intermediate_size
+    heads, kv_heads = (count * models.decoder_layers(model)[0].self_attn.head_dim for count in (4, config.num_key_value_heads))
+    names = [problem("linear", heads + 2 * kv_heads, hidden), problem("linear", hidden, heads), problem("linear", hidden, wide)]
+    calls = Counter()
+    for name in got.__all__:
+        monkeypatch.setattr(got, name, counted(calls, name, getattr(got, name)))
+    products = dict.fromkeys([*names, problem("gated", wide, hidden)], ((2, 8, Tile(rows=64, columns=64, splits=2)),))
+    layer_settings.override(LayerSettings(products=products, **EVERYTHING))
+    found = []
+    try:
+        for backend in ("reference", "triton"):
+            with harness.settings(), dk.patch(model, "dyrate", backend=backend, fuse=backend == "triton"):
+                found.append(model.generate(**fields, max_new_tokens=steps, min_new_tokens=steps, do_sample=False))
+    finally:
+        layer_settings.override(None)
+    assert torch.equal(*found)
+    layers, decoded = models.LAYERS, steps - 1
+    # norms of heads come before the rotation, so attention leaves that to the kernel that does both
+    assert calls["rotate"] == (steps if family == "gemma3" else 1) * layers and calls["rms_norm"] == steps
+    if rows == 1:
+        assert calls["norm_linears"] == decoded * (layers - 1) and calls["norm_gated"] == decoded * layers
+    else:
+        assert calls["linears"] == 3 * decoded * layers and calls["gated"] == decoded * layers
+        assert calls["residual_norm"] == steps * 2 * layers
 
 
 def counted(calls, name, function):
