@@ -68,5 +68,5 @@ FAULTS = (
 
 FAMILY = Family(
     "emulated", ("select_tokens", "decode_step", "predict_rate", "decode_attention", "score_last_query"), 400,
-    ("tests/emulated/cases_decision.py",), FAULTS,
+    ("tests/emulated/cases_decision.py",), FAULTS, ("decision.cu",),
 )  # fmt: skip

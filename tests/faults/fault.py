@@ -46,6 +46,7 @@ class Family:
         calls: of ``tests.differential``, first of all.
         cases: case files (pytest), after that.
         faults: the list.
+        compiled: of ``csrc``, the files that are compiled with the fault in them; the others, that is most of the time, are without it.
     """
 
     backend: str
@@ -53,9 +54,10 @@ class Family:
     calls: int
     cases: tuple[str, ...]
     faults: tuple[Fault, ...]
+    compiled: tuple[str, ...] = ()
 
 
-NAMES = ("attention", "paged", "decision", "rows", "layers", "cuda-decision", "cuda-rows")
+NAMES = ("attention", "paged", "decision", "rows", "layers", "cuda-attention", "cuda-decision", "cuda-rows")
 
 
 def load(name: str) -> Family:

@@ -74,7 +74,7 @@ def preload(family: Family) -> None:
 
 
 def run(family: Family, fault: Fault | None, copy: Path, seconds: int) -> tuple[bool, str]:
-    """(whether a test failed, what was seen) with the fault in the copy; None makes the random calls without one."""
+    """(whether a test failed, what was seen) with the fault in the copy; None makes a few random calls without one."""
     before = None
     if fault is not None:
         path = copy / fault.file
@@ -82,7 +82,7 @@ def run(family: Family, fault: Fault | None, copy: Path, seconds: int) -> tuple[
         path.write_text(fault.applied(before))
     try:
         for step in steps(family, fault):
-            failed, seen = _forked(family, step, copy, seconds)
+            failed, seen = _forked(family, step, copy, seconds, fault is not None)
             if failed:
                 return True, f"{' '.join(map(str, step))}: {seen}"
         return False, ""
@@ -98,7 +98,7 @@ def steps(family: Family, fault: Fault | None) -> list[tuple[str, str]]:
     return [("cases", "races")] if fault.races else [("calls", "plain"), ("cases", "plain")]
 
 
-def _forked(family: Family, step: tuple[str, str], copy: Path, seconds: int) -> tuple[bool, str]:
+def _forked(family: Family, step: tuple[str, str], copy: Path, seconds: int, planted: bool) -> tuple[bool, str]:
     log = copy.parent / "log"
     sys.stdout.flush()
     sys.stderr.flush()
@@ -111,7 +111,7 @@ def _forked(family: Family, step: tuple[str, str], copy: Path, seconds: int) -> 
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             sys.stdout, sys.stderr = io.TextIOWrapper(os.fdopen(1, "wb", 0), write_through=True), sys.stderr
-            code = _child(family, step, copy)
+            code = _child(family, step, copy, planted)
         except BaseException as error:
             os.write(1, f"{type(error).__name__}: {error}\n".encode())
         finally:
@@ -139,7 +139,7 @@ def _told(text: str) -> str:
     return lines[-1][:200] if lines else "no output"
 
 
-def _child(family: Family, step: tuple[str, str], copy: Path) -> int:
+def _child(family: Family, step: tuple[str, str], copy: Path, planted: bool) -> int:
     kind, variant = step
     for name in [name for name in sys.modules if name.split(".")[0] in KEPT]:
         del sys.modules[name]
@@ -154,21 +154,22 @@ def _child(family: Family, step: tuple[str, str], copy: Path) -> int:
         # what is compiled goes with the copy
         os.environ["TMPDIR"] = str(copy.parent)
         tempfile.tempdir = None
-        _reuse_objects(copy)
+        _reuse_objects(copy, family.compiled)
     import dyrate_kernels
 
     assert Path(str(dyrate_kernels.__file__)).is_relative_to(copy), "the fork found the checkout"
     if kind == "calls":
         from tests.differential.run import run as differential
 
-        return int(differential(family.backend, 3, range(family.calls), family.operators, stop=True) > 0)
+        calls = family.calls if planted else family.calls // 8
+        return int(differential(family.backend, 3, range(calls), family.operators, stop=True) > 0)
     import pytest
 
     return int(pytest.main([*family.cases, "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]))
 
 
-def _reuse_objects(copy: Path) -> None:
-    """A file of ``csrc`` is compiled again only if it has changed, or what it includes."""
+def _reuse_objects(copy: Path, again: tuple[str, ...]) -> None:
+    """Of ``csrc`` only the files ``again`` are compiled for a fault, if they or what they include has changed."""
     from tests.emulated import build
 
     folder = copy.parent / "objects"
@@ -180,7 +181,8 @@ def _reuse_objects(copy: Path) -> None:
             return compile_and_link(command)
         place = command.index("-o") + 1
         target, plain = command[place], command[: place - 1] + command[place + 1 :]
-        text = "".join(path.read_text() for path in sorted(_included(Path(plain[-1]), {})))
+        file = Path(plain[-1])
+        text = "".join(path.read_text() for path in sorted(_included(file, {}))) if file.name in again else ""
         kept = folder / f"{hashlib.sha256((repr(plain) + text).encode()).hexdigest()[:24]}.o"
         if kept.is_file():
             shutil.copy(kept, target)
