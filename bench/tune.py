@@ -37,6 +37,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # in the order in which they are tried
     "warp_rows": (False, True),
     "max_registers": (168, 128, None),
     "min_blocks": (2, 1, 4, 8),
+    "combine": ("same_launch", "second_launch"),
     "logit_bytes": (4, 2),
     "decision": ("same_launch", "second_launch", "two_launches"),
 }

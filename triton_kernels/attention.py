@@ -46,6 +46,12 @@ def stored_logit(logit, kind: tl.constexpr):
 
 
 @triton.jit
+def live_splits(places, most, min_blocks, BLOCK_N: tl.constexpr):
+    """Splits that share so many places: of at least ``min_blocks`` blocks each, ``most`` at most, and one where there is nothing."""
+    return tl.minimum(most, tl.maximum(tl.cdiv(tl.cdiv(places, BLOCK_N), min_blocks), 1))
+
+
+@triton.jit
 def _row_slots(BLOCK_N: tl.constexpr, ROW_WARPS: tl.constexpr):
     """The places of a block: ``[BLOCK_N]``, or ``[ROW_WARPS, BLOCK_N / ROW_WARPS]`` where each warp has rows of its own."""
     if ROW_WARPS == 1:
@@ -322,14 +328,15 @@ def decode_attention_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, STAGES: tl.constexpr, BLOCK_T: tl.constexpr,
     HAS_OUTPUT: tl.constexpr, HAS_MASS: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LIST: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_NEW: tl.constexpr, HAS_ROTARY: tl.constexpr, IMPORTANCE: tl.constexpr, DECIDE: tl.constexpr,
+    HAS_NEW: tl.constexpr, HAS_ROTARY: tl.constexpr, COMBINE: tl.constexpr, IMPORTANCE: tl.constexpr, DECIDE: tl.constexpr,
     HAS_PREDICTOR: tl.constexpr, HAS_SCORE: tl.constexpr, HAS_ALIVE: tl.constexpr, HAS_MAX: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, CHUNKS: tl.constexpr,
     PAGED: tl.constexpr, SHARED_LIST: tl.constexpr, SAME_STRIDES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(splits, Hkv, B)``; see the module for the phases and ``backend.decode_attention`` for the tensors.
 
-    MAX_SPLITS is the power of two that holds so many. HAS_ROTARY: the query and the new key come before their rotary embedding.
+    MAX_SPLITS is the power of two that holds so many. Not COMBINE: ``combine_kernel`` combines several of them. HAS_ROTARY: the query and
+    the new key come before their rotary embedding.
 
     PAGED: rows of a block, 0 where rows are not paged. Then ``b`` is a query row of sequence ``sequence[b]`` (None: ``b``), whose rows
     ``table`` finds in key and value ``[blocks, Hkv, rows, D]``; n_text counts all of its rows; ``list`` holds positions, of the sequence's
@@ -370,7 +377,7 @@ def decode_attention_kernel(
         region_list = list_ptr + (sequence if SHARED_LIST else b) * stride_lb
     total = n_read + n_text  # places: visual rows, or those of the list, then text rows
     blocks = tl.cdiv(total, BLOCK_N)
-    splits = tl.minimum(tl.num_programs(0), tl.maximum(tl.cdiv(blocks, min_blocks), 1))
+    splits = live_splits(total, tl.num_programs(0), min_blocks, BLOCK_N)
     if split >= splits:
         return
     first_block = (split * blocks) // splits
@@ -551,20 +558,21 @@ def decode_attention_kernel(
             tl.store(part_ptr + part[:, None] * BLOCK_V + offset_v[None, :], acc, mask=real[:, None] & (offset_v >= 0)[None, :])
         tl.store(part_stat_ptr + part * 2, m, mask=real)
         tl.store(part_stat_ptr + part * 2 + 1, norm, mask=real)
-        if not _finished(counter_ptr + b * (kv_heads + 1) + kv_head, splits - 1):
-            return
+        if COMBINE:
+            if not _finished(counter_ptr + b * (kv_heads + 1) + kv_head, splits - 1):
+                return
 
-        # ---- phase 2: the last split of a key/value head combines the splits ----------------------------------------------------
-        top, share = _combine_heads(
-            b * heads + first_head, splits, part_ptr, part_stat_ptr, head_stat_ptr, output_ptr, value_dim,
-            HAS_OUTPUT, HAS_LOGITS, G, BLOCK_C, MAX_SPLITS, SPLIT_TILE, BLOCK_V,
-        )  # fmt: skip
-        if HAS_MASS:
-            offset_c = tl.arange(0, BLOCK_C)
-            _store_mass(
-                b * heads + first_head + offset_c, offset_c < G, top, share, text_logits, text_type_ptr + sequence * stride_tb, mass_ptr,
-                logit_capacity, n_text, n_typed, BLOCK_T,
+            # ---- phase 2: the last split of a key/value head combines the splits ------------------------------------------------
+            top, share = _combine_heads(
+                b * heads + first_head, splits, part_ptr, part_stat_ptr, head_stat_ptr, output_ptr, value_dim,
+                HAS_OUTPUT, HAS_LOGITS, G, BLOCK_C, MAX_SPLITS, SPLIT_TILE, BLOCK_V,
             )  # fmt: skip
+            if HAS_MASS:
+                offset_c = tl.arange(0, BLOCK_C)
+                _store_mass(
+                    b * heads + first_head + offset_c, offset_c < G, top, share, text_logits, text_type_ptr + sequence * stride_tb,
+                    mass_ptr, logit_capacity, n_text, n_typed, BLOCK_T,
+                )  # fmt: skip
 
     if IMPORTANCE:
         # read again rather than kept in registers through the main loop
@@ -616,6 +624,37 @@ def decode_attention_kernel(
                 stride_wr, stride_wc, stride_bb, stride_br, stride_sb, stride_sn, stride_ab, stride_an,
                 HAS_PREDICTOR, HAS_SCORE, HAS_ALIVE, HAS_MAX, WIDE, BLOCK_F, BLOCK_S, CHUNKS, False, PAGED != 0,
             )  # fmt: skip
+
+
+@triton.jit
+def combine_kernel(
+    n_visual_ptr, n_text_ptr, n_list_ptr, text_type_ptr, output_ptr, part_ptr, part_stat_ptr, head_stat_ptr, logit_ptr, mass_ptr,
+    value_dim, logit_capacity, min_blocks, most_splits, stride_tb,
+    HAS_OUTPUT: tl.constexpr, HAS_MASS: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_LIST: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Phase 2 as a launch of its own, grid ``(Hq, B)``: every query head has a program, instead of the last one of its key/value head."""
+    follow(PDL)
+    head = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    n_text = tl.load(n_text_ptr + b)
+    if HAS_LIST:
+        n_read = tl.load(n_list_ptr + b)
+    else:
+        n_read = tl.load(n_visual_ptr + b)
+    splits = live_splits(n_read + n_text, most_splits, min_blocks, BLOCK_N)
+    top, share = _combine_heads(
+        head, splits, part_ptr, part_stat_ptr, head_stat_ptr, output_ptr, value_dim, HAS_OUTPUT, HAS_LOGITS, 1, 1, MAX_SPLITS, SPLIT_TILE,
+        BLOCK_V,
+    )  # fmt: skip
+    if HAS_MASS:
+        text_logits = logit_ptr
+        if HAS_LOGITS:
+            text_logits = logit_ptr + n_read
+        one = tl.arange(0, 1)
+        types = text_type_ptr + b * stride_tb
+        _store_mass(head + one, one < 1, top, share, text_logits, types, mass_ptr, logit_capacity, n_text, n_text, BLOCK_T)
 
 
 @triton.jit

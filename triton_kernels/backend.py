@@ -21,7 +21,7 @@ from dyrate_kernels.ops.forms import Step, empty_step, form, last_contiguous, re
 
 from . import interpreted, interpreter, plan
 from . import rows as moving
-from .attention import decide_kernel, decide_rows_kernel, decode_attention_kernel
+from .attention import combine_kernel, decide_kernel, decide_rows_kernel, decode_attention_kernel
 from .decision import predict_rate_kernel, select_tokens_kernel
 from .launch import Launch, dependent_launch, start
 
@@ -60,6 +60,7 @@ class _Attention:
 
     Attributes:
         launch: of ``decode_attention_kernel``.
+        combine: of ``combine_kernel``, where splits are combined in a launch of their own.
         decide: of ``decide_kernel``, where the decision takes a launch of its own.
         select: of ``decide_rows_kernel``, where it takes two.
         scratch: elements of each scratch buffer, by name; None where it is not used.
@@ -67,6 +68,7 @@ class _Attention:
     """
 
     launch: Launch
+    combine: Launch | None
     decide: Launch | None
     select: Launch | None
     scratch: dict[str, int | None]
@@ -183,6 +185,7 @@ def _prepare_attention(
         block_i = plan.sum_columns(block_i, visual_capacity, batch, multiprocessors)
     block_s, chunks = plan.select(visual_capacity, plan.SELECT_BLOCK if second else plan.SELECT_BLOCK_IN_ATTENTION)
     blocks = (block_h, block_i, max(triton.next_power_of_2(features), 16), block_s, chunks)
+    combined = how.combine == "second_launch" and how.max_splits > 1 and pages is None and (second or not importance)
     rest = (
         scale, window or 0, dim, value_dim, heads, visual_capacity, logit_capacity, how.min_blocks, features, classes, paging[0],
         *query.stride(), *key.stride(), *value.stride(),
@@ -190,13 +193,20 @@ def _prepare_attention(
         *strides(new_key, 3)[:2], *strides(new_value, 3)[:2], *(shared_stride(rotation) for rotation in (cos, sin)), *paging[1:3], *choice,
         heads // kv_heads, how.block_g, how.block_c, how.dot, how.row_warps, how.block_n, how.block_d, how.block_v,
         how.max_splits, how.split_tile, how.num_stages, how.block_t,
-        output, mass, importance, listed, has_window, new_key is not None, cos is not None, importance and not second,
+        output, mass, importance, listed, has_window, new_key is not None, cos is not None, not combined, importance and not second,
         decide is not None and not second, *flags, *blocks, *paging[3:],
     )  # fmt: skip
     grid = (how.splits, kv_heads, batch)
     dependent = dependent_launch(query.device)
     launch = Launch(decode_attention_kernel, grid, rest, how.num_warps, how.num_stages, how.max_registers or max_registers, dependent)
-    deciding = selecting = None
+    combining = deciding = selecting = None
+    if combined:
+        tile = min(how.max_splits, max(plan.COMBINED_APART // how.block_v, 1))
+        rest = (
+            value_dim, logit_capacity, how.min_blocks, how.splits, strides(text_type, 2)[0], output, mass, importance, listed,
+            how.max_splits, tile, how.block_n, how.block_v, how.block_t,
+        )  # fmt: skip
+        combining = Launch(combine_kernel, (heads, batch, 1), rest, how.num_warps, dependent=dependent)
     if second:
         apart = decide is not None and how.decision == "two_launches"
         rest = (
@@ -215,7 +225,7 @@ def _prepare_attention(
         "counters": batch * (kv_heads + 1),
         "logits" if how.logit_bytes == 4 else "logits16": batch * heads * logit_capacity if importance or mass else None,
     }
-    return _Attention(launch, deciding, selecting, scratch, how.programs)
+    return _Attention(launch, combining, deciding, selecting, scratch, how.programs)
 
 
 def _run_attention(
@@ -270,6 +280,9 @@ def _run_attention(
     stream = stream_of(device)
     part, part_stat, head_stat, counters, logits = workspace.for_stream(device, stream).buffers_for(known.scratch)
     known.launch.start(device, stream, (*before, part, part_stat, head_stat, counters, logits, *after))
+    if known.combine is not None:
+        parts = (part, part_stat, head_stat, logits)
+        known.combine.start(device, stream, (n_visual, n_text, n_kept, text_type, result, *parts, masses))
     if known.decide is not None:
         counted = n_visual if pages is None else n_kept
         known.decide.start(device, stream, (counted, kept, sequence, head_stat, counters, logits, *after))

@@ -35,6 +35,9 @@ class Settings:
         most_splits: of a pair.
         combined: numbers of partial outputs that the combination of splits takes at once; the next ones are fetched meanwhile. With 4096
             grouped queries take more registers than their main loop does (154 against 91 for a kept list, Triton 3.6, sm_90).
+        combine: ``"same_launch"`` (the last split of a key/value head combines them) or ``"second_launch"`` (of a program a query head:
+            more of them, where few sequences have many splits); paged rows, and importance that the attention's launch sums, have the
+            former.
         decision: ``"same_launch"`` (the last block done decides), ``"second_launch"`` (of its many programs,
             which sum over heads, the last of a sequence decides) or ``"two_launches"`` (the sum, which then takes few registers, and the
             decision).
@@ -55,6 +58,7 @@ class Settings:
     min_blocks: int = 2
     most_splits: int = 64
     combined: int = 2048
+    combine: str = "same_launch"
     decision: str = "second_launch"
     tensor_cores: bool = False
     warp_rows: bool = False
@@ -64,6 +68,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.block_n < 1 or self.block_n & (self.block_n - 1):
             raise ValueError(f"block_n: expected a power of two, got {self.block_n}")
+        if self.combine not in ("same_launch", "second_launch"):
+            raise ValueError(f"combine: expected 'same_launch' or 'second_launch', got {self.combine!r}")
         if self.decision not in DECISIONS:
             raise ValueError(f"decision: expected {', '.join(map(repr, DECISIONS[:-1]))} or {DECISIONS[-1]!r}, got {self.decision!r}")
         if self.logit_bytes not in (2, 4):
@@ -155,6 +161,7 @@ class AttentionPlan:
     min_blocks: int
     num_warps: int
     num_stages: int
+    combine: str
     decision: str
     logit_bytes: int
     max_registers: int | None
@@ -225,6 +232,7 @@ def attention(
         min_blocks=use.min_blocks,
         num_warps=use.num_warps,
         num_stages=(use.num_stages - 1) * (waits + 1) + 1 if dot else use.num_stages,
+        combine=use.combine,
         decision=use.decision,
         logit_bytes=use.logit_bytes,
         max_registers=use.max_registers,
@@ -252,6 +260,7 @@ def importance(heads: int) -> tuple[int, int]:
     return block, max(2048 // block, 16)
 
 
+COMBINED_APART = 4096  # numbers of partial outputs that a program of the combination alone takes at once
 SUMS_PER_SM = 6  # programs of the sum alone that a multiprocessor holds at least, at 128 columns and four warps (tests/ahead_of_time)
 
 

@@ -23,7 +23,7 @@ MULTIPROCESSORS = 132  # of an H200
 TENSOR_CORES = (("tensor_cores", True),)
 WARP_ROWS = (("warp_rows", True), ("num_stages", 2), ("max_registers", 168))
 HALF_LOGITS = (("logit_bytes", 2),)
-APART = (("decision", "two_launches"),)
+APART = (("decision", "two_launches"), ("combine", "second_launch"))
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 _TYPES = {
     torch.bfloat16: "bf16",

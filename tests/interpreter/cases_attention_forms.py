@@ -11,7 +11,7 @@ import torch
 
 from dyrate_kernels import ops
 from dyrate_kernels.ops import workspace
-from dyrate_kernels.triton_kernels import plan
+from dyrate_kernels.triton_kernels import backend, plan
 from tests.interpreter import harness
 from tests.interpreter.cases_attention import SHAPES, check, problem
 from tests.ops import spec
@@ -103,6 +103,41 @@ def test_special_logits(kind, group, chosen):
     want = ops.decode_attention(**arguments, mass=True, importance=True, backend="reference")
     for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=True):
         harness.close(value, expected, 3e-6, what)
+
+
+COMBINED_APART = {
+    "all": dataclasses.replace(harness.TWO_LAUNCHES, combine="second_launch"),
+    "a few at a time": dataclasses.replace(harness.THREE_SPLITS, combine="second_launch"),
+    "apart": dataclasses.replace(harness.APART, combine="second_launch"),
+    "one launch decides": dataclasses.replace(harness.SMALL, combine="second_launch"),
+}
+
+
+@pytest.mark.parametrize(
+    "number, chosen",
+    [(1, "all"), (2, "a few at a time"), (5, "apart"), (9, "all"), (3, "one launch decides")],
+)
+def test_splits_combined_in_a_launch_of_their_own(number, chosen, monkeypatch):
+    """With all statistics, with each alone and with none, through a list, with a decision."""
+    case = SHAPES[number]
+    monkeypatch.setattr(plan, "COMBINED_APART", 32)
+    monkeypatch.setattr(backend, "_attentions", {})
+    arguments, _ = problem(case, torch.float32)
+    counts = [n // 2 for n in case[6]]
+    lists = dict(zip(("kept", "n_kept"), spec.lists(case[6], counts, max(counts)), strict=True))
+    with harness.settings(COMBINED_APART[chosen]):
+        check(arguments, torch.float32)
+        for given, asked in (({}, {}), ({}, {"mass": True}), (lists, {"mass": True})):
+            got = harness.run("decode_attention", **arguments, **given, **asked)
+            for name, value, expected in zip(got._fields, got, spec.attention(**arguments, **given), strict=True):
+                if value is not None:
+                    harness.close(value, expected, 3e-6, name)
+        count = {"count": torch.full((case[0],), 2, dtype=torch.int32)}
+        step = harness.run("decode_step", **arguments, **count)
+        want = ops.decode_step(**arguments, **count, backend="reference")
+        assert torch.equal(step.kept, want.kept) and torch.equal(step.n_kept, want.n_kept)
+    apart = [prepared.combine is not None for prepared in backend._attentions.values()]
+    assert any(apart) and all(apart) == (chosen != "one launch decides")
 
 
 HALF_LOGITS = {

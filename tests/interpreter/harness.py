@@ -15,7 +15,7 @@ from dyrate_kernels.ops import workspace
 from dyrate_kernels.triton_kernels import plan
 
 # several splits and several blocks already for a few dozen rows
-SMALL = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8)
+SMALL = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8, decision="same_launch")
 TWO_LAUNCHES = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8, decision="second_launch")
 APART = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8, decision="two_launches")
 ONE_SPLIT = plan.Settings(block_n=32, min_blocks=64)
