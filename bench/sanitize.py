@@ -21,13 +21,19 @@ import torch
 import dyrate_kernels as dk
 from dyrate_kernels import ops
 from dyrate_kernels.measuring import timing
-from dyrate_kernels.ops import layer_settings, layers
+from dyrate_kernels.ops import cuda, layer_settings, layers
 
 FEW = ("decode_attention with a new row", "decode_attention with statistics", "decode_step")  # under each form of FORMS
 FORMS: dict[str, dict[str, Any]] = {  # of the attention kernel: fields of plan.Settings
     "two launches": {"decision": "two_launches"},
     "tensor cores": {"tensor_cores": True},
     "rows of warps": {"tensor_cores": True, "warp_rows": True},
+    "logits of 16": {"logit_bytes": 2},
+}
+CUDA_FORMS: dict[str, dict[str, int]] = {  # fields of ops.cuda.Settings
+    "registers": {"stages": 1},
+    "4 stages": {"stages": 4, "tensor_cores": 1},
+    "bulk": {"bulk": 1},
 }
 
 
@@ -271,6 +277,13 @@ def forms(device: torch.device, usable: list[str]) -> int:
                     wrong += compare("triton", how, launches(device, "triton", few=True) + fused_layers(device, "triton"))
             finally:
                 launch.override_dependent_launch(None)
+    if "cuda" in usable:
+        for name, changes in CUDA_FORMS.items():
+            cuda.override = dataclasses.replace(cuda.settings(torch.cuda.get_device_name(device)), **changes)
+            try:
+                wrong += compare("cuda", name, launches(device, "cuda", few=True))
+            finally:
+                cuda.override = None
     return wrong
 
 

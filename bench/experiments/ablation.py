@@ -18,6 +18,7 @@ from .runner import Case, Context, Experiment, Planned, Variant
 STATISTICS: Changes = {
     "importance in the attention's launch": {"decision": "same_launch"},
     "the sum over heads alone": {"decision": "two_launches"},
+    "logits in float16": {"logit_bytes": 2},
 }
 DECISION: Changes = {
     "the decision in the attention's launch": {"decision": "same_launch"},

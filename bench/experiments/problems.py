@@ -18,6 +18,8 @@ from .runner import Case, Context, Planned, Variant
 Changes = dict[str, dict[str, Any]]  # name of a variant -> fields of plan.Settings
 HEADS = {"mha": (32, 32, 128), "gqa": (28, 4, 128)}
 TOY_HEADS = {"mha": (2, 2, 16), "gqa": (4, 2, 16)}
+SHOWN = {"logit_bytes"}  # settings that change which tokens stay: timed, and for whoever asks for them
+NOT_PROPOSED = "it may change the order of tokens of nearly the same importance, so it is not proposed"
 FORMS = {"plain": "plain", "list": "list", "statistics": "score", "step": "score"}  # of a call -> kind of problem
 
 
@@ -90,7 +92,10 @@ def case(of: Shape, form: str, changes: Changes) -> Planned:
         variants = []
         for name, change in {"as it is": {}, **changes}.items():
             chosen = dataclasses.replace(usual, **change)
-            variants.append(Variant(name, calls, gate, change, lambda chosen=chosen: using(chosen), data.forget_last_rows))
+            asked = {} if SHOWN & change.keys() else change
+            note = NOT_PROPOSED if SHOWN & change.keys() else None
+            scope = lambda chosen=chosen: using(chosen)  # noqa: E731
+            variants.append(Variant(name, calls, gate, asked, scope, data.forget_last_rows, note=note))
         facts = {"sets": data.sets, **of.facts()}
         return Case(variants, moved, facts, dataclasses.asdict(usual))
 

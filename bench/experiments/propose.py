@@ -23,6 +23,7 @@ from .runner import BASE, FASTER, NOT_REACHED, SLOWER, Row
 
 # sections of rows that stand elsewhere in the file than under their name
 SWITCHES = "switches"  # what holds for every launch: ``dependent_launch`` at the top of the file, else a word of ``layers``
+CUDA = "cuda"  # settings of the CUDA attention, one entry for all keys
 PRODUCTS = "products"  # under ``layers``; keys are such as "linear 12288x4096, 32 rows", the number of rows being a power of two
 WITHIN_NOISE = "within noise"
 CONFIRMING = 13  # the experiment that times the winners of the others together
@@ -147,6 +148,8 @@ def device_file(rows: Iterable[Row], device_name: str, facts: dict[str, Any]) ->
         if one.section == SWITCHES:
             layers |= {name: value for name, value in one.changes.items() if name != "dependent_launch"}
             body |= {name: value for name, value in one.changes.items() if name == "dependent_launch"}
+        elif one.section == CUDA:
+            body[CUDA] = {**body.get(CUDA, {}), **one.changes}
         elif one.section == PRODUCTS:
             problem, _, number = one.key.removesuffix(" rows").partition(", ")
             most = int(number)  # a kernel for so many rows serves every number above its half

@@ -43,6 +43,7 @@ class Variant:
         scope: in which it is called and recorded, e.g. with its settings in force.
         prepare: before the gate, e.g. to forget what an earlier variant left.
         moved: bytes at least; None: the case's.
+        note: what else the table says of it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Variant:
     scope: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     prepare: Callable[[], None] = lambda: None
     moved: int | None = None
+    note: str | None = None
 
 
 @dataclass
@@ -230,6 +232,8 @@ def _compared(context: Context, case: Case, budget: float, about: dict[str, Any]
         variant = case.variants[place]
         moved = variant.moved if variant.moved is not None else case.moved
         facts = {**about, "variant": variant.name, "changes": variant.changes, "base": case.base, "moved": moved, **more}
+        if variant.note and not facts.get("note"):
+            facts["note"] = variant.note
         return context.row(f"{about['case']}: {variant.name}", times, **facts)
 
     for place, variant in enumerate(case.variants):
@@ -251,7 +255,7 @@ def _compared(context: Context, case: Case, budget: float, about: dict[str, Any]
     for (place, recorded, before), seconds in zip(ready, series, strict=False):
         with case.variants[place].scope():
             passed = both(before, case.variants[place].gate(recorded.last(), len(case.variants[place].calls) - 1))
-        judged: dict[str, Any] = {"verdict": None, "note": None if has_base else "its base did not run: no ratio"}
+        judged: dict[str, Any] = {"verdict": None} | ({} if has_base else {"note": "its base did not run: no ratio"})
         if has_base:
             judged = {"verdict": BASE, "noise": noise, "ratio": 1.0} if place == 0 else judge(series[0], seconds, noise)
         rows[place] = said(place, timing.summary(seconds), gate=passed, **judged)

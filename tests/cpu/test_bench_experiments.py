@@ -13,7 +13,7 @@ from bench.experiments import chain, counters, problems, propose, registry, runn
 from bench.experiments.runner import BASE, FAILED, FASTER, NOT_REACHED, SAME, SLOWER, WRONG, Case, Context, Experiment, Planned, Variant
 from dyrate_kernels import devices
 from dyrate_kernels.measuring import timing
-from dyrate_kernels.ops import layer_settings
+from dyrate_kernels.ops import cuda, layer_settings
 from dyrate_kernels.triton_kernels import plan
 
 KEY = "gn-d128-b2-list"
@@ -249,6 +249,8 @@ def test_switches_and_products_stand_where_they_are_read_and_what_is_shipped_sta
     body = propose.device_file(rows, "ACME GPU", {})
     assert body["dependent_launch"] is True and body["backend"] == {"compact_": "cuda"}
     assert body["settings"].keys() == {"other", KEY} and body["figures"].keys() == {"settings", "switches", "products"}
+    native = planned("native", (1, 1), {"4 stages": {"stages": 4}}, propose.CUDA, "attention")
+    assert propose.device_file(rows_of((native, (10e-6, 8e-6))), "ACME GPU", {})["cuda"] == {"stages": 4}
     ranges = [(2, 2), (5, 8), (33, 64)]
     assert [tuple(one["rows"]) for one in body["layers"]["products"]["linear 64x32"]] == ranges
     read = layer_settings.LayerSettings.from_file(body["layers"])
@@ -285,11 +287,13 @@ def test_every_change_is_one_that_the_launcher_takes():
     tried = 0
     for one in registry.EXPERIMENTS:
         for case in one.cases(False) if one.cases else []:
-            assert case.section in (None, "settings", propose.SWITCHES, propose.PRODUCTS)
+            assert case.section in (None, "settings", propose.SWITCHES, propose.PRODUCTS, propose.CUDA)
             if case.section == propose.PRODUCTS:
                 assert all(layer_settings.Tile(**change["tile"]) for change in case.changes.values())
                 problem = case.key.split(", ")[0]
                 assert layer_settings.LayerSettings.from_file({"products": {problem: [{"rows": [2, 2]}]}}).tile
+            if case.section == propose.CUDA:
+                assert case.changes and all(cuda.Settings(**change) != cuda.Settings() for change in case.changes.values())
             if case.section == "settings":
                 assert case.changes and "as it is" not in case.changes
                 for change in case.changes.values():
