@@ -8,7 +8,6 @@ import torch
 from bench.experiments import native, runner
 from tests.emulated import harness
 
-
 pytestmark = pytest.mark.skipif(not harness.PLAIN, reason="no kernel runs here that the other cases do not run under detectors")
 
 
