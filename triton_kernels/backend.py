@@ -233,17 +233,21 @@ def _run_attention(
     kept: Tensor | None = None, n_kept: Tensor | None = None, text_type: Tensor | None = None, position: Tensor | None = None,
     query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
     output: bool = True, new_key: Tensor | None = None, new_value: Tensor | None = None, cos: Tensor | None = None,
-    sin: Tensor | None = None, decide: dict[str, Tensor | None] | None = None, pages: Pages | None = None,
+    sin: Tensor | None = None, decide: dict[str, Tensor | None] | None = None, pages: Pages | None = None, out: Tensor | None = None,
 ) -> Step:  # fmt: skip
     """One launch of ``decode_attention_kernel``, and of ``decide_kernel`` where the plan says so.
 
     With ``pages``: key and value ``[blocks, Hkv, rows, D]``, n_text counts all rows of a query row's sequence, kept holds positions.
+    ``out``: contiguous, takes the output.
     """
     device = query.device
     batch, heads, _ = query.shape
-    result, masses, scores, chosen, chosen_count, rate = made = empty_step(
-        query, value, visual_capacity, output=output, mass=mass, importance=importance, decide=decide is not None
+    made = empty_step(
+        query, value, visual_capacity, output=output and out is None, mass=mass, importance=importance, decide=decide is not None
     )
+    if out is not None:
+        made = made._replace(output=out)
+    result, masses, scores, chosen, chosen_count, rate = made
     if batch == 0 or heads == 0:
         return made
     weight = bias = rates = count = score = alive = max_kept = None
@@ -364,7 +368,7 @@ def decode_step(
 def _run_paged(
     query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, *, scale: float, sequence: Tensor | None,
     visual_position: Tensor | None, n_visual: Tensor | None, text_position: Tensor | None, text_type: Tensor | None, kept: Tensor | None,
-    n_kept: Tensor | None, window: int | None, row_bound: int | None, mass: bool, importance: bool,
+    n_kept: Tensor | None, window: int | None, row_bound: int | None, mass: bool, importance: bool, out: Tensor | None = None,
     decide: dict[str, Tensor | None] | None = None,
 ) -> Step:  # fmt: skip
     """``_run_attention`` over blocks. The bound on rows is rounded up, so that a batch that grows row by row prepares few launches."""
@@ -378,6 +382,7 @@ def _run_paged(
         query, key.transpose(1, 2), value.transpose(1, 2), n_visual if listed is not None else None, n_rows,
         visual_capacity=0 if listed is None else listed.shape[1], scale=scale, kept=last_contiguous(listed), n_kept=n_listed,
         text_type=last_contiguous(text_type) if mass else None, window=window, mass=mass, importance=importance, decide=decide, pages=pages,
+        out=out,
     )  # fmt: skip
 
 
@@ -385,14 +390,14 @@ def paged_attention(
     query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, *, scale: float, sequence: Tensor | None = None,
     visual_position: Tensor | None = None, n_visual: Tensor | None = None, text_position: Tensor | None = None,
     text_type: Tensor | None = None, kept: Tensor | None = None, n_kept: Tensor | None = None, window: int | None = None,
-    mass: bool = False, importance: bool = False, row_bound: int | None = None,
+    mass: bool = False, importance: bool = False, row_bound: int | None = None, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See ``dyrate_kernels.ops.paged_attention``."""
     run = reference.paged_attention if query.dtype == torch.float64 else _run_paged
     return run(
         query, key, value, block_table, n_rows, scale=scale, sequence=sequence, visual_position=visual_position, n_visual=n_visual,
         text_position=text_position, text_type=text_type, kept=kept, n_kept=n_kept, window=window, mass=mass, importance=importance,
-        row_bound=row_bound,
+        row_bound=row_bound, out=out,
     )[:3]  # fmt: skip
 
 

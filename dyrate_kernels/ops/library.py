@@ -33,7 +33,8 @@ _PAGES = (
     "Tensor query, Tensor key, Tensor value, Tensor block_table, Tensor n_rows, float scale, Tensor? sequence, Tensor? visual_position,"
     " Tensor? n_visual, Tensor? text_position, Tensor? text_type, Tensor? kept, Tensor? n_kept, SymInt? window, SymInt? row_bound"
 )
-# append_*: the same with a new row written first. Operators of their own, so that the others mutate nothing by their schema.
+# append_*: the same with a new row written first; *_out: with the output written to a tensor that is given. Operators of their own, so
+# that the others mutate nothing by their schema.
 for _schema in (
     f"decode_attention({_ROWS}, {_ATTENTION}",
     f"append_decode_attention({_APPENDED}, {_ATTENTION}",
@@ -45,6 +46,7 @@ for _schema in (
     f"decode_step({_ROWS}, {_STEP}",
     f"append_decode_step({_APPENDED}, {_STEP}",
     f"paged_attention({_PAGES}, bool mass, bool importance, str backend) -> (Tensor, Tensor, Tensor)",
+    f"paged_attention_out({_PAGES}, bool mass, bool importance, str backend, *, Tensor(a!) out) -> (Tensor, Tensor)",
     f"paged_step({_PAGES}, Tensor? weight, Tensor? bias, Tensor? rates, Tensor? count, Tensor? score, Tensor? alive, Tensor? max_kept,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 ):
@@ -234,15 +236,14 @@ def _paged_capacity(visual_position: Tensor | None, kept: Tensor | None) -> int:
     return 0 if listed is None else listed.shape[1]
 
 
-@_implementation("paged_attention")
-def _(
+def _paged_attention(
     query, key, value, block_table, n_rows, scale, sequence, visual_position, n_visual, text_position, text_type, kept, n_kept, window,
-    row_bound, mass, importance, backend,
+    row_bound, mass, importance, backend, out=None,
 ):  # fmt: skip
     output, by_type, per_row = resolve(backend, query.device, "paged_attention").paged_attention(
         query, key, value, block_table, n_rows, scale=scale, sequence=sequence, visual_position=visual_position, n_visual=n_visual,
         text_position=text_position, text_type=text_type, kept=kept, n_kept=n_kept, window=window, mass=mass, importance=importance,
-        row_bound=row_bound,
+        row_bound=row_bound, out=out,
     )  # fmt: skip
     kind = _statistics_dtype(query.dtype)
     by_type = query.new_empty(0, dtype=kind) if by_type is None else by_type
@@ -250,13 +251,26 @@ def _(
     return output, by_type, per_row
 
 
+_implementation("paged_attention")(_paged_attention)
+
+
+@_implementation("paged_attention_out")
+def _(*arguments, out):
+    return _paged_attention(*arguments, out)[1:]
+
+
 @_fake("paged_attention")
-def _(
+def _fake_paged(
     query, key, value, block_table, n_rows, scale, sequence, visual_position, n_visual, text_position, text_type, kept, n_kept, window,
     row_bound, mass, importance, backend,
 ):  # fmt: skip
     output = query.new_empty((*query.shape[:2], value.shape[-1]))
     return output, *_fake_statistics(query, _paged_capacity(visual_position, kept), mass, importance)
+
+
+@_fake("paged_attention_out")
+def _(*arguments, out):
+    return _fake_paged(*arguments)[1:]
 
 
 @_implementation("paged_step")

@@ -65,11 +65,12 @@ def paged_attention(
     mass: bool = False,
     importance: bool = False,
     row_bound: int | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> PagedAttention:
     """Attention of ``R`` query rows over paged rows, on request with mass and importance; see the module for the layout.
 
-    Mutates nothing. No value on the device is read on the host: lengths, lists and tables may change under a captured graph.
+    Mutates nothing but ``out``. No value on the device is read on the host: lengths, lists and tables may change under a captured graph.
 
     Args:
         query: ``[R, Hq, D]``, float16, bfloat16, float32 or float64.
@@ -91,6 +92,7 @@ def paged_attention(
         importance: also average the probability of each visual token over the ``Hq`` heads; ``[R, N]``, with a kept list ``[R, W]``.
         row_bound: no query row reads more rows; None: ``M * block_size``. The grid and the scratch memory are made for it: with
             statistics float32 ``[R, Hq, row_bound]``. Does not change the result.
+        out: ``[R, Hq, Dv]``, contiguous, in the query's dtype: the output is **written there**, and is this tensor.
         backend: ``auto | triton | reference`` (CUDA C++ has no paged form).
 
     Returns:
@@ -100,11 +102,19 @@ def paged_attention(
         query, key, value, block_table, n_rows, sequence, visual_position, n_visual, text_position, text_type, kept, n_kept, window,
         row_bound, mass, importance,
     )  # fmt: skip
+    if out is not None:
+        checks.tensor("out", out, (*query.shape[:2], value.shape[-1]), (query.dtype,), query.device)
+        if not out.is_contiguous():
+            raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
     dispatch.check_name(backend)
-    output, by_type, per_row = _ops.paged_attention(
+    arguments = (
         query, key, value, block_table, n_rows, query.shape[-1] ** -0.5 if scale is None else float(scale), sequence, visual_position,
         n_visual, text_position, text_type, kept, n_kept, window, row_bound, mass, importance, backend,
     )  # fmt: skip
+    if out is None:
+        output, by_type, per_row = _ops.paged_attention(*arguments)
+    else:
+        output, (by_type, per_row) = out, _ops.paged_attention_out(*arguments, out=out)
     return PagedAttention(output, by_type if mass else None, per_row if importance else None)
 
 

@@ -445,17 +445,19 @@ def paged_attention(
     mass: bool = False,
     importance: bool = False,
     row_bound: int | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See ``dyrate_kernels.ops.paged_attention``: the rows are gathered, the rest is ``decode_attention``."""
     rows = _gather(
         key, value, block_table, n_rows, sequence, visual_position, n_visual, text_position, text_type if mass else None, kept, n_kept,
         row_bound, mass or importance,
     )  # fmt: skip
-    return decode_attention(
+    output, by_type, per_row = decode_attention(
         query, rows.key, rows.value, rows.n_visual, rows.n_text, visual_capacity=0 if rows.listed is None else rows.listed.shape[1],
         scale=scale, text_type=rows.text_type, position=rows.position, query_position=n_rows - 1, window=window, mass=mass,
         importance=importance,
     )  # fmt: skip
+    return output if out is None else out.copy_(output), by_type, per_row
 
 
 def paged_step(

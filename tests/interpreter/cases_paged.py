@@ -179,11 +179,13 @@ def test_order_of_blocks_changes_nothing():
             assert harness.same(a, b)
 
 
-def test_a_bound_on_rows_changes_nothing():
+def test_a_bound_on_rows_changes_nothing_nor_does_a_given_output():
     arguments = spec.problem(SHAPES[4], torch.float32)
+    out = torch.full((5, 2, 4), float("nan"))
     with harness.settings(harness.ONE_SPLIT):
         free = harness.run("paged_attention", **arguments, mass=True, importance=True)
-        bounded = harness.run("paged_attention", **arguments, mass=True, importance=True, row_bound=159)
+        bounded = ops.paged_attention(**arguments, mass=True, importance=True, row_bound=159, out=out[1:4], backend="triton")
+    assert out[0].isnan().all() and out[4].isnan().all() and harness.same(out[1:4], free.output)
     for a, b in zip(free, bounded, strict=True):
         assert harness.same(a, b)
 

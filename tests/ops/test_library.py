@@ -98,7 +98,7 @@ def test_opcheck(name, arguments):
 
 
 def test_only_what_changes_rows_declares_mutation():
-    changing = ("compact_", "reorder_", "append_decode_attention", "append_decode_step")
+    changing = ("compact_", "reorder_", "append_decode_attention", "append_decode_step", "paged_attention_out")
     reading = ("decode_attention", "score_last_query", "predict_rate", "select_tokens", "decode_step", "paged_attention", "paged_step")
     for name in (*reading, *changing):
         schema = getattr(torch.ops.dyrate, name).default._schema

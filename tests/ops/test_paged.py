@@ -113,6 +113,24 @@ def test_vllms_layout_and_other_strides():
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_the_output_goes_where_it_is_asked_for():
+    arguments = paged_spec.problem(SHAPES[2])
+    want = ops.paged_attention(**arguments, mass=True)
+    every = torch.full((9, 8, 12), 7.0, dtype=torch.float64)  # an engine's, of more rows than these
+    for _ in range(2):
+        got = ops.paged_attention(**arguments, mass=True, out=every[2:7])
+        assert got.output.data_ptr() == every[2].data_ptr() and torch.equal(every[2:7], want.output) and torch.equal(got.mass, want.mass)
+        assert (every[:2] == 7).all() and (every[7:] == 7).all()
+    pages = tuple(arguments[n] for n in ("query", "key", "value", "block_table", "n_rows")), 0.25, arguments["sequence"]
+    tokens = tuple(arguments[n] for n in ("visual_position", "n_visual", "text_position", "text_type"))
+    call = (*pages[0], *pages[1:], *tokens, None, None, None, None, True, False, "auto")
+    assert set(torch.library.opcheck(torch.ops.dyrate.paged_attention_out.default, call, {"out": every[2:7]}).values()) == {"SUCCESS"}
+    with pytest.raises(ValueError, match="out: expected shape"):
+        ops.paged_attention(**arguments, out=every)
+    with pytest.raises(ValueError, match="out: expected a contiguous tensor"):
+        ops.paged_attention(**arguments, out=torch.empty(5, 12, 8, dtype=torch.float64).transpose(1, 2))
+
+
 def test_no_host_sync(no_host_sync):
     arguments = paged_spec.problem(SHAPES[1])
     lists = paged_spec.lists(arguments, 0.5)
