@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _PUBLIC: dict[str, str | None] = {
     "DyRatePredictor": "predictor",
     "Handle": "patching.api",
-    "VisualCache": "cache",
+    "VisualCache": "patching.cache",
     "backends": "ops.dispatch",
     "flops": None,
     "demo_inputs": "bundled",
@@ -56,9 +56,9 @@ __all__ = [
 if TYPE_CHECKING:
     from . import flops, ops, policies, predictor, shapes, vision
     from .bundled import demo_inputs, load_demo
-    from .cache import VisualCache
     from .ops.dispatch import backends
     from .patching.api import Handle, patch, unpatch
+    from .patching.cache import VisualCache
     from .predictor import DyRatePredictor
 
 

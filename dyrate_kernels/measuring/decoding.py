@@ -15,9 +15,10 @@ from transformers import LogitsProcessor, StaticCache
 
 import dyrate_kernels as dk
 from dyrate_kernels import answering
+from dyrate_kernels.generation import cpu_step
+from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.measuring.timing import Times
-from dyrate_kernels.patching import cpu_step
 from dyrate_kernels.patching.families import cache_in, cache_name, stored_weights
 from dyrate_kernels.patching.graph import CudaRecorder
 from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View
@@ -274,19 +275,19 @@ def compaction_error(model: Any, fields: dict[str, Tensor], k: int, backend: str
     even = EvenSchedule(k, [(1, counts[0]), (3, counts[1])])
     with dk.patch(model, even, **how), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing was dropped
-        cache = cache_in(generate(model, fields, 1, return_dict_in_generate=True))
-    every = cache.groups[1].n_visual.tolist()
+        store = cache_in(generate(model, fields, 1, return_dict_in_generate=True)).store
+    every = store.groups[1].n_visual.tolist()
     if max(every) != visual:
         return 1.0
-    order = [tokens[:count].argsort() for tokens, count in zip(cache.groups[1].token.cpu(), every, strict=True)]
-    layers = cache.groups[1].layers
+    order = [tokens[:count].argsort() for tokens, count in zip(store.groups[1].token.cpu(), every, strict=True)]
+    layers = store.groups[1].layers
     # on the host, so that both caches need not fit into the GPU's memory at once
-    whole = {layer: [rows[place] for rows, place in zip(_visual_rows(cache, layer), order, strict=True)] for layer in layers}
-    del cache
+    whole = {layer: [rows[place] for rows, place in zip(_visual_rows(store, layer), order, strict=True)] for layer in layers}
+    del store
     timing.release()
     with dk.patch(model, even, **how):
-        cache = cache_in(generate(model, fields, 5, return_dict_in_generate=True))
-    held = [tokens[:count] for tokens, count in zip(cache.groups[1].token.cpu(), cache.groups[1].n_visual.tolist(), strict=True)]
+        store = cache_in(generate(model, fields, 5, return_dict_in_generate=True)).store
+    held = [tokens[:count] for tokens, count in zip(store.groups[1].token.cpu(), store.groups[1].n_visual.tolist(), strict=True)]
     for tokens, whole_count in zip(held, every, strict=True):
         able = torch.ones(1, whole_count, dtype=torch.bool)
         for count in counts:
@@ -295,17 +296,17 @@ def compaction_error(model: Any, fields: dict[str, Tensor], k: int, backend: str
             return 1.0
     worst = 0.0
     for layer in layers:
-        for got, rows, tokens in zip(_visual_rows(cache, layer), whole.pop(layer), held, strict=True):
+        for got, rows, tokens in zip(_visual_rows(store, layer), whole.pop(layer), held, strict=True):
             want = rows[tokens].double()
             error = (got.double() - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-30)
             worst = _worse(worst, float(error.max()) if len(error) else 0.0)
     return worst
 
 
-def _visual_rows(cache: Any, layer: int) -> list[Tensor]:
+def _visual_rows(store: RowStore, layer: int) -> list[Tensor]:
     """Of each sequence: the live visual rows of a layer, ``[n, Hkv * 2D]`` with keys and values side by side, on the host."""
-    counts = cache.group_of[layer].n_visual.tolist()
-    buffers = [buffer[:, :, : max(counts)].cpu().transpose(1, 2) for buffer in (cache.keys[layer], cache.values[layer])]
+    counts = store.group_of[layer].n_visual.tolist()
+    buffers = [buffer[:, :, : max(counts)].cpu().transpose(1, 2) for buffer in store.buffers(layer)]
     return [torch.cat(buffers, -1)[sequence, :count].flatten(1) for sequence, count in enumerate(counts)]
 
 

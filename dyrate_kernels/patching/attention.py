@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dyrate_kernels.cache import as_autocast
+from dyrate_kernels.generation.attend import as_autocast
 
 IMPLEMENTATION = "dyrate"  # name of the attention function in transformers' registry
 CARRIER = "dyrate"  # keyword by which a carrier reaches the attention function

@@ -11,12 +11,42 @@ import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from dyrate_kernels.patching.session import Session
+from dyrate_kernels.families import Family
+from dyrate_kernels.generation.heads import HeadShards
+from dyrate_kernels.generation.session import Session
 from dyrate_kernels.patching.vision import Prepared
+from dyrate_kernels.policies.base import ModelShape, Policy
+from dyrate_kernels.vision.base import Reducer
+
+
+class Owner(Protocol):
+    """A patched model's ``Handle``, as the parts of the patch know it.
+
+    Attributes:
+        running: the calls of ``generate()`` under way, in all threads, the newest last.
+        The others: as of ``Handle``.
+    """
+
+    model: Any
+    family: Family
+    policy: Policy
+    retention: str
+    record_importance: bool
+    heads: HeadShards | None
+    vision: tuple[Reducer, ...]
+    graph: Any
+    fused: Any
+    running: list[Call]
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def shape(self) -> ModelShape: ...
 
 
 @dataclass(eq=False)
@@ -38,7 +68,7 @@ class Call:
         thread: identifier of the thread that it runs in.
     """
 
-    owner: Any
+    owner: Owner
     outer: Call | None
     session: Session | None = None
     asks: dict[str, Any] = field(default_factory=dict)
@@ -67,14 +97,14 @@ def _here() -> Call | None:
     return call if call is not None and call.thread == threading.get_ident() else None
 
 
-def current(owner: Any) -> Call | None:
+def current(owner: Owner) -> Call | None:
     """The innermost call under way in this thread, if it is one of ``owner``'s."""
     call = _here()
     return call if call is not None and call.owner is owner else None
 
 
 @contextlib.contextmanager
-def begin(owner: Any) -> Iterator[Call]:
+def begin(owner: Owner) -> Iterator[Call]:
     """Within: a call of ``owner``'s."""
     call = Call(owner, _here())
     token = _CURRENT.set(call)

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dyrate_kernels.cache import VisualCache
 from dyrate_kernels.ops import layer_settings
 from dyrate_kernels.ops import layers as ops
 from dyrate_kernels.patching.attention import CARRIER, sliding_window
+from dyrate_kernels.patching.cache import VisualCache
 from dyrate_kernels.patching.families import decoder_layers
 
 

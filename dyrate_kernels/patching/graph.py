@@ -1,9 +1,9 @@
 """``patch(model, cuda_graph=True)``: one decode step is captured as a CUDA graph and replayed for the steps that follow.
 
-A decode step reads nothing on the host and depends on no host number that changes from step to step (design.md, section 6), so a capture of
-it stays valid while lengths, rates and kept sets change. What a capture does bake in is compared before every replay: the addresses of the
-cache's, the record's and the policy's tensors, capacities, the batch, which sliding windows are full. Where one of them changed (a text
-region that grew, a window that was reached) the step is captured anew.
+A decode step reads nothing on the host and depends on no host number that changes from step to step (docs/design.md, section 6), so a
+capture of it stays valid while lengths, rates and kept sets change. What a capture does bake in is compared before every replay
+(``Session.step_state``): the addresses of the rows', the record's and the policy's tensors, capacities, the batch, which sliding windows
+are full. Where one of them changed (a text region that grew, a window that was reached) the step is captured anew.
 
 The life of a graph is one ``generate()`` call: its first decode step runs eagerly on the capture stream (it compiles kernels and allocates
 workspaces), the second is captured and replayed at once, all others are replayed. A capture costs the host about what an eager step costs,
@@ -24,20 +24,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from dyrate_kernels.generation.session import Session, StepState
 from dyrate_kernels.ops import workspace
 from dyrate_kernels.patching import calls
-from dyrate_kernels.patching.calls import Call
+from dyrate_kernels.patching.cache import VisualCache
+from dyrate_kernels.patching.calls import Call, Owner
 from dyrate_kernels.patching.families import CACHE_NAMES, cache_in, cache_name
-from dyrate_kernels.patching.session import Session
-
-if TYPE_CHECKING:
-    from dyrate_kernels.patching.api import Handle
 
 logger = logging.getLogger(__name__)
 
@@ -159,24 +157,24 @@ class _Captured:
     """A captured step.
 
     Attributes:
-        key: of the state it was captured in.
+        key: ``_key`` of the step it was captured in.
         replay: runs it.
         output: its result: tensors at fixed addresses, ``_CACHE`` for the cache.
         make: builds the result that the model's ``forward`` gives.
-        read: (owner, attribute, address) of what it reads and eager code may have replaced.
-        written: (owner, attribute, tensor) of what it makes: the step replaces these attributes.
+        read: of ``StepState.made`` what it reads and eager code may have replaced: by place, the address.
+        made: of ``StepState.made`` what it makes: by place, the tensor.
     """
 
     key: tuple
     replay: Callable[[], None]
     output: dict[Any, Any]
     make: Callable[[dict[Any, Any]], Any]
-    read: list[tuple[Any, str, int | None]]
-    written: list[tuple[Any, str, Tensor | None]]
+    read: dict[int, int | None]
+    made: dict[int, Tensor]
 
-    def serves(self, key: tuple) -> bool:
+    def serves(self, key: tuple, state: StepState) -> bool:
         """The state is the one it was captured in."""
-        return self.key == key and all(_address(getattr(owner, name)) == address for owner, name, address in self.read)
+        return self.key == key and all(_address(state.made[place]) == address for place, address in self.read.items())
 
     def result(self, cache: Any) -> Any:
         """A copy of the output: the next replay overwrites the original, and generate() or the user may hold on to this."""
@@ -210,15 +208,15 @@ class StepGraph:
     """Stands in for the ``forward`` of one patched model.
 
     Args:
-        handle: of the patched model.
+        owner: the ``Handle`` of the patched model.
 
     Attributes:
         captures, replays: how many steps were captured (each is also replayed once) and how many replayed in all.
         off: why this handle captures nothing any more; None while it may.
     """
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
         self.captures = self.replays = 0
         self.off: str | None = None
         self._told: set[str] = set()
@@ -234,12 +232,12 @@ class StepGraph:
     @property
     def eager(self) -> Callable[..., Any]:
         """The model's own forward."""
-        model = self.handle.model
+        model = self.owner.model
         return type(model).forward.__get__(model)
 
     def install(self) -> None:
         """Takes the place of the instance's ``forward``."""
-        attributes = vars(self.handle.model)
+        attributes = vars(self.owner.model)
         if "forward" in attributes:
             self.off = "the forward of this model instance was replaced before dyrate_kernels.patch() (accelerate's hooks do that)"
             self._tell(self.off)
@@ -248,7 +246,7 @@ class StepGraph:
 
     def remove(self) -> None:
         """Gives ``forward`` back, also where accelerate has wrapped it meanwhile."""
-        attributes = vars(self.handle.model)
+        attributes = vars(self.owner.model)
         if attributes.get("forward") is self:
             del attributes["forward"]
         if attributes.get("_old_forward") is self:
@@ -257,7 +255,7 @@ class StepGraph:
     # ---- forward ----------------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = calls.current(self.handle)
+        call = calls.current(self.owner)
         session = None if call is None else self._session_of_step(call, args, kwargs)
         inputs = None if session is None else _split(kwargs)
         if call is None or session is None or inputs is None:
@@ -270,20 +268,21 @@ class StepGraph:
         if run.recorder is None:
             return self.eager(**kwargs)
         session.reserve_step()
-        key = (inputs.key, *_state(session))
+        state = session.step_state()
+        key = (inputs.key, state.sizes, state.lasting)
         if run.captured is not None:
-            if run.captured.serves(key):
-                return self._replay(run, run.captured, inputs)
+            if run.captured.serves(key, state):
+                return self._replay(run, run.captured, inputs, cache_in(kwargs))
             run.captured = None
         if run.warmed == key:
-            return self._capture(run, key, inputs, kwargs)
+            return self._capture(run, key, state, inputs, kwargs)
         if run.warm_ups == _MOST_WARM_UPS:
             self._give_up(run, CannotCapture(_REPLACED))
             return self.eager(**kwargs)
         run.warm_ups += 1
         run.warmed, run.buffers = key, {name: value.clone() for name, value in inputs.tensors.items()}
-        with run.recorder.warm_up(), _whole_regions(session), workspace.owned(run.scratch):
-            return self._step(run, inputs)
+        with run.recorder.warm_up(), session.whole_regions(), workspace.owned(run.scratch):
+            return self._step(run, inputs, cache_in(kwargs))
 
     def _session_of_step(self, call: Call, args: tuple, kwargs: dict) -> Session | None:
         """The session if this is a plain decode step of ``call``. Reads nothing on a device."""
@@ -291,67 +290,56 @@ class StepGraph:
         if session is None or args or self.off is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         ids = kwargs.get("input_ids")
-        if cache_in(kwargs) is not session.cache or not isinstance(ids, Tensor) or ids.dim() != 2:
+        cache = cache_in(kwargs)
+        if not isinstance(cache, VisualCache) or cache.session is not session or not isinstance(ids, Tensor) or ids.dim() != 2:
             return None
-        if ids.shape[0] != session.cache.batch_size or not session.is_decode(ids.shape[1]):
+        if ids.shape[0] != cache.batch_size or not session.is_decode(ids.shape[1]):
             return None
-        return None if session.frozen or session.in_forward else session
+        return None if session.turn.frozen or session.in_forward else session
 
-    def _step(self, run: _Run, inputs: _Inputs) -> Any:
+    def _step(self, run: _Run, inputs: _Inputs, cache: VisualCache) -> Any:
         """The model's own forward on the buffers."""
-        given = {**inputs.constants, **run.buffers, cache_name(): run.session.cache}
+        given = {**inputs.constants, **run.buffers, cache_name(): cache}
         if given.get("position_ids") is None:  # the model would count on the host
             given["position_ids"] = run.session.column.long()[None]
         return self.eager(**given)
 
-    def _replay(self, run: _Run, captured: _Captured, inputs: _Inputs) -> Any:
-        session = run.session
+    def _replay(self, run: _Run, captured: _Captured, inputs: _Inputs, cache: VisualCache) -> Any:
         _fill(run.buffers, inputs)
-        session.in_forward = True  # should the replay raise, the rows are incomplete
-        captured.replay()
-        for owner, name, tensor in captured.written:
-            setattr(owner, name, tensor)
-        session.note_replay()
+        run.session.replay(captured.replay, captured.made)
         self.replays += 1
-        return captured.result(session.cache)
+        return captured.result(cache)
 
-    def _capture(self, run: _Run, key: tuple, inputs: _Inputs, kwargs: dict) -> Any:
-        session = run.session
+    def _capture(self, run: _Run, key: tuple, before: StepState, inputs: _Inputs, kwargs: dict) -> Any:
+        session, cache = run.session, cache_in(kwargs)
         assert run.recorder is not None
-        saved = _Bookkeeping(session)
-        before = [(owner, name, getattr(owner, name)) for owner, name in _replaceable(session)]
-        addresses = _addresses(session)
+        recorder = run.recorder
         _fill(run.buffers, inputs)
         try:
-            with _whole_regions(session), workspace.owned(run.scratch):
-                replay, output = run.recorder.record(lambda: self._step(run, inputs))
-            items, make = _outline(output, session.cache)
-            if _addresses(session) != addresses:
-                raise CannotCapture(_REPLACED)
+            with session.undone_on_error():  # nothing happened on the device
+                with session.whole_regions(), workspace.owned(run.scratch):
+                    replay, output = recorder.record(lambda: self._step(run, inputs, cache))
+                items, make = _outline(output, cache)
+                after = session.step_state()
+                if after.lasting != before.lasting:
+                    raise CannotCapture(_REPLACED)
         except Exception as error:
-            saved.restore()
             self._give_up(run, error)
             return self.eager(**kwargs)
-        except BaseException:
-            saved.restore()  # nothing happened on the device
-            raise
-        written = [(owner, name, getattr(owner, name)) for owner, name, old in before if getattr(owner, name) is not old]
-        made = {(id(owner), name) for owner, name, _ in written}
-        read = [(owner, name, _address(old)) for owner, name, old in before if (id(owner), name) not in made]
-        captured = run.captured = _Captured(key, replay, items, make, read, written)
+        made = {place: tensor for place, tensor in enumerate(after.made) if tensor is not None and tensor is not before.made[place]}
+        read = {place: _address(tensor) for place, tensor in enumerate(before.made) if place not in made}
+        captured = run.captured = _Captured(key, replay, items, make, read, made)
         run.warm_ups = 0
         self.captures += 1
-        session.in_forward = True
-        replay()  # so far nothing has run: the step that was captured takes place now
-        session.in_forward = False
+        session.carry_out(replay)  # so far nothing has run: the step that was captured takes place now
         self.replays += 1
-        return captured.result(session.cache)
+        return captured.result(cache)
 
     # ---- where it does not go ---------------------------------------------------------------------------------------------------
 
     def _recorder(self, call: Call) -> Recorder | None:
         """The recorder for this generation; None, and a word to the user, where the model cannot be captured."""
-        if any(other.thread != call.thread and getattr(other.graph, "recorder", None) is not None for other in self.handle.running):
+        if any(other.thread != call.thread and getattr(other.graph, "recorder", None) is not None for other in self.owner.running):
             return None  # of the same stream and the same scratch memory: this one runs eagerly beside it
         try:
             return self._checked_recorder()
@@ -361,7 +349,7 @@ class StepGraph:
 
     def _checked_recorder(self) -> Recorder:
         """The handle's own."""
-        model = self.handle.model
+        model = self.owner.model
         for name, module in model.named_modules():
             if hasattr(module, "_hf_hook"):
                 raise CannotCapture(f"accelerate's hooks are on the model ({name or type(model).__name__})")
@@ -392,35 +380,6 @@ class StepGraph:
             warnings.warn(f"cuda_graph=True has no effect: {reason}. Decode steps run eagerly, with the same results.", stacklevel=2)
 
 
-class _Bookkeeping:
-    """The host's side of a session, to be put back when a capture breaks off."""
-
-    def __init__(self, session: Session) -> None:
-        owners = [session, session.cache, *session.cache.groups, session.record]
-        self.saved = [
-            (owner, {name: value.copy() if type(value) in (list, dict, set) else value for name, value in vars(owner).items()})
-            for owner in owners
-            if owner is not None
-        ]
-
-    def restore(self) -> None:
-        """Everything is as it was."""
-        for owner, values in self.saved:
-            vars(owner).clear()
-            vars(owner).update(values)
-
-
-@contextlib.contextmanager
-def _whole_regions(session: Session) -> Iterator[None]:
-    """No bound that changes from step to step reaches an operator: the text region is read up to its capacity."""
-    before = session.bounds_at_capacity
-    session.bounds_at_capacity = True
-    try:
-        yield
-    finally:
-        session.bounds_at_capacity = before
-
-
 def _split(kwargs: dict[str, Any]) -> _Inputs | None:
     """The arguments of a plain step; None for a pass that asks for more."""
     tensors: dict[str, Tensor] = {}
@@ -448,31 +407,6 @@ def _fill(buffers: dict[str, Tensor], inputs: _Inputs) -> None:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _addresses(session: Session) -> tuple[int | None, ...]:
-    """Of every tensor that lasts from step to step and is written in place."""
-    cache = session.cache
-    tensors = [*cache.keys, *cache.values, cache.n_text, cache.text_type, cache.text_column, cache.token_column]
-    tensors += [session.step, session.column, *session.state.values()]
-    for group in cache.groups:
-        tensors += [group.n_visual, group.token, group.alive]
-    if session.record is not None:
-        tensors += session.record.tensors()
-    return tuple(map(_address, tensors))
-
-
-def _replaceable(session: Session) -> list[tuple[Any, str]]:
-    """(owner, attribute) of the tensors that a step reads, or makes anew where the policy decides in it."""
-    return [(group, name) for group in session.cache.groups[1:] for name in ("kept", "n_kept")] + [(session, "last_rate")]
-
-
-def _state(session: Session) -> tuple:
-    """What a capture bakes in, besides the arguments of the step."""
-    cache = session.cache
-    rows = tuple((group.capacity, group.bound) for group in cache.groups)
-    windows = tuple(sorted(window for window in session.windows if window <= cache.length))
-    return cache.batch_size, cache.text_capacity, rows, windows, tuple(session.state), _addresses(session)
 
 
 def _outline(output: Any, cache: Any) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any]]:

@@ -2,36 +2,23 @@
 
 Hooks on the decoder layers: the first layer of each pruned group gathers hidden states, position embeddings and position ids to the kept
 columns (right aligned); every later layer gets the gathered positions; after the last layer the hidden states are scattered back to
-their columns. An early chunk of a chunked prompt waits in the session until the last chunk decides, so chunking changes no result.
+their columns. An early chunk of a chunked prompt waits (``turn.EarlyChunk``) until the last chunk decides, so chunking changes no result.
 Where a policy merges (``Decision.merge``), a token that stays enters the group as the mean of its parts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dyrate_kernels.generation.index import scattered
+from dyrate_kernels.generation.plan import MultiTokenPass
+from dyrate_kernels.generation.session import Session
 from dyrate_kernels.patching.attention import CARRIER
 
 POSITIONS = ("position_embeddings", "position_ids")
-
-
-@dataclass
-class Waiting:
-    """An early chunk of a prompt, held back from the pruned layers.
-
-    Attributes:
-        slot: the chunk's ``Slot``.
-        hidden: ``[B, q, d]``, what the first pruned layer would have received.
-        positions: by layer, its positional arguments (``POSITIONS``). Layers may have different ones: two rotary bases in Gemma 3.
-    """
-
-    slot: Any
-    hidden: Tensor
-    positions: dict[int, tuple[Any, ...]]
 
 
 def gather_columns(value: Any, source: Tensor) -> Any:
@@ -58,11 +45,6 @@ def _join(parts: list[Any], batch: int) -> Any:
     if parts[0].ndim == 4:
         return torch.stack([_join(list(each), batch) for each in zip(*parts, strict=True)])
     return torch.cat([p.expand(batch, *p.shape[1:]) for p in parts], dim=1)
-
-
-def _tokens(slot: Any) -> Tensor:
-    """int64 ``[B, q]``: the visual token of each column, -1 for text, filler and dropped tokens."""
-    return torch.where(slot.stored, slot.token, -1)
 
 
 def merge_columns(hidden: Tensor, token: Tensor, kept: Tensor, kept_token: Tensor, merge: Tensor) -> Tensor:
@@ -107,53 +89,49 @@ class ShrinkHooks:
 
     def before(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Shrinks what layer ``index`` receives."""
-        cache = kwargs.get(CARRIER)
-        if cache is None:
+        found = _shrinking(kwargs)
+        if found is None:
             return None
-        session = cache.session
-        forward = session.forward
-        if forward is None or forward.decode or not (forward.deferred or forward.shrunk):
-            return None
+        session, passing = found
         hidden = args[0] if args else kwargs["hidden_states"]
         positions = tuple(kwargs.get(name) for name in POSITIONS)
-        if forward.deferred:
-            if index == self.first:
-                session.waiting.append(Waiting(forward.slots[0], hidden, {}))
-            session.waiting[-1].positions[index] = positions
+        if passing.deferred:
+            chunk = session.hold_back(hidden) if index == self.first else session.turn.waiting[-1]
+            chunk.positions[index] = positions
             if index == self.first:
                 hidden = hidden[:, -1:]  # a token amount of work, whose result nobody reads: layers cannot be skipped from a hook
-            last = torch.full((hidden.shape[0], 1), forward.width - 1, dtype=torch.int64, device=hidden.device)
+            last = torch.full((hidden.shape[0], 1), passing.width - 1, dtype=torch.int64, device=hidden.device)
             return self._with(args, kwargs, hidden, gather_columns(positions, last))
         group = self.starts.get(index)
         if group is not None:
-            source = forward.source[group]
-            if group == 1:
-                hidden = torch.cat([waiting.hidden.to(hidden.device) for waiting in session.waiting] + [hidden], dim=1)
-            else:  # a deeper group keeps fewer: from columns of all the prompt to places among what the previous group kept
-                previous = forward.source[group - 1].to(source.device)
-                place = torch.zeros(source.shape[0], forward.joined_length, dtype=torch.int64, device=source.device)
-                place.scatter_(1, previous, torch.arange(previous.shape[1], device=source.device).expand_as(previous))
-                source = place.gather(1, source)
-            kept = gather_columns(hidden, source)
-            if group in forward.merge:
-                before = forward.joined[2] if group == 1 else _tokens(forward.slots[group - 1])
-                kept = merge_columns(hidden, before, kept, _tokens(forward.slots[group]), forward.merge[group])
-            hidden = kept
-        positions = self._gathered(session, index, positions, hidden.shape[0])
-        if index == self.last:
-            session.waiting = []
-        return self._with(args, kwargs, hidden, positions)
+            hidden = self._kept(session, passing, group, hidden)
+        return self._with(args, kwargs, hidden, self._gathered(session, index, positions, hidden.shape[0]))
 
-    def _gathered(self, session: Any, index: int, positions: tuple, batch: int) -> tuple:
+    def _kept(self, session: Session, passing: MultiTokenPass, group: int, hidden: Tensor) -> Tensor:
+        """What the first layer of a group receives: the columns that it keeps, merged where the policy merges."""
+        shrunk, joined = session.effects.shrunk, passing.joined
+        here, source = shrunk[group], shrunk[group].source
+        assert joined is not None
+        if group == 1:
+            hidden, token = torch.cat([chunk.hidden.to(hidden.device) for chunk in session.turn.waiting] + [hidden], dim=1), joined.token
+        else:  # a deeper group keeps fewer: from columns of all the prompt to places among what the previous group kept
+            previous = shrunk[group - 1].source.to(source.device)
+            places = torch.arange(previous.shape[1], device=source.device).expand_as(previous)
+            place = torch.zeros(source.shape[0], joined.column.shape[1], dtype=torch.int64, device=source.device)
+            source, token = place.scatter_(1, previous, places).gather(1, source), shrunk[group - 1].slots.stored_token
+        kept = gather_columns(hidden, source)
+        return kept if here.merge is None else merge_columns(hidden, token, kept, here.slots.stored_token, here.merge)
+
+    def _gathered(self, session: Session, index: int, positions: tuple, batch: int) -> tuple:
         """The positional arguments of layer ``index`` at the columns that its group keeps; shared by layers that are given the same."""
-        forward = session.forward
+        effects = session.effects
         group = max(number for start, number in self.starts.items() if start <= index)
         key = (group, *map(id, positions))
-        if key not in forward.positions:
-            earlier = [waiting.positions[index] for waiting in session.waiting]
+        if key not in effects.gathered:
+            earlier = [chunk.positions[index] for chunk in session.turn.waiting]
             joined = tuple(_join(list(each), batch) for each in zip(*earlier, positions, strict=True)) if earlier else positions
-            forward.positions[key] = (positions, gather_columns(joined, forward.source[group]))  # held, so that ids stay theirs
-        return forward.positions[key][1]
+            effects.gathered[key] = (positions, gather_columns(joined, effects.shrunk[group].source))  # held, so that ids stay theirs
+        return effects.gathered[key][1]
 
     @staticmethod
     def _with(args: tuple, kwargs: dict, hidden: Tensor, positions: tuple) -> tuple[tuple, dict]:
@@ -164,23 +142,33 @@ class ShrinkHooks:
 
     def after(self, kwargs: dict, output: Any) -> Any:
         """Puts the last layer's hidden states back to their columns; dropped columns are zero."""
-        cache = kwargs.get(CARRIER)
-        forward = cache.session.forward if cache is not None else None
-        if forward is None or forward.decode or not (forward.deferred or forward.shrunk):
+        found = _shrinking(kwargs)
+        if found is None:
             return None
+        session, passing = found
         hidden = output[0] if isinstance(output, tuple) else output
-        batch = hidden.shape[0]
-        restored = hidden.new_zeros(batch, forward.width + 1, hidden.shape[2])
-        if forward.deferred:
-            restored[:, forward.width - 1] = hidden[:, -1]
+        width = passing.width
+        if passing.deferred:
+            restored = hidden.new_zeros(hidden.shape[0], width, hidden.shape[2])
+            restored[:, width - 1] = hidden[:, -1]
         else:
-            source = forward.source[len(self.starts)].to(hidden.device) - (forward.joined_length - forward.width)
-            # columns of earlier chunks, and the filler of shorter sequences, fall into the spare column
-            filled = forward.filled[len(self.starts)].to(hidden.device)
-            source = torch.where((source < 0) | ~filled, forward.width, source)
-            restored.scatter_(1, source[:, :, None].expand_as(hidden), hidden)
-        restored = restored[:, :-1]
+            here, joined = session.effects.shrunk[len(self.starts)], passing.joined
+            assert joined is not None
+            source = here.source.to(hidden.device) - (joined.column.shape[1] - width)
+            # columns of earlier chunks, and the filler of shorter sequences, fall away
+            restored = scattered(torch.where(here.filled.to(hidden.device), source, -1), hidden, width)
         return (restored, *output[1:]) if isinstance(output, tuple) else restored
+
+
+def _shrinking(kwargs: dict) -> tuple[Session, MultiTokenPass] | None:
+    """The session and its pass, where layers receive fewer columns in it."""
+    cache = kwargs.get(CARRIER)
+    if cache is None:
+        return None
+    passing = cache.session.passing
+    if not isinstance(passing, MultiTokenPass) or not (passing.deferred or cache.session.effects.shrunk):
+        return None
+    return cache.session, passing
 
 
 class _Before:

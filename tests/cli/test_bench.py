@@ -11,10 +11,10 @@ import torch
 
 from dyrate_kernels import policies
 from dyrate_kernels.cli.main import main
+from dyrate_kernels.generation import cpu_step
+from dyrate_kernels.generation.session import Session
 from dyrate_kernels.measuring import decoding, end_to_end, random_models, timing
 from dyrate_kernels.ops import reference
-from dyrate_kernels.patching import cpu_step
-from dyrate_kernels.patching.session import Session
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--rounds", "1", "--max-new-tokens", "12", "--json"]

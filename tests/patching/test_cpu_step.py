@@ -1,11 +1,11 @@
-"""Decode steps on a CPU (``patching.cpu_step``) against the same steps through the reference operators, in every dtype."""
+"""Decode steps on a CPU (``generation.cpu_step``) against the same steps through the reference operators, in every dtype."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dyrate_kernels.patching import cpu_step
+from dyrate_kernels.generation import cpu_step
 from tests import models
 from tests.checks import METHODS, RETENTIONS, ROWS, assert_close_logits, greedy, logits, patched
 
@@ -33,8 +33,9 @@ def test_a_step_is_that_of_the_reference(make_model, monkeypatch, family, text, 
             made.append(self)
 
     outputs = []
-    for step in (Spy, lambda *arguments: None):
-        monkeypatch.setattr(cpu_step, "CpuStep", step)
+    monkeypatch.setattr(cpu_step, "CpuStep", Spy)
+    for enabled in (True, False):
+        monkeypatch.setattr(cpu_step, "enabled", enabled)
         with patched(model, METHODS[method], retention) as handle:
             outputs.append((model.generate(**fields, **greedy(9)), handle.stats()))
     assert len(made) == 8, "the steps did not go the way that is tested here"
@@ -56,8 +57,8 @@ def test_importance_is_that_of_the_reference(make_model, monkeypatch):
     model = make_model("llava", "llama")
     fields = models.inputs(model, ROWS)
     found = []
-    for step in (cpu_step.CpuStep, lambda *arguments: None):
-        monkeypatch.setattr(cpu_step, "CpuStep", step)
+    for enabled in (True, False):
+        monkeypatch.setattr(cpu_step, "enabled", enabled)
         with patched(model, METHODS["none"], record_importance=True) as handle:
             model.generate(**fields, **greedy(4))
             found.append(torch.tensor([x for step in handle.stats().steps for row in step.importance for x in row]))

@@ -185,13 +185,13 @@ def test_longer_than_was_reserved(model, retention):
     with dk.patch(model, "none", retention=retention):
         first = model.generate(**fields, **greedy(2))
         cache = first.past_key_values
-        reserved = cache.text_capacity
+        reserved = cache.store.text_capacity
         steps = reserved + 10
         with torch.no_grad():
             for step in range(steps):
                 mask = torch.nn.functional.pad(fields["attention_mask"], (0, step + 2), value=1)
                 out = model(input_ids=first.sequences[:, -1:], attention_mask=mask, **{cache_name(): cache}, use_cache=True)
-        assert cache.text_capacity > reserved
+        assert cache.store.text_capacity > reserved
     ids = torch.cat([first.sequences, first.sequences[:, -1:].expand(-1, steps - 1)], 1)
     with torch.no_grad():
         mask = torch.nn.functional.pad(fields["attention_mask"], (0, steps + 1), value=1)

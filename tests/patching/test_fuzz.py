@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dyrate_kernels.patching import session
+from dyrate_kernels.generation import decide
 from tests import fuzz
 
 MADE: dict[Any, Any] = {}
@@ -18,10 +18,10 @@ def test_a_random_configuration_is_as_the_oracle_has_it(number):
 
 
 def test_a_broken_selection_is_a_miss(monkeypatch):
-    right = session.ops.select_tokens
+    right = decide.ops.select_tokens
 
     def wrong(score, *args, **kwargs):
         return right(-score, *args, **kwargs)
 
-    monkeypatch.setattr(session.ops, "select_tokens", wrong)
+    monkeypatch.setattr(decide.ops, "select_tokens", wrong)
     assert fuzz.run(12, seed=19) > 0

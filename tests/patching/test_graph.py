@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
-from dyrate_kernels import cache as cache_module
+from dyrate_kernels.generation import kv_store
+from dyrate_kernels.generation.session import Session
 from dyrate_kernels.ops import workspace
 from dyrate_kernels.patching import graph
 from dyrate_kernels.patching.families import cache_name
-from dyrate_kernels.patching.session import Session
 from dyrate_kernels.policies.base import Decision
 from dyrate_kernels.policies.fixed import Fixed
 from tests import models
@@ -124,7 +124,7 @@ def test_bit_for_bit(make_model, tape, monkeypatch, method, retention):
     assert torch.equal(got.sequences, want.sequences)
     assert torch.equal(logits(got), logits(want))
     assert got_stats.to_dict() == want_stats.to_dict()
-    for a, b in zip(got.past_key_values.keys, want.past_key_values.keys, strict=True):
+    for a, b in zip(got.past_key_values.store.keys, want.past_key_values.store.keys, strict=True):
         assert torch.equal(a, b)
 
 
@@ -174,10 +174,10 @@ def test_a_sliding_window_is_reached_in_the_middle(tape, method, retention):
 @RETENTION
 @pytest.mark.parametrize("method", ["dyrate", "fixed"])
 def test_text_region_and_record_grow_in_the_middle(make_model, tape, monkeypatch, method, retention):
-    monkeypatch.setattr(cache_module, "_ROUND", 4)
+    monkeypatch.setattr(kv_store, "ROUND", 4)
     begin = Session.begin_turn
     monkeypatch.setattr(
-        Session, "begin_turn", lambda self, prompt, longest, frozen, assistant=False: begin(self, prompt, prompt + 2, frozen, assistant)
+        Session, "begin_turn", lambda self, prompt, longest, frozen, **options: begin(self, prompt, prompt + 2, frozen, **options)
     )
     model = make_model()
     used = both(model, models.inputs(model, ROWS[:2]), greedy(40), policy=policy(METHODS[method]), retention=retention)
@@ -326,7 +326,7 @@ def test_a_kept_list_that_someone_replaces(make_model, tape, method):
     def shorten(module, args, output):
         calls.append(1)
         if len(calls) == 5:
-            for group in output.past_key_values.groups[1:]:
+            for group in output.past_key_values.store.groups[1:]:
                 group.n_kept = (group.n_kept - 2).clamp(min=0)
 
     def generate(**options):
@@ -364,7 +364,7 @@ def test_an_eager_step_between_replays(make_model, tape, monkeypatch):
     got, _, handle = run(model, models.inputs(model, ROWS), greedy(12), {**options, "cuda_graph": True})
     assert (handle.graph.captures, handle.graph.replays) == (1, 11 - 2)
     assert_same(got, want)
-    for a, b in zip(got.past_key_values.groups[1:], want.past_key_values.groups[1:], strict=True):
+    for a, b in zip(got.past_key_values.store.groups[1:], want.past_key_values.store.groups[1:], strict=True):
         assert torch.equal(a.kept, b.kept) and torch.equal(a.n_kept, b.n_kept)
 
 
@@ -655,7 +655,7 @@ def test_deepcopy(tape, retention):
     twin = copy.deepcopy(model)
     assert_same(twin.generate(**fields, **greedy(6)), pruned)
     own = vars(twin)["forward"]
-    assert own is not handle.graph and own.handle.model is twin
+    assert own is not handle.graph and own.owner.model is twin
     assert (handle.graph.captures, own.captures) == (1, 2)  # the copy went on counting for itself
     dk.unpatch(model)
     assert_same(model.generate(**fields, **greedy(6)), want)

@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache
 
 import dyrate_kernels as dk
-from dyrate_kernels.cache import VisualCache
+from dyrate_kernels.generation.plan import DecodePass
+from dyrate_kernels.patching.cache import VisualCache
 from dyrate_kernels.patching.families import cache_name
 from tests import models
 from tests.checks import fingerprint, greedy
@@ -198,10 +199,11 @@ def test_metadata_move_once_in_a_step_to_another_device(make_model):
 
     def watch(module, args, kwargs):
         session = kwargs["dyrate"].session
-        if session.forward is not None and session.forward.decode and session.cache.groups[1].kept is not None:
-            group = session.cache.groups[1]
-            there = [session._at(torch.device("meta"), group.kept) for _ in range(2)]
-            assert there[0] is there[1] and there[0].device.type == "meta" and session._at(group.kept.device, group.kept) is group.kept
+        kept = session.store.groups[1].kept
+        if isinstance(session.passing, DecodePass) and kept is not None:
+            attention = session.passing.attention
+            there = [attention.at(torch.device("meta"), kept) for _ in range(2)]
+            assert there[0] is there[1] and there[0].device.type == "meta" and attention.at(kept.device, kept) is kept
             seen.append(id(there[0]))
 
     hooks = [model.get_decoder().layers[i].register_forward_pre_hook(watch, with_kwargs=True) for i in (3, 4)]
@@ -262,7 +264,7 @@ def test_nothing_is_kept_alive():
     fields = models.inputs(model, ROWS)
     handle = dk.patch(model, FIXED)
     output = model.generate(**fields, **greedy(4))
-    keys = weakref.ref(output.past_key_values.keys[0])
+    keys = weakref.ref(output.past_key_values.store.keys[0])
     cache = weakref.ref(output.past_key_values)
     del output
     gc.collect()
@@ -296,7 +298,7 @@ def test_keys_and_values_are_free_as_soon_as_generate_returns(make_model, monkey
             assert handle.stats().steps
             output = model.generate(**fields, max_new_tokens=3, return_dict_in_generate=True)
             assert made.pop()() is output.past_key_values
-            assert output.past_key_values.session is not None
+            assert output.past_key_values.store.keys[0] is not None
     finally:
         gc.enable()
 

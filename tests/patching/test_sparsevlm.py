@@ -159,8 +159,8 @@ def test_chunks_change_nothing(make_model, chunk):
         want = model.generate(**fields, **greedy(6))
         got = model.generate(**fields, **greedy(6, prefill_chunk_size=chunk))
     assert_same(got, want)
-    raters = got.past_key_values.session.raters
-    assert not raters.chunks and not raters.embedded and raters.column is None  # nothing of the prompt is held any longer
+    ranker = got.past_key_values.session.ranker
+    assert not ranker.chunks and not ranker.embedded and ranker.column is None  # nothing of the prompt is held any longer
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 4, "eos_token_id": -1}], ids=["beams", "drafts"])
@@ -195,7 +195,7 @@ def test_second_picture_merges_only_its_own(make_model, chunk):
                 input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=second["pixel_values"], **{cache_name(): held},
                 **greedy(4, **retries),
             )  # fmt: skip
-            assert [int(group.n_visual) for group in held.groups] == [50, 30, 20, 10]
+            assert [int(group.n_visual) for group in held.store.groups] == [50, 30, 20, 10]
             assert handle.stats().visual_tokens == [50]
         results.append(got)
     assert_same(*results)
@@ -210,11 +210,11 @@ def test_a_row_without_a_new_picture_keeps_its_choice(make_model, retention):
     with dk.patch(model, POLICY, retention=retention):
         got = model.generate(**first, **greedy(4))
         held = got.past_key_values
-        before = [(group.alive if retention == "evict" else group.kept).clone() for group in held.groups[1:]]
+        before = [(group.alive if retention == "evict" else group.kept).clone() for group in held.store.groups[1:]]
         ids = torch.cat([got.sequences, second["input_ids"]], 1)
         mask = torch.cat([first["attention_mask"], torch.ones(2, 36, dtype=torch.long)], 1)
         model.generate(input_ids=ids, attention_mask=mask, pixel_values=second["pixel_values"], **{cache_name(): held}, **greedy(2))
-        for group, was, share in zip(held.groups[1:], before, SHARES, strict=True):
+        for group, was, share in zip(held.store.groups[1:], before, SHARES, strict=True):
             now = group.alive if retention == "evict" else group.kept
             width = was.shape[1]
             assert torch.equal(now[0, :width], was[0]) and not torch.equal(now[1, :width], was[1])

@@ -172,9 +172,9 @@ class Plugin:
 
     def _patch_classes(self) -> None:
         import transformers
-        from tests.generation import test_utils
 
         from dyrate_kernels.patching import api
+        from tests.generation import test_utils
 
         for name in FAMILIES.values():
             self._patch_class(getattr(transformers, name))
@@ -244,7 +244,7 @@ def _repair_tests() -> None:
 
 def _for_visual_cache(check: Any, otherwise: Any) -> Any:
     """A check of the test class, replaced for our cache, which has no ``layers[i].keys`` to look at."""
-    from dyrate_kernels.cache import VisualCache
+    from dyrate_kernels import VisualCache
 
     @functools.wraps(otherwise)
     def checked(test: Any, *args: Any, **kwargs: Any) -> None:
@@ -256,7 +256,7 @@ def _for_visual_cache(check: Any, otherwise: Any) -> Any:
 
 def _accepting_visual_cache(original: type) -> type:
     """``DynamicCache`` for the tests' ``isinstance``: our cache stands in its place."""
-    from dyrate_kernels.cache import VisualCache
+    from dyrate_kernels import VisualCache
 
     class Kind(type(original)):
         def __instancecheck__(cls, instance: Any) -> bool:
@@ -269,21 +269,22 @@ def dense_rows(cache: Any, layer: int) -> tuple[Any, Any, Any]:
     """A layer in the order of the prompt: keys and values ``[B, Hkv, columns, D]``, and which are stored, bool ``[B, columns]``."""
     import torch
 
-    group = cache.group_of[layer]
-    column = cache.columns(group, group.bound, cache.text_bound).long()
+    store = cache.store
+    group = store.group_of[layer]
+    column = store.columns(group, group.bound, store.text_bound).long()
     batch = column.shape[0]
     live = torch.cat(
         [
             torch.arange(group.bound, device=column.device) < group.n_visual[:, None],
-            torch.arange(cache.text_bound, device=column.device) < cache.n_text[:, None],
+            torch.arange(store.text_bound, device=column.device) < store.n_text[:, None],
         ],
         dim=1,
     )
-    column = torch.where(live, column, cache.length)
-    stored = torch.zeros(batch, cache.length + 1, dtype=torch.bool, device=column.device).scatter_(1, column, True)[:, :-1]
+    column = torch.where(live, column, store.length)
+    stored = torch.zeros(batch, store.length + 1, dtype=torch.bool, device=column.device).scatter_(1, column, True)[:, :-1]
     dense = []
-    for rows in cache.live_slices(layer):
-        out = rows.new_zeros(batch, rows.shape[1], cache.length + 1, rows.shape[3])
+    for rows in store.live_slices(layer):
+        out = rows.new_zeros(batch, rows.shape[1], store.length + 1, rows.shape[3])
         out.scatter_(2, column[:, None, :, None].expand_as(rows), rows)
         dense.append(out[:, :, :-1])
     return dense[0], dense[1], stored

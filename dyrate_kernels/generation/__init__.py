@@ -1,0 +1,22 @@
+"""What happens in one generation, whoever runs the model: rows, passes, decisions and what they do. Imports no transformers.
+
+Each module imports only those above it, and nobody points back (``tests/test_imports.py``):
+
+==============  =====================================================================================================
+``index``       scatter, mark, right-align: what is done with tables of indices
+``kv_store``    ``RowStore``: buffers, layer groups, write, evict, reorder
+``heads``       heads that several processes share
+``layout``      which column sits in which row, its token type, what may see what
+``attend``      attention and statistics of both kinds of pass; knows no policy
+``cpu_step``    the same of a decode step on a CPU
+``turn``        one ``generate()``: its bounds, what was there before it; reduced prompts
+``plan``        ``DecodePass``, ``MultiTokenPass``: complete when made
+``ranking``     by which prompt rows visual tokens are ranked
+``decide``      the only caller of ``Policy.decide`` and of the selection by rank
+``apply``       what a decision does: a list to read through, rows that move, a shrunk prompt, a mask for draft tokens
+``record``      what ``stats()`` reads
+``session``     the order of events
+==============  =====================================================================================================
+
+An engine that keeps its own cache needs none of it but ``decide.choose``: tensors in, lists of kept tokens out.
+"""

@@ -1,0 +1,199 @@
+"""Attention and its statistics, of a decode step (through ``dyrate_kernels.ops``) and of a pass of several tokens. Knows no policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, scaled_dot_product_attention
+
+from dyrate_kernels import ops
+from dyrate_kernels.generation.kv_store import RowStore
+from dyrate_kernels.generation.layout import KeyRows
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast what ``scaled_dot_product_attention`` makes of its arguments there: all in autocast's dtype. Else the same tensors."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+# ---- a decode step ------------------------------------------------------------------------------------------------------------------
+
+
+class OperatorStep:
+    """The attention of one decode step, layer by layer, by the operators of a backend.
+
+    Args:
+        store: whose rows are read; the new token counts in ``n_text`` already.
+        row: int64 ``[B, 1]``, the text row of the new token.
+        column: int32 ``[1]``, its column.
+        unpruned: all rows are read, whatever is kept.
+        whole: the text region is read up to its capacity: no bound that changes from step to step reaches an operator.
+
+    Attributes:
+        fuses: attention and decision can be one call (``step``).
+    """
+
+    fuses = True
+
+    def __init__(self, store: RowStore, row: Tensor, column: Tensor, unpruned: bool, whole: bool) -> None:
+        self.store, self.row, self.column, self.unpruned = store, row, column, unpruned
+        self.text_bound = store.text_capacity if whole else store.text_bound
+        self._new: tuple[Tensor, Tensor] | None = None  # key and value [B, Hkv, D] that the layer's attention is to store
+        self._rotation: tuple[Tensor, Tensor] | None = None  # cos and sin by which the attention is to rotate query and new key
+        self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # metadata and their copies on other devices
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Takes the new row: key, value ``[B, Hkv, 1, D]``; **written to the store**, here or by the attention that follows."""
+        store = self.store
+        if store.backend == "reference" or store.keys[layer] is None:
+            store.write(layer, key, value, store.group_of[layer].capacity + self.row)
+        else:
+            self._new = (key[:, :, 0], value[:, :, 0])  # the attention kernel writes it: two launches fewer a layer
+
+    def rotate(self, layer: int, cos: Tensor, sin: Tensor) -> bool:
+        """Asks that the attention of ``layer`` rotates query and new key; before ``write``. Returns whether it will."""
+        if self.store.backend == "reference" or self.store.keys[layer] is None:
+            return False
+        self._rotation = (cos, sin)
+        return True
+
+    def attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+        """Attention over the rows that the layer may read.
+
+        Args:
+            query: ``[B, Hq, 1, D]``.
+            window: a sliding window that some row may have left; None: every live row is visible.
+
+        Returns:
+            ``[B, 1, Hq, Dv]``.
+        """
+        return ops.trusted("decode_attention", self.store.backend, query.device)(**self._rows(layer, query, scale, window))[0][:, None]
+
+    def score(self, layer: int, query: Tensor, scale: float, window: int | None, importance: bool) -> tuple[Tensor, Tensor, Any]:
+        """Output ``[B, Hq, Dv]``, mass, and importance by row where it is asked for, as of ``ops.decode_attention``."""
+        rows = self._rows(layer, query, scale, window)
+        rows["text_type"] = self.at(query.device, self.store.text_type)
+        return ops.trusted("decode_attention", self.store.backend, query.device)(**rows, mass=True, importance=importance)
+
+    def step(self, layer: int, query: Tensor, scale: float, window: int | None, **decide: Any) -> ops.DecodeStep:
+        """``ops.decode_step`` by a predictor (weight, bias, rates, alive, max_kept), in a layer that holds every visual row."""
+        rows = self._rows(layer, query, scale, window)
+        rows["text_type"] = self.at(query.device, self.store.text_type)
+        return ops.DecodeStep(*ops.trusted("decode_step", self.store.backend, query.device)(**rows, **decide))
+
+    def changed(self) -> None:
+        """A decision took effect: lists are others, counts may have changed in place."""
+        self._moved.clear()
+
+    def at(self, device: torch.device, tensor: Tensor) -> Tensor:
+        """``tensor`` on ``device``; moved there once in a step, however many layers read it there."""
+        if tensor.device == device:
+            return tensor
+        key = (id(tensor), device)
+        if key not in self._moved:
+            self._moved[key] = (tensor, tensor.to(device))  # held, so that its id stays its own
+        return self._moved[key][1]
+
+    def _rows(self, layer: int, query: Tensor, scale: float, window: int | None) -> dict[str, Any]:
+        """What ``ops.decode_attention`` is given in ``layer``, but for statistics and the backend."""
+        store, device = self.store, query.device
+        group = store.group_of[layer]
+        rows: dict[str, Any] = {
+            "query": query[:, :, 0],
+            "key": store.keys[layer],
+            "value": store.values[layer],
+            "n_visual": self.at(device, group.n_visual),
+            "n_text": self.at(device, store.n_text),
+            "visual_capacity": group.capacity,
+            "scale": scale,
+            "visual_bound": group.bound,
+            "text_bound": self.text_bound,
+            "clean": True,  # the store fills its buffers with zeros
+        }
+        if self._new is not None:
+            rows["new_key"], rows["new_value"] = self._new
+            self._new = None
+        if self._rotation is not None:
+            rows["cos"], rows["sin"] = self._rotation
+            self._rotation = None
+        if window is not None:
+            rows["position"] = store.columns(group, group.capacity, store.text_capacity).to(device)
+            rows["query_position"] = self.at(device, self.column).expand_as(rows["n_text"])
+            rows["window"] = window
+        if group.kept is not None and group.n_kept is not None and not self.unpruned:
+            rows["kept"], rows["n_kept"] = self.at(device, group.kept), self.at(device, group.n_kept)
+        return rows
+
+
+# ---- a pass of several tokens -------------------------------------------------------------------------------------------------------
+
+
+def attend_many(query: Tensor, rows: KeyRows, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention: query ``[B, Hq, q, D]``, mask bool ``[B, q, R]`` (None: plainly causal) -> ``[B, q, Hq, D]``, 0 of no row."""
+    key, value = per_query_head(query, rows.key), per_query_head(query, rows.value)
+    if mask is None:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+    blind = ~mask.any(-1, keepdim=True)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=(mask | blind)[:, None], scale=scale)
+    return output.masked_fill(blind[:, None], 0.0).transpose(1, 2)
+
+
+def row_statistics(query: Tensor, rows: KeyRows, mask: Tensor, scale: float, tokens: int) -> tuple[Tensor, Tensor]:
+    """What ``ops.score_last_query`` gives, for several query rows at once.
+
+    Args:
+        query: ``[B, Hq, r, D]``.
+        mask: bool ``[B, r, R]``.
+        tokens: N, width of the result.
+
+    Returns:
+        mass ``[B, r, Hq, 4]`` and importance ``[B, r, N]`` (mean over heads), float32 (float64 for float64 input).
+    """
+    weights = attention_weights(query, rows, mask, scale)
+    mass = torch.einsum("bhqr,brt->bqht", weights, one_hot(rows.type.long(), ops.reference.TYPES).to(weights.dtype))
+    return mass, by_token(weights.mean(1), rows.token, tokens)
+
+
+def last_row_statistics(store: RowStore, layer: int, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same of the prompt's last row alone, query ``[B, Hq, D]``, by ``ops.score_last_query``: mass ``[B, Hq, 4]``, importance."""
+    group, device = store.group_of[layer], query.device
+    return ops.score_last_query(
+        query, *store.buffers(layer), group.n_visual.to(device), store.n_text.to(device),
+        visual_capacity=group.capacity, scale=scale, text_type=store.text_type.to(device),
+        visual_bound=group.bound, text_bound=store.text_bound, backend=store.backend,
+    )  # fmt: skip
+
+
+def accumulator(tensor: Tensor) -> torch.dtype:
+    """What sums over rows of this dtype are made in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def per_query_head(query: Tensor, tensor: Tensor) -> Tensor:
+    """Key or value heads repeated for the query heads that share them."""
+    groups = query.shape[1] // tensor.shape[1]
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
+
+
+def attention_weights(query: Tensor, rows: KeyRows, mask: Tensor, scale: float) -> Tensor:
+    """Softmax weights ``[B, Hq, q, R]``; mask bool ``[B, q, R]``."""
+    dtype = accumulator(query)
+    return seen_softmax(query.to(dtype) @ per_query_head(query, rows.key).to(dtype).transpose(-1, -2) * scale, mask)
+
+
+def seen_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Over what each query sees: logits ``[B, H, q, R]``, mask bool ``[B, q, R]``; 0 where it sees nothing."""
+    weights = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+    return weights.masked_fill(~mask.any(-1, keepdim=True)[:, None], 0.0)
+
+
+def by_token(weights: Tensor, token: Tensor, tokens: int) -> Tensor:
+    """Sorts weights ``[B, q, R]`` by visual token: ``[B, q, N]``; text rows fall away."""
+    index = torch.where(token < 0, tokens, token)[:, None].expand_as(weights)
+    out = weights.new_zeros(*weights.shape[:2], tokens + 1)
+    return out.scatter_(2, index, weights)[..., :-1]

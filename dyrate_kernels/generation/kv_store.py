@@ -1,0 +1,406 @@
+"""Keys and values: per layer one buffer with a visual region and a text region.
+
+Layout of one layer (docs/design.md, section 6): keys and values are ``[B, Hkv, Cv + Ct, D]``; sequence ``b`` holds its visual rows in
+``[0, n_visual[b])`` and its text rows in ``[Cv, Cv + n_text[b])``. Keys are stored after RoPE, so the order of the rows is free:
+dropping rows never re-rotates anything. Padding is never stored. The last row of each buffer is a scratch row that takes the
+writes of padding; it is never read.
+
+Lengths live on the device (``n_visual``, ``n_text``); the host only knows upper bounds of them (``bound``, ``text_bound``), which is
+what makes a decode step free of host syncs. Which policy keeps which rows, and why, is the business of those below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyrate_kernels import ops
+from dyrate_kernels.generation.index import below, marked, picked, resized, scatter_
+
+ROUND = 64  # capacities are rounded up, so that small differences in length do not reallocate
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // ROUND) * ROUND
+
+
+class RowGroup:
+    """The layers ``[first, last)``, which hold the same visual rows.
+
+    Attributes:
+        capacity: visual rows a buffer has room for (``Cv``).
+        bound: no sequence has more live visual rows than this (a host number).
+        n_visual: int32 ``[B]``, live visual rows.
+        most: int32 ``[B]``, the most visual rows that each sequence ever had.
+        token: int64 ``[B, capacity]``, which visual token (0..N-1, in prompt order) a row holds.
+        alive: bool ``[B, N]``, tokens this group still holds (retention ``evict``), else None.
+        kept, n_kept: the list of rows to read, int32 ``[B, M]`` ascending, and its length int32 ``[B]`` (retention ``recoverable``),
+        else None.
+    """
+
+    n_visual: Tensor
+    most: Tensor
+    token: Tensor
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.capacity = 0
+        self.bound = 0
+        self.alive: Tensor | None = None
+        self.kept: Tensor | None = None
+        self.n_kept: Tensor | None = None
+
+    @property
+    def layers(self) -> range:
+        return range(self.first, self.last)
+
+    def share(self, other: RowGroup) -> None:
+        """Holds the same rows as ``other``, in the same tensors."""
+        self.n_visual, self.most, self.token = other.n_visual, other.most, other.token
+
+
+class BufferViews:
+    """Views of the buffers ``[B, Hkv, C, D]`` of one layer, kept from step to step: making them takes as long as a small copy.
+
+    Attributes:
+        keys, values: the buffers.
+        key_table, value_table: the same as tables of rows, ``[B * Hkv * C, D]``.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.key_table, self.value_table = keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1])
+        self._first: tuple[int, tuple[Tensor, Tensor]] = (-1, (keys, values))
+
+    def first_rows(self, count: int) -> tuple[Tensor, Tensor]:
+        """Rows ``[0, count)`` of every head, ``[B, Hkv, count, D]``."""
+        if self._first[0] != count:
+            self._first = (count, (self.keys[:, :, :count], self.values[:, :, :count]))
+        return self._first[1]
+
+
+class RowStore:
+    """The rows of one conversation.
+
+    Args:
+        num_layers: decoder layers ``L``.
+        group_starts: first layer of each pruned group, ascending, e.g. ``[k]``; layers before the first hold every row.
+        shared_rows: True when every group holds every row (retention ``recoverable``), False when pruned groups hold fewer (``evict``).
+        backend: name of the operator backend.
+
+    Attributes:
+        length: columns seen so far: prompt, padding and generated tokens alike.
+        text_bound: no sequence has more live text rows than this.
+        n_text: int32 ``[B]``, live text rows.
+        text_asked: int32 ``[B]``, text rows that each sequence ever asked room for.
+        text_type: uint8 ``[B, Ct]``; text_column: int32 ``[B, Ct]``.
+        token_column: int32 ``[B, N]``, the column of each visual token.
+    """
+
+    n_text: Tensor
+    text_asked: Tensor
+    text_type: Tensor
+    text_column: Tensor
+    token_column: Tensor
+
+    def __init__(self, num_layers: int, group_starts: Sequence[int] = (), shared_rows: bool = True, backend: str = "auto") -> None:
+        edges = [0, *group_starts, num_layers]
+        self.groups = [RowGroup(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True)]
+        self.group_of = [group for group in self.groups for _ in group.layers]
+        self.index_of = [index for index, group in enumerate(self.groups) for _ in group.layers]
+        self.full = self.groups[0]  # of the first layers, which always hold every row
+        self.shared_rows, self.num_layers, self.backend = shared_rows, num_layers, backend
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.batch = -1  # sequences; -1 before the first pass
+        self.length = 0
+        self.text_capacity = 0
+        self.text_bound = 0
+        self._views: dict[int, BufferViews] = {}
+
+    # ---- room -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        """The tensors for its sequences are there."""
+        return self.batch >= 0
+
+    def start(self, batch: int, device: torch.device) -> None:
+        """Makes the per-sequence tensors for ``batch`` empty sequences."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int32, device=device)
+
+        self.batch = batch
+        self.n_text, self.text_asked = zeros(batch), zeros(batch)
+        self.text_type = torch.zeros(batch, 0, dtype=torch.uint8, device=device)
+        self.text_column = zeros(batch, 0)
+        self.token_column = zeros(batch, 0)
+        for group in self.groups:
+            if group is not self.full and self.shared_rows:
+                group.share(self.full)
+                continue
+            group.n_visual, group.most = zeros(batch), zeros(batch)
+            group.token = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+            if group is not self.full:
+                group.alive = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where lengths and tables are; a layer's rows may be elsewhere."""
+        return self.n_text.device
+
+    def reserve_text(self, rows: int) -> None:
+        """Makes room for ``rows`` text rows a sequence in every layer (one more is kept as the scratch row)."""
+        if rows < self.text_capacity:
+            return
+        old, new = self.text_capacity, _round_up(rows + 1)
+        for layer in range(self.num_layers):
+            self._regrow(layer, self.group_of[layer].capacity, self.group_of[layer].capacity, old, new)
+        self.text_type, self.text_column = resized(self.text_type, new), resized(self.text_column, new)
+        self.text_capacity = new
+
+    def reserve_tokens(self, tokens: int) -> None:
+        """Makes room for ``tokens`` visual tokens a sequence in the full group and in every per-token table."""
+        if tokens > self.token_column.shape[1]:
+            self.token_column = resized(self.token_column, _round_up(tokens))
+            for group in self.groups:
+                if group.alive is not None:
+                    group.alive = resized(group.alive, self.token_column.shape[1])
+        for group in self.groups if self.shared_rows else self.groups[:1]:
+            self.reserve_visual(group, tokens)
+
+    def reserve_visual(self, group: RowGroup, rows: int) -> None:
+        """Makes room for ``rows`` visual rows a sequence in the layers of ``group``."""
+        if rows <= group.capacity:
+            return
+        old, new = group.capacity, _round_up(rows)
+        for layer in group.layers:
+            self._regrow(layer, old, new, self.text_capacity, self.text_capacity)
+        group.capacity = new
+        if group is not self.full and self.shared_rows:
+            group.token = self.full.token
+        else:
+            group.token = resized(group.token, new)
+
+    def _regrow(self, layer: int, visual_old: int, visual_new: int, text_old: int, text_new: int) -> None:
+        for buffers in (self.keys, self.values):
+            old = buffers[layer]
+            if old is None:
+                continue
+            batch, heads, _, dim = old.shape
+            # zeros, not empty: rows past a sequence's end are multiplied by a zero weight in masked attention, and 0 * NaN is NaN
+            new = old.new_zeros(batch, heads, visual_new + text_new, dim)
+            new[:, :, :visual_old] = old[:, :, :visual_old]
+            new[:, :, visual_new : visual_new + text_old] = old[:, :, visual_old : visual_old + text_old]
+            buffers[layer] = new
+
+    @staticmethod
+    def rows_reserved(visual: int, text_asked: int, text: int) -> int:
+        """Rows of a layer's buffers for one sequence alone: ``reserve_visual``, and ``reserve_text`` as steps call it.
+
+        Args:
+            visual: the most visual rows it ever had in the layer.
+            text_asked: text rows it asked room for.
+            text: text rows it holds now.
+        """
+        capacity = _round_up(text_asked + 1)
+        while text >= capacity:
+            capacity = _round_up(2 * capacity + 1)
+        return _round_up(visual) + capacity
+
+    def bytes_reserved(self) -> int:
+        """Bytes of all key and value buffers."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None)
+
+    def bytes_per_row(self) -> list[int]:
+        """Bytes of one row (key and value, all heads of one sequence) in each layer; 0 where nothing is stored yet."""
+        return [
+            0 if k is None or v is None else k.element_size() * k.shape[1] * k.shape[3] + v.element_size() * v.shape[1] * v.shape[3]
+            for k, v in zip(self.keys, self.values, strict=True)
+        ]
+
+    # ---- rows -----------------------------------------------------------------------------------------------------------------
+
+    def write(self, layer: int, key: Tensor, value: Tensor, row: Tensor) -> None:
+        """Stores ``key`` and ``value`` ``[B, Hkv, q, D]`` at rows ``row`` int64 ``[B, q]`` of ``layer``; -1 goes to the scratch row."""
+        batch, heads, _, dim = key.shape
+        if self.keys[layer] is None:
+            rows = self.group_of[layer].capacity + self.text_capacity
+            self.keys[layer] = key.new_zeros(batch, heads, rows, dim)
+            self.values[layer] = value.new_zeros(batch, heads, rows, value.shape[-1])
+        keys, values = self.buffers(layer)
+        row = row.to(key.device)
+        row = torch.where(row < 0, keys.shape[2] - 1, row)
+        sequence = torch.arange(batch, device=key.device)[:, None]
+        keys.transpose(1, 2).index_put_((sequence, row), key.transpose(1, 2))
+        values.transpose(1, 2).index_put_((sequence, row), value.transpose(1, 2))
+
+    def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer that holds rows, ``[B, Hkv, Cv + Ct, D]``."""
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None and values is not None, f"layer {layer} has stored nothing"
+        return keys, values
+
+    def views(self, layer: int) -> BufferViews:
+        """Views of the key and value buffers of ``layer``; made anew where a buffer was replaced."""
+        views = self._views.get(layer)
+        if views is None or views.keys is not self.keys[layer] or views.values is not self.values[layer]:
+            views = self._views[layer] = BufferViews(*self.buffers(layer))
+        return views
+
+    def live_slices(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, Hkv, R, D]`` of ``layer``: the visual rows below ``bound``, then the text rows below ``text_bound``."""
+        group = self.group_of[layer]
+        text = slice(group.capacity, group.capacity + self.text_bound)
+        keys, values = (torch.cat([rows[:, :, : group.bound], rows[:, :, text]], dim=2) for rows in self.buffers(layer))
+        return keys, values
+
+    def columns(self, group: RowGroup, visual_rows: int, text_rows: int) -> Tensor:
+        """int32 ``[B, visual_rows + text_rows]``: the column that each row of ``group`` came from."""
+        visual = self.token_column.gather(1, group.token[:, :visual_rows])
+        return torch.cat([visual, self.text_column[:, :text_rows]], dim=1)
+
+    def alive(self, group: RowGroup) -> Tensor | None:
+        """bool ``[B, N]``: the tokens that a group which evicts still holds; None: all."""
+        return None if group.alive is None else group.alive[:, : self.full.capacity]
+
+    def _buffers_by_device(self, layers: Iterable[int]) -> list[list[Tensor]]:
+        """The key and value buffers of ``layers``, one list a device."""
+        found: dict[torch.device, list[Tensor]] = {}
+        for layer in layers:
+            if self.keys[layer] is not None:
+                keys, values = self.buffers(layer)
+                found.setdefault(keys.device, []).extend((keys, values))
+        return list(found.values())
+
+    def ask(self, visual: Tensor, text: Tensor) -> None:
+        """Notes how many rows each sequence needs: int32 ``[B]``. There is room for them already."""
+        self.text_asked.copy_(torch.maximum(self.text_asked, text))
+        self.full.most.copy_(torch.maximum(self.full.most, visual))
+
+    def add_tokens(self, token: Tensor, column: Tensor) -> None:
+        """Notes new visual tokens: int64 ``[B, q]``, -1 for what is none, and their columns. The full group holds token n in row n."""
+        scatter_(self.token_column, token, column.int())
+        self.full.token.copy_(torch.arange(self.full.capacity, device=self.device))
+
+    def append(self, group: RowGroup, token: Tensor, visual: Tensor) -> Tensor:
+        """Rows for visual tokens at the end of a group that holds rows of its own. One host read.
+
+        Args:
+            token: int64 ``[B, q]``; visual bool ``[B, q]``: those that are appended.
+
+        Returns:
+            int64 ``[B, q]``: the row of each, -1 where none is appended.
+        """
+        added = visual.sum(1, dtype=torch.int32)
+        group.most.copy_(torch.maximum(group.most, group.n_visual + added))
+        group.bound = int((group.n_visual + added).max())
+        self.reserve_visual(group, group.bound)
+        row = torch.where(visual, group.n_visual[:, None] + visual.cumsum(1) - 1, -1)
+        scatter_(group.token, row, token)
+        assert group.alive is not None, "only a group that holds rows of its own is appended to"
+        group.alive |= marked(torch.where(visual, token, -1), self.token_column.shape[1])
+        group.n_visual += added
+        return row
+
+    def evict(self, group: RowGroup, kept: Tensor) -> None:
+        """Drops every visual token of ``group`` but ``kept``: moves the kept rows to the front of each layer's buffers, in place.
+
+        Args:
+            kept: int ``[B, M]``, visual *tokens* (not rows), below 0 past the end.
+        """
+        keep = marked(kept, self.token_column.shape[1])
+        assert group.alive is not None, "only a group that holds rows of its own can evict"
+        group.alive.copy_(keep)
+        if group.bound == 0:
+            return
+        held = keep.gather(1, group.token[:, : group.bound])
+        held &= below(group.n_visual, group.bound)
+        count = held.sum(1, dtype=torch.int32)
+        rows, count = ops.select_tokens(held.float(), count, group.n_visual, backend=self.backend)  # lists what is marked, ranks nothing
+        for buffers in self._buffers_by_device(group.layers):
+            device = buffers[0].device
+            ops.compact_(buffers, rows.to(device), count.to(device), group.n_visual.to(device), backend=self.backend)
+        ops.compact_([group.token], rows, count, group.n_visual, backend=self.backend)
+        group.n_visual.copy_(count)
+
+    # ---- sequences and columns that go ------------------------------------------------------------------------------------------
+
+    def select(self, index: Tensor) -> None:
+        """Makes sequence ``i`` a copy of the former sequence ``index[i]``; in place where the batch keeps its size."""
+        before = self.batch
+        for owner, name in list(self._row_tensors()):
+            setattr(owner, name, picked(getattr(owner, name), index))
+        self.batch = index.shape[0]
+        if self.shared_rows:
+            for group in self.groups[1:]:
+                group.share(self.full)
+        if self.batch == before:
+            for buffers in self._buffers_by_device(range(self.num_layers)):
+                ops.reorder_(buffers, index.to(buffers[0].device, torch.int64), backend=self.backend)
+            return
+        for stored in (self.keys, self.values):
+            for layer, tensor in enumerate(stored):
+                if tensor is not None:
+                    stored[layer] = picked(tensor, index)
+
+    def _row_tensors(self) -> Iterator[tuple[Any, str]]:
+        """(owner, attribute) of every per-sequence tensor, shared ones once."""
+        seen: set[int] = set()
+        owners: list[tuple[Any, str]] = [(self, n) for n in ("n_text", "text_asked", "text_type", "text_column", "token_column")]
+        owners += [(group, n) for group in self.groups for n in ("n_visual", "most", "token", "alive", "kept", "n_kept")]
+        for owner, name in owners:
+            tensor = getattr(owner, name)
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield owner, name
+
+    def holds_visual_from(self, column: int) -> bool:
+        """Some sequence has a visual token at ``column`` or later. Reads the device."""
+        held = below(self.full.n_visual, self.full.capacity)
+        return bool((held & (self.token_column[:, : self.full.capacity] >= column)).any())
+
+    def drop_from(self, column: int) -> None:
+        """The groups that hold rows of their own lose the visual tokens from ``column`` on."""
+        for group in self.groups[1:]:
+            assert group.alive is not None
+            stays = group.alive & (self.token_column < column)
+            self.evict(group, torch.where(stays, torch.arange(stays.shape[1], device=stays.device), -1))
+
+    def truncate(self, length: int) -> Tensor:
+        """Forgets the columns from ``length`` on; of visual tokens in the full group alone (``drop_from`` does it in others).
+
+        Returns:
+            int32 ``[B]``: how many visual tokens went.
+        """
+        live, held = below(self.n_text, self.text_capacity), below(self.full.n_visual, self.full.capacity)
+        self.n_text.copy_((live & (self.text_column < length)).sum(1))
+        before = self.full.n_visual.clone()
+        self.full.n_visual.copy_((held & (self.token_column[:, : self.full.capacity] < length)).sum(1))
+        self.length = length
+        return before - self.full.n_visual
+
+    def reset(self) -> None:
+        """Forgets everything; the buffers stay for the next use."""
+        self.n_text.zero_()
+        for group in self.groups:
+            group.n_visual.zero_()
+            group.bound = 0
+            group.kept = group.n_kept = None
+            if group.alive is not None:
+                group.alive.zero_()
+        for buffer in (*self.keys, *self.values):
+            if buffer is not None:
+                buffer.zero_()  # a NaN of an earlier use must not reach the next one (see _regrow)
+        self.length = self.text_bound = 0
+
+    def lasting_tensors(self) -> list[Tensor | None]:
+        """What lasts from step to step and is written in place."""
+        lasting = [*self.keys, *self.values, self.n_text, self.text_type, self.text_column, self.token_column]
+        for group in self.groups:
+            lasting += [group.n_visual, group.token, group.alive]
+        return lasting
