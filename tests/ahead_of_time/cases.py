@@ -85,6 +85,15 @@ def test_other_forms_of_the_main_loop_leave_room_for_their_programs(kernels):
             assert kernel.programs_per_sm() >= least, f"{describe(kernel)}: {kernel.registers} registers, {kernel.programs_per_sm()}"
 
 
+def test_every_group_is_compiled_with_some_head_dim_without_spills_in_its_loop(kernels):
+    wanted = compiler.group_cases(os.environ.get("DYRATE_AOT") == "full")
+    assert {case.group for case in wanted} == set(compiler.GROUPS) and {case.dim for case in wanted} == set(compiler.GROUPED_DIMS)
+    found = [k for k in kernels if k.case in wanted and k.kernel == "decode_attention_kernel"]
+    assert len(found) == len(wanted)
+    for kernel in found:
+        assert kernel.async_copies and (kernel.case.dtype == "float32" or not kernel.spills_in_loops), describe(kernel)
+
+
 def test_main_configurations_do_not_spill(kernels):
     assert main(kernels)
     for kernel in main(kernels):

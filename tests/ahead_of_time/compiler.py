@@ -417,6 +417,25 @@ def form_cases() -> list[Case]:
     return found
 
 
+GROUPS = (2, 3, 4, 5, 6, 7, 8, 16)
+GROUPED_DIMS = (64, 80, 96, 128, 256)
+
+
+def group_cases(full: bool) -> list[Case]:
+    """Query heads a key/value head with head dims: every one of both, or every pair in every dtype."""
+    if full:
+        return [
+            Case(operator, architecture, dtype, dim, group, second_launch=True)
+            for operator in ("append", "statistics")
+            for architecture in (80, 90)
+            for dtype in DTYPES
+            for group in GROUPS
+            for dim in GROUPED_DIMS
+        ]
+    pairs = [(group, GROUPED_DIMS[number % len(GROUPED_DIMS)]) for number, group in enumerate(GROUPS)]
+    return [Case("statistics", 90, DTYPES[number % 2], dim, group, second_launch=True) for number, (group, dim) in enumerate(pairs)]
+
+
 def matrix(operator: str, architecture: int) -> list[Case]:
     """Every dtype, head dim and form of the main loop."""
     return [Case(operator, architecture, dtype, dim, group) for dtype in DTYPES for dim in HEAD_DIMS for group in (1, 4)]
@@ -434,6 +453,7 @@ def all_cases(full: bool) -> list[Case]:
     """``full``: everything for every architecture. Else every kernel, head dim and dtype for every one, and more of that for sm_90; the
     slowest to compile (seven heads a key/value head, the decision in the attention's own launch) for sm_80, sm_90 and sm_120."""
     cases = occupancy_cases() + dependent_cases() + product_cases() + form_cases() + paged_cases()
+    cases += group_cases(full)
     for architecture in ARCHITECTURES:
         if full:
             cases += main_cases(architecture) + matrix("append", architecture) + matrix("step", architecture)
