@@ -172,9 +172,9 @@ class Plugin:
 
     def _patch_classes(self) -> None:
         import transformers
+        from tests.generation import test_utils
 
         from dyrate_kernels.patching import api
-        from tests.generation import test_utils
 
         for name in FAMILIES.values():
             self._patch_class(getattr(transformers, name))
