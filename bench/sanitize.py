@@ -26,6 +26,7 @@ from dyrate_kernels.ops import cuda, layer_settings, layers
 FEW = ("decode_attention with a new row", "decode_attention with statistics", "decode_step")  # under each form of FORMS
 FORMS: dict[str, dict[str, Any]] = {  # of the attention kernel: fields of plan.Settings
     "two launches": {"decision": "two_launches"},
+    "combined apart": {"combine": "second_launch"},
     "tensor cores": {"tensor_cores": True},
     "rows of warps": {"tensor_cores": True, "warp_rows": True},
     "logits of 16": {"logit_bytes": 2},

@@ -28,7 +28,8 @@ from dyrate_kernels import devices, ops
 from dyrate_kernels.measuring import timing
 
 NOISE = 0.005  # a smaller gain is none
-CHOICES: dict[str, tuple[Any, ...]] = {  # in the order in which they are tried
+# in the order in which they are tried; logit_bytes changes which tokens stay, so it is for whoever asks for it
+CHOICES: dict[str, tuple[Any, ...]] = {
     "block_n": (16, 32, 64, 128),
     "num_warps": (4, 2, 8),
     "programs_per_sm": (8, 4, 16, 2),
@@ -38,7 +39,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # in the order in which they are tried
     "max_registers": (168, 128, None),
     "min_blocks": (2, 1, 4, 8),
     "combine": ("same_launch", "second_launch"),
-    "logit_bytes": (4, 2),
     "decision": ("same_launch", "second_launch", "two_launches"),
 }
 TOY_CHOICES = {"block_n": (16,), "decision": ("same_launch",)}
@@ -109,7 +109,7 @@ def _matters(name: str, best: Any, problem: Problem) -> bool:
     """Whether a setting changes anything for this kind of problem."""
     shape = problem.cases[0][0]
     grouped = shape.heads > shape.kv_heads
-    if name in ("decision", "logit_bytes"):
+    if name == "decision":
         return problem.kind == "score"
     if name == "tensor_cores":
         return not grouped

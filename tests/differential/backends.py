@@ -23,6 +23,7 @@ SETTINGS: dict[str, list[Any]] = {
     "min_blocks": [1, 1, 2, 64],
     "most_splits": [1, 2, 3, 5, 64, 64],
     "combined": [16, 256, 4096],
+    "combine": ["same_launch", "second_launch"],
     "decision": ["same_launch", "second_launch", "two_launches"],
     "logit_bytes": [4, 4, 2],
     "max_registers": [None],
