@@ -57,7 +57,7 @@ class Family:
     compiled: tuple[str, ...] = ()
 
 
-NAMES = ("attention", "paged", "decision", "rows", "layers", "cuda-attention", "cuda-decision", "cuda-rows")
+NAMES = ("attention", "paged", "decision", "rows", "layers", "cuda-attention", "cuda-staged", "cuda-decision", "cuda-rows")
 
 
 def load(name: str) -> Family:
