@@ -1,7 +1,7 @@
 """What is particular about each model family, text model and vision tower: one row each, and nothing of it stands elsewhere.
 
 A table without imports, since everything above the operators asks it: policies and cost models (the shape of a text model), ``patching``
-(what can be patched, fused, and where reducers work), ``training``. A new family is a row here, a builder in ``tests/models.py`` and a
+(what can be patched, fused, and where reducers work), ``training``. A new family is a row here, a builder in ``tests/builders.py`` and a
 line in ``docs/families.md``; code only where its attention differs.
 """
 

@@ -60,8 +60,9 @@ VIDEO_ROWS: list[list[str]] = [["text 2", "image", "text 3", "video", "text 4"],
 
 
 def rows_for(family: str) -> list[list[str]]:
-    """The ragged batch, with videos where the family has them."""
-    return ROWS[:3] + VIDEO_ROWS if family in ("video_llava", "llava_onevision") else ROWS
+    """The ragged batch, with videos where a LLaVA has them."""
+    builder = models.BUILDERS[family]
+    return ROWS[:3] + VIDEO_ROWS if builder.videos and builder.llava else ROWS
 
 
 # Newer versions of transformers (5.23, not 5.17) encode pictures before they expand a batch to beams and cut a prompt into chunks.

@@ -11,8 +11,9 @@ import transformers
 from transformers.masking_utils import create_causal_mask
 
 import dyrate_kernels as dk
+from dyrate_kernels.families import FAMILIES
 from dyrate_kernels.patching import graph
-from dyrate_kernels.patching.families import FAMILIES, cache_name
+from dyrate_kernels.patching.families import cache_name
 from tests import models
 from tests.checks import (
     METHODS,
@@ -32,15 +33,16 @@ from tests.oracle import Oracle, Rule, Turn
 from tests.patching import test_modes as modes
 
 KNOWS_BLOCKS = "block_sequence_ids" in inspect.signature(create_causal_mask).parameters  # else those two families are refused
-HERE = [variant for variant in models.MORE_VARIANTS if KNOWS_BLOCKS or variant[0] not in ("gemma3", "paligemma")]
+AHEAD_NAMES = [name for name, family in FAMILIES.items() if family.sees_ahead]
+HERE = [variant for variant in models.MORE_VARIANTS if KNOWS_BLOCKS or variant[0] not in AHEAD_NAMES]
 VARIANTS = pytest.mark.parametrize(("family", "text"), HERE, ids=["-".join(v) for v in HERE])
 RETENTION = pytest.mark.parametrize("retention", RETENTIONS)
 QWEN = pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-AHEAD = pytest.mark.parametrize("family", ["gemma3", "paligemma"] if KNOWS_BLOCKS else [])
+AHEAD = pytest.mark.parametrize("family", AHEAD_NAMES if KNOWS_BLOCKS else [])
 
 
 def rows_of(family):
-    return ROWS[:3] + VIDEO_ROWS if family.startswith("qwen") else ROWS
+    return ROWS[:3] + VIDEO_ROWS if models.BUILDERS[family].videos else ROWS
 
 
 # The oracle computes every row anew. Older versions of transformers give generated tokens the type of PaliGemma's prompt then.
@@ -48,7 +50,7 @@ TYPES_GROW = "_update_model_kwargs_for_generation" in vars(transformers.PaliGemm
 
 
 def needs_types(family):
-    if family in ("gemma3", "paligemma") and not KNOWS_BLOCKS:
+    if FAMILIES[family].sees_ahead and not KNOWS_BLOCKS:
         pytest.skip("this transformers has other masks")
     if family == "paligemma" and not TYPES_GROW:
         pytest.skip("this transformers gives generated tokens the type of the prompt where nothing is cached")
@@ -66,7 +68,7 @@ def against_oracle(model, fields, rule, retention, length=6):
 
 
 def test_every_family_of_the_table_is_tested():
-    assert {family for family, _ in (*models.VARIANTS, *models.MORE_VARIANTS)} == set(FAMILIES)
+    assert set(models.BUILDERS) == set(FAMILIES)
 
 
 @VARIANTS
@@ -101,7 +103,7 @@ def test_other_shapes_of_the_text_model(make_model, family, text, retention):
 @pytest.mark.parametrize("mode", ["sampling", "beams"])
 def test_mode(make_model, family, text, retention, mode):
     needs_types(family)
-    rows = ROWS[:3] if mode == "sampling" or family not in ("idefics3", "smolvlm") else [ROWS[0], ROWS[3]]
+    rows = ROWS[:3] if mode == "sampling" or not models.BUILDERS[family].row_holds_pictures else [ROWS[0], ROWS[3]]
     modes._mode(make_model(family, text), rows, METHODS["dyrate"], retention, modes.MODES[mode])
 
 

@@ -54,18 +54,9 @@ class Grid:
 def grids_of(model, fields, kind):
     """Frames, height and width of each picture, tile or video, from the inputs alone."""
     family = model.config.model_type
-    if family.startswith("qwen"):
-        return [(t, h // 2, w // 2) for t, h, w in fields.get(f"{kind}_grid_thw", torch.zeros(0, 3).long()).tolist()]
-    if kind == "video":
-        return []
-    if family == "mistral3":
-        return [(1, h // 8, w // 8) for h, w in fields["image_sizes"].tolist()]
     if family == "llava":  # with Pixtral's tower
-        return [(1, h // 4, w // 4) for h, w in fields["image_sizes"].tolist()]
-    if family in ("idefics3", "smolvlm"):
-        return [(1, 4, 4)] * int((fields["pixel_values"].flatten(2) != 0).any(-1).sum())
-    side = {"internvl": 3, "gemma3": 4, "paligemma": 5}[family]
-    return [(1, side, side)] * len(fields["pixel_values"])
+        return [] if kind == "video" else [(1, h // 4, w // 4) for h, w in fields["image_sizes"].tolist()]
+    return models.BUILDERS[family].grids(fields, kind)
 
 
 @torch.no_grad()
@@ -359,7 +350,7 @@ def test_with_policies(make_model, family, text, method, retention):
 def test_beams(make_model, family, text, retention):
     needs_types(family)
     model = make_model(family, text)
-    rows = [ROWS[0], ROWS[3]] if family in ("idefics3", "smolvlm") else rows_for_beams(rows_of(family))
+    rows = [ROWS[0], ROWS[3]] if models.BUILDERS[family].row_holds_pictures else rows_for_beams(rows_of(family))
     fields = models.inputs(model, rows)
     want = by_hand(model, fields, "divprune", generate=greedy(num_beams=3), keep=0.5)
     with dk.patch(model, "none", retention=retention, vision="divprune:keep=0.5"):
@@ -374,7 +365,7 @@ def test_a_second_turn(make_model, family, text, retention):
     needs_types(family)
     whole = (retention == "evict") == (len(family) % 2 == 0)  # the whole prompt is given again, or its new ids alone
     model = make_model(family, text)
-    fields = models.inputs(model, ROWS[:2] + (VIDEO_ROWS if family.startswith("qwen") else []))
+    fields = models.inputs(model, ROWS[:2] + (VIDEO_ROWS if models.BUILDERS[family].videos else []))
     with dk.patch(model, "none", retention=retention, vision="downsample:keep=0.4"):
         first = model.generate(**fields, **greedy(4))
         more = torch.randint(models.FIRST_WORD, models.IMAGE_TOKEN, (len(first.sequences), 3), generator=torch.Generator().manual_seed(3))
