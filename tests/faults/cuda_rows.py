@@ -29,7 +29,7 @@ FAULTS = (
     fault("block.grid().x) * kWarps * kBatch;", "block.grid().x) * kWarps * kBatch + 1;"),
     fault("* kWarps + block.warp()) * kBatch; first", "* kWarps + block.warp() / 2) * kBatch; first"),
     fault("if (block.lane() < kBatch && move < holes.moves()) {", "if (block.lane() + 1 < kBatch && move < holes.moves()) {"),
-    fault("holes.moves() - first < kBatch ? holes.moves() - first : kBatch", "kBatch"),
+    fault("holes.moves() - first < kBatch ? holes.moves() - first : kBatch", "kBatch", races=True),
     fault("from = block.shuffle(source, i) * rows.row_stride", "from = block.shuffle(source, i) * rows.row_bytes"),
     fault("to = block.shuffle(target, i) * rows.row_stride", "to = block.shuffle(target, i) * rows.row_bytes"),
     fault("to = block.shuffle(target, i) * rows.row_stride", "to = block.shuffle(target, 0) * rows.row_stride"),
