@@ -9,7 +9,7 @@ import torch
 
 from dyrate_kernels import ops
 from dyrate_kernels.ops import reference
-from tests.differential.draw import Draw
+from tests.differential.draw import Draw, Placed
 from tests.differential.operators import (
     DIMS,
     HEADS,
@@ -81,9 +81,19 @@ def paged_attention(draw: Draw) -> Call:
             del given[name]
     given |= {"mass": mass, "importance": importance}
     want = ops.paged_attention(**in_float64(given), backend="reference")
+    written: dict[int, torch.Tensor] = {}
+    if draw.chance(0.3):
+        shape = (*given["query"].shape[:2], given["value"].shape[-1])
+        placed = Placed(torch.full(shape, math.nan, dtype=problem.dtype), torch.empty(shape).stride(), draw.one(0, 8))
+        draw.placed.append(placed)
+        given["out"] = placed.tensor
+        draw.tell("out")
 
     def check(got: Any) -> None:
-        nothing_else_changed(draw)
+        if "out" in given:
+            assert got.output is given["out"], "output is another tensor than out"
+            written[id(given["out"])] = got.output.clone()
+        nothing_else_changed(draw, written)
         check_attention(problem, got, want)
 
     return Call(lambda backend: ops.paged_attention(**given, backend=backend), check)

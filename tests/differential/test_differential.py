@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -39,3 +40,12 @@ def test_random_calls_of_the_reference() -> None:
     from tests.differential.run import run
 
     assert run("reference", 5, range(300)) == 0
+
+
+@pytest.mark.skipif(reason("interpreter") is not None, reason=str(reason("interpreter")))
+def test_every_setting_is_drawn() -> None:
+    from dyrate_kernels.triton_kernels import plan
+    from tests.differential.backends import SETTINGS
+
+    switches = {field.name for field in dataclasses.fields(plan.Settings) if isinstance(field.default, bool)}
+    assert {field.name for field in dataclasses.fields(plan.Settings)} == switches | set(SETTINGS)

@@ -48,7 +48,7 @@ FAULTS = (
     fault("instruction += tl.where(kind == 2, p, 0.0)", "instruction += tl.where(kind == 1, p, 0.0)"),
     fault("image = 1.0 - (sums + instructions + responses)", "image = 1.0 - (sums + instructions)"),
     fault("tl.where((share == 0.0) | (image < 0.0), 0.0, image)", "tl.where(image < 0.0, 0.0, image)"),
-    fault("text_logits = logit_ptr + n_read", "text_logits = logit_ptr + visual_capacity"),
+    fault("        text_logits = logit_ptr + n_read\n    for block", "        text_logits = logit_ptr + visual_capacity\n    for block"),
     fault("                place -= n_read\n", ""),
     fault("(places if importance else 0) + (block_rows", "(0 if mass else places) + (block_rows", HOST),
     # importance
@@ -75,6 +75,10 @@ FAULTS = (
     fault("cos_ptr + b * stride_cb", "cos_ptr"),
     fault("tl.where(is_low[None, :], -other, other)", "other"),
     # a second launch
+    fault("splits = live_splits(n_read + n_text, most_splits,", "splits = live_splits(n_read, most_splits,"),
+    fault("types = text_type_ptr + b * stride_tb\n        _store_mass(head", "types = text_type_ptr\n        _store_mass(head"),
+    fault("n_read = tl.load(n_list_ptr + b)\n    else:", "n_read = tl.load(n_visual_ptr + b)\n    else:"),
+    fault("tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)", "tl.program_id(1).to(tl.int64) + tl.program_id(0)"),
     fault("start = tl.program_id(0) * BLOCK_I\n", "start = 0\n"),
 )  # fmt: skip
 
