@@ -108,15 +108,14 @@ def grids(toy: bool) -> list[Planned]:
     waves = {f"{number} waves": {"waves": number} for number in (2, 1, 8)}
     splits = {f"{number} splits at most": {"most_splits": number} for number in (32, 16, 8)}
     combined = {f"combines {number} at once": {"combined": number} for number in (1024, 4096, 8192)}
-    both: Changes = {
-        "32 splits at most, combines 4096 at once": {"most_splits": 32, "combined": 4096},
-        "splits combined in a launch of their own": {"combine": "second_launch"},
-    }
+    both = {"32 splits at most, combines 4096 at once": {"most_splits": 32, "combined": 4096}}
+    apart = {"combined in a launch of its own": {"combine": "second_launch"}}
     if toy:
         return grid(True, ("plain",), ("mha",), (), waves)
     found = grid(False, ("list", "plain", "step"), ("mha",), ((32, 2880),), waves)
-    found += grid(False, ("plain", "step", "list"), ("gqa",), ((1, 2880),), {**splits, **combined, **both})
-    found += grid(False, ("plain", "step", "list"), ("gqa",), ((8, 2880), (32, 2880)), combined)
+    found += grid(False, ("plain", "step", "list"), ("gqa",), ((1, 2880),), {**apart, **splits, **combined, **both})
+    found += grid(False, ("plain", "step", "list"), ("mha",), ((1, 2880), (1, 576), (8, 2880)), {**apart, **combined})
+    found += grid(False, ("plain", "step", "list"), ("gqa",), ((8, 2880), (32, 2880)), {**apart, **combined})
     return found
 
 

@@ -142,6 +142,15 @@ def test_what_is_wrong_has_no_speed_and_fails_the_run(tmp_path, capsys, monkeypa
     assert "not good: a: 2 waves: wrong" in capsys.readouterr().out
 
 
+def test_logits_in_float16_are_held_to_what_they_can_be():
+    """And to the usual limit in everything else."""
+    for errors, passed in (({"output": 0.0, "importance": 1e-3}, True), ({"output": 1e-3, "importance": 0.0}, False),
+                           ({"output": 0.0, "mass": 3e-3}, False), ({"output": 0.0, "kept_wrong": 1.0}, False),
+                           ({"output": 0.0, "importance": float("nan")}, False)):  # fmt: skip
+        found = timing.correctness(1e-5, **errors)
+        assert problems.logits_in_float16(lambda got, number, found=found: found)(None, 0)["passed"] == passed, errors
+
+
 def test_a_gate_looks_once_more_after_the_clock():
     """A result that changes under replays is seen."""
     seen = []
