@@ -4,6 +4,9 @@ Such a product still is little but reading the weights, so a program reads its r
 Several weights share a launch, as with one row; gate and up share a program, which applies the gate. Where one wave of programs would leave
 multiprocessors idle, SPLITS programs share the columns of a block: each writes its partial sums, and the last to finish adds them in the
 order of the splits, so that results do not depend on which it was.
+
+Any size is right; where it is no multiple of 16, Triton reads 16-bit weights one by one and without a pipeline: no such shape belongs
+into a device's file.
 """
 
 from __future__ import annotations
