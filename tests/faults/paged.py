@@ -23,6 +23,8 @@ FAULTS = (
     fault("key_row = page * stride_kb + row * stride_kr", "key_row = page * stride_kb + row"),
     fault("value_row = page * stride_vb + row * stride_vr", "value_row = page * stride_kb + row * stride_kr"),
     fault("(key.stride(0), key.stride(2)) == (value.stride(0), value.stride(2))", "True", HOST),
+    fault("visual = place < n_read\n        text = place", "visual = place <= n_read\n        text = place"),
+    fault("known = inside & (visual | (text < text_listed))", "known = inside & (visual | (text <= text_listed))"),
     # lengths
     fault("query_position = n_text - 1\n", "query_position = n_text\n"),
     fault("first_position = tl.maximum(n_text - window, 0)", "first_position = tl.maximum(n_text - window - 1, 0)"),
@@ -43,6 +45,10 @@ FAULTS = (
     fault("        last_contiguous(block_table), ", "        block_table, ", HOST),
     # the decision
     fault("                n_visual = n_read\n            tl.debug", "                n_visual += 0\n            tl.debug"),
+    fault("kv_heads, G > 1, HAS_LIST and not PAGED,", "kv_heads, G > 1, HAS_LIST,"),
+    fault("BLOCK_F, BLOCK_S, CHUNKS, False, PAGED != 0,", "BLOCK_F, BLOCK_S, CHUNKS, False, False,"),
+    fault("            places = list_ptr + owner * stride_lb\n", "            places = list_ptr + b * stride_lb\n"),
+    fault("counted = n_visual if pages is None else n_kept", "counted = n_visual", HOST),
     fault("written = tl.load(places_ptr + index,", "written = tl.load(places_ptr + target,", DECISION),
 )  # fmt: skip
 
