@@ -207,7 +207,8 @@ def attention(
     """
     use = chosen or settings(device_name, group, max(dim, value_dim), itemsize, kind)
     dot = group > 1 or use.tensor_cores
-    row_warps = use.num_warps if dot and use.warp_rows else 1
+    # not over paged rows: their addresses take the registers that it needs (a kept list: 255, and spills; sm_90, Triton 3.6)
+    row_warps = use.num_warps if dot and use.warp_rows and not waits else 1
     block_n = max(use.block_n, 16 * row_warps) if dot else use.block_n
     at_once = min(use.programs_per_sm or programs or USUAL_PROGRAMS, programs or 1024)
     wave, pairs = at_once * multiprocessors, max(batch * kv_heads, 1)

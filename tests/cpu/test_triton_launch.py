@@ -119,6 +119,14 @@ def test_plans_follow_capacities():
     assert not attention().dot and attention(dim=80).block_d == 128 and attention(dim=5).block_d == 16
 
 
+def test_loads_that_paged_rows_wait_for_deepen_the_tensor_cores_pipeline():
+    for stages in (2, 3, 4):
+        chosen = plan.Settings(num_stages=stages, warp_rows=True)
+        assert [attention(group=7, chosen=chosen, waits=n).num_stages for n in (0, 1, 2)] == [stages, 2 * stages - 1, 3 * stages - 2]
+        assert [attention(group=1, chosen=chosen, waits=n).num_stages for n in (0, 1, 2)] == [stages] * 3
+        assert [attention(group=7, chosen=chosen, waits=n).row_warps for n in (0, 1, 2)] == [4, 1, 1]
+
+
 def test_a_plan_fills_whole_waves_with_as_few_splits_as_it_can():
     for wave in (5, 12, 132, 396, 528):
         for pairs in range(wave + 1, 5 * wave, max(wave // 7, 1)):
