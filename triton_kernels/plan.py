@@ -200,9 +200,10 @@ def attention(
     waits: int = 0,
 ) -> AttentionPlan:
     """Shapes the launch for ``rows`` rows of capacity a sequence; ``kind``: of ``KINDS``; ``programs``: that a multiprocessor holds at
-    once, None where that is not known; ``waits``: loads that a paged row's address waits for, one after the other.
+    once, None where that is not known; ``waits``: loads that a row's address waits for, one after the other
+    (of a kept list, of a block table).
 
-    Triton shares a loop's stages among such loads and the keys: with three stages and a block table the tensor cores' loop has one buffer
+    Triton shares a loop's stages among such loads and the keys: with three stages and one such load the tensor cores' loop has one buffer
     of keys, so that nothing is under way while they are used (sm_90, 22 against 38 KiB of shared memory). It gets stages for two again.
     """
     use = chosen or settings(device_name, group, max(dim, value_dim), itemsize, kind)

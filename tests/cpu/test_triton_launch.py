@@ -374,3 +374,12 @@ def test_each_thread_has_its_own_scratch():
     thread.start()
     thread.join()
     assert found[0] is not workspace.for_stream(DEVICE, 1)
+
+
+def test_a_list_of_rows_takes_stages_from_the_keys(compiled):
+    """Of the loop on tensor cores, which gets as many more; the other one has them as they are asked for."""
+    listed = {"kept": torch.zeros(8, 50, dtype=torch.int32), "n_kept": torch.zeros(8, dtype=torch.int32)}
+    for tensor_cores in (True, False):
+        for more in ({}, listed):
+            call(chosen=plan.Settings(tensor_cores=tensor_cores), **more)
+    assert [launch.options["num_stages"] for launch, _ in compiled.launched] == [3, 5, 3, 3]
