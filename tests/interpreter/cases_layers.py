@@ -62,6 +62,8 @@ def test_residual_norm(shape, one_plus, before, dtype):
                 assert torch.equal(total, same_total)
             close(total, same_total, dtype)
             close(normal, same_normal, dtype)
+            # it rounds where the model does: a rounding more or less changes the last bit of many elements
+            assert (normal == same_normal).double().mean() > 0.95 or dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
