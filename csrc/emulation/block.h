@@ -14,6 +14,7 @@
 // spin.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -229,8 +230,8 @@ class Machine {
   bool prompt() { return settings().order == kDescending || (settings().order == kRandom && draw(2) == 0); }
 
   void land(Resident& block, int thread, const Copy& copy) {
-    if (std::memcmp(copy.from, copy.found.data(), copy.found.size()) != 0) fail_thread(block, thread, "what a copy reads changed while it was in flight");
-    std::memcpy(copy.to, copy.from, static_cast<std::size_t>(copy.bytes));
+    if (!std::equal(copy.found.begin(), copy.found.end(), copy.from)) fail_thread(block, thread, "what a copy reads changed while it was in flight");
+    std::copy_n(copy.from, copy.bytes, copy.to);
     std::memset(copy.to + copy.bytes, 0, static_cast<std::size_t>(copy.room - copy.bytes));
   }
 
