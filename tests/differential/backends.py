@@ -49,7 +49,7 @@ class Interpreter:
         np.seterr(all="ignore")  # NaN and infinity are part of the calls
         self._backend, self._plan, self._products, self._guarded = backend, plan, products, guarded
         self._layer_settings = layer_settings
-        self._select = plan.select
+        self._select, self._importance = plan.select, plan.importance
         guarded.watch(triton_kernels, ops.__all__)
         guarded.watch(layers, layers.__all__)
 
@@ -78,10 +78,11 @@ class Interpreter:
         few = self._layer_settings.Tile(draw.one(None, 16, 32), draw.one(None, 16, 64), None, None, draw.one(None, 1, 2, 3))
         draw.tell(f"{few}")
         self._layer_settings.override(_Always(few))
-        chunked = draw.chance(0.25)  # rows longer than what one pass of the selection holds
+        chunked = draw.chance(0.25)  # rows longer than what one pass of the selection, and of the sum over heads, holds
         if chunked:
             draw.tell("chunks of 16")
             plan.select = lambda tokens, largest=0: self._select(tokens, 16)
+            plan.importance = lambda heads: (self._importance(heads)[0], 16)
             self._backend._attentions.clear()
         torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
         try:
@@ -93,7 +94,7 @@ class Interpreter:
             products.LINEAR, products.GATED = tiles
             self._layer_settings.override(None)
             if chunked:
-                plan.select = self._select
+                plan.select, plan.importance = self._select, self._importance
                 self._backend._attentions.clear()
 
 

@@ -14,7 +14,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--family", nargs="+", choices=faults.NAMES, default=list(faults.NAMES))
     parser.add_argument("--only", type=int, nargs="+", help="numbers of faults")
-    parser.add_argument("--seconds", type=int, default=900, help="after which a run counts as one that never ends")
+    parser.add_argument("--seconds", type=int, default=300, help="of a processor, after which a run counts as one that never ends")
     given = parser.parse_args()
     table = []
     with runner.copied() as copy:

@@ -66,7 +66,9 @@ FAULTS = (
     fault("score, alive, vector(count), vector(n_visual)", "score, alive, count, vector(n_visual)", HOST),
 )  # fmt: skip
 
+OPERATORS = (*["select_tokens"] * 3, *["predict_rate"] * 2, "decode_step", "decode_attention", "score_last_query")
+
 FAMILY = Family(
-    "emulated", ("select_tokens", "decode_step", "predict_rate", "decode_attention", "score_last_query"), 400,
+    "emulated", OPERATORS, 400,
     ("tests/emulated/cases_decision.py",), FAULTS, ("decision.cu",),
 )  # fmt: skip

@@ -34,10 +34,10 @@ FAULTS = (
     fault("to = block.shuffle(target, i) * rows.row_stride", "to = block.shuffle(target, i) * rows.row_bytes"),
     fault("to = block.shuffle(target, i) * rows.row_stride", "to = block.shuffle(target, 0) * rows.row_stride"),
     fault("case 8: copy<std::uint64_t>", "case 8: copy<Bytes16>"),
-    fault("words_a_step = kWarp % words;", "words_a_step = 0;"),
+    fault("words_a_step = kWarp % words;", "words_a_step = words > 1;"),
     fault("word = block.lane() % words;", "word = block.lane();"),
     fault("head * rows.head_stride + word", "head * rows.row_stride + word"),
-    fault("          word -= words;\n          ++head;\n", "          word -= words;\n"),
+    fault("          word -= words;\n          ++head;\n", "          word -= words;\n          head += 2;\n"),
     fault(f"if (at[i] >= 0) {HELD}", f"if (at[i] > 0) {HELD}"),
     # reordering
     fault("b < call.batch; b += kThreads) mine", "b + 1 < call.batch; b += kThreads) mine"),
