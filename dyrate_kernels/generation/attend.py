@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,6 +133,16 @@ class OperatorStep:
 # ---- a pass of several tokens -------------------------------------------------------------------------------------------------------
 
 
+class Seen(NamedTuple):
+    """What the rows of a pass see in one layer: query ``[B, Hq, q, D]``, mask bool ``[B, q, R]`` over ``rows``."""
+
+    query: Tensor
+    rows: KeyRows
+    mask: Tensor
+    scale: float
+    window: int | None
+
+
 def attend_many(query: Tensor, rows: KeyRows, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention: query ``[B, Hq, q, D]``, mask bool ``[B, q, R]`` (None: plainly causal) -> ``[B, q, Hq, D]``, 0 of no row."""
     key, value = per_query_head(query, rows.key), per_query_head(query, rows.value)
@@ -143,18 +153,11 @@ def attend_many(query: Tensor, rows: KeyRows, mask: Tensor | None, scale: float)
     return output.masked_fill(blind[:, None], 0.0).transpose(1, 2)
 
 
-def row_statistics(query: Tensor, rows: KeyRows, mask: Tensor, scale: float, tokens: int) -> tuple[Tensor, Tensor]:
-    """What ``ops.score_last_query`` gives, for several query rows at once.
-
-    Args:
-        query: ``[B, Hq, r, D]``.
-        mask: bool ``[B, r, R]``.
-        tokens: N, width of the result.
-
-    Returns:
-        mass ``[B, r, Hq, 4]`` and importance ``[B, r, N]`` (mean over heads), float32 (float64 for float64 input).
+def row_statistics(seen: Seen, of: slice, tokens: int) -> tuple[Tensor, Tensor]:
+    """Returns, of these query rows, mass ``[B, r, Hq, 4]`` and importance ``[B, r, N]`` (mean over heads), float32 (float64 for float64
+    input): what ``ops.score_last_query`` gives for one.
     """
-    weights = attention_weights(query, rows, mask, scale)
+    rows, weights = seen.rows, attention_weights(seen.query[:, :, of], seen.rows, seen.mask[:, of], seen.scale)
     mass = torch.einsum("bhqr,brt->bqht", weights, one_hot(rows.type.long(), ops.reference.TYPES).to(weights.dtype))
     return mass, by_token(weights.mean(1), rows.token, tokens)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from dyrate_kernels import ops
 from dyrate_kernels.generation.attend import OperatorStep, accumulator
-from dyrate_kernels.generation.kv_store import RowGroup, RowStore
+from dyrate_kernels.generation.kv_store import BufferViews, RowGroup, RowStore
 
 enabled = True  # False: the reference operators do it, e.g. to compare with them
 
@@ -53,6 +53,7 @@ class CpuStep(OperatorStep):
         super().__init__(store, row, column, unpruned, whole)
         self._seen: dict[tuple[int, int | None], _Rows] = {}  # by group and window
         self._places: dict[int, Tensor] = {}  # by group: place of the new row
+        self._written: tuple[int, BufferViews] | None = None  # layer that was written last, and its buffers
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         store = self.store
@@ -61,6 +62,7 @@ class CpuStep(OperatorStep):
             store.write(layer, key, value, group.capacity + self.row)
             return
         views = store.views(layer)
+        self._written = (layer, views)
         place = self._places.get(group.first)
         if place is None:
             place = self._places[group.first] = _place_of_rows(views.keys, group.capacity + self.row)
@@ -90,7 +92,8 @@ class CpuStep(OperatorStep):
 
     def _operands(self, layer: int, query: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor, _Rows]:
         """Query, keys and values as matrix products take them, and what there is to know about the rows."""
-        group, views = self.store.group_of[layer], self.store.views(layer)
+        group, written = self.store.group_of[layer], self._written
+        views = written[1] if written is not None and written[0] == layer else self.store.views(layer)
         rows = self._seen.get((group.first, window))
         if rows is None:
             rows = self._seen[group.first, window] = self._rows_of(group, views.keys, query.dtype, window)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyrate_kernels.generation.attend import accumulator, attention_weights, by_token, per_query_head, seen_softmax
+from dyrate_kernels.generation.attend import Seen, accumulator, attention_weights, by_token, per_query_head, seen_softmax
 from dyrate_kernels.generation.heads import HeadShards
 from dyrate_kernels.generation.index import joined, marked, numbered, resized, scattered
 from dyrate_kernels.generation.layout import KeyRows, SlotMapping, visibility
@@ -107,18 +107,16 @@ class Ranker:
             kept = None if hidden is None else hidden.detach()
             self.chunks.setdefault(layer, []).append(Chunk(column, slots.stored_token, query.detach(), kept))
 
-    def add(
-        self, layer: int, passing: MultiTokenPass, query: Tensor, rows: KeyRows, mask: Tensor, scale: float, tokens: int
-    ) -> None:  # fmt: skip
-        """The prompt rows of a pass vote: query ``[B, Hq, q, D]``, mask bool ``[B, q, R]``; ``tokens``: N."""
+    def add(self, layer: int, passing: MultiTokenPass, seen: Seen, tokens: int) -> None:
+        """The prompt rows of a pass vote; ``tokens``: N."""
         prompt, slots = slice(0, passing.width - passing.drafted), passing.slots[0]
-        real = slots.stored[:, prompt].to(query.device)
-        added = sum_of_rows(query[:, :, prompt], rows, mask[:, prompt], real, scale, tokens)
+        real = slots.stored[:, prompt].to(seen.query.device)
+        added = sum_of_rows(seen.query[:, :, prompt], seen.rows, seen.mask[:, prompt], real, seen.scale, tokens)
         added = (added if self.heads is None else self.heads.mean(added)).to(slots.stored.device)
         before = self.column_sum.get(layer)
         self.column_sum[layer] = added if before is None else resized(before, tokens) + added
 
-    def importance(self, layer: int, rows: KeyRows, scale: float, window: int | None, turn: Turn, last: Tensor) -> Tensor:
+    def importance(self, layer: int, seen: Seen, turn: Turn, last: Tensor) -> Tensor:
         """``[B, N]``: attention that each visual token receives in ``layer``; ``last``, the last row's, for sequences without a rater."""
         if self.rows == "mean":
             return self.column_sum.get(layer, last)
@@ -127,12 +125,10 @@ class Ranker:
         chunks = self.chunks[layer]
         column, query = joined([chunk.column for chunk in chunks], 1), joined([chunk.query for chunk in chunks], 2)
         if self.rows == "pagerank":
-            return self._page_rank(column.to(query.device), query, rows, scale, window, turn, last)
-        return self._mean_of_raters(column, query, rows, scale, window, turn, last)
+            return self._page_rank(column.to(query.device), query, seen, turn, last)
+        return self._mean_of_raters(column, query, seen, turn, last)
 
-    def _mean_of_raters(
-        self, column: Tensor, query: Tensor, rows: KeyRows, scale: float, window: int | None, turn: Turn, last: Tensor
-    ) -> Tensor:  # fmt: skip
+    def _mean_of_raters(self, column: Tensor, query: Tensor, seen: Seen, turn: Turn, last: Tensor) -> Tensor:
         assert self.column is not None and self.real is not None
         inside = (column >= turn.start) & (column < turn.end)
         every = torch.arange(column.shape[1], device=column.device).expand_as(column)
@@ -140,18 +136,18 @@ class Ranker:
         place = place.gather(1, self.column - turn.start).to(query.device)
         query = query.gather(2, place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         real = self.real.to(query.device)
-        mask = visibility(rows, self.column.to(query.device), window)
-        total = sum_of_rows(query, rows, mask, real, scale, last.shape[1])
+        mask = visibility(seen.rows, self.column.to(query.device), seen.window)
+        total = sum_of_rows(query, seen.rows, mask, real, seen.scale, last.shape[1])
         total = total if self.heads is None else self.heads.mean(total)
         count = real.sum(1, keepdim=True)
         return torch.where(count.to(last.device) > 0, (total / count.clamp(min=1)).to(last.device), last)
 
-    def _page_rank(
-        self, column: Tensor, query: Tensor, rows: KeyRows, scale: float, window: int | None, turn: Turn, last: Tensor
-    ) -> Tensor:  # fmt: skip
+    def _page_rank(self, column: Tensor, query: Tensor, seen: Seen, turn: Turn, last: Tensor) -> Tensor:
         real = (column >= turn.start) & (column < turn.end)
         of: Any = self.policy  # such a policy has these options
-        rank = page_rank(query, rows, column, real, (turn.start, turn.end), scale, window, of.temperature, of.iterations, last.shape[1])
+        rank = page_rank(
+            query, seen.rows, column, real, (turn.start, turn.end), seen.scale, seen.window, of.temperature, of.iterations, last.shape[1]
+        )
         return (rank if self.heads is None else self.heads.root_mean_square(rank)).to(last.device)
 
     def states(self, layer: int, tokens: int, home: torch.device) -> tuple[Tensor, Tensor] | None:

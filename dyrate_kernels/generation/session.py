@@ -24,11 +24,11 @@ from torch import Tensor
 
 from dyrate_kernels.generation import apply, plan
 from dyrate_kernels.generation.apply import Effects
-from dyrate_kernels.generation.attend import attend_many, last_row_statistics, row_statistics
+from dyrate_kernels.generation.attend import Seen, attend_many, last_row_statistics, row_statistics
 from dyrate_kernels.generation.decide import Decider, Measured, Pending, Stage, importance_by_token
 from dyrate_kernels.generation.heads import HeadShards
 from dyrate_kernels.generation.kv_store import RowStore
-from dyrate_kernels.generation.layout import Blocks, KeyRows, SlotMapping, look, restrict, rows_of, visibility
+from dyrate_kernels.generation.layout import Blocks, SlotMapping, look, restrict, rows_of, visibility
 from dyrate_kernels.generation.plan import DecodePass, MultiTokenPass
 from dyrate_kernels.generation.ranking import Ranker
 from dyrate_kernels.generation.record import Record, Snapshot
@@ -388,48 +388,42 @@ class Session:
             mask = restrict(mask, rows, allowed.to(query.device))
         output = attend_many(query, rows, None if plain else mask, scale)
         if stage is not None:
-            self._score_many(passing, stage, slots, query, rows, mask, scale, window)
+            self._score_many(passing, stage, slots, Seen(query, rows, mask, scale, window))
         return output
 
-    def _score_many(
-        self, passing: MultiTokenPass, stage: Stage, slots: SlotMapping, query: Tensor, rows: KeyRows, mask: Tensor, scale: float,
-        window: int | None,
-    ) -> None:  # fmt: skip
-        """A score layer: the last prompt row decides, then each draft row for itself. ``query`` may hold fewer columns than the pass (the
+    def _score_many(self, passing: MultiTokenPass, stage: Stage, slots: SlotMapping, seen: Seen) -> None:
+        """A score layer: the last prompt row decides, then each draft row for itself. There may be fewer columns than the pass has (the
         prompt was shrunk).
         """
         ranker, tokens = self.ranker, self.store.full.capacity
         if passing.reads_prompt:
             if ranker.rows == "mean" and not stage.index and self.decider.at_prefill(self.turn):
-                ranker.add(stage.layer, passing, query, rows, mask, scale, tokens)
-            ranker.note(stage.layer, slots, query, self._hidden if ranker.merges else None)
-        end = query.shape[2] - passing.drafted
+                ranker.add(stage.layer, passing, seen, tokens)
+            ranker.note(stage.layer, slots, seen.query, self._hidden if ranker.merges else None)
+        end = seen.query.shape[2] - passing.drafted
         if passing.ends_prompt:
-            self._score_prompt(passing, stage, query, rows, mask, scale, window, end - 1)
+            self._score_prompt(passing, stage, seen, end - 1)
         if passing.drafted:
-            self._score_drafts(passing, stage, query, rows, mask, scale, slice(end, None))
+            self._score_drafts(passing, stage, seen, slice(end, None))
         if stage.last:
             self._write_many(passing)
 
-    def _statistics(self, query: Tensor, rows: KeyRows, mask: Tensor, scale: float, of: slice) -> tuple[Tensor, Tensor]:
+    def _statistics(self, seen: Seen, of: slice) -> tuple[Tensor, Tensor]:
         """Mass and importance of these rows of the pass, of all heads."""
-        found = row_statistics(query[:, :, of], rows, mask[:, of], scale, self.store.full.capacity)
-        mass, importance = self._of_all_heads(*found)
+        mass, importance = self._of_all_heads(*row_statistics(seen, of, self.store.full.capacity))
         return mass.to(self.store.device), importance.to(self.store.device)
 
-    def _score_prompt(
-        self, passing: MultiTokenPass, stage: Stage, query: Tensor, rows: KeyRows, mask: Tensor, scale: float, window: int | None, last: int
-    ) -> None:  # fmt: skip
+    def _score_prompt(self, passing: MultiTokenPass, stage: Stage, seen: Seen, last: int) -> None:
         """Step 0: the last prompt row's statistics, a stage of the policy's decision, and what follows from it for the pruned layers."""
         store, turn, decider, ranker = self.store, self.turn, self.decider, self.ranker
         if stage.index and (self._first is None or not self._first.rates):
             return  # the first stage had nothing to decide
-        if stage.index or passing.drafted or window is not None:
-            mass, importance = (each[:, 0] for each in self._statistics(query, rows, mask, scale, slice(last, last + 1)))
+        if stage.index or passing.drafted or seen.window is not None:
+            mass, importance = (each[:, 0] for each in self._statistics(seen, slice(last, last + 1)))
         else:
-            found = self._of_all_heads(*last_row_statistics(store, stage.layer, query[:, :, last], scale))
+            found = self._of_all_heads(*last_row_statistics(store, stage.layer, seen.query[:, :, last], seen.scale))
             mass, importance = (each.to(store.device) for each in found)
-        importance = ranker.importance(stage.layer, rows, scale, window, turn, importance)
+        importance = ranker.importance(stage.layer, seen, turn, importance)
         hidden = self._hidden_of(slice(last, last + 1))
         measured = Measured(mass, importance, None if hidden is None else hidden[:, 0])
         if self._first is None:
@@ -452,14 +446,12 @@ class Session:
             fresh = (passing.slots[0].token >= 0).any(1) if decider.had_decided else None
             apply.list_of_prompt(store, stage, choice, self.policy.kept_bound(store.full.bound), fresh)
 
-    def _score_drafts(
-        self, passing: MultiTokenPass, stage: Stage, query: Tensor, rows: KeyRows, mask: Tensor, scale: float, of: slice
-    ) -> None:  # fmt: skip
+    def _score_drafts(self, passing: MultiTokenPass, stage: Stage, seen: Seen, of: slice) -> None:
         """Draft tokens: each decides for itself (recoverable); under evict the kept set stays as it is (compaction is frozen)."""
         store = self.store
         decides = not self.evict and self.policy.at_decode and store.full.bound > 0
         if decides or not stage.index:
-            measured = Measured(*self._statistics(query, rows, mask, scale, of), self._hidden_of(of))
+            measured = Measured(*self._statistics(seen, of), self._hidden_of(of))
             if self._drafts is None:
                 self._drafts = Pending(measured)
         if decides and self._drafts is not None:
