@@ -19,6 +19,7 @@ from dyrate_kernels.generation import cpu_step
 from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.measuring.timing import Times
+from dyrate_kernels.patching import calls
 from dyrate_kernels.patching.families import cache_in, cache_name, stored_weights
 from dyrate_kernels.patching.graph import CudaRecorder
 from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View
@@ -55,7 +56,8 @@ class Clock(LogitsProcessor):
             torch.cuda.synchronize()  # once: else the first token would count as soon as it is launched
         self.times.append(time.perf_counter())
         if self.handle is not None:
-            run = self.handle.graph._run
+            call = calls.current(self.handle)
+            run = None if call is None else call.graph
             if run is not None and run.captured is not None and run.captured is not self._wrapped:
                 self._wrapped = run.captured
                 run.captured.replay = self._timed(run.captured.replay)

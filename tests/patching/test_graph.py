@@ -16,6 +16,7 @@ import torch
 import dyrate_kernels as dk
 from dyrate_kernels.generation import kv_store
 from dyrate_kernels.generation.session import Session
+from dyrate_kernels.measuring import decoding
 from dyrate_kernels.ops import workspace
 from dyrate_kernels.patching import graph
 from dyrate_kernels.patching.families import cache_name
@@ -963,3 +964,12 @@ def test_memory_of_a_graph_is_given_back():
             torch.cuda.empty_cache()
             held.append(torch.cuda.memory_reserved())
     assert held[-1] <= held[1]
+
+
+def test_a_clock_finds_the_replays_of_its_generation(make_model, tape, monkeypatch):
+    model = make_model()
+    wrapped = []
+    monkeypatch.setattr(decoding.Clock, "_timed", lambda self, replay: wrapped.append(replay) or replay)
+    with patched(model, METHODS["fixed"], cuda_graph=True) as handle:
+        model.generate(**models.inputs(model, ROWS[:1]), **greedy(5, logits_processor=[decoding.Clock(handle)]))
+        assert handle.graph.replays == 3 and len(wrapped) == 1
