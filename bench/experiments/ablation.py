@@ -153,7 +153,7 @@ def decision(toy: bool) -> list[Planned]:
         return [shapes_of_decision(True, "mha", 1), selection(True, 1, 24)]
     found = [shapes_of_decision(False, "mha", 32), selection(False, 32, 2880)]
     found += [case(shape(False, heads, batch, 2880), "step", DECISION) for heads in ("mha", "gqa") for batch in (32, 8, 1)]
-    return [*found, shapes_of_decision(False, "gqa", 32), selection(False, 1, 576), selection(False, 32, 16384)]
+    return [*found, shapes_of_decision(False, "gqa", 32), selection(False, 1, 576), selection(False, 8, 16384)]
 
 
 EXPERIMENTS = [

@@ -40,7 +40,9 @@ def watch(context: Context) -> Iterator[Row]:
     name = "what settings turn on"
     left = max(context.left(), 5.0)
     try:
-        alone = subprocess.run(ALONE, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=left * 0.6)
+        alone = subprocess.run(
+            ALONE, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=left * (0.9 if context.toy else 0.6)
+        )
     except subprocess.TimeoutExpired:
         yield context.row(f"{name}: alone", None, case=name, variant="alone", verdict=NOT_REACHED, note="stopped: the time was over")
         return

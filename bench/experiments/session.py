@@ -1,4 +1,4 @@
-"""A run of the experiments: what is launched is built first, by several processes; then they run, and after each row all is written."""
+"""A run of the experiments: what is launched is built first, by several processes; then they run, and now and then all is written."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dyrate_kernels.measuring import timing
 from . import propose, registry, runner, table
 
 COMPILING = 120.0  # seconds of 470 at most
+BETWEEN = 10.0  # seconds from one writing of the files to the next, so that one that is stopped leaves something
 
 
 def picked(numbers: list[int] | None) -> list[runner.Experiment]:
@@ -36,9 +37,13 @@ def measure(out: Path, numbers: list[int] | None, toy: bool, seconds: float) -> 
     rows: list[runner.Row] = []
     done: list[dict] = []
 
+    written = [begin]
+
     def save(row: runner.Row) -> None:
         rows.append(row)
-        write(out, rows, done)
+        if time.monotonic() - written[0] > BETWEEN:  # not after each row: a long table takes a while
+            write(out, rows, done)
+            written[0] = time.monotonic()
         state = row["verdict"] or ""
         ratio = "" if row["ratio"] is None else f", {row['ratio']:.3f} of the base"
         what = "" if row["median_us"] is None else f" {row['median_us']} us{ratio}"
@@ -49,7 +54,7 @@ def measure(out: Path, numbers: list[int] | None, toy: bool, seconds: float) -> 
         alone = [one for one in chosen if one.beside_compiling]
         timed = [one for one in chosen if not one.beside_compiling]
         compiling = None if toy else start_compiling(chosen)
-        context.deadline = min(begin + COMPILING * seconds / 470, deadline)
+        context.deadline = deadline if toy else min(begin + COMPILING * seconds / 470, deadline)
         try:
             done += runner.run(alone, context, save)
             if compiling is not None:

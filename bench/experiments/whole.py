@@ -118,4 +118,4 @@ def compile_step(context: Context) -> None:
             decoding.generate(model, fields, 4)
 
 
-EXPERIMENTS = [Experiment(1, "kernels of a captured step", 60, rows=profile, compile=compile_step)]
+EXPERIMENTS = [Experiment(1, "kernels of a captured step", 75, rows=profile, compile=compile_step)]
