@@ -351,11 +351,10 @@ struct StagedKernel {
       const typename Block::Place keys = ring.begin + out.stage * kStageBytes, values = keys + kTensorBytes;
       if (kBulk) {
         block.wait_bytes(ring.arrived + out.stage * 8, out.round);
-        if (live != (1u << kRows) - 1) {  // what no copy wrote is old
+        if (live != (1u << kRows) - 1) {  // values that no copy wrote are old; such keys make logits that nobody looks at
           for (int i = lane; i < kRows * kChunks; i += kWarp) {
             const int at = i / kChunks * kPitch * kSize + i % kChunks * 16;
             if (live >> i / kChunks & 1u) continue;
-            block.clear16_at(keys + at);
             block.clear16_at(values + at);
           }
           block.fence_proxy();

@@ -34,7 +34,6 @@ FAULTS = (
     fault(MEET, MEET.partition("\n")[0] + "\n", races=True),
     # bulk copies
     fault("count_bits(live) * (key_bytes + value_bytes)", "count_bits(live) * key_bytes"),
-    fault("            block.clear16_at(keys + at);\n", ""),
     fault("            block.clear16_at(values + at);\n", ""),
     fault("lowest_bit(starts) + 1 : kWarp", "lowest_bit(starts) + 2 : kWarp"),
     fault("    if (rows > kRows - lane) rows = kRows - lane;\n", ""),
