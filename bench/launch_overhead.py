@@ -37,7 +37,8 @@ def triton_backend() -> tuple[str, ModuleType]:
     """(name with version, the backend) with every kernel compiled to nothing."""
     import triton
 
-    from dyrate_kernels.triton_kernels import backend, launch
+    from dyrate_kernels import triton_kernels
+    from dyrate_kernels.triton_kernels import launch
 
     def start(self: Any, device: torch.device, stream: int, tensors: tuple) -> None:
         if self._compiled is None:
@@ -45,7 +46,7 @@ def triton_backend() -> tuple[str, ModuleType]:
         self._start(stream, tensors)
 
     launch.Launch.start = start
-    return f"triton {triton.__version__}", backend
+    return f"triton {triton.__version__}", triton_kernels
 
 
 def cuda_backend() -> tuple[str, ModuleType]:

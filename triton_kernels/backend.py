@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from dyrate_kernels.ops import reference, workspace
-from dyrate_kernels.ops.forms import Step, empty_step, form, last_contiguous, readable_list, remember, stream_of, strides, vector
+from dyrate_kernels.ops.forms import Prepared, Step, empty_step, form, last_contiguous, readable_list, remember, stream_of, strides, vector
 
 from . import interpreted, interpreter, plan
 from . import rows as moving
@@ -234,6 +234,7 @@ def _run_attention(
     query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
     output: bool = True, new_key: Tensor | None = None, new_value: Tensor | None = None, cos: Tensor | None = None,
     sin: Tensor | None = None, decide: dict[str, Tensor | None] | None = None, pages: Pages | None = None, out: Tensor | None = None,
+    prepared: Prepared | None = None,
 ) -> Step:  # fmt: skip
     """One launch of ``decode_attention_kernel``, and of ``decide_kernel`` where the plan says so.
 
@@ -251,7 +252,6 @@ def _run_attention(
     if batch == 0 or heads == 0:
         return made
     weight = bias = rates = count = score = alive = max_kept = None
-    choice: Hashable = None
     if decide is not None:
         weight, bias, score, alive = (decide[name] for name in ("weight", "bias", "score", "alive"))
         rates, count, max_kept = (vector(decide[name]) for name in ("rates", "count", "max_kept"))
@@ -259,14 +259,7 @@ def _run_attention(
             bias = bias.expand(batch, -1)
         if alive is not None:
             alive = alive.view(torch.uint8)
-        choice = (form(weight), form(bias), form(score), form(alive), max_kept is None)
     kept, n_kept = readable_list(kept, n_kept)
-
-    forms = (
-        device, visual_capacity, scale, window, mass, importance, output, plan.overridden(), dependent_launch(device), form(query),
-        form(key), form(value), form(kept), form(text_type), form(position), form(query_position), form(new_key), form(new_value), choice,
-        form(cos), form(sin), None if pages is None else pages.form(),
-    )  # fmt: skip
     n_visual, n_text, n_kept = vector(n_visual), vector(n_text), vector(n_kept)
     table, sequence, text_position = (None, None, None) if pages is None else pages[:3]
     before = (
@@ -274,13 +267,23 @@ def _run_attention(
         table, sequence, text_position, cos, sin,
     )  # fmt: skip
     after = (masses, scores, weight, bias, rates, count, score, alive, max_kept, chosen, chosen_count, rate)
-    known = _attentions.get(forms)
+    settings = (plan.overridden(), dependent_launch(device))
+    known = prepared.launches if prepared is not None and prepared.settings == settings else None
     if known is None:
-        shape = functools.partial(
-            _prepare_attention, query, key, value, kept, text_type, position, query_position, new_key, new_value, cos, sin,
-            visual_capacity, scale, window, mass, importance, output, decide, bias, pages,
+        forms = (
+            device, visual_capacity, scale, window, mass, importance, output, settings, form(query), form(key), form(value), form(kept),
+            form(text_type), form(position), form(query_position), form(new_key), form(new_value), form(cos), form(sin), decide is None,
+            form(weight), form(bias), form(score), form(alive), max_kept is None, None if pages is None else pages.form(),
         )  # fmt: skip
-        known = remember(_attentions, forms, _fit_attention(shape, device, before, after))
+        known = _attentions.get(forms)
+        if known is None:
+            shape = functools.partial(
+                _prepare_attention, query, key, value, kept, text_type, position, query_position, new_key, new_value, cos, sin,
+                visual_capacity, scale, window, mass, importance, output, decide, bias, pages,
+            )  # fmt: skip
+            known = remember(_attentions, forms, _fit_attention(shape, device, before, after))
+        if prepared is not None:
+            prepared.launches, prepared.settings = known, settings
     stream = stream_of(device)
     part, part_stat, head_stat, counters, logits = workspace.for_stream(device, stream).buffers_for(known.scratch)
     known.launch.start(device, stream, (*before, part, part_stat, head_stat, counters, logits, *after))
@@ -301,6 +304,7 @@ def decode_attention(
     query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
     visual_bound: int | None = None, text_bound: int | None = None, clean: bool = False,
     new_key: Tensor | None = None, new_value: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+    prepared: Prepared | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See ``dyrate_kernels.ops.decode_attention``. The bounds and ``clean`` are not needed: lengths are read on the device."""
     if query.dtype == torch.float64:
@@ -315,6 +319,7 @@ def decode_attention(
         text_type=last_contiguous(text_type) if mass else None, position=last_contiguous(position) if window is not None else None,
         query_position=query_position, window=window, mass=mass, importance=importance,
         new_key=last_contiguous(new_key), new_value=last_contiguous(new_value), cos=last_contiguous(cos), sin=last_contiguous(sin),
+        prepared=prepared,
     )[:3]  # fmt: skip
 
 
@@ -344,6 +349,7 @@ def decode_step(
     score: Tensor | None = None, alive: Tensor | None = None, max_kept: Tensor | None = None,
     visual_bound: int | None = None, text_bound: int | None = None, clean: bool = False,
     new_key: Tensor | None = None, new_value: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+    prepared: Prepared | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See ``dyrate_kernels.ops.decode_step``: one launch, two or three, as the plan says."""
     if query.dtype == torch.float64:
@@ -358,7 +364,7 @@ def decode_step(
         query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=last_contiguous(text_type),
         position=last_contiguous(position) if window is not None else None, query_position=query_position, window=window,
         mass=True, importance=True, new_key=last_contiguous(new_key), new_value=last_contiguous(new_value),
-        cos=last_contiguous(cos), sin=last_contiguous(sin), decide=decide,
+        cos=last_contiguous(cos), sin=last_contiguous(sin), decide=decide, prepared=prepared,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch
-from .forms import remember
+from .forms import Prepared, remember
 
 _Operator = TypeVar("_Operator", bound=Callable[..., Any])
 _PLAIN = (Tensor, nn.Parameter)
@@ -59,9 +59,14 @@ def _short(name: str, scaled: bool, args: tuple, named: dict[str, Any], result: 
     choice, device = named.get("backend", "auto"), args[0].device
     scale = {"scale": float(args[0].shape[-1] ** -0.5)} if scaled and named.get("scale") is None else {}
     wrap = getattr(result, "_make", None)
+    prepared = Prepared()
 
     def call(*args: Any, backend: Any = None, **named: Any) -> Any:
-        made = getattr(dispatch.resolve(choice, device, name), name)(*args, **{**named, **scale})
+        module = dispatch.resolve(choice, device, name)
+        named.update(scale)
+        if name in getattr(module, "PREPARES", ()):
+            named["prepared"] = prepared
+        made = getattr(module, name)(*args, **named)
         return made if wrap is None else wrap(made)
 
     return call

@@ -7,7 +7,7 @@ tensors, so that a decode step prepares nothing.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,22 @@ def remember(cache: dict[Hashable, _Prepared], forms: Hashable, prepared: _Prepa
         cache.clear()
     cache[forms] = prepared
     return prepared
+
+
+class Prepared:
+    """What a backend has prepared for the calls whose arguments all have the same forms: whoever knows that they do keeps one of these for
+    them, and the backend does not look at the forms again.
+
+    Attributes:
+        launches: the backend's own; None before the first call.
+        settings: under which they were prepared.
+    """
+
+    __slots__ = ("launches", "settings")
+
+    def __init__(self) -> None:
+        self.launches: Any = None
+        self.settings: Hashable = None
 
 
 class Step(NamedTuple):

@@ -19,6 +19,7 @@ from triton import knobs
 
 from dyrate_kernels import devices
 from dyrate_kernels.ops import workspace
+from dyrate_kernels.ops.forms import Prepared
 from dyrate_kernels.triton_kernels import backend, plan
 from dyrate_kernels.triton_kernels.launch import Launch
 
@@ -186,6 +187,21 @@ def call(batch=8, chosen=None, **more):
         )
     finally:
         plan.override(None)
+
+
+def test_what_a_call_has_prepared_is_taken_for_calls_of_the_same_forms_until_the_settings_change(compiled, monkeypatch):
+    kept, looked_at = Prepared(), []
+    form = backend.form
+    monkeypatch.setattr(backend, "form", lambda tensor: looked_at.append(tensor) or form(tensor))
+    call(prepared=kept)
+    first, looks = kept.launches, len(looked_at)
+    assert first is not None and looks
+    call(prepared=kept)
+    assert kept.launches is first and len(looked_at) == looks
+    call(prepared=kept, chosen=plan.Settings(block_n=64))
+    assert kept.launches is not first and kept.launches.launch.rest != first.launch.rest
+    call(prepared=kept)
+    assert kept.launches is first  # the shipped settings again
 
 
 def splits(asked):
