@@ -212,8 +212,8 @@ class Handle:
         vars(model)[_HANDLE] = self
         reads = self.policy.reads_hidden or (self.retention == "evict" and self.policy.merges)
         deciding = {start - 1 for start in self.policy.layer_groups(layers)} if reads else set()
-        for index, layer in enumerate(decoder_layers(model)):
-            attention.swap(layer.self_attn, shows_hidden=index in deciding)
+        for index, module in enumerate(_attention_modules(model)):
+            attention.swap(module, shows_hidden=index in deciding)
         if self.fused is not None:
             self.fused.install(text_model(model))
         self._hooks.install()
@@ -249,8 +249,8 @@ class Handle:
             self._shrink.remove()
         if self.fused is not None:
             self.fused.remove(text_model(model))
-        for layer in decoder_layers(model):
-            attention.restore(layer.self_attn)
+        for module in _attention_modules(model):
+            attention.restore(module)
         for override in self._overrides:
             override.remove()
         vars(model).pop(_HANDLE, None)
@@ -308,3 +308,7 @@ class Handle:
         if call is not None:
             return call.session
         return next((call.session for call in reversed([*self.running]) if call.session is not None), None)
+
+
+def _attention_modules(model: Any) -> list[Any]:
+    return [layer.self_attn for layer in decoder_layers(model)]
