@@ -15,17 +15,51 @@ IMAGES, PREFIX = "images", "prefix"  # of ``Family.sees_ahead``
 
 @dataclass(frozen=True)
 class TextModel:
-    """A text model: what its decoder layers hold besides what its config says.
+    """A text model: what its decoder layers hold and compute besides what its config says.
 
     Attributes:
+        title: what its classes in transformers are named by; the module is named by its ``model_type``.
         qkv_bias: queries, keys and values have a bias and the output has none, whatever the config's ``attention_bias`` says.
-        qk_norm: queries and keys are normalised per head.
-        layer_norms: normalisations of the hidden width in a layer.
+        qk_norm: queries and keys are normalised per head, before they are rotated (``q_norm``, ``k_norm``).
+        layer_norms: normalisations of the hidden width in a layer; of four, two are of what attention and feed-forward block give.
+        one_plus: a normalisation multiplies by ``1 + weight``.
+        block_title: what its feed-forward block is named by, where that is another model's.
+        fusable: its layers compute, but for the above, what ``ops.layers`` does (compared line by line with transformers 5.6.2 and 5.24;
+            tests/patching/test_fused.py runs them).
     """
 
+    title: str = ""
     qkv_bias: bool = False
     qk_norm: bool = False
     layer_norms: int = 2
+    one_plus: bool = False
+    block_title: str = ""
+    fusable: bool = False
+
+    @property
+    def norm(self) -> str:
+        """Name of the normalisation's class."""
+        return f"{self.title}RMSNorm"
+
+    @property
+    def feed_forward(self) -> str:
+        """Name of the feed-forward block's class."""
+        return f"{self.block_title or self.title}MLP"
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention's class."""
+        return f"{self.title}Attention"
+
+    @property
+    def layer(self) -> str:
+        """Name of the decoder layer's class."""
+        return f"{self.title}DecoderLayer"
+
+    @property
+    def four_norms(self) -> bool:
+        """Whether what attention and feed-forward block give is normalised before it joins the residual stream."""
+        return self.layer_norms == 4
 
 
 @dataclass(frozen=True)
@@ -63,15 +97,15 @@ class Family:
 
 
 TEXT_MODELS = {
-    "gemma": TextModel(),
-    "gemma3_text": TextModel(qk_norm=True, layer_norms=4),
-    "llama": TextModel(),
-    "mistral": TextModel(),
-    "qwen2": TextModel(qkv_bias=True),
-    "qwen2_vl_text": TextModel(qkv_bias=True),
-    "qwen2_5_vl_text": TextModel(qkv_bias=True),
-    "qwen3": TextModel(qk_norm=True),
-    "qwen3_vl_text": TextModel(qk_norm=True),
+    "llama": TextModel("Llama", fusable=True),
+    "mistral": TextModel("Mistral", fusable=True),
+    "qwen2": TextModel("Qwen2", qkv_bias=True, fusable=True),
+    "qwen2_vl_text": TextModel("Qwen2VL", qkv_bias=True, block_title="Qwen2", fusable=True),
+    "qwen2_5_vl_text": TextModel("Qwen2_5_VL", qkv_bias=True, block_title="Qwen2", fusable=True),
+    "qwen3": TextModel("Qwen3", qk_norm=True, fusable=True),
+    "qwen3_vl_text": TextModel("Qwen3VLText", qk_norm=True, fusable=True),
+    "gemma": TextModel("Gemma", one_plus=True, fusable=True),
+    "gemma3_text": TextModel("Gemma3", qk_norm=True, layer_norms=4, one_plus=True, fusable=True),
 }
 
 TOWERS = {
@@ -102,6 +136,12 @@ FAMILIES = {
 def text_model(model_type: str) -> TextModel:
     """Returns the row of a text model, plain where there is none: costs are counted for text models that cannot be patched, too."""
     return TEXT_MODELS.get(model_type, TextModel())
+
+
+def module_of(model_type: str) -> str:
+    """Returns the module of transformers that defines a text model."""
+    name = model_type.removesuffix("_text")
+    return f"transformers.models.{name}.modeling_{name}"
 
 
 def names(where: Callable[[Family], bool] = lambda family: True) -> list[str]:

@@ -17,7 +17,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,51 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dyrate_kernels.families import TEXT_MODELS, TextModel, module_of
 from dyrate_kernels.ops import layer_settings
 from dyrate_kernels.ops import layers as ops
 from dyrate_kernels.patching.attention import CARRIER, sliding_window
 from dyrate_kernels.patching.cache import VisualCache
 from dyrate_kernels.patching.families import decoder_layers
 
-
-@dataclass(frozen=True)
-class Known:
-    """A text model whose layers compute what ``ops.layers`` does: the names of its classes, and what differs from Llama's.
-
-    Attributes:
-        one_plus: its RMSNorm multiplies by ``1 + weight``.
-        qk_norm: ``q_norm`` and ``k_norm`` normalise each head before it is rotated.
-        four_norms: what attention and feed-forward block give is normalised before it joins the residual stream.
-    """
-
-    norm: str
-    feed_forward: str
-    attention: str
-    layer: str
-    one_plus: bool = False
-    qk_norm: bool = False
-    four_norms: bool = False
-
-
-def _known(title: str, feed_forward: str | None = None, **differs: bool) -> Known:
-    return Known(f"{title}RMSNorm", feed_forward or f"{title}MLP", f"{title}Attention", f"{title}DecoderLayer", **differs)
-
-
-# by the module that defines them; compared line by line with transformers 5.6.2 and 5.24 (tests/patching/test_fused.py runs them)
-KNOWN = {
-    f"transformers.models.{name}.modeling_{name}": known
-    for name, known in {
-        "llama": _known("Llama"),
-        "mistral": _known("Mistral"),
-        "qwen2": _known("Qwen2"),
-        "qwen2_vl": _known("Qwen2VL", "Qwen2MLP"),
-        "qwen2_5_vl": _known("Qwen2_5_VL", "Qwen2MLP"),
-        "qwen3": _known("Qwen3", qk_norm=True),
-        "qwen3_vl": _known("Qwen3VLText", qk_norm=True),
-        "gemma": _known("Gemma", one_plus=True),
-        "gemma3": _known("Gemma3", one_plus=True, qk_norm=True, four_norms=True),
-    }.items()
-}
+KNOWN = {module_of(name): row for name, row in TEXT_MODELS.items() if row.fusable}  # by the module that defines them
 _SWITCH = "_dyrate_switch"  # attribute of a fused module: its ``Fused``
 _NEXT = "_dyrate_next"  # of a fused layer: the norm that reads what it gives, and the next layer (None behind the last one)
 
@@ -176,7 +138,7 @@ def _bare(module: Any) -> bool:
 # ---- norms, and what joins the residual stream before them ----------------------------------------------------------------------
 
 
-def _row_of(original: type[nn.Module]) -> Known:
+def _row_of(original: type[nn.Module]) -> TextModel:
     return KNOWN[getattr(original, "_dyrate_original", original).__module__]
 
 
@@ -379,7 +341,7 @@ def _attention(original: type[nn.Module]) -> dict[str, Any]:
     return {"forward": forward}
 
 
-def _attention_rotates(module: Any, cache: VisualCache, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, row: Known) -> bool:
+def _attention_rotates(module: Any, cache: VisualCache, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, row: TextModel) -> bool:
     """The attention of this layer rotates query and new key itself."""
     return (
         _PASS.settings.rotary_in_attention and query.shape[2] == 1 and not row.qk_norm and cos.dim() == 3
@@ -388,7 +350,9 @@ def _attention_rotates(module: Any, cache: VisualCache, query: Tensor, key: Tens
     )  # fmt: skip
 
 
-def _rotated(module: Any, kernels: ModuleType, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, row: Known) -> tuple[Tensor, Tensor]:
+def _rotated(
+    module: Any, kernels: ModuleType, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, row: TextModel
+) -> tuple[Tensor, Tensor]:
     """Queries and keys, normalised where the model does that, and rotated."""
     how: dict[str, Any] = {}
     if cos.dim() == 4:  # a stream each for time, height and width, of which transformers before 5.24 chooses here

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
-from dyrate_kernels.families import FAMILIES, TEXT_MODELS, TOWERS
+from dyrate_kernels.families import FAMILIES, TEXT_MODELS, TOWERS, module_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dyrate_kernels"
-# builders of models by name, and the named models that costs are counted for; fused.py: the layers that it knows
-BUILDERS = {"measuring/random_models.py", "flops.py", "patching/fused.py"}
+# builders of models by name, and the named models that costs are counted for
+BUILDERS = {"measuring/random_models.py", "flops.py"}
 
 
 def named_in(path: Path) -> set[str]:
@@ -43,3 +44,11 @@ def test_the_page_of_families_says_what_the_table_says():
     for name, family in FAMILIES.items():
         assert (said[name][3] == "yes") == family.tower, f"{name}: reducers that look into the tower"
         assert said[name][3] in ("yes", "features"), name
+
+
+def test_the_classes_of_every_text_model_that_is_fused_are_in_transformers():
+    missing = []
+    for name, row in ((name, row) for name, row in TEXT_MODELS.items() if row.fusable):
+        module = importlib.import_module(module_of(name))
+        missing += [f"{name}: {each}" for each in (row.norm, row.feed_forward, row.attention, row.layer) if not hasattr(module, each)]
+    assert not missing
