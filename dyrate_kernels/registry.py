@@ -9,6 +9,12 @@ from typing import Any, Generic, TypeVar
 from dyrate_kernels import specs
 
 T = TypeVar("T")
+_BY_KIND: dict[str, Registry[Any]] = {}  # for classes that take others by their text, which no registry can be imported into
+
+
+def parse(kind: str, text: str) -> Any:
+    """Makes what a text names, of the registry of this kind."""
+    return _BY_KIND[kind].parse(text)
 
 
 class Registry(Generic[T]):
@@ -21,6 +27,7 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str, classes: Sequence[type[T]]) -> None:
         self.kind = kind
+        _BY_KIND[kind] = self
         self.by_name: dict[str, type[T]] = {cls.name: cls for cls in classes}  # type: ignore[attr-defined]
 
     def names(self) -> list[str]:

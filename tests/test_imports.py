@@ -19,10 +19,7 @@ LAYERS = ("ops", "policies", "generation", "patching")
 GENERATION = (
     *("index", "heads", "kv_store", "layout", "attend", "cpu_step", "turn", "plan", "ranking", "decide", "apply", "record", "session"),
 )
-CIRCLES = [
-    {"policies", "policies.klguard", "policies.recycle", "policies.wrapper"},
-    {"cli.eval", "cli.eval_lmms"},
-]
+CIRCLES: list[set[str]] = []
 UPWARDS: set[tuple[str, str]] = set()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyrate_kernels import specs
+from dyrate_kernels.files import check_file
 
 if TYPE_CHECKING:
     from dyrate_kernels.evaluation.runner import Contender
@@ -121,3 +124,28 @@ def not_followed(model: Any, sample: bool = False) -> str | None:
         return None
     how = "sampled" if sample else "greedy"
     return f"the checkpoint's {', '.join(f'{name}={value}' for name, value in odd.items())} not followed: one {how} answer a prompt"
+
+
+def check_labels(labels: list[str], paths: list[Path]) -> None:
+    """ValueError where two rows would have one name, or a row's answers cannot be written to the file that has its name."""
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"--policies, --also and --cost make two rows of one name: {', '.join(twice)}; ' as NAME' names a row")
+    for path in paths:
+        try:
+            check_file("--policies", path)
+        except ValueError as error:
+            raise ValueError(f"{error}; ' as NAME' names a row and its file") from None
+
+
+def introduce(given: argparse.Namespace, model: Any, chosen: list[Any]) -> dict[str, Any]:
+    """Says what each contender is on this model, before it is asked; the same for JSON."""
+    found = {
+        each.label: settings(model.config, each.policy, each.retention, given.backend, model.device, each.vision, each.side)
+        for each in chosen
+    }
+    odd = not_followed(model)
+    if not given.json:
+        lines = [f"{label}: {words(setting)}" for label, setting in found.items()]
+        print(*lines, *([f"but: {odd}"] if odd else []), sep="\n", flush=True)
+    return found | ({"not_followed": odd} if odd else {})

@@ -68,18 +68,6 @@ def label_at(contender: Any, cost: float) -> str:
     return f"{contender.label}@{100 * cost:g}"
 
 
-def check_labels(labels: list[str], paths: list[Path]) -> None:
-    """ValueError where two rows would have one name, or a row's answers cannot be written to the file that has its name."""
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise ValueError(f"--policies, --also and --cost make two rows of one name: {', '.join(twice)}; ' as NAME' names a row")
-    for path in paths:
-        try:
-            check_file("--policies", path)
-        except ValueError as error:
-            raise ValueError(f"{error}; ' as NAME' names a row and its file") from None
-
-
 def run(given: argparse.Namespace) -> int:
     """Asks every contender the questions, writes answers and prints the table."""
     from dyrate_kernels.cli import eval_lmms
@@ -103,7 +91,7 @@ def run(given: argparse.Namespace) -> int:
     check_file("--out", folder / "table.json")
     tuned = [label_at(contender, cost) for cost in costs for contender in chosen[1:]]
     labels = ["none", *(tuned or [each.label for each in chosen[1:]]), *(each.label for each in more)]
-    check_labels(labels, [folder / f"{label}.jsonl" for label in labels])
+    contenders.check_labels(labels, [folder / f"{label}.jsonl" for label in labels])
     if given.report is not None:
         check_folder("--report", given.report)
         for name in report.names(suite.name):
@@ -123,7 +111,7 @@ def _compare(
 
     model, processor = common.load_model(given)
     torch.manual_seed(given.seed)
-    settings = introduce(given, model, [*chosen, *more])
+    settings = contenders.introduce(given, model, [*chosen, *more])
     tuned: dict[str, dict[str, float]] = {}
     left_out: list[str] = []
     if costs:
@@ -179,19 +167,6 @@ def _compare(
             print(f"{label}: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in numbers.items()))
         print(f"answers: {folder}/*.jsonl, table: {folder / 'table.json'}" + (f", report: {given.report}" if given.report else ""))
     return 0
-
-
-def introduce(given: argparse.Namespace, model: Any, chosen: list[Any]) -> dict[str, Any]:
-    """Says what each contender is on this model, before it is asked; the same for JSON."""
-    found = {
-        each.label: contenders.settings(model.config, each.policy, each.retention, given.backend, model.device, each.vision, each.side)
-        for each in chosen
-    }
-    odd = contenders.not_followed(model)
-    if not given.json:
-        lines = [f"{label}: {contenders.words(setting)}" for label, setting in found.items()]
-        print(*lines, *([f"but: {odd}"] if odd else []), sep="\n", flush=True)
-    return found | ({"not_followed": odd} if odd else {})
 
 
 def open_suite(given: argparse.Namespace, calibrates: bool) -> tuple[Any, Any, dict[str, Any]]:

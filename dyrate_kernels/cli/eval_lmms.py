@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dyrate_kernels.cli import common
+from dyrate_kernels.cli import common, contenders
 from dyrate_kernels.files import write_json
 from dyrate_kernels.units import bytes_text
 
@@ -23,13 +23,12 @@ def run(given: argparse.Namespace, chosen: list[Any], folder: Path, say: Any) ->
             raise ValueError(f"--{name} is not there for --suite lmms-eval; leave it out, or give a data set's own file (--suite gqa)")
     if importlib.util.find_spec("lmms_eval") is None:
         raise RuntimeError("--suite lmms-eval needs the package lmms-eval: pip install 'dyrate-kernels[lmms-eval]'")
-    from dyrate_kernels.cli.eval import check_labels, introduce
     from dyrate_kernels.evaluation.lmms import evaluate, stem_of
 
     stems = [stem_of(contender, task) for contender in chosen for task in tasks]
-    check_labels([], [folder / f"{stem}.{ending}" for stem in stems for ending in ("json", "jsonl")])
+    contenders.check_labels([], [folder / f"{stem}.{ending}" for stem in stems for ending in ("json", "jsonl")])
     model, processor = common.load_model(given)
-    settings = introduce(given, model, chosen)
+    settings = contenders.introduce(given, model, chosen)
     found = evaluate(
         model, processor, chosen, tasks, folder, batch_size=given.batch_size, backend=given.backend, limit=given.limit,
         include_path=given.include_path, progress=say,

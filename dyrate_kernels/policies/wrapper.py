@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from dyrate_kernels import registry
 from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View
 
 
@@ -33,9 +34,7 @@ class Wrapper(Policy):
     def __post_init__(self) -> None:
         inner = self.policy
         if isinstance(inner, str):
-            from dyrate_kernels import policies  # the registry knows this class, so not at import
-
-            inner = policies.parse(inner)
+            inner = registry.parse("policy", inner)
         elif not isinstance(inner, Policy):
             raise TypeError(f"policy must be a policy or its name, got {type(inner).__name__}")
         if self.k is not None:
