@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from dyrate_kernels import __version__
 
+# a file each, in the order of the help
+COMMANDS = ("generate", "caption", "compare", "demo", "train", "calibrate", "eval", "bench", "info")
 _SHORT = "dyrate: error: "
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from dyrate_kernels.cli import bench, calibrate, caption, compare, demo, eval, generate, info, train
-
     parser = argparse.ArgumentParser(prog="dyrate", description="Drop visual tokens while a vision-language model generates.")
     parser.add_argument("--version", action="version", version=f"dyrate {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, caption, compare, demo, train, calibrate, eval, bench, info):
-        module.add_parser(commands)
+    for name in COMMANDS:
+        importlib.import_module(f"dyrate_kernels.cli.{name}").add_parser(commands)
     return parser
 
 
