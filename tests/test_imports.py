@@ -151,5 +151,19 @@ def test_one_module_asks_the_policy():
                     assert "policy" not in ast.unparse(node.func.value), f"{name}: {ast.unparse(node)}"
 
 
+def test_one_module_selects_by_rank():
+    """``kv_store`` lists rows by the same operator where it moves them; a fused step (``attend``) is called by ``decide`` alone."""
+    found = {
+        (name, node.func.attr)
+        for name, path in modules().items()
+        if name.startswith(("generation", "patching"))
+        for node in parsed(path)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if node.func.attr in ("select_tokens", "predict_rate", "keep_count") or ast.unparse(node.func) == "attention.step"
+    }
+    decides = {("generation.decide", name) for name in ("select_tokens", "predict_rate", "keep_count", "step")}
+    assert found == decides | {("generation.kv_store", "select_tokens")}
+
+
 def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]

@@ -174,18 +174,18 @@ class Plugin:
         import transformers
         from tests.generation import test_utils
 
-        from dyrate_kernels.patching import api
+        from dyrate_kernels.patching import generate
 
         for name in FAMILIES.values():
             self._patch_class(getattr(transformers, name))
         GenerationTesterMixin = test_utils.GenerationTesterMixin
-        counts, session = self.counts, api.Session
+        counts, session = self.counts, generate.Session
 
         def counting_session(*args: Any, **kwargs: Any) -> Any:
             counts["caches"] += 1
             return session(*args, **kwargs)
 
-        api.Session = counting_session
+        generate.Session = counting_session
         for name, check in (
             ("_check_past_key_values_for_generate", check_cache_shape),
             ("_check_caches_are_equal", check_caches_are_equal),
