@@ -18,7 +18,6 @@ FAULTS = (
     fault("if (magnitude > 0x7FF0000000000000u) return 1;", "", NUMBERS),
     fault("return bits >> 63 ? ~bits : bits | 0x8000000000000000u", "return bits >> 63 ? bits : bits | 0x8000000000000000u", NUMBERS),
     # candidates
-    fault("if (token >= n ||", "if (token > n ||"),
     fault("!alive[token * alive_stride]", "!alive[token]"),
     fault("const std::int64_t at = token * stride;", "const std::int64_t at = token;"),
     fault("mine += key != 0;", "mine += 1;"),
