@@ -19,13 +19,14 @@ _FILL = 0xA5
 
 
 class Guarded:
-    """A tensor filled with ``0xFF`` (NaN, -1, True) with bytes before and behind it that nobody may change."""
+    """A tensor of NaN, or of a number that is none of any list (-1 is the end of one), with bytes before and behind it that nobody may
+    change."""
 
     def __init__(self, size: tuple[int, ...], dtype: torch.dtype, shift: int = 0) -> None:
         item = torch.empty((), dtype=dtype).element_size()
         first = _EDGE + shift * item
         past = first + math.prod(size) * item
-        self.memory = torch.full((past + _EDGE,), 0xFF, dtype=torch.uint8)
+        self.memory = torch.full((past + _EDGE,), 0xFF if dtype.is_floating_point else 0x5A, dtype=torch.uint8)
         self.before, self.behind = self.memory[:first].fill_(_FILL), self.memory[past:].fill_(_FILL)
         strides = tuple(math.prod(size[place + 1 :]) for place in range(len(size)))
         self.tensor = torch.empty(0, dtype=dtype).set_(self.memory.untyped_storage(), first // item, size, strides)
