@@ -174,7 +174,8 @@ def _row(text: str, reducers: Collection[str]) -> Row:
         hint = "" if "=" not in made.split("@")[0] else "; put a value that holds '@' in quotes"
         raise ValueError(f"retention must be {' or '.join(RETENTIONS)}, got {asked!r} in {made!r}{hint}")
     policy, chain = _reducers_apart(written, reducers)
-    return Row(call(policy, "policy"), tuple(chain), (retentions or [None])[0], (labels or [None])[0], made)
+    retention, label = retentions[0] if retentions else None, labels[0] if labels else None
+    return Row(call(policy, "policy"), tuple(chain), retention, label, made)
 
 
 def _reducers_apart(text: str, names: Collection[str]) -> tuple[str, list[Call]]:
