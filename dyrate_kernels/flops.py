@@ -389,7 +389,7 @@ def _llama(
 
 _VICUNA_7B = _llama(32, 32, 4096, 11008)
 _VICUNA_13B = _llama(40, 40, 5120, 13824)
-_QWEN2_7B = {"kv_heads": 4, "model_type": "qwen2", "qkv_bias": True}
+_QWEN2_7B: dict[str, Any] = {"kv_heads": 4, "model_type": "qwen2", "qkv_bias": True}
 
 MODELS: dict[str, NamedModel] = {
     "llava-1.5-7b": NamedModel(_VICUNA_7B, 576, "one picture of 336 x 336"),

@@ -200,9 +200,9 @@ def _text(text: str, folder: Path) -> Path | bytes:
             return path
     except (OSError, ValueError):
         pass  # too long for a name
-    content = _of_base64(text.encode("utf-8", "replace"))
-    if content is not None and _is_known(content):
-        return content
+    decoded = _of_base64(text.encode("utf-8", "replace"))
+    if decoded is not None and _is_known(decoded):
+        return decoded
     if len(text) > 255:
         raise UnreadableError("not a picture", f"a text of {len(text)} characters that names no file and is no picture in base64")
     raise UnreadableError("missing", f"no such file: {path}")
@@ -291,6 +291,7 @@ def _rgb(picture: Image) -> Image:
     if picture.mode.startswith("I"):  # 16 bits, which convert() would clip
         deep = picture.convert("I")
         low, high = deep.getextrema()
+        assert not isinstance(low, tuple) and not isinstance(high, tuple)  # of one band
         if low < 0 or high > 65535:
             raise UnreadableError("not a picture", f"its pixels are numbers of 32 bits ({low} to {high}), whose white is not known")
         picture = deep.point(lambda value: value / 256).convert("L")

@@ -42,6 +42,7 @@ def generation(image: Any, stats: Stats, path: str | Path, panels: int = 5, sequ
     for place, index in enumerate(shown):
         axes = figure.add_subplot(grid[0, 2 * place : 2 * place + 2])
         step = stats.steps[index]
+        assert step.kept_tokens is not None  # as those of the first step
         kept = step.kept_tokens[sequence]
         if stats.visual_places is not None:  # what reducers left out is dropped from the first panel on
             kept = [stats.visual_places[sequence][token] for token in kept]

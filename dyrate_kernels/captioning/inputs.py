@@ -74,7 +74,9 @@ def find(images: str | Path, column: str | None = None, id_column: str | None = 
     if not place.is_dir():
         raise ValueError(f"--images {images}: no such folder or file")
     pictures: dict[str, Source] = {}
-    tables, others, closed = [], 0, []
+    tables: list[Path] = []
+    closed: list[str] = []
+    others = 0
     for folder, names in _folders(place, closed):
         ours = OUTPUTS if LINES in names and is_journal(folder / LINES) else ()
         for file in (folder / name for name in names if not name.startswith(".") and name not in ours):

@@ -8,7 +8,9 @@ from torch import Tensor
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def tensor(name: str, value: object, shape: tuple[int | str | None, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> Tensor:
+def tensor(
+    name: str, value: object, shape: tuple[int | str | None, ...], dtypes: tuple[torch.dtype, ...], device: torch.device | None
+) -> Tensor:
     """Checks one tensor argument. ``shape`` holds sizes, or a word where any size will do."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -29,7 +31,7 @@ def tensor(name: str, value: object, shape: tuple[int | str | None, ...], dtypes
 
 def floating(name: str, value: object, shape: tuple[int | str | None, ...], device: torch.device | None = None) -> Tensor:
     """A float tensor of any of the four supported dtypes."""
-    home = device if device is not None else getattr(value, "device", None)
+    home = value.device if device is None and isinstance(value, Tensor) else device
     return tensor(name, value, shape, _FLOATS, home)
 
 
@@ -129,14 +131,13 @@ def paged(
         if value_of is None:
             raise ValueError(f"{name}: expected a tensor, which statistics and kept lists need, got None")
     int32("n_visual", n_visual, (rows,), device)
-    int32("text_position", text_position, (sequences, "T"), device)
-    if kept is None:
-        int32("visual_position", visual_position, (sequences, "N"), device)
+    texts = int32("text_position", text_position, (sequences, "T"), device)
+    listed = kept if kept is not None else int32("visual_position", visual_position, (sequences, "N"), device)
     if mass:
         if text_type is None:
             raise ValueError("text_type: expected uint8 [S, T], which the mass by type needs, got None")
-        tensor("text_type", text_type, tuple(text_position.shape), (torch.uint8,), device)
-    return (visual_position if kept is None else kept).shape[1]
+        tensor("text_type", text_type, tuple(texts.shape), (torch.uint8,), device)
+    return listed.shape[1]
 
 
 def bound(name: str, value: int | None) -> None:
@@ -152,8 +153,7 @@ def text_types(text_type: Tensor | None, key: Tensor, visual_capacity: int) -> N
 
 def predictor(weight: object, bias: object, rates: object, batch: int, heads: int, device: torch.device) -> None:
     """weight ``[R, Hq * 4]``, bias ``[R]`` or ``[B, R]``, rates float64 ``[R]``."""
-    floating("weight", weight, ("R", heads * 4), device)
-    classes = weight.shape[0]
+    classes = floating("weight", weight, ("R", heads * 4), device).shape[0]
     if classes == 0:
         raise ValueError("weight: expected at least one rate class, got 0 rows")
     if isinstance(bias, Tensor) and bias.dim() == 2:

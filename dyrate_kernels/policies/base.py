@@ -310,7 +310,8 @@ class Policy:
         check_fraction("strength", strength, "how much to prune")
         if "rate" not in {field.name for field in dataclasses.fields(self)}:
             raise ValueError(f"policy {self.name!r} has no one knob to tune to a cost")
-        return dataclasses.replace(self, rate=float(strength))
+        options: dict[str, Any] = {"rate": float(strength)}  # a field of the method, not of every policy
+        return dataclasses.replace(self, **options)
 
     def kept_bound(self, n_visual: int) -> int:
         """The most tokens this policy ever keeps of ``n_visual`` (host integers): how wide a kept list must be. At

@@ -30,9 +30,9 @@ class VTW(Policy):
             check_k(self.k)
 
     def bind(self, shape: ModelShape) -> Self:
-        bound = replace(self, k=self._first(shape.num_layers))
-        check_k_range(bound.k, shape.num_layers)
-        return bound
+        k = self._first(shape.num_layers)
+        check_k_range(k, shape.num_layers)
+        return replace(self, k=k)
 
     def at_strength(self, strength: float, num_layers: int) -> Self:
         check_fraction("strength", strength, "how much to prune")

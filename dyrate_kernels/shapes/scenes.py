@@ -91,11 +91,15 @@ def make_scene(seed: int, min_objects: int = MIN_OBJECTS, max_objects: int = MAX
             )
         )
     grey = rng.randint(190, 245)
+
+    def shade() -> int:
+        return min(255, max(0, grey + rng.randint(-12, 12)))
+
     return Scene(
         seed=seed,
         things=tuple(things),
-        background=tuple(min(255, max(0, grey + rng.randint(-12, 12))) for _ in range(3)),
-        lines=tuple(tuple(rng.random() for _ in range(4)) for _ in range(rng.randint(0, 2))),
+        background=(shade(), shade(), shade()),
+        lines=tuple((rng.random(), rng.random(), rng.random(), rng.random()) for _ in range(rng.randint(0, 2))),
         specks=tuple((rng.random(), rng.random()) for _ in range(rng.randint(0, 8))),
         noise=rng.uniform(0, 0.06),
     )

@@ -52,11 +52,11 @@ def score(sample: Sample, text: str) -> Score:
         return Score(int(text.strip().strip(".").lower() == sample.answer.lower()), 1)
     named: dict[str, dict[str, str]] = {}
     surplus = 0
-    for thing in parse_description(text):
-        if thing["place"] in named or sample.scene.at(thing["place"]) is None:
+    for words in parse_description(text):
+        if words["place"] in named or sample.scene.at(words["place"]) is None:
             surplus += 1
         else:
-            named[thing["place"]] = thing
+            named[words["place"]] = words
     right = 0
     for thing in sample.scene.things:
         said = named.get(thing.place, {})

@@ -61,7 +61,7 @@ class VisionZip(TowerMerger):
             features.scatter_(1, target[..., None].expand_as(values), values)
             keep.scatter_(1, target, True)
             place.scatter_(1, target, 1)
-        if has_cls:  # it takes the place of a token that goes
+        if tower.cls is not None:  # it takes the place of a token that goes
             spare = rest[:, ~is_target][:, :1]
             features.scatter_(1, spare[..., None].expand(-1, -1, features.shape[2]), tower.cls[:, None].to(features.dtype))
             keep.scatter_(1, spare, True)
