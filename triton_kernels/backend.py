@@ -171,7 +171,7 @@ def _prepare_attention(
     how = plan.attention(
         device_name, multiprocessors, batch, kv_heads, heads // kv_heads, dim, value_dim, query.element_size(),
         capacity, "score" if importance else "list" if listed else "plain", plan.overridden(),
-        programs, listed + (pages is not None),
+        programs, listed, pages is not None,
     )  # fmt: skip
     second = importance and how.decision != "same_launch" and (pages is not None or not listed)
     decision = decide or {}

@@ -197,19 +197,23 @@ def attention(
     kind: str,
     chosen: Settings | None = None,
     programs: int | None = None,
-    waits: int = 0,
+    listed: bool = False,
+    paged: bool = False,
 ) -> AttentionPlan:
     """Shapes the launch for ``rows`` rows of capacity a sequence; ``kind``: of ``KINDS``; ``programs``: that a multiprocessor holds at
-    once, None where that is not known; ``waits``: loads that a row's address waits for, one after the other
-    (of a kept list, of a block table).
+    once, None where that is not known; ``listed``, ``paged``: a row's address waits for a load of a kept list, and for one of a block
+    table.
 
     Triton shares a loop's stages among such loads and the keys: with three stages and one such load the tensor cores' loop has one buffer
-    of keys, so that nothing is under way while they are used (sm_90, 22 against 38 KiB of shared memory). It gets stages for two again.
+    of keys, so that nothing is under way while they are used (sm_90, 22 against 38 KiB of shared memory). It gets stages for two again;
+    not where every warp has rows of its own, whose registers do not suffice (24 and 48 bytes spilled in the loop with 168 of them, a kept
+    list and one stage more; Triton 3.6 and 3.4).
     """
     use = chosen or settings(device_name, group, max(dim, value_dim), itemsize, kind)
     dot = group > 1 or use.tensor_cores
-    # not over paged rows: their addresses take the registers that it needs (a kept list: 255, and spills; sm_90, Triton 3.6)
-    row_warps = use.num_warps if dot and use.warp_rows and not waits else 1
+    # not over paged rows: their addresses take the registers that it needs (with a kept list: 255, and spills; sm_90, Triton 3.6)
+    row_warps = use.num_warps if dot and use.warp_rows and not paged else 1
+    waits = listed + paged if dot and row_warps == 1 else 0
     block_n = max(use.block_n, 16 * row_warps) if dot else use.block_n
     at_once = min(use.programs_per_sm or programs or USUAL_PROGRAMS, programs or 1024)
     wave, pairs = at_once * multiprocessors, max(batch * kv_heads, 1)
@@ -233,7 +237,7 @@ def attention(
         split_tile=min(max_splits, max(triton.next_power_of_2(use.combined) // (block_c * block_v), 1)),
         min_blocks=use.min_blocks,
         num_warps=use.num_warps,
-        num_stages=(use.num_stages - 1) * (waits + 1) + 1 if dot else use.num_stages,
+        num_stages=(use.num_stages - 1) * (waits + 1) + 1,
         combine=use.combine,
         decision=use.decision,
         logit_bytes=use.logit_bytes,

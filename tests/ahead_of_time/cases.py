@@ -78,10 +78,11 @@ def test_other_forms_of_the_main_loop_leave_room_for_their_programs(kernels):
     found = [k for k in kernels if k.case in compiler.form_cases() and k.kernel == "decode_attention_kernel"]
     assert len(found) == len(compiler.form_cases())
     for kernel in found:
+        own, listed = ("warp_rows", True) in kernel.case.chosen, kernel.case.operator == "list"
         assert kernel.async_copies and not kernel.spills_in_loops, describe(kernel)
-        assert (kernel.loop_barriers <= 4) == (kernel.case.chosen == compiler.WARP_ROWS), f"{describe(kernel)}: {kernel.loop_barriers}"
+        assert (kernel.loop_barriers <= 4) == own, f"{describe(kernel)}: {kernel.loop_barriers}"
         if kernel.case.architecture == 90:
-            least = 3 if kernel.case.chosen == compiler.WARP_ROWS else 4
+            least = (2 if listed and compiler.version_before(3, 6) else 3) if own else 4  # 225 registers in Triton 3.4
             assert kernel.programs_per_sm() >= least, f"{describe(kernel)}: {kernel.registers} registers, {kernel.programs_per_sm()}"
 
 

@@ -120,12 +120,16 @@ def test_plans_follow_capacities():
     assert not attention().dot and attention(dim=80).block_d == 128 and attention(dim=5).block_d == 16
 
 
-def test_loads_that_paged_rows_wait_for_deepen_the_tensor_cores_pipeline():
+def test_loads_that_rows_wait_for_deepen_the_tensor_cores_pipeline():
+    ways = [{}, {"listed": True}, {"paged": True}, {"listed": True, "paged": True}]
     for stages in (2, 3, 4):
-        chosen = plan.Settings(num_stages=stages, warp_rows=True)
-        assert [attention(group=7, chosen=chosen, waits=n).num_stages for n in (0, 1, 2)] == [stages, 2 * stages - 1, 3 * stages - 2]
-        assert [attention(group=1, chosen=chosen, waits=n).num_stages for n in (0, 1, 2)] == [stages] * 3
-        assert [attention(group=7, chosen=chosen, waits=n).row_warps for n in (0, 1, 2)] == [4, 1, 1]
+        chosen, own = plan.Settings(num_stages=stages), plan.Settings(num_stages=stages, warp_rows=True)
+        deep = [stages, 2 * stages - 1, 2 * stages - 1, 3 * stages - 2]
+        assert [attention(group=7, chosen=chosen, **way).num_stages for way in ways] == deep
+        assert [attention(group=1, chosen=chosen, **way).num_stages for way in ways] == [stages] * 4
+        made = [attention(group=7, chosen=own, **way) for way in ways]
+        assert [one.row_warps for one in made] == [4, 4, 1, 1]
+        assert [one.num_stages for one in made] == [stages, stages, *deep[2:]]
 
 
 def test_a_plan_fills_whole_waves_with_as_few_splits_as_it_can():
