@@ -176,16 +176,15 @@ class Decider:
 
     def scope_of_step(self, store: RowStore, stage: Stage) -> Scope:
         """Of a decode step."""
-        groups = [store.groups[index] for index in stage.groups]
-        if self.evict:
-            held = [store.alive(group) for group in groups]
-            alive = held[0]
-            if stage.index:
-                alive = store.alive(store.groups[stage.index])
-                held = [_both(each, alive) for each in held]
-            return Scope(alive, held, [group.n_visual for group in groups])
-        alive = marked(_kept(store.groups[stage.index]), store.full.capacity) if stage.index else None
-        return Scope(alive, [alive] * len(groups))
+        if not self.evict:
+            alive = marked(_kept(store.groups[stage.index]), store.full.capacity) if stage.index else None
+            return Scope(alive, [alive] * len(stage.groups))
+        alive, able, most = store.alive(store.groups[stage.index]) if stage.index else None, [], []
+        for index in stage.groups:
+            group = store.groups[index]
+            able.append(_both(store.alive(group), alive) if stage.index else store.alive(group))
+            most.append(group.n_visual)
+        return Scope(alive if stage.index else able[0], able, most)
 
     def scope_of_prompt(self, store: RowStore, stage: Stage, turn: Turn, reduction: Reduction) -> Scope:
         """Of a prompt's end."""
