@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +45,9 @@ class Settings:
         tensor_cores: one query head a key/value head goes through ``tl.dot`` as well, padded to sixteen; several always do.
         warp_rows: where heads go through ``tl.dot``, every warp has rows of its own (at least 16: ``block_n`` grows to that) and a softmax
             that meets the other warps' after the loop.
-        logit_bytes: 4, or 2 for logits in float16: half the bytes, importance and mass right to ``2^-11 |z| ln 2`` of themselves (z: a
-            logit in base 2), so that tokens of nearly the same importance may change places.
+        logit_bytes: 4, or 2 for logits in float16: half the bytes, importance and the mass of text right to ``2^-11 |z| ln 2`` of
+            themselves (z: a logit in base 2), the image's mass to as much of the text's, of which it is the rest; so that tokens of
+            nearly the same importance may change places, and mass may sum to a little more than 1.
         max_registers: that a thread of the attention kernel may use; None leaves it to the compiler, but for a bound that makes room for
             ``programs_per_sm`` and spills nothing.
     """
@@ -66,21 +68,37 @@ class Settings:
     max_registers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.block_n < 1 or self.block_n & (self.block_n - 1):
-            raise ValueError(f"block_n: expected a power of two, got {self.block_n}")
         if self.combine not in ("same_launch", "second_launch"):
             raise ValueError(f"combine: expected 'same_launch' or 'second_launch', got {self.combine!r}")
         if self.decision not in DECISIONS:
             raise ValueError(f"decision: expected {', '.join(map(repr, DECISIONS[:-1]))} or {DECISIONS[-1]!r}, got {self.decision!r}")
         if self.logit_bytes not in (2, 4):
             raise ValueError(f"logit_bytes: expected 2 or 4, got {self.logit_bytes!r}")
-        for name in ("programs_per_sm", "waves", "min_blocks", "most_splits", "combined"):
+        for name in ("tensor_cores", "warp_rows"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        for name in (
+            "block_n",
+            "num_warps",
+            "num_stages",
+            "programs_per_sm",
+            "waves",
+            "min_blocks",
+            "most_splits",
+            "combined",
+            "max_registers",
+        ):
             number = getattr(self, name)
-            if not (number is None and name == "programs_per_sm") and (not isinstance(number, int) or number < 1):
+            if number is None and name in ("programs_per_sm", "max_registers"):
+                continue
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ValueError(f"{name}: expected a whole number from 1 on, got {number!r}")
+            if name in ("block_n", "num_warps") and number & (number - 1):
+                raise ValueError(f"{name}: expected a power of two, got {number}")
 
 
 KINDS = ("plain", "list", "score")  # all rows; the rows of a kept list; with importance
+_PROBLEM = re.compile(rf"g[1n]-d\d+-b[24]-({'|'.join(KINDS)})")
 
 
 def problem(group: int, dim: int, itemsize: int, kind: str) -> str:
@@ -88,12 +106,23 @@ def problem(group: int, dim: int, itemsize: int, kind: str) -> str:
     return f"g{'1' if group == 1 else 'n'}-d{triton.next_power_of_2(max(dim, 16))}-b{itemsize}-{kind}"
 
 
+def _measured(device_name: str) -> dict[str, Settings]:
+    """Those of the device's file, by ``problem``."""
+    content = devices.measured(device_name).get("settings", {})
+    with devices.named(device_name):
+        for name in content:
+            if _PROBLEM.fullmatch(name) is None:
+                raise ValueError(f"settings: expected names like 'g1-d128-b2-score' (kinds: {', '.join(KINDS)}), got {name!r}")
+        return {name: devices.build(f"settings: {name}", Settings, entry) for name, entry in content.items()}
+
+
 @functools.cache
 def settings(device_name: str, group: int, dim: int, itemsize: int, kind: str) -> Settings:
     """The settings for heads of ``dim`` elements of ``itemsize`` bytes, ``group`` query heads a key/value head; kind: of ``KINDS``."""
-    known = devices.measured(device_name).get("settings", {}).get(problem(group, dim, itemsize, kind))
+    name = problem(group, dim, itemsize, kind)
+    known = _measured(device_name).get(name)
     if known is not None:
-        return Settings(**known)
+        return known
     if device_name == INTERPRETED:
         return Settings(block_n=16, min_blocks=1, programs_per_sm=4, decision="same_launch")
     return heuristic(group, dim, itemsize)

@@ -7,16 +7,23 @@
     layers      which products and fusions of decoder layers are used (``ops/layer_settings.py`` reads it)
     dependent_launch    true: a kernel gets on its way while the one before it still runs (``triton_kernels/dependent.py``)
 
-and facts on the measurement: versions, commit, times. A device without a file gets heuristics, and Triton first.
+and facts on the measurement: versions, commit, times. A device without a file gets heuristics, and Triton first. An entry that cannot be
+what it says is a ValueError that names the file.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+_Made = TypeVar("_Made")
+_KINDS = {"settings": dict, "cuda": dict, "backend": dict, "layers": dict, "dependent_launch": bool}
 
 FOLDER = Path(__file__).parent
 
@@ -26,8 +33,41 @@ def file_name(device_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", device_name) + ".json"
 
 
+@contextmanager
+def named(device_name: str) -> Iterator[None]:
+    """A ValueError in the block names the device's file first."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{FOLDER / file_name(device_name)}: {error}") from None
+
+
 @functools.cache
 def measured(device_name: str) -> dict[str, Any]:
     """The content of the device's file; empty where there is none."""
     path = FOLDER / file_name(device_name)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    with named(device_name):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, got {content!r}")
+        for name, kind in _KINDS.items():
+            if name in content and not isinstance(content[name], kind):
+                expected = "an object" if kind is dict else "true or false"
+                raise ValueError(f"{name}: expected {expected}, got {content[name]!r}")
+    return content
+
+
+def build(where: str, made: type[_Made], entry: object) -> _Made:
+    """A dataclass of settings from an entry of a device file; ``where`` names it in errors, all of which are ValueErrors."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: expected an object, got {entry!r}")
+    known = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
+    unknown = sorted(set(entry) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    try:
+        return made(**entry)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

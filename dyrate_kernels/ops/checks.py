@@ -29,6 +29,14 @@ def tensor(
     return value
 
 
+def whole(name: str, value: object) -> None:
+    """A whole number, as Python, numpy or a compiler that traces has it; not a tensor, which would be read on the host."""
+    if not isinstance(value, int) and (
+        isinstance(value, Tensor) or not hasattr(value, "__index__") and not isinstance(value, torch.SymInt)
+    ):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+
+
 def floating(name: str, value: object, shape: tuple[int | str | None, ...], device: torch.device | None = None) -> Tensor:
     """A float tensor of any of the four supported dtypes."""
     home = value.device if device is None and isinstance(value, Tensor) else device
@@ -50,6 +58,7 @@ def rows(query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Te
         raise ValueError(f"key: expected a number of heads that divides the {heads} heads of query, got {key.shape[1]}")
     int32("n_visual", n_visual, (batch,), device)
     int32("n_text", n_text, (batch,), device)
+    whole("visual_capacity", visual_capacity)
     if not 0 <= visual_capacity <= key.shape[2]:
         raise ValueError(f"visual_capacity: expected 0 .. {key.shape[2]}, the rows of key, got {visual_capacity}")
 
@@ -58,6 +67,7 @@ def window(position: Tensor | None, query_position: Tensor | None, size: int | N
     """A sliding window needs all three of its arguments."""
     if size is None:
         return
+    whole("window", size)
     if position is None or query_position is None:
         raise ValueError("window: expected position and query_position beside it, got none; pass both, or window=None")
     if size < 1:
@@ -116,8 +126,10 @@ def paged(
         )
     if (kept is None) != (n_kept is None):
         raise ValueError("kept, n_kept: expected both or neither, got one; n_kept is the length of each list in kept")
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected at least 1, got {window}")
+    if window is not None:
+        whole("window", window)
+        if window < 1:
+            raise ValueError(f"window: expected at least 1, got {window}")
     bound("row_bound", row_bound)
     if kept is not None:
         int32("kept", kept, (rows, "W"), device)
@@ -141,7 +153,10 @@ def paged(
 
 
 def bound(name: str, value: int | None) -> None:
-    if value is not None and value < 0:
+    if value is None:
+        return
+    whole(name, value)
+    if value < 0:
         raise ValueError(f"{name}: expected a number of rows >= 0 or None, got {value}")
 
 

@@ -81,7 +81,8 @@ def unavailable_reason() -> str | None:
 
 def settings(device_name: str) -> Settings:
     """Those of the device's file."""
-    return Settings(**devices.measured(device_name).get("cuda", {}))
+    with devices.named(device_name):
+        return devices.build("cuda", Settings, devices.measured(device_name).get("cuda", {}))
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def _form(value: Any) -> Hashable:
     """All about an argument but a tensor's address and content."""
     kind = value.__class__
     if kind in _PLAIN:
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad, value.is_neg()
     return kind, value
 
 
@@ -57,7 +57,8 @@ def _harmless(value: Any) -> bool:
 def _short(name: str, scaled: bool, args: tuple, named: dict[str, Any], result: type) -> Callable[..., Any]:
     """The call without checks, for arguments of these forms."""
     choice, device = named.get("backend", "auto"), args[0].device
-    scale = {"scale": float(args[0].shape[-1] ** -0.5)} if scaled and named.get("scale") is None else {}
+    given = named.get("scale")
+    scale = {"scale": float(args[0].shape[-1] ** -0.5 if given is None else given)} if scaled else {}
     wrap = getattr(result, "_make", None)
     prepared = Prepared()
 

@@ -12,6 +12,7 @@ All of them are off unless the device's file (``dyrate_kernels/devices``) turns 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -53,6 +54,18 @@ class Tile:
                 raise ValueError(f"{entry.name}: expected a power of two, got {number}")
 
 
+_PROBLEM = re.compile(rf"({'|'.join(KINDS)}) \d+x\d+")
+
+
+def _range(where: str, entry: object) -> tuple[int, int, Tile]:
+    """``{"rows": [fewest, most], "tile": {..}}`` of a device file."""
+    rows = entry.get("rows") if isinstance(entry, Mapping) else None
+    whole = isinstance(rows, list) and len(rows) == 2 and all(type(one) is int for one in rows)
+    if not whole or not 1 <= rows[0] <= rows[1] or set(entry) - {"rows", "tile"}:
+        raise ValueError(f'{where}: expected {{"rows": [fewest, most], "tile": {{..}}}} with 1 <= fewest <= most, got {entry!r}')
+    return rows[0], rows[1], devices.build(where, Tile, entry.get("tile", {}))
+
+
 @dataclass(frozen=True)
 class LayerSettings:
     """What is on.
@@ -70,18 +83,27 @@ class LayerSettings:
     norm_prologue: bool = False
     rotary_in_attention: bool = False
 
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name != "products" and not isinstance(value, bool):
+                raise ValueError(f"{entry.name}: expected true or false, got {value!r}")
+
     @classmethod
     def from_file(cls, entry: Mapping[str, Any]) -> LayerSettings:
         """Of the entry ``layers`` of a device file."""
-        known = {name.name for name in fields(cls)}
-        if set(entry) - known:
-            raise ValueError(f"layers: unknown {', '.join(sorted(set(entry) - known))}; known: {', '.join(sorted(known))}")
-        products = {}
-        for name, ranges in entry.get("products", {}).items():
-            if name.split(" ")[0] not in KINDS:
-                raise ValueError(f"products: expected names like 'linear 4096x4096' and 'gated 11008x4096', got {name!r}")
-            products[name] = tuple((*one["rows"], Tile(**one.get("tile", {}))) for one in ranges)
-        return cls(**{**entry, "products": products})
+        products: dict[str, tuple[tuple[int, int, Tile], ...]] = {}
+        given = entry.get("products", {})
+        if not isinstance(given, Mapping):
+            raise ValueError(f"layers: products: expected an object, got {given!r}")
+        for name, ranges in given.items():
+            if _PROBLEM.fullmatch(name) is None:
+                raise ValueError(f"layers: products: expected names like 'linear 4096x4096' and 'gated 11008x4096', got {name!r}")
+            where = f"layers: products: {name}"
+            if not isinstance(ranges, list):
+                raise ValueError(f"{where}: expected a list of ranges of rows, got {ranges!r}")
+            products[name] = tuple(_range(where, one) for one in ranges)
+        return devices.build("layers", cls, {**entry, "products": products})
 
     def tile(self, kind: str, count: int, size: int, rows: int) -> Tile | None:
         """How a product with ``rows`` rows and weights ``[count, size]`` (those of a launch together) is shaped; None: the model's own."""
@@ -114,4 +136,6 @@ def settings(device: torch.device) -> LayerSettings:
 def _shipped(device: torch.device) -> LayerSettings:
     if device.type != "cuda":
         return LayerSettings()
-    return LayerSettings.from_file(devices.measured(torch.cuda.get_device_properties(device).name).get("layers", {}))
+    name = torch.cuda.get_device_properties(device).name
+    with devices.named(name):
+        return LayerSettings.from_file(devices.measured(name).get("layers", {}))

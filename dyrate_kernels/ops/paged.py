@@ -84,7 +84,8 @@ def paged_attention(
             reads: those below ``n_rows``.
         text_position: int32 ``[S, T]``, ascending positions of the prompt's other tokens, -1 past their end. The t-th text token past them
             stands at ``t + n_visual``.
-        text_type: uint8 ``[S, T]``, the type of each of these (0 system, 1 image, 2 instruction, 3 response); past T it is the response.
+        text_type: uint8 ``[S, T]``, the type of each of these (0 system, 1 image, 2 instruction, 3 response). What runs on after the
+            prompt has the type that stands past its end (where text_position is -1), so fill that with 3; past T it is the response.
         kept, n_kept: int32 ``[R, W]``, ascending **positions**, and ``[R]``: of the visual tokens the row reads only these.
         scale: factor of the logits; None is ``D ** -0.5``.
         window: a row is read iff ``n_rows - 1 - position < window``.

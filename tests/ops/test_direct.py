@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyrate_kernels import ops
-from dyrate_kernels.ops import direct, paged
+from dyrate_kernels.ops import direct, paged, reference
 from tests.ops import paged_spec, spec
 
 
@@ -157,3 +157,40 @@ def test_what_is_known_is_bounded(monkeypatch):
     for number in range(8):
         ops.decode_attention(*rows, visual_capacity=12, scale=float(number))
         assert len(direct._known) <= 3
+
+
+def test_a_negated_view_is_not_the_tensor_of_known_forms(calls):
+    rows, shared, _ = problem()
+    first = ops.decode_attention(*rows, visual_capacity=12)
+    view = torch._neg_view(-rows[0])
+    assert view.is_neg()
+    for _ in range(2):  # only the dispatcher makes it what it says
+        assert torch.equal(ops.decode_attention(view, *rows[1:], visual_capacity=12).output, first.output)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("scale", [1, True, "0.5"])
+def test_the_scale_is_a_float_on_both_ways(scale, monkeypatch):
+    rows, _, _ = problem()
+    seen, real = [], reference.decode_attention
+    monkeypatch.setattr(reference, "decode_attention", lambda *args, **named: seen.append(named["scale"]) or real(*args, **named))
+    first, second = (ops.decode_attention(*rows, visual_capacity=12, scale=scale) for _ in range(2))
+    assert seen == [float(scale)] * 2 and [type(one) for one in seen] == [float] * 2
+    assert torch.equal(first.output, second.output)
+
+
+@pytest.mark.parametrize("wrong", ["1", 1.0, torch.tensor(8)])
+@pytest.mark.parametrize("name", ["visual_capacity", "window", "visual_bound", "text_bound"])
+def test_what_is_no_whole_number_is_refused_by_name(name, wrong):
+    rows, _, _ = problem()
+    position = {"position": torch.zeros(2, 18, dtype=torch.int32), "query_position": torch.zeros(2, dtype=torch.int32)}
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"{name}: expected a whole number, got {type(wrong).__name__}"):
+            ops.decode_attention(*rows, **{"visual_capacity": 12, **position, name: wrong})
+
+
+@pytest.mark.parametrize("name", ["window", "row_bound"])
+def test_what_is_no_whole_number_is_refused_over_pages(name):
+    pages = {**paged_spec.problem(paged_spec.SHAPES[0], torch.float32), name: 2.0}
+    with pytest.raises(TypeError, match=f"{name}: expected a whole number, got float"):
+        ops.paged_attention(pages.pop("query"), **pages)
