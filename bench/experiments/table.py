@@ -7,7 +7,7 @@ from typing import Any
 
 from dyrate_kernels.measuring import timing
 
-from .propose import Candidate
+from .propose import Candidate, chosen
 from .runner import NOT_REACHED, Row
 
 READING = (
@@ -30,6 +30,16 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> list[str]:
 
 def _percent(value: float | None) -> str | None:
     return None if value is None else f"{100 * value:.1f} %"
+
+
+def _fate(one: Candidate, proposed: Sequence[Candidate]) -> str:
+    """What became of a change that nothing speaks against; of each key one is proposed."""
+    for other in proposed:
+        if (other.section, other.key) == (one.section, one.key):
+            if other.changes == one.changes:
+                return "proposed"
+            return "part of what is proposed" if one.changes.items() <= other.changes.items() else "faster, but another change is proposed"
+    return "not proposed"
 
 
 def markdown(rows: Sequence[Row], experiments: Sequence[dict[str, Any]], found: Sequence[Candidate], written: str | None) -> str:
@@ -60,7 +70,8 @@ def markdown(rows: Sequence[Row], experiments: Sequence[dict[str, Any]], found: 
         text += ["Nothing: no change was faster beyond the noise in its cases and right in all of them.", ""]
     else:
         text += [f"`{written}`, which `dyrate_kernels/devices` reads. An entry holds the figures that chose it.", ""]
+    proposed = chosen(rows)
     tried = [[one.section, one.key, ", ".join(f"{name}={value}" for name, value in one.changes.items()), one.experiment, one.ratio,
-              _percent(one.noise), len(one.cases), one.against or "proposed, or part of what is"] for one in found]  # fmt: skip
+              _percent(one.noise), len(one.cases), one.against or _fate(one, proposed)] for one in found]  # fmt: skip
     text += _table(["section", "key", "change", "#", "ratio", "noise", "cases", ""], tried)
     return "\n".join([*text, ""])

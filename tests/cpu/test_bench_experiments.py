@@ -124,6 +124,19 @@ def test_noise_is_no_gain():
     assert runner.judge([10e-6] * 7, [11e-6] * 7, 0.005)["verdict"] == SLOWER
 
 
+def test_the_table_tells_what_is_proposed_from_what_another_change_beat():
+    changes = {"2 waves": {"waves": 2}, "both": {"waves": 2, "min_blocks": 4}, "other": {"most_splits": 8}}
+    rows = rows_of((planned("a", (1, 1, 1, 1), changes), (10e-6, 9e-6, 7e-6, 8e-6)))
+    assert propose.chosen(rows)[0].changes == changes["both"]
+    text = table.markdown(rows, [], list(propose.candidates(rows)), "ACME_GPU.json")
+    fates = {line.split(" | ")[2]: line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| settings |")}
+    assert fates == {
+        "waves=2": "part of what is proposed |",
+        "waves=2, min_blocks=4": "proposed |",
+        "most_splits=8": "faster, but another change is proposed |",
+    }
+
+
 def test_what_is_wrong_has_no_speed_and_fails_the_run(tmp_path, capsys, monkeypatch):
     rows = rows_of((planned("a", (1, 1, 1), {**WAVES, "4": {"waves": 4}}, wrong=("4",)), (10e-6, 8e-6)))
     assert [row["median_us"] is None for row in rows] == [False, False, True] and rows[2]["verdict"] == WRONG
@@ -131,7 +144,7 @@ def test_what_is_wrong_has_no_speed_and_fails_the_run(tmp_path, capsys, monkeypa
     text = table.markdown(rows, [], list(propose.candidates(rows)), "ACME_GPU.json")
     line = next(line for line in text.splitlines() if line.startswith("| 7 | a | 4 |"))
     assert "| NO | WRONG; wrong, so it has no speed" in line
-    assert "a result was wrong" in text and "proposed, or part of what is" in text
+    assert "a result was wrong" in text and "waves=2 | 7 | 0.8 | 0.5 % | 1 | proposed |" in text
     monkeypatch.setattr(registry, "EXPERIMENTS", [Experiment(2, "one", 1, lambda toy: [planned("a", (1, 1), WAVES, wrong=("2 waves",))])])
     monkeypatch.setattr(runner.clock, "interleaved", None)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda: (1e9, None))
