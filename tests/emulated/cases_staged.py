@@ -1,4 +1,7 @@
-"""Attention of 16-bit rows through tiles in shared memory (csrc/attention_staged.h) in every setting, against float64 loops."""
+"""Attention of 16-bit rows through tiles in shared memory (csrc/attention_staged.h) in every setting, against float64 loops.
+
+``DYRATE_EMULATION=full`` tries every combination.
+"""
 
 from __future__ import annotations
 
@@ -54,35 +57,35 @@ def case_of(rows: tuple, group: int, dim: int) -> tuple:
     return (batch, kv_heads * group, kv_heads, dim, visual, text, *lengths)
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("how", harness.some(SETTINGS, 4), ids=str)
-@pytest.mark.parametrize("rows", harness.some(ROWS), ids=str)
-def test_rows(rows, how, group):
+@pytest.mark.parametrize(
+    "rows, how, group, number", harness.cells(4, harness.some(ROWS), harness.some(SETTINGS, 4), GROUPS, harness.some([0, 1])), ids=str
+)
+def test_rows(rows, how, group, number):
     with settings(*how), harness.splits(2, 32):
-        for number, dtype in enumerate(harness.some(HALVES)):
-            check(problem(case_of(rows, group, (128, 64)[number]), dtype))
+        check(problem(case_of(rows, group, (128, 64)[number]), HALVES[number]))
         ran(group, *how)
 
 
-@pytest.mark.parametrize("group", harness.some([1, 2, 8, 16, 20], 5))
-@pytest.mark.parametrize("dim", harness.some([8, 16, 72, 80, 96, 128], 1))
-def test_dims_and_groups(dim, group):
-    for how in harness.some([SETTINGS[0], SETTINGS[3]]):
-        with settings(*how), harness.splits(2, 32):
-            check(problem(case_of(ROWS[1], group, dim), torch.float16))
-            ran(group, *how)
+@pytest.mark.parametrize(
+    "dim, group, how",
+    harness.cells(
+        4, harness.some([8, 16, 72, 80, 96, 128], 1), harness.some([1, 2, 8, 16, 20], 5), harness.some([SETTINGS[0], SETTINGS[3]])
+    ),
+)
+def test_dims_and_groups(dim, group, how):
+    with settings(*how), harness.splits(2, 32):
+        check(problem(case_of(ROWS[1], group, dim), torch.float16))
+        ran(group, *how)
 
 
-@pytest.mark.parametrize("value_dim", harness.some([8, 40, 120]))
-def test_values_of_another_dim(value_dim):
-    for group in (1, 4):
-        for how in SETTINGS:
-            arguments = problem(case_of(ROWS[1], group, 96), torch.bfloat16)
-            g = torch.Generator().manual_seed(value_dim)
-            arguments["value"] = harness.spread(torch.randn(3, 2, 70, value_dim, generator=g).to(torch.bfloat16))
-            with settings(*how), harness.splits(2, 32):
-                check(arguments)
-                ran(group, *how)
+@pytest.mark.parametrize("value_dim, group, how", harness.cells(4, harness.some([8, 40, 120]), [1, 4], SETTINGS), ids=str)
+def test_values_of_another_dim(value_dim, group, how):
+    arguments = problem(case_of(ROWS[1], group, 96), torch.bfloat16)
+    g = torch.Generator().manual_seed(value_dim)
+    arguments["value"] = harness.spread(torch.randn(3, 2, 70, value_dim, generator=g).to(torch.bfloat16))
+    with settings(*how), harness.splits(2, 32):
+        check(arguments)
+        ran(group, *how)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -108,18 +111,16 @@ def test_kept_list(how, group):
         harness.close(value, expected, harness.TOLERANCE[torch.float16] if what == "output" else harness.STATISTICS, what)
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("how", harness.some(SETTINGS, 4), ids=str)
-def test_sliding_window(how, group):
+@pytest.mark.parametrize("how, group, window", harness.cells(2, harness.some(SETTINGS, 4), GROUPS, harness.some([20, 1])), ids=str)
+def test_sliding_window(how, group, window):
     """Rows outside the window hold NaN."""
     arguments = problem(case_of(ROWS[1], group, 128), torch.float16, window=True)
-    for window in harness.some([20, 1]):
-        outside = arguments["query_position"][:, None] - arguments["position"] >= window
-        for name in ("key", "value"):
-            arguments[name].masked_fill_(outside[:, None, :, None], float("nan"))
-        with settings(*how), harness.splits(2, 16):
-            check(arguments, window=window)
-            ran(group, *how)
+    outside = arguments["query_position"][:, None] - arguments["position"] >= window
+    for name in ("key", "value"):
+        arguments[name].masked_fill_(outside[:, None, :, None], float("nan"))
+    with settings(*how), harness.splits(2, 16):
+        check(arguments, window=window)
+        ran(group, *how)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -135,9 +136,12 @@ def test_settings_agree(group):
     assert all(harness.same(a, b) for other in seen for a, b in zip(seen[0], other, strict=True))
 
 
-@pytest.mark.parametrize("group", [1, 2, 12])
-@pytest.mark.parametrize("kind", harness.some(["nan", "-inf", "all -inf", "nan value"]))
-def test_special_logits(kind, group):
+@pytest.mark.parametrize(
+    "kind, group, how",
+    harness.cells(4, harness.some(["nan", "-inf", "all -inf", "nan value"]), [1, 2, 12], harness.some(SETTINGS)),
+    ids=str,
+)
+def test_special_logits(kind, group, how):
     arguments = problem(case_of(ROWS[1], group, 8), torch.float16)
     arguments["query"].abs_()
     if kind == "nan value":
@@ -148,12 +152,11 @@ def test_special_logits(kind, group):
         arguments["key"][0, 0, 3] = float(kind)
         arguments["key"][1, 1, 45] = float(kind)
     want = ops.decode_attention(**arguments, mass=True, importance=True, backend="reference")
-    for how in harness.some(SETTINGS):
-        with settings(*how), harness.splits(2, 16):
-            got = harness.run("decode_attention", **arguments, mass=True, importance=True)
-        for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=True):
-            harness.close(value, expected, harness.TOLERANCE[torch.float16] if what == "output" else harness.STATISTICS, what)
-        assert got.output.isnan().any() == (kind != "-inf")
+    with settings(*how), harness.splits(2, 16):
+        got = harness.run("decode_attention", **arguments, mass=True, importance=True)
+    for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=True):
+        harness.close(value, expected, harness.TOLERANCE[torch.float16] if what == "output" else harness.STATISTICS, what)
+    assert got.output.isnan().any() == (kind != "-inf")
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -7,6 +7,7 @@ what ``backend="cuda"`` runs, so it belongs in a process of its own: ``test_emul
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from tests.guarded import Guarded
 
 VARIANT = os.environ.get("DYRATE_EMULATED", "plain")
 PLAIN = VARIANT == "plain"
+FULL = os.environ.get("DYRATE_EMULATION") == "full"
 
 # (order of threads and blocks, seed, blocks alive at once); a detector needs no second opinion
 ORDERS = {
@@ -39,6 +41,14 @@ STATISTICS = 3e-6
 def some(cases: list[Any], first: int = 1) -> list[Any]:
     """All cases in the plain variant, the ``first`` of them under a detector, where each costs ten times as much."""
     return cases if PLAIN else cases[:first]
+
+
+def cells(every: int, *axes: list[Any]) -> list[tuple[Any, ...]]:
+    """Of a grid those cells whose numbers on the axes add up to a multiple of ``every``: two axes meet in all pairs where the others have
+    enough values. Every cell where all are asked for (``DYRATE_EMULATION=full``), and under a detector, whose axes are short.
+    """
+    grid = itertools.product(*map(enumerate, axes))
+    return [tuple(value for _, value in cell) for cell in grid if FULL or not PLAIN or sum(number for number, _ in cell) % every == 0]
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------------------
