@@ -23,7 +23,7 @@ TENSOR_CORES = dataclasses.replace(harness.SMALL, tensor_cores=True)
 BOTH = dataclasses.replace(harness.TWO_LAUNCHES, tensor_cores=True, num_warps=2, warp_rows=True)
 GROUPS = (2, 3, 4, 5, 6, 7, 8, 16)
 DIMS = (64, 80, 96, 128, 256)
-FULL = os.environ.get("DYRATE_AOT") == "full"
+FULL = os.environ.get("DYRATE_INTERPRETER") == "full"
 
 
 def test_settings_choose_the_form():
@@ -37,8 +37,11 @@ def test_settings_choose_the_form():
     assert form(4, warp_rows=True, num_warps=2) == (True, 2, 32)
 
 
-@pytest.mark.parametrize("chosen", [TWO_WARPS, FOUR_WARPS, ONE_SPLIT], ids=["two warps", "four warps", "one split"])
-@pytest.mark.parametrize("case", [SHAPES[2], SHAPES[5], SHAPES[9]], ids=str)
+@pytest.mark.parametrize(
+    "case, chosen",
+    [(SHAPES[n], how) for n in (2, 5, 9) for how in (TWO_WARPS, FOUR_WARPS, ONE_SPLIT) if n != 9 or how is ONE_SPLIT or FULL],
+    ids=str,
+)
 def test_rows_of_each_warp(case, chosen):
     for dtype in (torch.float32, torch.float16):
         arguments, _ = problem(case, dtype)
@@ -115,7 +118,7 @@ COMBINED_APART = {
 
 @pytest.mark.parametrize(
     "number, chosen",
-    [(1, "all"), (2, "a few at a time"), (5, "apart"), (9, "all"), (3, "one launch decides")],
+    [(1, "all"), (2, "a few at a time"), (5, "apart"), (3, "one launch decides"), *[(9, "all")] * FULL],
 )
 def test_splits_combined_in_a_launch_of_their_own(number, chosen, monkeypatch):
     """With all statistics, with each alone and with none, through a list, with a decision."""
@@ -147,8 +150,9 @@ HALF_LOGITS = {
 }
 
 
-@pytest.mark.parametrize("chosen", HALF_LOGITS)
-@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[6], SHAPES[9]], ids=str)
+@pytest.mark.parametrize(
+    "case, chosen", [(SHAPES[n], how) for n in (1, 6, 9) for how in HALF_LOGITS if n != 9 or how == "one split" or FULL], ids=str
+)
 def test_logits_in_float16(case, chosen):
     """Every importance and mass is off by 2^-11 |z| ln 2 of itself at most, z being a logit in base 2; the output knows nothing of it."""
     arguments, _ = problem(case, torch.float32)
