@@ -354,7 +354,7 @@ def test_a_changed_figure_is_seen() -> None:
 
 def test_printed_blocks_are_those_of_the_record() -> None:
     block = re.search(r"^```\n(host time a call.*?)^```$", README, re.MULTILINE | re.DOTALL)[1]
-    assert block.strip() == (CPU / "launch_overhead.txt").read_text(encoding="utf-8").strip()
+    assert block.strip() == (RESULTS / "2026-11-29-cpu" / "launch_overhead.txt").read_text(encoding="utf-8").strip()
 
 
 def test_what_the_readme_says_of_device_files_is_true() -> None:

@@ -675,7 +675,7 @@ def test_a_copy_made_in_the_middle_of_a_generation(tape):
         hook = model.register_forward_hook(lambda *args: twins.append(copy.deepcopy(handle.graph)) if len(twins) < 6 else None)
         assert_same(model.generate(**fields, **greedy(STEPS)), want)
         hook.remove()
-    assert len(twins) == 6 and all(not twin.handle.running for twin in twins)
+    assert len(twins) == 6 and all(not twin.owner.running for twin in twins)
 
 
 @TOLD

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
-from dyrate_kernels import loading
+from dyrate_kernels import bundled, loading
 from dyrate_kernels.cli.main import main
 from tests.checks import RETENTIONS, assert_same, greedy
 
@@ -21,7 +21,7 @@ def quantised(request):
         pytest.skip(f"{MISSING[request.param]} is not installed")
     model, processor = loading.load_model(None, "cpu", "bfloat16" if request.param == "int8" else "float32", quantize=request.param)
     model.generation_config.eos_token_id = None
-    inputs = dk.demo.scene_inputs(model, processor, batch=2)
+    inputs = bundled.scene_inputs(model, processor, batch=2)
     return model, inputs, request.param
 
 
