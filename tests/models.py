@@ -7,12 +7,17 @@ standard deviation about 2) and the highest output logit stands clear of the sec
 from __future__ import annotations
 
 import contextlib
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+if str(Path(__file__).parents[1]) not in sys.path:
+    sys.path.append(str(Path(__file__).parents[1]))  # for scripts that take this file by its own folder
 
 from tests.builders import (
     BESIDE,
