@@ -1,4 +1,4 @@
-"""Runs the case files of this folder in two processes of their own, under Triton's interpreter."""
+"""Runs the case files of this folder in a few processes of their own, under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FILES = sorted(HERE.glob("cases_*.py"))
+PROCESSES = 4  # each starts for longer than most cases run; two workers share them more evenly than two
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("files", [FILES[::2], FILES[1::2]], ids=["first", "second"])  # a process starts for longer than most of them run
+@pytest.mark.parametrize("files", [FILES[first::PROCESSES] for first in range(PROCESSES)], ids=lambda files: files[0].stem)
 def test_cases(files: list[Path]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     named = [str(file.relative_to(ROOT)) for file in files]
