@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dyrate_kernels import flops
 from dyrate_kernels.generation.kv_store import RowStore
-from dyrate_kernels.generation.record import Part, Snapshot, first_columns, parts_of, windowed
+from dyrate_kernels.generation.record import Part, Record, Snapshot, first_columns, parts_of, windowed
 from dyrate_kernels.stats import Stats, Step
 
 
@@ -34,20 +34,12 @@ def tally(source: Snapshot, sequence: int | None = None, new_tokens: int | None 
     assert source.n_text is not None  # where there is a record, something was stored
     of = slice(None) if sequence is None else slice(sequence, sequence + 1)
     steps = record.steps if new_tokens is None else new_tokens
-    mass = record.mass[:steps, of].tolist()
     kept = record.kept[:steps, :, of].cpu()
     visual = source.n_visual[0][of].cpu()
     text = source.n_text[of].cpu() - (record.steps - steps)
     rate = record.rate[:steps, of].cpu().masked_fill(visual == 0, 0.0).tolist()
     sizes = torch.tensor([len(layers) for layers in (source.group_layers[1:] or source.group_layers)], dtype=torch.float64)
     mean_kept = (kept.double() * sizes[None, :, None]).sum(1) / sizes.sum()
-    entries = []
-    for index in range(steps):
-        importance = kept_tokens = None
-        if record.importance is not None and record.chosen is not None:
-            importance = [row[:n].tolist() for row, n in zip(record.importance[index, of].cpu(), visual.tolist(), strict=True)]
-            kept_tokens = [row.nonzero().flatten().tolist() for row in record.chosen[index, of].cpu()]
-        entries.append(Step(index, mean_kept[index].round().int().tolist(), rate[index], mass[index], importance, kept_tokens))
     with_image = visual > 0
     share = (mean_kept[:, with_image] / visual[with_image]).mean().item() if bool(with_image.any()) else 1.0
     pruned = float(sizes.sum()) / source.shape.num_layers if len(source.group_layers) > 1 else 1.0
@@ -61,26 +53,9 @@ def tally(source: Snapshot, sequence: int | None = None, new_tokens: int | None 
         whole += ((1.0 - pruned + pruned * read_again) * checked).sum(0).mean().item() / steps
     groups, parts = len(source.group_layers), parts_of(source.group_layers, source.shape.windows)
     kept, again = _by_group(kept, visual, groups), _by_group(again, visual, groups)
-    evict = source.retention == "evict"
-    held = kept[-1] if evict else visual.expand(groups, -1)
+    held = kept[-1] if source.retention == "evict" else visual.expand(groups, -1)
     live, reserved = _bytes_held(source, of, held, text)
-    arguments: dict[str, Any] = {
-        "text_rows": (text - (steps - 1)).tolist(),
-        "visual_tokens": visual.tolist(),
-        "group_layers": [len(part.layers) for part in parts],
-        "kept": kept[:, [part.group for part in parts]].numpy(),
-        "again": again[:, [part.group for part in parts]].numpy() if record.again is not None else None,
-        "prefill_shrunk": evict,
-        "bytes_per_row": [source.bytes_per_row[part.layers[0]] for part in parts],
-        "cached_visual": record.before.visual[of].tolist(),
-        "cached_text": record.before.text[of].tolist(),
-        "computed": None,
-    }
-    if record.computed is not None:
-        new = _by_group(record.computed[None, :, of].cpu(), visual - record.before.visual[of].cpu(), groups)[0]
-        arguments["computed"] = new[[part.group for part in parts]].numpy()
-    if source.text_column is not None:
-        arguments |= _hidden_by_windows(source, of, parts, kept, again, visual, text)
+    arguments = _cost_arguments(source, of, parts, kept, again, visual, text)
     cost = flops.generation_cost(source.shape, **arguments)
     whole_cost = cost if source.visual_in is None else _beside_unreduced(source, of, parts, arguments)
     return Stats(
@@ -93,7 +68,7 @@ def tally(source: Snapshot, sequence: int | None = None, new_tokens: int | None 
         visual_tokens_in=visual.tolist() if source.visual_in is None else source.visual_in[of].tolist(),
         visual_tokens=visual.tolist(),
         visual_places=_places(source, of, visual),
-        steps=entries,
+        steps=_steps(record, of, mean_kept, rate, visual),
         kept_mean=share,
         visual_share=whole,
         checks=int((again[:, 0] >= 0).any(1).sum()),
@@ -108,6 +83,46 @@ def tally(source: Snapshot, sequence: int | None = None, new_tokens: int | None 
         bytes_read_unpruned=cost.bytes_read_unpruned,
         bytes_read_unreduced=whole_cost.bytes_read_unpruned,
     )
+
+
+def _steps(record: Record, of: slice, mean_kept: Tensor, rate: list[list[float]], visual: Tensor) -> list[Step]:
+    """One entry for each step that ``mean_kept`` ``[steps, B]`` has."""
+    mass = record.mass[: len(mean_kept), of].tolist()
+    entries = []
+    for index, tokens in enumerate(mean_kept):
+        importance = kept_tokens = None
+        if record.importance is not None and record.chosen is not None:
+            importance = [row[:n].tolist() for row, n in zip(record.importance[index, of].cpu(), visual.tolist(), strict=True)]
+            kept_tokens = [row.nonzero().flatten().tolist() for row in record.chosen[index, of].cpu()]
+        entries.append(Step(index, tokens.round().int().tolist(), rate[index], mass[index], importance, kept_tokens))
+    return entries
+
+
+def _cost_arguments(
+    source: Snapshot, of: slice, parts: list[Part], kept: Tensor, again: Tensor, visual: Tensor, text: Tensor
+) -> dict[str, Any]:  # fmt: skip
+    """What :func:`flops.generation_cost` is given; kept, again: ``[steps, groups, B]``."""
+    record = source.record
+    assert record is not None
+    by_part = [part.group for part in parts]
+    arguments: dict[str, Any] = {
+        "text_rows": (text - (len(kept) - 1)).tolist(),
+        "visual_tokens": visual.tolist(),
+        "group_layers": [len(part.layers) for part in parts],
+        "kept": kept[:, by_part].numpy(),
+        "again": again[:, by_part].numpy() if record.again is not None else None,
+        "prefill_shrunk": source.retention == "evict",
+        "bytes_per_row": [source.bytes_per_row[part.layers[0]] for part in parts],
+        "cached_visual": record.before.visual[of].tolist(),
+        "cached_text": record.before.text[of].tolist(),
+        "computed": None,
+    }
+    if record.computed is not None:
+        before = record.before.visual[of].cpu()
+        arguments["computed"] = _by_group(record.computed[None, :, of].cpu(), visual - before, len(source.group_layers))[0, by_part].numpy()
+    if source.text_column is not None:
+        arguments |= _hidden_by_windows(source, of, parts, kept, again, visual, text)
+    return arguments
 
 
 def _bytes_held(source: Snapshot, of: slice, held: Tensor, text: Tensor) -> tuple[int, int]:

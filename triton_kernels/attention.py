@@ -314,7 +314,7 @@ def importance_columns(
 
 
 @triton.jit
-def decode_attention_kernel(
+def decode_attention_kernel(  # noqa: C901 - its branches are constants of a compilation
     query_ptr, key_ptr, value_ptr, output_ptr, n_visual_ptr, n_text_ptr,
     list_ptr, n_list_ptr, text_type_ptr, position_ptr, query_position_ptr, new_key_ptr, new_value_ptr,
     table_ptr, sequence_ptr, text_position_ptr, cos_ptr, sin_ptr,

@@ -46,7 +46,7 @@ def _product(weights, x, acc, place, size, EVEN: tl.constexpr):
 
 
 @triton.jit
-def few_rows_kernel(
+def few_rows_kernel(  # noqa: C901 - its branches are constants of a compilation
     x_ptr, weight0_ptr, weight1_ptr, weight2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, output0_ptr, output1_ptr, output2_ptr,
     part_ptr, counter_ptr,
     rows, size, count0, count1, count2, stride0, stride1, stride2, blocks0, blocks1,

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = ("bfloat16", "float16", "float32")
 MULTIPROCESSORS = 132  # of an H200
+TEXT = 64  # rows of text of a case
 TENSOR_CORES = (("tensor_cores", True),)
 WARP_ROWS = (("warp_rows", True), ("num_stages", 2), ("max_registers", 168))
 LISTED_WARP_ROWS = WARP_ROWS[:2]  # without a bound: as many registers (Triton 3.6 and 3.9), and no spills in the loop
@@ -229,39 +230,51 @@ def compile_case(case: Case) -> list[Compiled]:
 
 
 def _call(backend: Any, case: Case) -> None:
-    batch, kv_heads, text = case.batch, case.kv_heads, 64
-    lengths = torch.zeros(batch, dtype=torch.int32)
-    if case.operator == "select_tokens":
-        score = torch.zeros(batch, case.tokens, dtype=getattr(torch, case.dtype))
-        backend.select_tokens(score, lengths, lengths, alive=torch.ones(batch, case.tokens, dtype=torch.bool))
-        return
+    dtype = getattr(torch, case.dtype)
+    if case.operator in ("select_tokens", "predict_rate"):
+        _call_decision(backend, dtype, case)
+    elif case.operator == "layer":
+        _call_layer(dtype, case)
+    elif case.operator.startswith("products"):
+        _call_products(dtype, case)
+    elif case.operator in ("compact_", "reorder_"):
+        _call_rows(backend, _key(dtype, case), case)
+    elif case.operator.startswith("paged"):
+        heads = case.kv_heads * case.group
+        _call_paged(backend, case, torch.zeros(case.batch, heads, case.dim, dtype=dtype), torch.zeros(case.batch, TEXT, dtype=torch.uint8))
+    else:
+        _call_attention(backend, _key(dtype, case), case)
+
+
+def _key(dtype: torch.dtype, case: Case) -> torch.Tensor:
+    """Never touched. An odd number of rows, so that nothing is aligned by luck."""
+    return torch.empty(case.batch, case.kv_heads, case.tokens + TEXT, case.dim, dtype=dtype)
+
+
+def _call_decision(backend: Any, dtype: torch.dtype, case: Case) -> None:
+    batch = case.batch
     if case.operator == "predict_rate":
         backend.predict_rate(torch.zeros(batch, 32, 4), torch.zeros(5, 128), torch.zeros(batch, 5), torch.zeros(5, dtype=torch.float64))
-        return
-    dtype = getattr(torch, case.dtype)
-    if case.operator == "layer":
-        _call_layer(dtype, case)
-        return
-    if case.operator.startswith("products"):
-        _call_products(dtype, case)
-        return
-    # an odd number of rows, so that nothing is aligned by luck
-    key = torch.empty(batch, kv_heads, case.tokens + text, case.dim, dtype=dtype)  # never touched
-    if case.operator == "compact_":
-        backend.compact_([key, key.clone()], torch.zeros(batch, case.tokens, dtype=torch.int32), lengths, lengths)
-        return
+    else:
+        lengths, alive = torch.zeros(batch, dtype=torch.int32), torch.ones(batch, case.tokens, dtype=torch.bool)
+        backend.select_tokens(torch.zeros(batch, case.tokens, dtype=dtype), lengths, lengths, alive=alive)
+
+
+def _call_rows(backend: Any, key: torch.Tensor, case: Case) -> None:
     if case.operator == "reorder_":
-        backend.reorder_([key, key.clone()], torch.zeros(batch, dtype=torch.int64))
-        return
-    heads = kv_heads * case.group
-    query = torch.zeros(batch, heads, case.dim, dtype=dtype)
+        backend.reorder_([key, key.clone()], torch.zeros(case.batch, dtype=torch.int64))
+    else:
+        lengths = torch.zeros(case.batch, dtype=torch.int32)
+        backend.compact_([key, key.clone()], torch.zeros(case.batch, case.tokens, dtype=torch.int32), lengths, lengths)
+
+
+def _call_attention(backend: Any, key: torch.Tensor, case: Case) -> None:
+    batch, heads, dtype = case.batch, case.kv_heads * case.group, key.dtype
+    lengths, types = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, TEXT, dtype=torch.uint8)
+    rows = (torch.zeros(batch, heads, case.dim, dtype=dtype), key, torch.empty_like(key), lengths, lengths)
     common: dict[str, Any] = {"visual_capacity": case.tokens, "scale": 0.1}
-    types = torch.zeros(batch, text, dtype=torch.uint8)
     new = {"new_key": key[:, :, 0], "new_value": key[:, :, 0]}
-    rows = (query, key, torch.empty_like(key), lengths, lengths)
-    if case.operator.startswith("paged"):
-        _call_paged(backend, case, query, types)
-    elif case.operator == "plain":
+    if case.operator == "plain":
         backend.decode_attention(*rows, **common)
     elif case.operator == "append":
         backend.decode_attention(*rows, **common, **new)

@@ -84,7 +84,37 @@ class Problem:
         return ROUNDING[torch.float64 if self.dtype == torch.float64 else torch.float32] * (1 + self.steepest)
 
 
-def attention_problem(draw: Draw, *, new_row: bool = True, values: bool = True) -> Problem:
+@dataclasses.dataclass
+class Rows:
+    """Sizes, lengths and contents of a problem of attention as they are drawn, before they lie in memory."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    dtype: torch.dtype
+    visual: int
+    text: int
+    n_visual: Tensor
+    n_text: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    kind: str
+    infinite: bool = False  # a value is
+
+    @property
+    def rows(self) -> int:
+        return self.visual + self.text
+
+    @property
+    def everyone_full(self) -> bool:
+        """No sequence has fewer visual rows than the capacity."""
+        return bool((self.n_visual == self.visual).all())
+
+
+def drawn_rows(draw: Draw) -> Rows:
     batch = draw.one(0, 1, 1, 1, 2, 2, 3, 3)
     heads, kv_heads = draw.pick.choice(HEADS)
     small = heads > 12
@@ -93,12 +123,11 @@ def attention_problem(draw: Draw, *, new_row: bool = True, values: bool = True) 
     dtype = draw.dtype()
     visual = draw.one(0, 1, 2, 15, 16, 17, 33, 40) if small else draw.one(0, 1, 3, 16, 31, 33, 48, 70, 131)
     text = draw.one(0, 1, 2, 7, 16, 20) if small else draw.one(0, 1, 2, 9, 16, 33, 70, 140)
-    rows = visual + text
     n_visual, n_text = draw.lengths(batch, visual), draw.lengths(batch, text)
     draw.tell(f"B={batch} {heads}/{kv_heads} D={dim}/{value_dim} {dtype} V={n_visual.tolist()}/{visual} T={n_text.tolist()}/{text}")
 
-    query, key = draw.normal(batch, heads, dim), draw.normal(batch, kv_heads, rows, dim)
-    value = draw.normal(batch, kv_heads, rows, value_dim)
+    query, key = draw.normal(batch, heads, dim), draw.normal(batch, kv_heads, visual + text, dim)
+    value = draw.normal(batch, kv_heads, visual + text, value_dim)
     kind = draw.one("normal", "normal", "normal", "steep", "flat", "small", "biased", "special")
     draw.tell(kind)
     if kind == "steep":
@@ -111,82 +140,111 @@ def attention_problem(draw: Draw, *, new_row: bool = True, values: bool = True) 
     elif kind == "biased":
         key += 0.5
         value += draw.one(-3.0, 100.0)
-    infinite = False
-    if kind == "special" and rows and batch:
-        for _ in range(draw.pick.randint(1, 3)):
-            where = draw.one("key", "key", "key row", "value", "query", "keys")
-            number = draw.one(math.nan, math.inf, -math.inf)
-            b, h, row = draw.pick.randrange(batch), draw.pick.randrange(kv_heads), draw.pick.randrange(rows)
-            if where == "key":
-                key[b, h, row, draw.pick.randrange(dim)] = number
-            elif where == "key row":
-                key[b, h, row] = number
-            elif where == "keys":  # with a query above zero: no row but such ones
-                query[b].abs_()
-                key[b, h] = -math.inf
-            elif where == "value":
-                value[b, h, row, draw.pick.randrange(value_dim)] = number
-                infinite = infinite or math.isinf(number)
-            else:
-                query[b, draw.pick.randrange(heads), draw.pick.randrange(dim)] = number
-            draw.tell(f"{where} {number}")
-    clean = draw.chance(0.2) and bool(value.isfinite().all())
-    position = torch.stack([torch.randperm(rows, generator=draw.generator) for _ in range(max(batch, 1))])[:batch].int()
-    types = draw.one(draw.integers(0, 4, batch, text), draw.integers(2, 4, batch, text), torch.full((batch, text), 3)).to(torch.uint8)
-    for b in range(batch):  # what no sequence has may hold anything
-        dead = [*range(int(n_visual[b]), visual), *range(visual + int(n_text[b]), rows)]
-        key[b, :, dead] = math.nan
-        value[b, :, dead] = 0.0 if clean else draw.one(math.nan, math.inf)
-        position[b, dead] = draw.integers(-(2**31), 2**31 - 1, len(dead)).int()
-        types[b, int(n_text[b]) :] = draw.one(200, 4, 1)
+    return Rows(batch, heads, kv_heads, dim, value_dim, dtype, visual, text, n_visual, n_text, query, key, value, kind)
 
-    appended = new_row and rows > 0 and draw.chance(0.35)
-    expand = () if appended else (0,)
-    given: dict[str, Any] = {
-        "query": draw.place(query.to(dtype), expand=(0,)),
-        "key": draw.place(key.to(dtype), adjacent=draw.chance(0.8), expand=expand if (n_visual == visual).all() else ()),
-        "value": draw.place(value.to(dtype), adjacent=draw.chance(0.8)),
-        "n_visual": draw.place(n_visual),
-        "n_text": draw.place(n_text),
-        "visual_capacity": visual,
-    }
-    scale = draw.one(None, dim**-0.5, 1.0, 0.3) if kind != "steep" else None
+
+def write_special_numbers(draw: Draw, rows: Rows) -> None:
+    """NaN and infinities in queries, keys or values of rows that may be live."""
+    for _ in range(draw.pick.randint(1, 3)):
+        where = draw.one("key", "key", "key row", "value", "query", "keys")
+        number = draw.one(math.nan, math.inf, -math.inf)
+        b, h, row = draw.pick.randrange(rows.batch), draw.pick.randrange(rows.kv_heads), draw.pick.randrange(rows.rows)
+        if where == "key":
+            rows.key[b, h, row, draw.pick.randrange(rows.dim)] = number
+        elif where == "key row":
+            rows.key[b, h, row] = number
+        elif where == "keys":  # with a query above zero: no row but such ones
+            rows.query[b].abs_()
+            rows.key[b, h] = -math.inf
+        elif where == "value":
+            rows.value[b, h, row, draw.pick.randrange(rows.value_dim)] = number
+            rows.infinite = rows.infinite or math.isinf(number)
+        else:
+            rows.query[b, draw.pick.randrange(rows.heads), draw.pick.randrange(rows.dim)] = number
+        draw.tell(f"{where} {number}")
+
+
+def write_dead_rows(draw: Draw, rows: Rows, position: Tensor, types: Tensor, clean: bool) -> None:
+    """What no sequence has may hold anything; ``clean``: but in the values, which are zero there."""
+    for b in range(rows.batch):
+        dead = [*range(int(rows.n_visual[b]), rows.visual), *range(rows.visual + int(rows.n_text[b]), rows.rows)]
+        rows.key[b, :, dead] = math.nan
+        rows.value[b, :, dead] = 0.0 if clean else draw.one(math.nan, math.inf)
+        position[b, dead] = draw.integers(-(2**31), 2**31 - 1, len(dead)).int()
+        types[b, int(rows.n_text[b]) :] = draw.one(200, 4, 1)
+
+
+def settings_of(draw: Draw, rows: Rows) -> dict[str, Any]:
+    """Scale and bounds of the lengths, each there or not."""
+    given: dict[str, Any] = {}
+    scale = draw.one(None, rows.dim**-0.5, 1.0, 0.3) if rows.kind != "steep" else None
     if scale is not None or draw.chance(0.5):
         given["scale"] = scale
-    if draw.chance(0.3):
-        lowest = int(n_visual.max()) if batch else 0
-        given["visual_bound"] = lowest + draw.one(0, 1, 99)
-    if draw.chance(0.3):
-        given["text_bound"] = (int(n_text.max()) if batch else 0) + draw.one(0, 1, 99)
+    for name, lengths in (("visual_bound", rows.n_visual), ("text_bound", rows.n_text)):
+        if draw.chance(0.3):
+            given[name] = (int(lengths.max()) if rows.batch else 0) + draw.one(0, 1, 99)
+    return given
+
+
+def window_of(draw: Draw, rows: Rows, position: Tensor) -> dict[str, Any]:
+    """A sliding window and the positions that it needs."""
+    far = draw.chance(0.2)  # differences of which only those of live rows fit 32 bits
+    placed = draw.place(position + (2**31 - 1 - max(rows.rows, 1) if far else 0), expand=() if far else (0,))
+    last = torch.full((rows.batch,), 2**31 - 1 if far else rows.rows, dtype=torch.int32)
+    query_position = draw.place(last - draw.integers(0, max(rows.rows // 2, 1), rows.batch).int())
+    window = draw.one(1, 2, 3, 20, 33, 1000)
+    draw.tell(f"window {window}")
+    return {"position": placed, "query_position": query_position, "window": window}
+
+
+def largest_numbers(rows: Rows, given: dict[str, Any]) -> tuple[float, float]:
+    """``steepest`` and ``largest`` of a :class:`Problem`."""
+    products = torch.zeros((), dtype=torch.float64)
+    if rows.rows and rows.batch:
+        products = finite(given["query"]).abs().amax((0, 1)) @ finite(given["key"]).abs().amax((0, 1, 2))
+    largest = finite(given["value"]).abs().max().item() if given["value"].numel() else 0.0
+    if "new_value" in given:
+        largest = max(largest, given["new_value"].abs().max().item() if rows.batch else 0.0)
+        products = products.maximum(products.new_tensor(60.0 * rows.dim))
+    factor = rows.dim**-0.5 if given.get("scale") is None else given["scale"]
+    return products.item() * factor, max(largest, 1e-30)
+
+
+def attention_problem(draw: Draw, *, new_row: bool = True, values: bool = True) -> Problem:
+    rows = drawn_rows(draw)
+    batch, dtype = rows.batch, rows.dtype
+    if rows.kind == "special" and rows.rows and batch:
+        write_special_numbers(draw, rows)
+    clean = draw.chance(0.2) and bool(rows.value.isfinite().all())
+    position = torch.stack([torch.randperm(rows.rows, generator=draw.generator) for _ in range(max(batch, 1))])[:batch].int()
+    any_type, last_two = draw.integers(0, 4, batch, rows.text), draw.integers(2, 4, batch, rows.text)
+    types = draw.one(any_type, last_two, torch.full((batch, rows.text), 3)).to(torch.uint8)
+    write_dead_rows(draw, rows, position, types, clean)
+
+    appended = new_row and rows.rows > 0 and draw.chance(0.35)
+    given: dict[str, Any] = {
+        "query": draw.place(rows.query.to(dtype), expand=(0,)),
+        "key": draw.place(rows.key.to(dtype), adjacent=draw.chance(0.8), expand=(0,) if rows.everyone_full and not appended else ()),
+        "value": draw.place(rows.value.to(dtype), adjacent=draw.chance(0.8)),
+        "n_visual": draw.place(rows.n_visual),
+        "n_text": draw.place(rows.n_text),
+        "visual_capacity": rows.visual,
+    }
+    given |= settings_of(draw, rows)
     if clean and values:
         given["clean"] = True
     given["text_type"] = draw.place(types)
     if draw.chance(0.3):
-        far = draw.chance(0.2)  # differences of which only those of live rows fit 32 bits
-        given["position"] = draw.place(position + (2**31 - 1 - max(rows, 1) if far else 0), expand=() if far else (0,))
-        last = torch.full((batch,), 2**31 - 1 if far else rows, dtype=torch.int32)
-        given["query_position"] = draw.place(last - draw.integers(0, max(rows // 2, 1), batch).int())
-        given["window"] = draw.one(1, 2, 3, 20, 33, 1000)
-        draw.tell(f"window {given['window']}")
+        given |= window_of(draw, rows, position)
     if appended:
-        given["new_key"] = draw.place(draw.normal(batch, kv_heads, dim).to(dtype), expand=(0,))
-        given["new_value"] = draw.place(draw.normal(batch, kv_heads, value_dim).to(dtype), expand=(0, 1))
+        given["new_key"] = draw.place(draw.normal(batch, rows.kv_heads, rows.dim).to(dtype), expand=(0,))
+        given["new_value"] = draw.place(draw.normal(batch, rows.kv_heads, rows.value_dim).to(dtype), expand=(0, 1))
         draw.tell("new row")
-
-    if new_row and dim % 2 == 0 and draw.chance(0.25):
-        angle = 6 * draw.uniform(draw.one(1, batch) if batch else 1, dim)
+    if new_row and rows.dim % 2 == 0 and draw.chance(0.25):
+        angle = 6 * draw.uniform(draw.one(1, batch) if batch else 1, rows.dim)
         given |= {"cos": draw.place(angle.cos().to(dtype), expand=(0,)), "sin": draw.place(angle.sin().to(dtype), expand=(0,))}
         draw.tell("rotary")
-
-    products = torch.zeros((), dtype=torch.float64)
-    if rows and batch:
-        products = finite(given["query"]).abs().amax((0, 1)) @ finite(given["key"]).abs().amax((0, 1, 2))
-    largest = finite(given["value"]).abs().max().item() if given["value"].numel() else 0.0
-    if appended:
-        largest = max(largest, given["new_value"].abs().max().item() if batch else 0.0)
-        products = products.maximum(products.new_tensor(60.0 * dim))
-    factor = dim**-0.5 if given.get("scale") is None else given["scale"]
-    return Problem(draw, given, dtype, infinite, products.item() * factor, max(largest, 1e-30))
+    return Problem(draw, given, dtype, rows.infinite, *largest_numbers(rows, given))
 
 
 def in_float64(given: dict[str, Any]) -> dict[str, Any]:
