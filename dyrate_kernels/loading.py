@@ -46,7 +46,7 @@ def load_model(
 
         name = str(MODEL_FOLDER) if name is None else name
         config = quantization_config(quantize, name, kind)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
+        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
             name, dtype=kind, device_map={"": device}, quantization_config=config
         )
         return model.eval(), transformers.AutoProcessor.from_pretrained(name)

@@ -61,7 +61,7 @@ def check_rates(name: str, rates: Any, ascending: bool = False) -> tuple[float, 
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be numbers in [0, 1], got {value!r}")
-        if not 0.0 <= value <= 1.0:  # also refuses NaN
+        if value < 0.0 or not value <= 1.0:  # also refuses NaN
             raise ValueError(f"{name} must be in [0, 1] (fractions of visual tokens removed), got {_shorten(value)}")
     if ascending and any(later <= earlier for earlier, later in itertools.pairwise(values)):
         raise ValueError(f"{name} must be ascending, got {values}")
@@ -293,7 +293,7 @@ def _check_numbers(num_heads: Any, rates: Any, k: Any, spread: Any, text_size: A
             wanted = "a positive integer" if least else "an integer of at least 0"
             raise ValueError(f"{name} must be {wanted}, got {_shorten(value)}")
     values = check_rates("rates", rates)
-    if isinstance(spread, bool) or not isinstance(spread, Real) or not 0.0 <= spread <= 1.0:
+    if isinstance(spread, bool) or not isinstance(spread, Real) or spread < 0.0 or not spread <= 1.0:
         raise ValueError(f"spread must be a number in [0, 1], got {_shorten(spread)}")
     return values
 

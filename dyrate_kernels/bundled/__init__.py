@@ -35,7 +35,7 @@ def load_demo(device: str | Any = "cpu", dtype: Any = None) -> tuple[Any, Any]:
     import_transformers()
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(MODEL_FOLDER, dtype=dtype or torch.float32, local_files_only=True)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(MODEL_FOLDER, dtype=dtype or torch.float32, local_files_only=True)
     processor = AutoProcessor.from_pretrained(MODEL_FOLDER, local_files_only=True)
     return model.to(device).eval(), processor
 

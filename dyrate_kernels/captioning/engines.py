@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -65,8 +65,9 @@ def run_ray(task: Task, sources: Sequence[Source], workers: int | None, address:
             _Worker, fn_constructor_args=(task,), batch_size=window, compute=ray.data.ActorPoolStrategy(size=min(count, blocks)),
             num_gpus=1 if on_gpu else 0, num_cpus=1,
         )  # fmt: skip
-        for batch in data.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield [Caption(**row) for row in batch.to_pylist()]
+        tables: Iterable[Any] = data.iter_batches(batch_size=None, batch_format="pyarrow")
+        for table in tables:
+            yield [Caption(**row) for row in table.to_pylist()]
     finally:
         if mine:
             ray.shutdown()

@@ -79,7 +79,7 @@ def run(given: argparse.Namespace) -> int:
     model, make, visual, pictures = _build(given, name, device)
     policy = end_to_end.falling_schedule(visual, decoding.fitting_k(model)) if given.policy is None else policies.parse(given.policy)
     label = policy.name if given.policy is None else given.policy
-    largest: dict[tuple[int, str], int | None] = {}
+    largest: dict[str, int | None] = {}
     settings = contenders.settings(model.config, policy, "recoverable", given.backend, device)
     if not given.json:
         print(f"{name}: {contenders.words(settings)}; evict, FastV and the unpruned model beside it", flush=True)
@@ -102,8 +102,8 @@ def run(given: argparse.Namespace) -> int:
             if given.out is not None:
                 write_json(given.out, rows)
     if given.json:
-        found = {"bandwidth_GB_per_s": bandwidth / 1e9, "rows": rows, "verdicts": end_to_end.verdicts(rows)}
-        common.print_json(found | {"settings": settings})
+        verdicts = end_to_end.verdicts(rows)
+        common.print_json({"bandwidth_GB_per_s": bandwidth / 1e9, "rows": rows, "verdicts": verdicts, "settings": settings})
     else:
         _show(rows, bandwidth)
     bad = [row for row in rows if row["correct"] is not None and not row["correct"]["passed"]]

@@ -161,21 +161,21 @@ class First(Sequence):
     """The first ``count`` of a sequence."""
 
     def __init__(self, source: Sequence[Any], count: int) -> None:
-        self.source, self.count = source, min(count, len(source))
+        self.source, self.length = source, min(count, len(source))
 
     @property
     def origin(self) -> str:
         """Enough to tell it from another source."""
         from dyrate_kernels.training.data import origin_of
 
-        cut = self.count < len(self.source)
-        return f"the first {self.count} of {origin_of(self.source)}" if cut else origin_of(self.source)
+        cut = self.length < len(self.source)
+        return f"the first {self.length} of {origin_of(self.source)}" if cut else origin_of(self.source)
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self.count:
+        if not 0 <= index < self.length:
             raise IndexError(index)
         return self.source[index]
 

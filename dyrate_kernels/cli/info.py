@@ -32,7 +32,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
     import dyrate_kernels as dk
     from dyrate_kernels import families, native
 
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

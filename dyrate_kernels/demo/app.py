@@ -82,7 +82,7 @@ def build(engine: Engine, at_once: int = 2) -> gr.Blocks:
             show_progress="minimal", concurrency_limit=at_once, concurrency_id="compare", api_name="compare",
         )  # fmt: skip
         stop.click(None, cancels=[run])
-        step.input(_at_step, [step, shown], kept, show_progress="hidden", api_name=False)
+        step.input(_at_step, [step, shown], kept, show_progress="hidden", api_visibility="private")
     return page
 
 

@@ -113,9 +113,9 @@ def _mean(layer: int, share: float, of_layer: dict[int, list[Seen]], least: int)
             break
         means.append(np.mean(there, axis=0))
         answers.append(len(there))
-    columns = np.array(means).T.tolist()
+    *mass, with_first, with_last, returned = np.array(means).T.tolist()
     shared = {other: _shared(sequences, there) for other, there in of_layer.items()}
-    return Curves(layer, share, answers, dict(zip(TYPES, columns[:4], strict=True)), *columns[4:], shared)
+    return Curves(layer, share, answers, dict(zip(TYPES, mass, strict=True)), with_first, with_last, returned, shared)
 
 
 def _shared(sequences: list[Seen], others: list[Seen]) -> float:

@@ -170,7 +170,8 @@ def draw_scores(path: Path, groups: dict[str, list[Line]]) -> None:
     methods = list(dict.fromkeys(method_of(line.label) for lines in groups.values() for line in lines))
     methods.remove("none")
     names = list(dict.fromkeys(method.partition("@")[0] for method in methods))
-    colours = dict(zip(names, itertools.cycle([*matplotlib.colormaps["tab20"].colors]), strict=False))
+    tab20 = matplotlib.colormaps["tab20"]
+    colours = dict(zip(names, itertools.cycle(map(tab20, range(tab20.N))), strict=False))
     for place, (title, lines) in enumerate(groups.items()):
         axes = figure.add_subplot(1, len(groups), place + 1)
         for method in methods:

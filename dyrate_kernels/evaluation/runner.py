@@ -196,7 +196,7 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int],
             stats.kv_bytes_live, read * share, seconds * share, read * share / bandwidth, first, len(part), text,
             stats.predictor,
         )  # fmt: skip
-        if n_visual is not None and n_visual[place]:
+        if n_visual is not None and lengths is not None and n_visual[place]:
             answer = _beside_whole(answer, handle.shape, int(n_visual[place]), int(lengths[place]))
         answers.append(answer)
     return answers

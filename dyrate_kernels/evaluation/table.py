@@ -70,12 +70,16 @@ def summarise(label: str, group: str, answers: Sequence[Answer], unpruned: Seque
     retained, retained_low, retained_high = paired_bootstrap(points, seed)
     decoded = max(sum(len(a.tokens) - 1 for a in answers), 1)
     same = [agreement(a.tokens, b.tokens) for a, b in zip(answers, unpruned, strict=True)]
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(a, name) for a in answers]))
+
     return Line(
         label, group, score, low, high, retained, retained_low, retained_high, float(np.mean(same)),
-        *(float(np.mean([getattr(a, name) for a in answers])) for name in ("kept", "visual_share", "n", "paper_cost", "exact_cost")),
-        sum(a.flops for a in answers) / sum(a.flops_unpruned for a in answers), float(np.mean([a.kv_bytes for a in answers])),
+        mean("kept"), mean("visual_share"), mean("n"), mean("paper_cost"), mean("exact_cost"),
+        sum(a.flops for a in answers) / sum(a.flops_unpruned for a in answers), mean("kv_bytes"),
         sum(a.seconds for a in answers) / decoded, sum(a.floor for a in answers) / decoded,
-        float(np.mean([a.first for a in answers])), max(a.batch for a in answers), len(answers),
+        mean("first"), max(a.batch for a in answers), len(answers),
     )  # fmt: skip
 
 

@@ -219,7 +219,7 @@ def logits_gate(
     limit = LIMIT[next(model.parameters()).dtype]
     known = {} if known is None else known
     k = fitting_k(model, policy)
-    how = {"retention": retention, "backend": backend, "fuse": fuse}
+    how: dict[str, Any] = {"retention": retention, "backend": backend, "fuse": fuse}
     visual = visual_tokens(model, fields)
 
     def once(find: Callable[[], float], *key: Any) -> float:
@@ -271,7 +271,7 @@ def compaction_error(model: Any, fields: dict[str, Tensor], k: int, backend: str
     to the bit, in every layer. From there those that should be left are gathered on the host: neither an operator nor the cache's own
     list of tokens says which those are.
     """
-    how = {"retention": "evict", "backend": backend, "fuse": fuse}
+    how: dict[str, Any] = {"retention": "evict", "backend": backend, "fuse": fuse}
     visual = visual_tokens(model, fields)
     counts = [max(visual // part, 1) for part in (2, 5)]
     even = EvenSchedule(k, [(1, counts[0]), (3, counts[1])])

@@ -163,7 +163,7 @@ def run_once(problem: Problem, setup: Setup, fields: dict[str, torch.Tensor], ru
         answer(None)
         return
     graph = cuda and problem.backend != "reference"
-    options = {"retention": setup.retention, "backend": problem.backend, "cuda_graph": graph, "fuse": setup.fuse}
+    options: dict[str, Any] = {"retention": setup.retention, "backend": problem.backend, "cuda_graph": graph, "fuse": setup.fuse}
     with dk.patch(problem.model, setup.policy, **options) as handle:
         answer(handle)
 
@@ -274,8 +274,8 @@ def _rows(
         facts |= {"retention": setup.retention, "backend": runs.stats.backend}
         kept, k = kept_while_timed(steps), runs.stats.k
         if runs.replays is not None:
-            share, first = statistics.mean(steps[-runs.replayed :]), problem.new_tokens - 1 - runs.replayed
-            replayed = facts | {"kept": share, "moved": _moved(problem, fields, share, k, first)}
+            share, before = statistics.mean(steps[-runs.replayed :]), problem.new_tokens - 1 - runs.replayed
+            replayed = facts | {"kept": share, "moved": _moved(problem, fields, share, k, before)}
             yield timing.row(f"{OURS} captured step, {setup.label}", runs.replays, **replayed)
     facts |= {"kept": kept, "moved": _moved(problem, fields, kept, k)}
     first, token = statistics.median(runs.first), statistics.median(runs.medians)
@@ -307,7 +307,8 @@ def _twin_row(problem: Problem, fields: dict[str, torch.Tensor], bandwidth: floa
         times, first = decoding.static_twin(problem.model, fields, problem.new_tokens)
         gate = timing.correctness(decoding.LIMIT[next(problem.model.parameters()).dtype], of_generate=timing.relative(first[:, -1], want))
         right = gate["passed"]
-        return timing.row(name, times if right else None, **facts, gate=gate, **({} if right else {"note": _wrong(gate)}))
+        note: dict[str, Any] = {} if right else {"note": _wrong(gate)}
+        return timing.row(name, times if right else None, **facts, gate=gate, **note)
     except Exception as error:  # another package's path; it differs between versions of transformers
         return timing.row(name, None, **facts, note=f"{type(error).__name__}: {error}"[:300])
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from dyrate_kernels import flops
 from dyrate_kernels.policies.base import ModelShape
 
-CLIP_336 = {
+CLIP_336: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768,
     "image_size": 336, "patch_size": 14,
 }  # fmt: skip
-_SIGLIP = {
+_SIGLIP: dict[str, Any] = {
     "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
 }  # fmt: skip
-_THIN = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-_TINY = {"image_size": 28, "patch_size": 14}
+_THIN: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TINY: dict[str, Any] = {"image_size": 28, "patch_size": 14}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RandomModel:
     """
 
     text: ModelShape
-    tower: dict[str, int]
+    tower: dict[str, Any]
     visual_tokens: int
     onevision: bool = False
     tiles: int = 2
@@ -93,16 +93,19 @@ def build(name: str, device: torch.device, *, dtype: torch.dtype | None = None, 
         raise ValueError(f"config: expected one of {', '.join(MODELS)}, got {name!r}")
     spec = MODELS[name]
     shape = spec.text if layers is None else replace(spec.text, num_layers=layers)
-    text, image = _text_config(shape), {"image_token_index": shape.vocab_size - 1}
+    text, image = _text_config(shape), shape.vocab_size - 1
+    config: Any
+    kind: Any
     if spec.onevision:
         side = spec.tower["image_size"]
         config = transformers.LlavaOnevisionConfig(
-            vision_config=transformers.SiglipVisionConfig(**spec.tower, vision_use_head=False), text_config=text, **image,
+            vision_config=transformers.SiglipVisionConfig(**spec.tower, vision_use_head=False), text_config=text, image_token_index=image,
             video_token_index=shape.vocab_size - 2, image_grid_pinpoints=[[side * spec.tiles, side * spec.tiles]],
         )  # fmt: skip
         kind = transformers.LlavaOnevisionForConditionalGeneration
     else:
-        config = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**spec.tower), text_config=text, **image)
+        vision = transformers.CLIPVisionConfig(**spec.tower)
+        config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=image)
         kind = transformers.LlavaForConditionalGeneration
     torch.manual_seed(0)
     with torch.device(device):

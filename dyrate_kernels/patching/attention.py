@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dyrate_kernels.generation.attend import as_autocast
+from dyrate_kernels.patching.modules import Attention, Swapped
 
 IMPLEMENTATION = "dyrate"  # name of the attention function in transformers' registry
 CARRIER = "dyrate"  # keyword by which a carrier reaches the attention function
@@ -113,7 +115,8 @@ def swap(module: nn.Module, shows_hidden: bool = False) -> None:
         shows_hidden: the carrier sees what goes into it. By a hook, which runs even where accelerate has put a ``forward`` on the instance.
     """
     register()
-    module.__class__ = _swapped_class(type(module))
+    kind: type = type(module)
+    module.__class__ = _swapped_class(kind)
     if shows_hidden:
         module.register_forward_pre_hook(_show_hidden, with_kwargs=True)
 
@@ -121,14 +124,14 @@ def swap(module: nn.Module, shows_hidden: bool = False) -> None:
 def restore(module: nn.Module) -> None:
     """Undoes ``swap``."""
     if is_swapped(module):
-        module.__class__ = type(module)._dyrate_original
+        module.__class__ = vars(type(module))["_dyrate_original"]
         for key, hook in list(module._forward_pre_hooks.items()):  # a deep copy of the model has a hook of its own here
             if hook is _show_hidden:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _show_hidden(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _show_hidden(module: Attention, args: tuple, kwargs: dict) -> None:
     carrier: Carrier | None = kwargs.get(CARRIER)
     if carrier is not None:
         carrier.see(module.layer_idx, args[0] if args else kwargs["hidden_states"])
@@ -141,7 +144,7 @@ def register() -> None:
 
 
 def attention_function(
-    module: nn.Module,
+    module: Swapped,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -163,7 +166,7 @@ def attention_function(
     return carrier.attend(module.layer_idx, query, key, value, scale, kwargs.get("sliding_window")), None
 
 
-def _original_function(module: nn.Module):
+def _original_function(module: Swapped) -> Callable:
     eager = sys.modules[type(module)._dyrate_original.__module__].eager_attention_forward
     name = module.__dict__["config"]._attn_implementation
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)

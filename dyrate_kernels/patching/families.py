@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers.masking_utils import create_causal_mask
 
 from dyrate_kernels.families import FAMILIES, PREFIX, Family, names
 from dyrate_kernels.patching.attention import sliding_window
+from dyrate_kernels.patching.modules import Decoder, DecoderLayer
 from dyrate_kernels.policies.base import ModelShape
 
 CACHE_NAMES = ("cache", "past_key_values")  # the argument that carries the cache: its name from transformers 5.24 on, and before
@@ -37,7 +38,7 @@ def check_supported(model: Any) -> Family:
     Raises:
         TypeError: not a supported vision-language model; says which are.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
     supported = f"supported: {', '.join(names())}"
     if not issubclass(type(model), nn.Module) or name is None:
@@ -81,13 +82,13 @@ def deepstack_layers(model: Any) -> int:
     return len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
 
 
-def text_model(model: Any) -> nn.Module:
+def text_model(model: Any) -> Decoder:
     """The decoder: the module that owns ``layers``."""
     decoder = model.get_decoder()
-    return decoder if hasattr(decoder, "layers") else decoder.model
+    return cast(Decoder, decoder if hasattr(decoder, "layers") else decoder.model)
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
+def decoder_layers(model: Any) -> Sequence[DecoderLayer]:
     """The decoder layers of the text model."""
     return text_model(model).layers
 
@@ -127,10 +128,11 @@ def _unread(module: nn.Module) -> Iterator[Tensor]:
     """
     active = () if getattr(module, "disable_adapters", False) else getattr(module, "active_adapters", ())
     names = getattr(module, "adapter_layer_names", ())
-    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+    saved, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
+    if saved is not None and original is not None:
         names = ("modules_to_save",)
-        if any(name in module.modules_to_save for name in active):
-            yield from module.original_module.parameters()
+        if any(name in saved for name in active):
+            yield from original.parameters()
     elif getattr(module, "merged", False):
         active = ()
     for name in names:
@@ -169,6 +171,7 @@ def visual_columns(model: Any, family: Family, input_ids: Tensor | None, inputs_
         if input_ids is not None:
             hit = input_ids == token_id
         else:  # as transformers itself finds them
+            assert inputs_embeds is not None
             weight = model.get_input_embeddings().weight
             hit = (inputs_embeds == weight[token_id].to(inputs_embeds.device, inputs_embeds.dtype)).all(-1)
         mask = hit if mask is None else mask | hit

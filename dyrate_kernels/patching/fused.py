@@ -30,6 +30,7 @@ from dyrate_kernels.ops import layers as ops
 from dyrate_kernels.patching.attention import CARRIER, sliding_window
 from dyrate_kernels.patching.cache import VisualCache
 from dyrate_kernels.patching.families import decoder_layers
+from dyrate_kernels.patching.modules import Decoder, Norm
 
 KNOWN = {module_of(name): row for name, row in TEXT_MODELS.items() if row.fusable}  # by the module that defines them
 _SWITCH = "_dyrate_switch"  # attribute of a fused module: its ``Fused``
@@ -41,7 +42,7 @@ class _Ready(NamedTuple):
 
     asked: Tensor
     version: int
-    norm: nn.Module
+    norm: Norm
     normal: Tensor
 
 
@@ -52,7 +53,7 @@ class _Pending(NamedTuple):
     total: Tensor
     x: Tensor
     residual: Tensor
-    norm: nn.Module
+    norm: Norm
 
 
 class _Pass(threading.local):
@@ -74,23 +75,24 @@ class Fused:
     def __init__(self) -> None:
         self._told = False
 
-    def install(self, decoder: nn.Module) -> None:
+    def install(self, decoder: Decoder) -> None:
         """Swaps the classes of a text model whose attention is swapped already."""
         on = layer_settings.settings(next(decoder.parameters()).device)
         for module, make in list(_modules(decoder, on.residual_norm or on.norm_prologue)):
+            kind: type = type(module)
             vars(module)[_SWITCH] = self
-            module.__class__ = _fused_class(type(module), make)
+            module.__class__ = _fused_class(kind, make)
         layers = list(decoder.layers)
         for layer, after in zip(layers, [*layers[1:], None], strict=True):
-            if "_dyrate_fused" in vars(type(layer)):
+            if _is_fused(layer):
                 vars(layer)[_NEXT] = (decoder.norm, None) if after is None else (after.input_layernorm, after)
 
     def remove(self, decoder: nn.Module) -> None:
         """Undoes it; before the attention modules get their own class back."""
         self.off()
         for module in decoder.modules():
-            if "_dyrate_fused" in vars(type(module)):
-                module.__class__ = type(module)._dyrate_fused
+            if _is_fused(module):
+                module.__class__ = vars(type(module))["_dyrate_fused"]
                 vars(module).pop(_SWITCH, None)
                 vars(module).pop(_NEXT, None)
 
@@ -116,6 +118,10 @@ class Fused:
 def _alike(*tensors: Tensor) -> bool:
     """Of one floating dtype that the kernels compute in."""
     return tensors[0].dtype in (torch.float32, torch.float16, torch.bfloat16) and len({tensor.dtype for tensor in tensors}) == 1
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return "_dyrate_fused" in vars(type(module))
 
 
 def _kernels(module: nn.Module) -> ModuleType | None:
@@ -187,6 +193,7 @@ def _join(residual: Tensor, x: Tensor, then: Any, before: Any = None, product: C
         return total
     if not _PASS.settings.residual_norm:
         return residual + (x if before is None else before(x))
+    assert kernels is not None  # as ``_joins`` says
     total, normal = kernels.residual_norm(x, residual, then.weight, *_kind(then), None if before is None else before.weight)
     _PASS.ready = _Ready(total, total._version, then, normal)
     return total
@@ -332,8 +339,9 @@ def _attention(original: type[nn.Module]) -> dict[str, Any]:
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         made = _products(kernels, hidden, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (tensor.view(shape).transpose(1, 2) for tensor in made)
-        if not _attention_rotates(self, carrier, query, key, *embeddings, row):
-            query, key = _rotated(self, kernels, query, key, *embeddings, row)
+        cos, sin = embeddings
+        if not _attention_rotates(self, carrier, query, key, cos, sin, row):
+            query, key = _rotated(self, kernels, query, key, cos, sin, row)
         key, value = carrier.update(key, value, self.layer_idx)
         output = carrier.attend(self.layer_idx, query, key, value, self.scaling, sliding_window(self))
         return _products(kernels, output.reshape(*hidden.shape[:-1], -1), self.o_proj)[0], None

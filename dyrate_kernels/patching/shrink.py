@@ -8,6 +8,7 @@ Where a policy merges (``Decision.merge``), a token that stays enters the group 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class ShrinkHooks:
         group_starts: first layer of each pruned group.
     """
 
-    def __init__(self, layers: nn.ModuleList, group_starts: list[int]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], group_starts: list[int]) -> None:
         self.starts = {layer: index for index, layer in enumerate(group_starts, 1)}
         self.first, self.last = group_starts[0], len(layers) - 1
         self.handles = []

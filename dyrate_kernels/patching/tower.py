@@ -7,17 +7,18 @@ or not, are none of its business.
 from __future__ import annotations
 
 import contextlib
-import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dyrate_kernels import ops
 from dyrate_kernels.families import TOWERS, names
+from dyrate_kernels.patching.modules import Projecting, TowerAttention, TowerLayer
 from dyrate_kernels.patching.overrides import Override
 from dyrate_kernels.patching.reducing import Layout, Run
 from dyrate_kernels.vision.base import (
@@ -47,7 +48,12 @@ class TowerRun(Run):
 
     Args:
         kind: ``image`` or ``video``.
+
+    Attributes:
+        projected: ``[C, T', d]``, what came out of the projector: there once the pass is through.
     """
+
+    projected: Tensor
 
     def __init__(self, model: Any, kind: str, reducers: Sequence[Reducer], backend: str) -> None:
         super().__init__(model, kind, reducers, backend)
@@ -61,7 +67,6 @@ class TowerRun(Run):
         self.watched: set[int] = set()  # the layers whose attention's input is wanted
         self.seen: dict[int, Tensor] = {}  # that input
         self.cls: Tensor | None = None
-        self.projected: Tensor | None = None
         self.packed: tuple[Any, ...] | None = None  # arguments of the model's own packing
         self.pooling: Callable | None = None
         self.merged: Any = None
@@ -75,7 +80,7 @@ class TowerRun(Run):
 
     def encode(self, encoder: Callable, fields: dict[str, Any], pixels: Tensor) -> Any:
         """With everything in place that the reducers need."""
-        chosen = fields.get("vision_feature_layer")
+        chosen: Any = fields.get("vision_feature_layer")
         if chosen is None:
             config = self.model.config
             chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
@@ -158,7 +163,7 @@ class TowerRun(Run):
         return self.reducers[0].in_layers
 
     def layer_forward(
-        self, index: int, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self, index: int, layer: TowerLayer, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         """In place of a layer's own where ``merges_in_tower``: from outside it takes and gives one row for each original token."""
         if index == 0:
@@ -166,6 +171,7 @@ class TowerRun(Run):
             self.plan = self.reducers[0].plan(self.grid**2, self.making + 1)
             self.merging = Merging(crops, tokens, int(self.has_cls), hidden_states.device)
         merging, r = self.merging, self.plan[index] if index < len(self.plan) else 0
+        assert merging is not None  # since layer 0
         where = merging.place.to(hidden_states.device)[..., None].expand(-1, -1, hidden_states.shape[2])
         hidden = hidden_states.gather(1, where)
         normed = layer.layer_norm1(hidden)
@@ -183,7 +189,8 @@ class TowerRun(Run):
         """Returns which rows merging in the tower left, and their order."""
         visual = layout.visual
         inside = visual.patch
-        if self.merging is None and self.merged is None:
+        merging = self.merging
+        if merging is None and self.merged is None:
             return torch.ones_like(inside), None
         if not layout.exact:
             raise ValueError(
@@ -195,9 +202,9 @@ class TowerRun(Run):
         if self.merged is not None:
             chosen, places = self.merged.keep, self.merged.order
         else:
-            skip = int(self.has_cls)
-            chosen = torch.zeros(self.merging.source.shape, dtype=torch.bool, device=self.merging.place.device)
-            chosen, places = chosen.scatter(1, self.merging.place, True)[:, skip:], None
+            assert merging is not None
+            chosen = torch.zeros(merging.source.shape, dtype=torch.bool, device=merging.place.device)
+            chosen, places = chosen.scatter(1, merging.place, True)[:, int(self.has_cls) :], None
         keep[inside] = chosen.to(keep.device)[crop, patch]
         if places is not None:
             rank = torch.zeros(len(keep), dtype=torch.int64, device=keep.device)
@@ -219,9 +226,9 @@ class TowerRun(Run):
     def layouts(self, output: Any) -> list[Layout]:
         """One for each picture or video."""
         if self.packed is not None:
-            return self._packed_layouts(output.pooler_output)
+            return self._packed_layouts(self.packed, output.pooler_output)
         if self.pooling is not None:
-            return self._pooled_layouts(output.pooler_output)
+            return self._pooled_layouts(self.pooling, output.pooler_output)
         rows = self.projected.shape[1]
         values = output.pooler_output
         values = values if isinstance(values, Tensor) else torch.stack(list(values))
@@ -258,18 +265,19 @@ class TowerRun(Run):
         crop = torch.nn.functional.one_hot(torch.arange(crops, device=device), crops).float().repeat_interleave(rows, 0)
         return torch.cat([torch.stack(columns, dim=1), crop], dim=1).view(crops, rows, -1), names
 
-    def _packed_layouts(self, pooled: Sequence[Tensor]) -> list[Layout]:
-        original, counts, sizes, args, options = self.packed
+    def _packed_layouts(self, packing: tuple[Any, ...], pooled: Sequence[Tensor]) -> list[Layout]:
+        original, counts, sizes, args, options = packing
         config, found, first = self.model.config, [], 0
         rows = self.projected.shape[1]
-        grid_shape = inspect.getmodule(type(self.base)).get_anyres_image_grid_shape
+        grid_shape = sys.modules[type(self.base).__module__].get_anyres_image_grid_shape
         for number, crops in enumerate(counts):
             channels, names = self._channels(crops, first)
             newline = torch.full((channels.shape[2],), torch.nan, device=channels.device)
             packed = original([channels], sizes[number : number + 1], *args, **{**options, "image_newline": newline})[0][0]
             tiles = None
             if crops > 1:
-                tiles = tuple(int(n) for n in grid_shape(sizes[number], config.image_grid_pinpoints, config.vision_config.image_size))
+                down, across = grid_shape(sizes[number], config.image_grid_pinpoints, config.vision_config.image_size)
+                tiles = int(down), int(across)
             is_newline = packed[:, 0].isnan()
             index = packed[:, 0].nan_to_num(0.0).round().long().clamp(0, crops * rows - 1)
             flat = channels.flatten(0, 1)
@@ -312,13 +320,13 @@ class TowerRun(Run):
         layout.exact = exact
         return layout
 
-    def _pooled_layouts(self, pooled: Tensor) -> list[Layout]:
+    def _pooled_layouts(self, pooling: Callable, pooled: Tensor) -> list[Layout]:
         """OneVision's videos: every frame is interpolated to half its side; in newer versions of transformers a newline follows."""
         videos, frames = pooled.shape[0], self.frames
         found = []
         for number in range(videos):
             channels, names = self._channels(frames, number * frames)
-            small = self.pooling(channels)
+            small = pooling(channels)
             each = small.shape[1]
             side = round(each**0.5)
             values = pooled[number]
@@ -335,9 +343,9 @@ class TowerRun(Run):
         return found
 
 
-def _encoder_layers(tower: nn.Module) -> nn.ModuleList:
+def _encoder_layers(tower: Any) -> Sequence[TowerLayer]:
     encoder = getattr(tower, "encoder", None)
-    return tower.vision_model.encoder.layers if encoder is None else encoder.layers
+    return cast(Sequence[TowerLayer], tower.vision_model.encoder.layers if encoder is None else encoder.layers)
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:
@@ -345,7 +353,7 @@ def _heads(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def attention_received(module: nn.Module, hidden: Tensor, has_cls: bool, backend: str, whole: bool = False) -> Tensor:
+def attention_received(module: TowerAttention, hidden: Tensor, has_cls: bool, backend: str, whole: bool = False) -> Tensor:
     """float ``[C, T]``: the attention that each token receives in a tower's layer, mean over heads.
 
     From [CLS] it is one query row a crop, which ``ops.decode_attention`` answers: no attention matrix is made. Without one it is the mean
@@ -367,6 +375,7 @@ def attention_received(module: nn.Module, hidden: Tensor, has_cls: bool, backend
             query[:, :, 0].contiguous(), key, key, count, torch.zeros_like(count), visual_capacity=tokens, scale=scale, importance=True,
             visual_bound=tokens, clean=True, backend=backend,
         )  # fmt: skip
+        assert found.importance is not None  # asked for
         return found.importance
     total = key.new_zeros(crops, tokens, dtype=torch.float32)
     for start in range(0, query.shape[2], _ROWS):
@@ -383,7 +392,7 @@ _LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
-def watched(base: nn.Module) -> Iterator[None]:
+def watched(base: Projecting) -> Iterator[None]:
     """Within: the towers of ``base`` tell the run of their thread what passes through them. Threads may enter at the same time."""
     with _LOCK:
         watch = vars(base).setdefault(_WATCH, None) or _Watch(base)
@@ -402,7 +411,7 @@ def watched(base: nn.Module) -> Iterator[None]:
 class _Watch:
     """Hooks and overrides of one model; ``users`` counts who needs them."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Projecting) -> None:
         self.base, self.users = base, 0
         projector = base.multi_modal_projector
         self.hooks = [
@@ -415,7 +424,9 @@ class _Watch:
                 self.overrides.append(Override(base, name, self, answer))
         for name in ("vision_tower", "image_tower", "video_tower"):
             tower = getattr(base, name, None)
-            for index, layer in enumerate(() if tower is None else _encoder_layers(tower)):
+            if tower is None:
+                continue
+            for index, layer in enumerate(_encoder_layers(tower)):
                 place = _LayerWatch(tower, index, layer)
                 self.hooks.append(layer.self_attn.register_forward_pre_hook(place.see, with_kwargs=True))
                 self.hooks.append(layer.register_forward_hook(place.see_output))
@@ -423,8 +434,10 @@ class _Watch:
 
     def remove(self) -> None:
         """Everything is as it was."""
-        for each in (*self.hooks, *self.overrides):
-            each.remove()
+        for hook in self.hooks:
+            hook.remove()
+        for override in self.overrides:
+            override.remove()
 
     def _run(self) -> TowerRun | None:
         run = _RUN.get()
@@ -462,7 +475,7 @@ class _Watch:
 class _LayerWatch:
     """One layer of a tower."""
 
-    def __init__(self, tower: nn.Module, index: int, layer: nn.Module) -> None:
+    def __init__(self, tower: nn.Module, index: int, layer: TowerLayer) -> None:
         self.tower, self.index, self.layer = tower, index, layer
 
     def _run(self) -> TowerRun | None:

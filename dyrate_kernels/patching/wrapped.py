@@ -22,7 +22,8 @@ def unwrapped(model: Any) -> Any:
         if _is_peft(model):
             inner = "get_base_model()" if hasattr(model, "get_base_model") else "base_model.model"  # the second: PeftMixedModel
             _check_adapters(model, f"{path}.{inner}")
-            model = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
+            peft: Any = model
+            model = peft.get_base_model() if hasattr(peft, "get_base_model") else peft.base_model.model
             path = f"{path}.{inner}"
         elif "_orig_mod" in model._modules:
             model, path = model._orig_mod, f"{path}._orig_mod"

@@ -43,7 +43,7 @@ class AIM(Policy):
         num_layers: L, filled by ``bind``.
     """
 
-    k: int | None = None  # type: ignore[assignment]
+    k: int | None = None  # type: ignore[assignment]  # an int once bound
     end: int | None = None
     least: float = 0.0
     temperature: float = 0.1
@@ -102,7 +102,8 @@ class AIM(Policy):
     def kept_bound(self, n_visual: int) -> int:
         if self.num_layers is None:
             return n_visual
-        return bound_for_rate(n_visual, 1.0 - self._share(self.k, *self._range(self.num_layers)))
+        first, end = self._range(self.num_layers)
+        return bound_for_rate(n_visual, 1.0 - self._share(first, first, end))
 
     def decide(self, view: View) -> Decision:
         if self.num_layers is None:

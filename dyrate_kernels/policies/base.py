@@ -287,7 +287,7 @@ class Policy:
         """What predicts the rate, for ``stats()``; None for methods without a predictor."""
         return None
 
-    def predictor_words(self, asked: Policy, shape: ModelShape, retention: str) -> str | None:
+    def predictor_words(self, asked: Self, shape: ModelShape, retention: str) -> str | None:
         """Returns, for people, what predicts the rate of this bound policy, and why; None for methods without a predictor.
 
         Args:

@@ -45,7 +45,7 @@ class DyRate(Policy):
             than chance, and the tokens it leaves out lie together].
     """
 
-    k: int | None = None  # type: ignore[assignment]
+    k: int | None = None  # type: ignore[assignment]  # an int once bound
     predictor: DyRatePredictor | str | os.PathLike[str] | None = None
     rates: str | Sequence[float] = "half_open"
     num_rates: int = 5
@@ -153,13 +153,13 @@ class DyRate(Policy):
         found = super().settings() | {"rates": [round(rate, 4) for rate in self.rate_values]}
         return {name: value for name, value in found.items() if name not in ("predictor", "num_rates")}
 
-    def predictor_words(self, asked: Policy, shape: ModelShape, retention: str) -> str:
+    def predictor_words(self, asked: Self, shape: ModelShape, retention: str) -> str:
         name = self.predictor_name
         if name.startswith(TRAINED):
             return f"trained, of {shape.folder or 'the model'}"
         if name != ClosedForm.source:
             return f"trained, {name}"
-        if asked.predictor is not None:  # type: ignore[attr-defined]
+        if asked.predictor is not None:
             return "closed form, as asked for"
         if retention == "evict":
             return "closed form: a trained one in the model's folder is for retention recoverable"
@@ -235,11 +235,12 @@ class _DeviceTensors:
         with torch.inference_mode(False), torch.no_grad():
             rates = torch.tensor(self.linear.rates, dtype=torch.float64)
             hidden = getattr(self.linear, "hidden_weight", None)
-            fresh = (self.linear.weight.detach().float(), self.linear.bias.detach().float(), rates)
-            fresh += (None if hidden is None else hidden.detach().float(),)
+            weight, bias = self.linear.weight.detach().float(), self.linear.bias.detach().float()
+            fresh = (weight, bias, rates, None if hidden is None else hidden.detach().float())
             if device in self.on:
                 for old, new in zip(self.on[device], fresh, strict=True):
-                    if new is not None:
+                    if old is not None and new is not None:
                         old.copy_(new)
             else:
-                self.on[device] = tuple(None if new is None else new.to(device, copy=True).contiguous() for new in fresh)
+                weight, bias, rates = (new.to(device, copy=True).contiguous() for new in (weight, bias, rates))
+                self.on[device] = weight, bias, rates, None if fresh[3] is None else fresh[3].to(device, copy=True).contiguous()

@@ -27,7 +27,7 @@ class PyramidDrop(Policy):
         num_layers: L, filled by ``bind``.
     """
 
-    k: int | None = None  # type: ignore[assignment]
+    k: int | None = None  # type: ignore[assignment]  # an int once bound
     keep: float = 0.5
     stages: int = 3
     num_layers: int | None = field(default=None, repr=False, metadata={"bound": True})
@@ -47,8 +47,9 @@ class PyramidDrop(Policy):
             raise ValueError(f"stages must be at least 1, got {self.stages}")
 
     def bind(self, shape: ModelShape) -> Self:
-        bound = replace(self, k=self._first(shape.num_layers), num_layers=shape.num_layers)
-        check_k_range(bound.k, shape.num_layers)
+        first = self._first(shape.num_layers)
+        bound = replace(self, k=first, num_layers=shape.num_layers)
+        check_k_range(first, shape.num_layers)
         return bound
 
     def at_strength(self, strength: float, num_layers: int) -> Self:

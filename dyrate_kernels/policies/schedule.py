@@ -34,7 +34,7 @@ class Schedule(Policy):
         object.__setattr__(self, "kept", _checked(self.kept))
 
     @property
-    def constant(self) -> bool:  # type: ignore[override]
+    def constant(self) -> bool:  # type: ignore[override]  # read on instances alone
         """One pair from the prompt on: nothing changes while decoding."""
         return len(self.kept) == 1 and self.kept[0][0] == 0
 

@@ -70,7 +70,7 @@ class SparseVLM(Policy):
         num_layers: L, filled by ``bind``.
     """
 
-    k: int | None = None  # type: ignore[assignment]
+    k: int | None = None  # type: ignore[assignment]  # an int once bound
     keep: Sequence[float] = PUBLISHED[192]
     layers: Sequence[int] | None = None
     recycle: float = 0.3
@@ -107,8 +107,9 @@ class SparseVLM(Policy):
         object.__setattr__(self, "layers", layers)
 
     def bind(self, shape: ModelShape) -> Self:
-        bound = replace(self, k=self._first(shape.num_layers), num_layers=shape.num_layers)
-        check_k_range(bound.k, shape.num_layers)
+        first = self._first(shape.num_layers)
+        bound = replace(self, k=first, num_layers=shape.num_layers)
+        check_k_range(first, shape.num_layers)
         if self.layers is not None and self.layers[-1] >= shape.num_layers:
             last = shape.num_layers - 1
             raise ValueError(f"layers must be in [1, {last}] for a model of {shape.num_layers} layers, got {list(self.layers)}")
@@ -169,6 +170,8 @@ class SparseVLM(Policy):
 
     def _recycled(self, view: View, count: Tensor) -> tuple[Tensor, Tensor]:
         """Score and merge of a decision that keeps ``count``."""
+        visual, mergeable = view.visual, view.mergeable
+        assert visual is not None and mergeable is not None
         batch, tokens = view.importance.shape
         index = torch.arange(tokens, device=count.device).expand(batch, -1)
         alive = index < view.n_visual[:, None]
@@ -180,14 +183,14 @@ class SparseVLM(Policy):
         centres = torch.minimum((recycled * self.clusters - 1e-6).ceil().long().clamp(min=0), count // 2)
         score = torch.where(alive, view.importance.float().nan_to_num(0.0), -1.0)
         selected = _rank(score) < (count - centres)[:, None]
-        pool = alive & ~selected & view.mergeable
+        pool = alive & ~selected & mergeable
         chosen = pool & (_rank(torch.where(pool, score, -2.0)) < recycled[:, None])
         # the recycled tokens side by side, ascending
         width = min(int(tokens * self.recycle + 1e-6) + 1, tokens)
         place = torch.where(chosen, chosen.cumsum(1) - 1, width)
         member = index.new_zeros(batch, width + 1).scatter_(1, place, index)[:, :-1]
         real = torch.arange(width, device=count.device) < chosen.sum(1, keepdim=True)
-        states = view.visual.gather(1, member[:, :, None].expand(-1, -1, view.visual.shape[2]))
+        states = visual.gather(1, member[:, :, None].expand(-1, -1, visual.shape[2]))
         most = max(-int(-width * self.clusters // 1), 1)
         nearest, peak = density_peaks(states, real, torch.minimum(centres, real.sum(1)), most)
         centre = member.gather(1, nearest)

@@ -19,7 +19,7 @@ class VTW(Policy):
         k: first layer without visual tokens; None: half of the layers (the published 16 of 32).
     """
 
-    k: int | None = None  # type: ignore[assignment]
+    k: int | None = None  # type: ignore[assignment]  # an int once bound
 
     name: ClassVar[str] = "vtw"
     at_decode: ClassVar[bool] = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Wrapper(Policy):
         policy: the other one, or its name with options, as text (``fastv:k=2``).
     """
 
-    k: int | None = None  # type: ignore[assignment]
+    k: int | None = None  # type: ignore[assignment]  # an int once bound
     policy: Policy | str = "dyrate"
 
     remembers: ClassVar[bool] = True
@@ -41,61 +41,72 @@ class Wrapper(Policy):
             inner = replace(inner, k=self.k)
         object.__setattr__(self, "policy", inner)
 
+    @property
+    def inner(self) -> Policy:
+        """``policy``, made."""
+        return cast(Policy, self.policy)
+
+    @property
+    def _options(self) -> Any:
+        """``inner``, of whose options some are asked for only where ``query_rows`` says that it has them."""
+        return self.policy
+
     def bind(self, shape: ModelShape) -> Self:
-        inner = self.policy.bind(shape)
+        inner = self.inner.bind(shape)
         return replace(self, policy=inner, k=inner.k)
 
     @property
-    def rescores(self) -> bool:  # type: ignore[override]
-        return self.policy.rescores
+    def rescores(self) -> bool:  # type: ignore[override]  # read on instances alone
+        return self.inner.rescores
 
     def layer_groups(self, num_layers: int) -> list[int]:
-        return self.policy.layer_groups(num_layers)
+        return self.inner.layer_groups(num_layers)
 
     @property
     def query_rows(self) -> Literal["last", "mean", "raters", "pagerank"]:
-        return self.policy.query_rows
+        return self.inner.query_rows
 
     @property
     def temperature(self) -> float:
-        return self.policy.temperature  # type: ignore[attr-defined, union-attr]
+        return self._options.temperature
 
     @property
     def iterations(self) -> int:
-        return self.policy.iterations  # type: ignore[attr-defined, union-attr]
+        return self._options.iterations
 
     def raters(self, hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
-        return self.policy.raters(hidden, visual, text)
+        return self.inner.raters(hidden, visual, text)
 
     @property
     def merges(self) -> bool:
-        return self.policy.merges
+        return self.inner.merges
 
     @property
     def reads_hidden(self) -> bool:
-        return self.policy.reads_hidden
+        return self.inner.reads_hidden
 
     @property
     def drops(self) -> bool:
-        return self.policy.drops
+        return self.inner.drops
 
     @property
     def predictor_name(self) -> str | None:
-        return self.policy.predictor_name
+        return self.inner.predictor_name
 
-    def predictor_words(self, asked: Policy, shape: ModelShape, retention: str) -> str | None:
-        return self.policy.predictor_words(asked.policy, shape, retention)  # type: ignore[attr-defined, union-attr]
+    def predictor_words(self, asked: Self, shape: ModelShape, retention: str) -> str | None:
+        return self.inner.predictor_words(asked.inner, shape, retention)
 
     def at_strength(self, strength: float, num_layers: int) -> Self:
-        return replace(self, policy=self.policy.at_strength(strength, num_layers))
+        return replace(self, policy=self.inner.at_strength(strength, num_layers))
 
     def start(self, n_visual: Tensor) -> dict[str, Tensor]:
         with torch.inference_mode(False):  # a chat may go on outside of the inference mode it began in
-            return {**self.policy.start(n_visual), "relief": torch.zeros(n_visual.shape[0], dtype=torch.float64, device=n_visual.device)}
+            return {**self.inner.start(n_visual), "relief": torch.zeros(n_visual.shape[0], dtype=torch.float64, device=n_visual.device)}
 
     def decide(self, view: View) -> Decision:
-        decision = self.policy.decide(view)
-        if not self.policy.at_decode:
+        inner = self.inner
+        decision = inner.decide(view)
+        if not inner.at_decode:
             decision = self._of_the_prefill(view, decision)
         left = 1.0 - view.state["relief"]
         n_visual = view.n_visual.to(decision.count.dtype)

@@ -65,22 +65,22 @@ class ShapesSource(Sequence[Example]):
     def __init__(self, count: int, seed: int = 0, describe: float = 0.5, size: int = 96) -> None:
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        self.count, self.seed, self.describe, self.size = count, seed, describe, size
+        self.length, self.seed, self.describe, self.size = count, seed, describe, size
 
     @property
     def origin(self) -> str:
         """Enough to tell it from another source."""
-        return f"shapes: {self.count} examples, seed {self.seed}, {self.describe:g} described, size {self.size}"
+        return f"shapes: {self.length} examples, seed {self.seed}, {self.describe:g} described, size {self.size}"
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         import random
 
         from dyrate_kernels import shapes
 
-        if not 0 <= index < self.count:
+        if not 0 <= index < self.length:
             raise IndexError(index)
         scene = self.seed * 10**6 + index
         rng = random.Random(f"training {scene}")
@@ -137,7 +137,7 @@ class ConversationSource(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         if index in self.unusable:
             raise Unreadable(self.unusable[index])
         number, turn = self.places[index]
@@ -196,7 +196,7 @@ class DatasetSource(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         name = f"row {index}"
         try:
             row = self.data[index]
@@ -313,10 +313,10 @@ def _lines(content: Any) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise Unreadable(f"its conversations are a text that is no JSON ({error})") from None
     if isinstance(lines, dict):
-        columns = [lines.get("from", lines.get("role")), lines.get("value", lines.get("content"))]
-        if not all(isinstance(column, list) for column in columns) or len(columns[0]) != len(columns[1]):
+        speakers, texts = lines.get("from", lines.get("role")), lines.get("value", lines.get("content"))
+        if not isinstance(speakers, list) or not isinstance(texts, list) or len(speakers) != len(texts):
             raise Unreadable(f"its conversations must be columns 'from' and 'value' of one length, got {str(lines)[:60]}")
-        return [{"from": speaker, "value": text} for speaker, text in zip(*columns, strict=True)]
+        return [{"from": speaker, "value": text} for speaker, text in zip(speakers, texts, strict=True)]
     if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
         raise Unreadable(f"its conversations must be a list of turns, got {str(lines)[:60]}")
     return lines

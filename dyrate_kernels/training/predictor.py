@@ -113,6 +113,13 @@ class Options:
         """The K rates."""
         return named_rates(self.rates, self.num_rates) if isinstance(self.rates, str) else check_rates("rates", self.rates, ascending=True)
 
+    @property
+    def target(self) -> float:
+        """The target that is given."""
+        target = self.target_keep if self.target_cost is None else self.target_cost
+        assert target is not None
+        return target
+
     def tau(self, step: int) -> float:
         """Temperature of a step."""
         share = min(step / max(self.steps - 1, 1), 1.0)
@@ -124,7 +131,12 @@ class PredictorModule(nn.Module):
 
     Attributes:
         mean, scale: of each of the ``4 Hq`` features, or ``4 Hq + d``, measured on the first batches; kept with the weights.
+        rates: float64 ``[K]``.
     """
+
+    mean: Tensor
+    scale: Tensor
+    rates: Tensor
 
     def __init__(self, shape: ModelShape, options: Options) -> None:
         super().__init__()
@@ -167,8 +179,7 @@ class PredictorModule(nn.Module):
         likeliest = take_likeliest(out.choice.logits)
         prompt_rows = prompt["attention_mask"].sum(1)
         cost = self.budget(likeliest, pruned, out.choice.n_visual, prompt_rows)
-        target = self.options.target_keep if self.options.target_cost is None else self.options.target_cost
-        loss = entropy + self.options.budget_weight * (cost - target) ** 2
+        loss = entropy + self.options.budget_weight * (cost - self.options.target) ** 2
         weight = pruned.float()[..., None]
         total = weight.sum().clamp(min=1)
         return {
@@ -211,7 +222,7 @@ def _bias_for(options: Options, shape: ModelShape) -> Tensor:
     rates = torch.tensor(options.rate_values, dtype=torch.float64)
     keep = options.target_keep
     if keep is None:  # the cost is nearly linear in what is kept
-        keep = (options.target_cost * shape.num_layers - options.k) / (shape.num_layers - options.k)
+        keep = (options.target * shape.num_layers - options.k) / (shape.num_layers - options.k)
     gap = float(rates.max() - rates.min()) / max(len(rates) - 1, 1) or 1.0
     return (-_SHARPNESS * ((rates - (1.0 - keep)) / gap) ** 2).float()
 
@@ -227,11 +238,15 @@ def step_cost(shape: ModelShape, k: int, length: Tensor, n_visual: Tensor, rates
 class _PredictorTrainer(Trainer):
     """Logs what was chosen beside the loss."""
 
+    model: PredictorModule
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seen: list[dict[str, Tensor]] = []
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
         result = model(**inputs)
         self.seen.append({name: value for name, value in result.items() if name != "loss"})
         return (result["loss"], result) if return_outputs else result["loss"]
@@ -397,7 +412,7 @@ def _check_reachable(module: PredictorModule, batches: list[dict[str, Any]]) -> 
     most, least = _cost(module, batches, -steep, passes), _cost(module, batches, steep, passes)
     if not any(bool(real.any()) for _, real, *_ in passes):
         raise ValueError("none of the first examples that can be used shows a picture: there is nothing to learn from; look at the data")
-    name, target = ("target_keep", options.target_keep) if options.target_cost is None else ("target_cost", options.target_cost)
+    name, target = "target_keep" if options.target_cost is None else "target_cost", options.target
     if passes and not least - _SLACK <= target <= most + _SLACK:
         raise ValueError(
             f"{name} {target} cannot be met: with k={options.k} and the rates {[round(rate, 4) for rate in options.rate_values]} this data "
@@ -453,7 +468,7 @@ def _cost(module: PredictorModule, batches: list[dict[str, Any]], shift: float, 
 
 def _calibrate(module: PredictorModule, batches: list[dict[str, Any]]) -> tuple[float, float]:
     """(shift, cost with it): the shift along the rates at which the budget is met as nearly as the logits allow."""
-    target = module.options.target_keep if module.options.target_cost is None else module.options.target_cost
+    target = module.options.target
     passes: list = []
     before = _cost(module, batches, 0.0, passes)
     spread = max(float(logits.abs().max()) for logits, *_ in passes) + 1.0

@@ -145,6 +145,10 @@ class Reducer:
         """Whether it needs to look into the vision tower; else what comes out of the projector is enough."""
         return bool(self.needs)
 
+    def plan(self, patches: int, layers: int) -> Sequence[int]:
+        """Returns how many pairs of ``patches`` tokens merge in each of ``layers`` layers, where the reducer works ``in_layers``."""
+        raise NotImplementedError(f"{type(self).__name__} works in the tower's layers, so it must define plan(patches, layers)")
+
 
 @dataclass(frozen=True)
 class Selector(Reducer):
