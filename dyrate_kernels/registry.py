@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from dyrate_kernels import specs
 
-T = TypeVar("T")
+
+class Entry(Protocol):
+    """What a registry holds classes of: a dataclass with a class attribute ``name``."""
+
+    name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+T = TypeVar("T", bound=Entry)
 _BY_KIND: dict[str, Registry[Any]] = {}  # for classes that take others by their text, which no registry can be imported into
 
 
@@ -28,7 +36,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, classes: Sequence[type[T]]) -> None:
         self.kind = kind
         _BY_KIND[kind] = self
-        self.by_name: dict[str, type[T]] = {cls.name: cls for cls in classes}  # type: ignore[attr-defined]
+        self.by_name: dict[str, type[T]] = {cls.name: cls for cls in classes}
 
     def names(self) -> list[str]:
         """The names that ``get`` knows."""
@@ -40,7 +48,7 @@ class Registry(Generic[T]):
         Raises:
             ValueError: nothing has this name.
         """
-        fields = dataclasses.fields(self.lookup(name))  # type: ignore[arg-type]
+        fields = dataclasses.fields(self.lookup(name))
         return [field.name for field in fields if field.init and not field.metadata.get("bound")]
 
     def get(self, name: str, **options: Any) -> T:

@@ -102,8 +102,9 @@ def rotate(
     """See ``dyrate_kernels.ops.layers.rotate``."""
     batch, heads, columns, dim = query.shape
     kv_heads = key.shape[1]
-    rotated = tuple(
-        torch.empty(batch, columns, tensor.shape[1], dim, dtype=query.dtype, device=query.device).transpose(1, 2) for tensor in (query, key)
+    rotated = (
+        torch.empty(batch, columns, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2),
+        torch.empty(batch, columns, kv_heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2),
     )
     if query.numel() == 0:
         return rotated

@@ -20,9 +20,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-_Made = TypeVar("_Made")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Made = TypeVar("_Made", bound="DataclassInstance")
 _KINDS = {"settings": dict, "cuda": dict, "backend": dict, "layers": dict, "dependent_launch": bool}
 
 FOLDER = Path(__file__).parent
@@ -63,7 +66,7 @@ def build(where: str, made: type[_Made], entry: object) -> _Made:
     """A dataclass of settings from an entry of a device file; ``where`` names it in errors, all of which are ValueErrors."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where}: expected an object, got {entry!r}")
-    known = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(made)]
     unknown = sorted(set(entry) - set(known))
     if unknown:
         raise ValueError(f"{where}: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")

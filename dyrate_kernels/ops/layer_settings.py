@@ -59,11 +59,12 @@ _PROBLEM = re.compile(rf"({'|'.join(KINDS)}) \d+x\d+")
 
 def _range(where: str, entry: object) -> tuple[int, int, Tile]:
     """``{"rows": [fewest, most], "tile": {..}}`` of a device file."""
-    rows = entry.get("rows") if isinstance(entry, Mapping) else None
+    given: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {}
+    rows: Any = given.get("rows")
     whole = isinstance(rows, list) and len(rows) == 2 and all(type(one) is int for one in rows)
-    if not whole or not 1 <= rows[0] <= rows[1] or set(entry) - {"rows", "tile"}:
+    if not whole or not 1 <= rows[0] <= rows[1] or set(given) - {"rows", "tile"}:
         raise ValueError(f'{where}: expected {{"rows": [fewest, most], "tile": {{..}}}} with 1 <= fewest <= most, got {entry!r}')
-    return rows[0], rows[1], devices.build(where, Tile, entry.get("tile", {}))
+    return rows[0], rows[1], devices.build(where, Tile, given.get("tile", {}))
 
 
 @dataclass(frozen=True)
