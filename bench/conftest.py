@@ -39,7 +39,7 @@ class Table:
             f"{'':<22}{'':<58}{'median us':>11}{'p20':>10}{'p80':>10}{'MB':>9}{'GB/s':>9}{'of copy':>9}{'times':>9}  as fast as",
         ]
         for shape, name, times, moved, peer in self.rows:
-            other = found.get((shape, peer)) if peer != name else None
+            other = found.get((shape, peer)) if peer is not None and peer != name else None
             rate = moved / times.median if moved else None
             out.append(
                 f"{shape:<22}{name:<58}{1e6 * times.median:>11.1f}{1e6 * times.p20:>10.1f}{1e6 * times.p80:>10.1f}"

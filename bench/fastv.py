@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 class FastVStep(NamedTuple):
-    """output ``[B, Hq, D]``; attention ``[B, Hq, S]``; index int64 ``[B, kept + T]`` ascending rows that stay; their keys and values."""
+    """output ``[B, Hq, D]``; attention ``[B, Hq, S]``; stays int64 ``[B, kept + T]`` ascending rows; their keys and values."""
 
     output: Tensor
     attention: Tensor
-    index: Tensor
+    stays: Tensor
     key: Tensor
     value: Tensor
 

@@ -55,8 +55,8 @@ def small_model(layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
 def setups(backend: str) -> list[Setup]:
     """(name, arguments of ``dk.patch``), the unpatched model first."""
     fixed, fastv = dk.policies.Fixed(k=3, rate=RATE), dk.policies.FastV(k=3, rate=RATE)
-    patched = [("none", "recoverable"), (fixed, "recoverable"), (fixed, "evict"), (fastv, "recoverable"), (fastv, "evict")]
-    patched += [("dyrate", "recoverable"), ("dyrate", "evict")]
+    patched: list[tuple[dk.Policy | str, str]] = [("none", "recoverable"), (fixed, "recoverable"), (fixed, "evict")]
+    patched += [(fastv, "recoverable"), (fastv, "evict"), ("dyrate", "recoverable"), ("dyrate", "evict")]
     named = []
     for policy, retention in patched:
         name = policy if isinstance(policy, str) else f"{policy.name}, {100 * (1 - RATE):.1f} % kept"
@@ -68,7 +68,9 @@ class _Clock(LogitsProcessor):
     """Notes this thread's CPU time, and how often the dispatcher was called, when the scores of each token are there."""
 
     def __init__(self, calls: _Calls | None = None) -> None:
-        self.calls, self.times, self.counts = calls, [], []
+        self.calls = calls
+        self.times: list[float] = []
+        self.counts: list[int] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.times.append(time.thread_time())
@@ -157,7 +159,7 @@ def stub_triton() -> None:
 
     triton_kernels.unavailable_reason = lambda: None
     triton_kernels.interpreted = lambda: True
-    backend.torch = forms.torch = _Zeros()
+    backend.torch = forms.torch = _Zeros()  # type: ignore[assignment]  # a stand-in
     dispatch._load.cache_clear()
     dispatch.resolve.cache_clear()
     dispatch.name_for.cache_clear()

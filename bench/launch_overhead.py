@@ -60,7 +60,7 @@ def cuda_backend() -> tuple[str, ModuleType]:
         raise ImportError(reason)
     module = build.load()
     module.configure(3, 0, 1)
-    native._import = lambda: (module, None)
+    native._import = lambda: (module, None)  # type: ignore[assignment]  # a stand-in
     return "cuda", cuda
 
 
@@ -109,7 +109,7 @@ def main() -> None:
             print(f"  {get.__name__}: not measured: {error}")
             continue
         print(f"  {name}")
-        dispatch.resolve = library.resolve = lambda *_, backend=backend: backend
+        dispatch.resolve = library.resolve = lambda *_, backend=backend: backend  # type: ignore[assignment]  # a stand-in
         for what, call, public in zip(calls_of(backend), calls_of(backend).values(), calls_of(ops).values(), strict=True):
             call()
             public()

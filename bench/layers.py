@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def rows(toy: bool, bandwidth: float, device: torch.device) -> Iterator[dict[str
 
 def _rows(text: Text, batch: int, kernels: Any, bandwidth: float, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     g = torch.Generator(device=device).manual_seed(0)
-    facts = {"group": "layers", "backend": "triton", "model": text.name, "bandwidth": bandwidth, "B": batch,
+    facts: dict[str, Any] = {"group": "layers", "backend": "triton", "model": text.name, "bandwidth": bandwidth, "B": batch,
              "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
 
     def random(*size: int) -> Tensor:
@@ -61,7 +62,7 @@ def _rows(text: Text, batch: int, kernels: Any, bandwidth: float, device: torch.
         """Ours and the model's own on the same inputs, both against float64."""
         want = _flat(getattr(own, function)(*_double(sets[0])))
         for who, call in (("dyrate", getattr(kernels, function)), ("torch", getattr(own, function))):
-            calls: list[Callable[[], Any]] = [lambda call=call, given=given: call(*given) for given in sets]
+            calls: list[Callable[[], Any]] = [partial(call, *given) for given in sets]
             errors = [timing.relative(one, other) for one, other in zip(_flat(calls[0]()), want, strict=True)]
             passed = timing.correctness(LIMIT[dtype], output=max(errors))
             times = timing.time_captured(calls) if passed["passed"] else None

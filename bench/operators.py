@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ class Data:
         self.query = [random(shape.batch, shape.heads, shape.dim) for _ in range(self.sets)]
         self.key = [random(shape.batch, shape.kv_heads, shape.rows, shape.dim) for _ in range(self.sets)]
         self.value = [random(shape.batch, shape.kv_heads, shape.rows, shape.dim) for _ in range(self.sets)]
-        self.new = [  # the last text row, as a layer gives it to the operator
+        self.new: list[dict[str, Any]] = [  # the last text row, as a layer gives it to the operator
             {"new_key": key[:, :, -1].clone(), "new_value": value[:, :, -1].clone()}
             for key, value in zip(self.key, self.value, strict=True)
         ]
@@ -154,7 +155,7 @@ class Data:
         self.n_visual, self.n_text, self.count = whole(shape.visual), whole(shape.text), whole(shape.kept)
         self.text_type = torch.randint(0, 3, (shape.batch, shape.text), generator=g, device=device)
         self.text_type = torch.where(self.text_type == 1, 3, self.text_type).to(torch.uint8)
-        self.linear = {  # a predictor whose bias asks for 12.5 %: a rate of 0.875
+        self.linear: dict[str, Any] = {  # a predictor whose bias asks for 12.5 %: a rate of 0.875
             "weight": 1e-3 * torch.randn(5, 4 * shape.heads, generator=g, device=device),
             "bias": torch.tensor([0.0, 0.0, 0.0, 0.0, 9.0], device=device),
             "rates": torch.tensor([0.0, 0.25, 0.5, 0.75, 0.875], dtype=torch.float64, device=device),
@@ -164,14 +165,14 @@ class Data:
 
     def calls(self, call: Callable[..., Any], **more: Any) -> list[Callable[[], Any]]:
         """One call a set: ``call(query, key, value, **more)``."""
-        return [lambda s=s: call(self.query[s], self.key[s], self.value[s], **more) for s in range(self.sets)]
+        return [partial(call, self.query[s], self.key[s], self.value[s], **more) for s in range(self.sets)]
 
     def ours(self, operator: Callable[..., Any], new_row: bool = False, **more: Any) -> list[Callable[[], Any]]:
         """One call a set. ``new_row``: the operator stores the last text row first, as in a model."""
         shared = {**self.shared(), **more}
         if not new_row:
             return self.calls(operator, **shared)
-        return [lambda s=s: operator(self.query[s], self.key[s], self.value[s], **self.new[s], **shared) for s in range(self.sets)]
+        return [partial(operator, self.query[s], self.key[s], self.value[s], **self.new[s], **shared) for s in range(self.sets)]
 
     def forget_last_rows(self) -> None:
         """NaN where the new rows go: an operator that does not store them is wrong from then on."""
@@ -228,9 +229,9 @@ def selection_wrong(score: Tensor, count: int, kept: Tensor, n_kept: Tensor) -> 
 def fastv_gate(shape: Shape, attention: dict[str, Any], step: fastv.FastVStep, key: Tensor, value: Tensor) -> dict[str, Any]:
     """``attention`` is right, and what FastV chose by its own weights, and gathered, too."""
     score = step.attention.mean(1)[:, : shape.visual]
-    wrong = oracle.fastv_wrong(score, step.index, shape.kept, shape.visual, shape.rows)
+    wrong = oracle.fastv_wrong(score, step.stays, shape.kept, shape.visual, shape.rows)
     for gathered, rows in ((step.key, key), (step.value, value)):
-        for sequence, index in enumerate(step.index):
+        for sequence, index in enumerate(step.stays):
             wrong += int((gathered[sequence] != rows[sequence][:, index]).any())
     return {**attention, "passed": attention["passed"] and wrong == 0, "errors": attention["errors"] | {"choice_wrong": float(wrong)}}
 
@@ -312,7 +313,7 @@ def our_attention_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, 
         return times, passed, row(f"{ours} {name}", times, passed, group="attention", moved=moved, **facts)
 
     right = attention_gate(data)
-    statistics = {"text_type": data.text_type, "mass": True, "importance": True}
+    statistics: dict[str, Any] = {"text_type": data.text_type, "mass": True, "importance": True}
     yield timed("decode_attention", data.ours(ops.decode_attention), right, base)[2]
     seen, _, found = timed("decode_attention with statistics", data.ours(ops.decode_attention, **statistics), right, base + extra)
     yield found
@@ -447,7 +448,7 @@ def paged_forms(data: Data) -> dict[str, tuple[list[Callable[[], Any]], Gate, in
 
     def calls(operator: Callable[..., Any], **more: Any) -> list[Callable[[], Any]]:
         pairs = zip(data.query, pools, strict=True)
-        return [lambda query=query, rows=rows: operator(query, *rows, **shared, **more) for query, rows in pairs]
+        return [partial(operator, query, *rows, **shared, **more) for query, rows in pairs]
 
     def moved(name: str) -> int:
         return found[name][3] + 4 * shape.batch * blocks
@@ -476,7 +477,7 @@ def dense_twins(data: Data) -> Iterator[tuple[str, Callable[[], Callable[..., Te
     """(name, what makes ``call(query, key, value) -> [B, Hq, D]``) of the dense decode kernels that can be imported."""
     yield "torch SDPA", lambda: _sdpa(data)
     for name, backend in SDPA.items():
-        yield f"torch SDPA, {name}", lambda backend=backend: _sdpa(data, backend)
+        yield f"torch SDPA, {name}", partial(_sdpa, data, backend)
     if why_no_twin("flash_attn") is None:
         yield PACKAGES["flash_attn"], lambda: _flash_attention(data)
     if why_no_twin("flashinfer") is None and data.shape.rows % 16 == 0:
@@ -606,7 +607,7 @@ def overhead_rows(backend: str, device: torch.device) -> Iterator[dict[str, Any]
     shape = Shape("overhead", 1, 64, 16, 8, 8, 64, torch.bfloat16) if cuda else Shape("overhead", 1, 16, 4, 2, 2, 16, torch.float32)
     data = Data(shape, backend, device)
     rows = [data.key[0], data.value[0]]
-    statistics = {"text_type": data.text_type, "mass": True, "importance": True}
+    statistics: dict[str, Any] = {"text_type": data.text_type, "mass": True, "importance": True}
     score = torch.rand(1, shape.visual, device=device)
     calls = {
         "decode_attention": data.ours(ops.decode_attention)[0],
@@ -649,8 +650,7 @@ def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -
         save(left_out)
     every = shapes(toy)
     work: list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]] = [
-        (f"{shape.name} B={shape.batch} N={shape.visual}", lambda shape=shape: attention_rows(shape, backends, bandwidth, device))
-        for shape in every
+        (f"{shape.name} B={shape.batch} N={shape.visual}", partial(attention_rows, shape, backends, bandwidth, device)) for shape in every
     ]
     extra = {f"{shape.name} B={shape.batch} N={shape.visual}" for shape in every if shape.brief}
     work[3:3] = [
@@ -712,6 +712,7 @@ def _compile(work: tuple[Shape, bool]) -> str:
                 calls[0]()
         if not shape.brief:
             data.ours(ops.score_last_query, text_type=data.text_type)[0]()
+            assert step is not None
             ops.select_tokens(step.importance, data.count, data.n_visual, backend=data.backend)
             ops.predict_rate(step.mass, **data.linear, backend=data.backend)
     return f"compiled for {shape.name} B={shape.batch} N={shape.visual}: {time.monotonic() - begin:.1f} s"

@@ -54,9 +54,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, visual: int, text_type:
 
 def highest(score: Tensor, count: int) -> Tensor:
     """int64 ``[B, count]``, ascending: the places of the highest of ``score`` ``[B, N]``; of equal ones the first."""
-    rows = score.tolist()
-    chosen = [sorted(sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))[:count]) for row in rows]
-    return torch.tensor(chosen, device=score.device)
+
+    def best(row: list[float]) -> list[int]:
+        return sorted(sorted(range(len(row)), key=lambda place: (-row[place], place))[:count])
+
+    return torch.tensor([best(row) for row in score.tolist()], device=score.device)
 
 
 def rate(mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor) -> Tensor:

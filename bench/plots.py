@@ -57,7 +57,7 @@ def bandwidth(report: dict[str, Any], out: Path) -> bool:
     axes = figure.subplots()
     for number, (name, rows) in enumerate(lines.items()):
         peer = not name.startswith("dyrate")
-        style = {"linestyle": "none", "marker": "x" if peer else "o", "color": f"C{number % 10}", "alpha": 0.8}
+        style: dict[str, Any] = {"linestyle": "none", "marker": "x" if peer else "o", "color": f"C{number % 10}", "alpha": 0.8}
         axes.plot([row["bytes"] / 1e6 for row in rows], [row["share_of_copy"] for row in rows], label=name, **style)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.text(axes.get_xlim()[0], 1.0, " copy", va="bottom", fontsize=8)

@@ -79,7 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     if native.missing_reason() is not None or cuobjdump is None:
         print(native.missing_reason() or "no cuobjdump: it comes with the CUDA toolkit, and with Triton's wheel", file=sys.stderr)
         return 1
-    found = kernels(Path(native.load().__file__), cuobjdump)
+    library = native.load().__file__
+    assert library is not None
+    found = kernels(Path(library), cuobjdump)
     print(f"{'kernel on ' + arch:54} {'registers':>9} {'shared':>7} {'local':>6}")
     for kernel in sorted((k for k in found if k.architecture == arch), key=lambda k: k.name):
         print(f"{kernel.name:54} {kernel.registers:9} {kernel.shared:7} {kernel.local:6}")

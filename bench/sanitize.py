@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def launches(device: torch.device, backend: str, few: bool = False) -> list[tupl
             "bias": torch.tensor([0.0, 0.0, 0.0, 50.0, 0.0]),
             "rates": torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8], dtype=torch.float64),
         }
-        problems = {
+        problems: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
             "decode_attention": (ops.decode_attention, plain, {}),
             "decode_attention with statistics": (ops.decode_attention, {**plain, **types}, {"mass": True, "importance": True}),
             "decode_attention with a new row": (ops.decode_attention, {**plain, **new}, {}),
@@ -192,7 +192,8 @@ def paged(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor, t
         count = torch.full((3,), visual // 3, dtype=torch.int32)
         results = []
         for where, which in ((device, backend), (torch.device("cpu"), "reference")):
-            given, more = ({name: tensor.to(where) for name, tensor in part.items()} for part in (tensors, lists))
+            given: dict[str, Any] = {name: tensor.to(where) for name, tensor in tensors.items()}
+            more: dict[str, Any] = {name: tensor.to(where) for name, tensor in lists.items()}
             step = ops.paged_step(*given.values(), **more, count=count.to(where), backend=which)
             del more["visual_position"]
             more |= {"kept": step.kept, "n_kept": step.n_kept}

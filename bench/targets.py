@@ -45,7 +45,7 @@ def passed(row: Row | None) -> bool:
 
 def speed_up(ours: Row | None, other: Row | None) -> float | None:
     """How many times as fast; None unless both are measured and right."""
-    if not (passed(ours) and passed(other)) or not ours["median_us"]:
+    if ours is None or other is None or not (passed(ours) and passed(other)) or not ours["median_us"]:
         return None
     return other["median_us"] / ours["median_us"]
 
@@ -147,8 +147,8 @@ def _statistics_cost(found: _Targets, kind: str, where: str, most: str) -> None:
     value = on["median_us"] / off["median_us"] - 1 if on and off else None
     why = ""
     if on and off:
-        floors = [row.get("floor_us") for row in (on, off)]
-        bytes_us = f", of which what must move takes {floors[0] - floors[1]:.1f}" if None not in floors else ""
+        floor, without = on.get("floor_us"), off.get("floor_us")
+        bytes_us = f", of which what must move takes {floor - without:.1f}" if floor is not None and without is not None else ""
         why = f"{on['median_us'] - off['median_us']:.1f} us{bytes_us}; {_pieces(found, kind)}"
     found.add(f"statistics on against off, {NAMES[kind]}, {where}", most, value, why)
 
@@ -202,12 +202,12 @@ def _against_sdpa(found: _Targets, kind: str) -> None:
     if ratios:
         worst = min(ratios, key=lambda place: ratios[place])
         value = ratios[worst]
-        lost = ", ".join(f"B={batch} N={visual} {ratios[batch, visual]:.2f}x" for batch, visual in sorted(ratios, key=ratios.get)
-                         if ratios[batch, visual] < 1)  # fmt: skip
+        slower = sorted((place for place in ratios if ratios[place] < 1), key=lambda place: ratios[place])
+        lost = ", ".join(f"B={batch} N={visual} {ratios[batch, visual]:.2f}x" for batch, visual in slower)
         why = f"slower at {lost}"
-        lines = [_line([pair[side] for place, pair in pairs.items() if place[0] == worst[0]]) for side in (0, 1)]
-        if None not in lines:
-            (ours, rate), (theirs, peer) = lines
+        our_line, their_line = (_line([pair[side] for place, pair in pairs.items() if place[0] == worst[0]]) for side in (0, 1))
+        if our_line is not None and their_line is not None:
+            (ours, rate), (theirs, peer) = our_line, their_line
             why += f"; at B={worst[0]} a launch costs {ours:.1f} us against {theirs:.1f}, and streams {rate:.0f} GB/s against {peer:.0f}"
     what = f"attention, {NAMES[kind]}, against torch SDPA, the worst of {len(ratios) or len(GRID)} shapes"
     found.add(what, ">= 1.0x", value, why + note)
@@ -226,10 +226,12 @@ def _cuda_against_triton(found: _Targets) -> None:
                 worst = min(worst, (ratio, batch, visual)) if worst else (ratio, batch, visual)
         value = math.exp(sum(logs) / len(logs)) if logs else None
         why = f"the worst is {worst[0]:.2f}x at B={worst[1]} N={worst[2]}" if worst else ""
-        lines = [_line([find(found.rows, f"{name} decode_attention", B=32, N=visual, heads=heads(kind)) for visual in (576, 2880)])
-                 for name in (label("cuda"), label("triton"))]  # fmt: skip
-        if None not in lines:
-            (ours, rate), (theirs, peer) = lines
+        our_line, their_line = (
+            _line([find(found.rows, f"{name} decode_attention", B=32, N=visual, heads=heads(kind)) for visual in (576, 2880)])
+            for name in (label("cuda"), label("triton"))
+        )
+        if our_line is not None and their_line is not None:
+            (ours, rate), (theirs, peer) = our_line, their_line
             why += f"; at B=32 a launch costs {ours:.1f} us against {theirs:.1f}, and streams {rate:.0f} GB/s against {peer:.0f}"
         found.add(f"CUDA C++ against Triton, {NAMES[kind]}: decode_attention, mean over {len(logs)} shapes", least, value, why)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -253,8 +254,11 @@ def fastv_dropped(data):
 def fastv_cached(data):
     index = fastv.rows_that_stay(data.kept, data.shape.visual, data.shape.rows)
     held = [(q, fastv.gather_rows(k, index), fastv.gather_rows(v, index)) for q, k, v in zip(data.query, data.key, data.value)]
-    scale = data.shape.dim**-0.5
-    return _pruned(data, [lambda rows=rows: fastv.eager_attention(*rows, scale)[0] for rows in held], eager=True)
+
+    def attention(query, key, value):
+        return fastv.eager_attention(query, key, value, data.shape.dim**-0.5)[0]
+
+    return _pruned(data, [partial(attention, *rows) for rows in held], eager=True)
 
 
 def kvpress_score(data):
@@ -319,6 +323,7 @@ def test_decode(benchmark, data, table, name):
         benchmark.group = data.shape.name
         benchmark.extra_info.update(timing.environment() | data.shape.facts() | {"backend": BACKEND, "floor_bytes": case.moved})
         benchmark.pedantic(whole, rounds=20 if ON_GPU else 8, warmup_rounds=2)
+        times: timing.Times | None
         if ON_GPU:
             times = (timing.time_launched if case.eager else timing.time_captured)(calls, budget=0.05)
         else:

@@ -111,7 +111,7 @@ def build_model(settings: Settings, processor: Any) -> Any:
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.width, intermediate_size=int(2.75 * settings.width),
         num_hidden_layers=settings.text_layers, num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
-        max_position_embeddings=8192, rope_theta=10000.0, tie_word_embeddings=True,
+        max_position_embeddings=8192, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     config = LlavaConfig(

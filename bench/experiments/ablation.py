@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def shapes_of_decision(toy: bool, heads: str, batch: int) -> Planned:
         for columns, warps in ((64, 8),) if toy else ((64, 8), (128, 4), (128, 8), (256, 4), (256, 8)):
             others[f"tiles of {columns} columns, {warps} warps"] = {"importance": tile(columns), "DECIDE_WARPS": warps}
         variants = [
-            Variant(name, calls, decided, prepare=data.forget_last_rows, scope=lambda values=values: constants(**values))
+            Variant(name, calls, decided, prepare=data.forget_last_rows, scope=partial(constants, **values))
             for name, values in others.items()
         ]
         moved = of.attention_bytes + of.new_row_bytes + of.statistics_bytes + 4 * of.batch * of.visual
@@ -140,7 +141,7 @@ def selection(toy: bool, batch: int, tokens: int) -> Planned:
         calls = [lambda: ops.select_tokens(score, count, total, backend="triton")]
         variants = [Variant("as it is", calls, chosen)]
         for warps in (4,) if toy else (4, 16):
-            variants.append(Variant(f"{warps} warps", calls, chosen, scope=lambda warps=warps: constants(SELECT_WARPS=warps)))
+            variants.append(Variant(f"{warps} warps", calls, chosen, scope=partial(constants, SELECT_WARPS=warps)))
         variants.append(Variant("torch topk and sort", [lambda: score.topk(keep, dim=1).indices.sort(dim=1).values], picked))
         return Case(variants, 8 * batch * tokens, {"B": batch, "N": tokens})
 

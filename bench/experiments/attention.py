@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def riddle(toy: bool, heads: str, batch: int) -> Planned:
 
         def within(capacity: int, listed: bool = False) -> list[Callable[[], Any]]:
             """The last text row comes with the call."""
-            calls = []
+            calls: list[Callable[[], Any]] = []
             for number in range(sets):
                 buffers = [torch.full((of.batch, of.kv_heads, capacity + text, of.dim), torch.nan, dtype=of.dtype, device=device)
                            for _ in range(2)]  # fmt: skip
@@ -82,14 +83,11 @@ def riddle(toy: bool, heads: str, batch: int) -> Planned:
                     else:
                         buffer[:, :, :live] = tensor[:, :, :live]
                     buffer[:, :, capacity : capacity + text - 1] = tensor[:, :, live:-1]
-                new = {"new_key": rows[number][0][:, :, -1].clone(), "new_value": rows[number][1][:, :, -1].clone()}
+                new: dict[str, Any] = {"new_key": rows[number][0][:, :, -1].clone(), "new_value": rows[number][1][:, :, -1].clone()}
                 n_visual = torch.full_like(lengths[0], capacity) if listed else lengths[0]
                 more: dict[str, Any] = {"kept": picked.int(), "n_kept": lengths[0]} if listed else {}
-                calls.append(
-                    lambda q=query[number], b=buffers, n=n_visual, new=new, more=more, capacity=capacity: ops.decode_attention(
-                        q, *b, n, lengths[1], visual_capacity=capacity, backend="triton", **new, **more
-                    )
-                )
+                more |= {"n_visual": n_visual, "n_text": lengths[1], "visual_capacity": capacity, "backend": "triton"}
+                calls.append(partial(ops.decode_attention, query[number], buffers[0], buffers[1], **new, **more))
             return calls
 
         same: Gate = gate

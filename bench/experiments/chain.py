@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class Chain:
             (y,) = linears(query, parts(layer, "o"))
             x, (inner,) = block(x, y, second, parts(layer, "gated"), True)
             (y,) = linears(inner, parts(layer, "down"))
+        assert y is not None  # there is a layer
         return x + y
 
 
@@ -160,10 +162,11 @@ def rotation(toy: bool, heads: str, batch: int, form: str) -> Planned:
     def make(context: Context) -> Case:
         data = context.data(of)
         kernels = own.fused("triton", context.device)
+        assert kernels is not None
         g = torch.Generator(device=context.device).manual_seed(7)
         angle = torch.rand(1, of.dim // 2, generator=g, device=context.device) * 6.0
         cos, sin = (torch.cat([part, part], -1).to(of.dtype) for part in (angle.cos(), angle.sin()))
-        listed = {"kept": data.kept, "n_kept": data.n_kept} if form == "list" else {}
+        listed: dict[str, Any] = {"kept": data.kept, "n_kept": data.n_kept} if form == "list" else {}
         picked = sorted({0, of.batch - 1})
         kept = data.kept[picked] if listed else None
         known: dict[int, oracle.Attention] = {}
@@ -180,16 +183,15 @@ def rotation(toy: bool, heads: str, batch: int, form: str) -> Planned:
         def apart(number: int) -> Any:
             new = data.new[number]
             query, key = kernels.rotate(data.query[number][:, :, None], new["new_key"][:, :, None], cos[None], sin[None])
-            rows = (query[:, :, 0], data.key[number], data.value[number])
-            more = {"new_key": key[:, :, 0], "new_value": new["new_value"]}
-            return ops.decode_attention(*rows, **more, **data.shared(), **listed)
+            more: dict[str, Any] = {"new_key": key[:, :, 0], "new_value": new["new_value"]}
+            return ops.decode_attention(query[:, :, 0], data.key[number], data.value[number], **more, **data.shared(), **listed)
 
         def inside(number: int) -> Any:
-            rows = (data.query[number], data.key[number], data.value[number])
-            return ops.decode_attention(*rows, **data.new[number], **data.shared(), **listed, cos=cos, sin=sin)
+            more = data.new[number] | data.shared() | listed
+            return ops.decode_attention(data.query[number], data.key[number], data.value[number], **more, cos=cos, sin=sin)
 
         def calls(one: Callable[[int], Any]) -> list[Callable[[], Any]]:
-            return [lambda number=number: one(number) for number in range(data.sets)]
+            return [partial(one, number) for number in range(data.sets)]
 
         variants = [
             Variant("rotary embedding in a launch of its own", calls(apart), right, prepare=data.forget_last_rows),

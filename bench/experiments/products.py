@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def product(toy: bool, text: sizes.Text, which: str, rows: int) -> Planned:
             return timing.correctness(sizes.LIMIT[dtype], output=max(errors))
 
         def calls(of: Any) -> list[Any]:
-            return [lambda given=given: call(of, x, given) for given in weights]
+            return [partial(call, of, x, given) for given in weights]
 
         ours = calls(own.fused("triton", context.device))
         variants = [Variant("torch (cuBLAS)", calls(own), right)]
@@ -93,12 +94,12 @@ def product(toy: bool, text: sizes.Text, which: str, rows: int) -> Planned:
         for name, tile in tiles.items():
             chosen = {problem: ((1, own.MOST_ROWS, layer_settings.Tile(**tile)),)}
             settings = layer_settings.LayerSettings(products=chosen)
-            variants.append(Variant(name, ours, right, {"tile": tile}, lambda settings=settings: using(settings)))
+            variants.append(Variant(name, ours, right, {"tile": tile}, partial(using, settings)))
         return Case(variants, moved, {"sets": sets, "B": rows, "model": text.name, "dtype": str(dtype).removeprefix("torch.")})
 
     changes = {name: {"tile": tile} for name, tile in tiles.items()}
-    place = (PRODUCTS, f"{problem}, {rows} rows") if tiles else (None, None)
-    return Planned(f"{which} of {text.name}, {rows} rows", make, *place, changes)
+    section, key = (PRODUCTS, f"{problem}, {rows} rows") if tiles else (None, None)
+    return Planned(f"{which} of {text.name}, {rows} rows", make, section, key, changes)
 
 
 def few_rows(toy: bool) -> list[Planned]:

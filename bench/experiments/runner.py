@@ -154,7 +154,7 @@ class Context:
         if gate is not None and not gate["passed"]:
             times, facts["verdict"] = None, WRONG
             facts["note"] = f"wrong, so it has no speed: {gate['errors']}"[:300]
-        blank = {"case": None, "variant": None, "ratio": None, "noise": None, "verdict": None, "section": None, "key": None, "changes": {}}
+        blank = dict.fromkeys(("case", "variant", "ratio", "noise", "verdict", "section", "key")) | {"changes": {}}
         said = {"group": f"experiment {self.number}", "experiment": self.number, "bandwidth": self.bandwidth}
         return timing.row(name, times, **{**blank, **said, **facts})
 
@@ -256,7 +256,7 @@ def _compared(context: Context, case: Case, budget: float, about: dict[str, Any]
         with case.variants[place].scope():
             passed = both(before, case.variants[place].gate(recorded.last(), len(case.variants[place].calls) - 1))
         judged: dict[str, Any] = {"verdict": None} | ({} if has_base else {"note": "its base did not run: no ratio"})
-        if has_base:
+        if noise is not None:
             judged = {"verdict": BASE, "noise": noise, "ratio": 1.0} if place == 0 else judge(series[0], seconds, noise)
         rows[place] = said(place, timing.summary(seconds), gate=passed, **judged)
     if 0 in rows and not (rows[0]["correct"] or {"passed": False})["passed"]:

@@ -60,6 +60,7 @@ def watch(context: Context) -> Iterator[Row]:
         for tool in TOOLS:
             yield context.row(f"{name}: {tool}", None, case=name, variant=tool, verdict=SKIPPED, note=why)
         return
+    assert program is not None
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     options = ["--error-exitcode", "9", "--report-api-errors", "no", "--print-limit", "20"]
     running = {

@@ -87,7 +87,7 @@ def write(out: Path, rows: list[runner.Row], done: list[dict]) -> Path | None:
     report = {"environment": here, "experiments": done, "rows": rows, "proposed": body if path else None}
     write_json(out / "experiments.json", report)
     found = list(propose.candidates(rows))
-    (out / "experiments.md").write_text(table.markdown(rows, done, found, path and path.name), encoding="utf-8")
+    (out / "experiments.md").write_text(table.markdown(rows, done, found, path.name if path else None), encoding="utf-8")
     return path
 
 
@@ -108,19 +108,19 @@ def wait(process: subprocess.Popen, deadline: float) -> None:
 
 def compile_all(experiments: list[runner.Experiment], toy: bool, most: int | None = None) -> None:
     """Launches everything once, without a clock, in as many processes as there are cores; in a rehearsal in this one."""
-    work = []
+    work: list[tuple[int, int | None]] = []
     for one in experiments:
         work += [(one.number, None)] if one.compile is not None and not toy else []
         work += [(one.number, place) for place in range(len(one.cases(toy) if one.cases else ()))]
     work = work[:most]
     begin = time.monotonic()
     if toy:
-        for one in work:
-            _compile((*one, toy))
+        for number, place in work:
+            _compile((number, place, toy))
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves the pool, which ends its workers
         with multiprocessing.get_context("spawn").Pool(min(len(work), os.cpu_count() or 1)) as pool:
-            for line in pool.imap_unordered(_compile, [(*one, toy) for one in work]):
+            for line in pool.imap_unordered(_compile, [(number, place, toy) for number, place in work]):
                 print(line, flush=True)
     print(f"built what {len(work)} cases launch: {time.monotonic() - begin:.1f} s", flush=True)
 
@@ -134,8 +134,10 @@ def _compile(work: tuple[int, int | None, bool]) -> str:
     try:
         with torch.no_grad():
             if place is None:
+                assert experiment.compile is not None  # ``compile_all`` asks for what there is
                 experiment.compile(context)
             else:
+                assert experiment.cases is not None
                 planned = experiment.cases(toy)[place]
                 name = planned.name
                 runner.launch_once(context, planned)

@@ -56,10 +56,10 @@ def step(context: Context, model: Any, name: str, batch: int, visual: int, gate:
     before, steps = (BEFORE, STEPS) if cuda else (2, 1)
     fields = random_models.inputs(model, batch, visual, 64 if cuda else 4)
     profiled = Profiled(before, steps)
-    options = {"retention": "recoverable", "backend": "triton", "cuda_graph": cuda, "fuse": fuses(model, "triton")}
+    options: dict[str, Any] = {"retention": "recoverable", "backend": "triton", "cuda_graph": cuda, "fuse": fuses(model, "triton")}
     with dk.patch(model, forced(model), **options) as handle:
         decoding.generate(model, fields, before + steps + 1, profiled)
-        off = handle.graph.off if cuda else None
+        off = None if handle.graph is None else handle.graph.off
     if off is not None:
         raise RuntimeError(f"no captured step: {off}")
     found = kernels(profiled.profiler.key_averages(), steps, cuda)

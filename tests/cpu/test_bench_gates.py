@@ -97,7 +97,7 @@ def test_what_is_broken_fails_and_nothing_else(monkeypatch, case):
 def test_fastv_is_held_to_its_choice_and_its_rows(monkeypatch):
     original = fastv.step
     broken = [
-        lambda *args, **more: original(*args, **more)._replace(index=torch.arange(11).expand(2, -1)),
+        lambda *args, **more: original(*args, **more)._replace(stays=torch.arange(11).expand(2, -1)),
         lambda *args, **more: (found := original(*args, **more))._replace(key=found.key.flip(2)),
     ]
     for change in broken:
