@@ -281,3 +281,11 @@ def test_step_appends(window):
     want = spec.attention(**arguments, window=window)
     for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=False):
         harness.close(value, expected, harness.STATISTICS, what)
+
+
+def test_importance_of_a_list_longer_than_a_tile():
+    """One block sums 64 columns after the other into memory that it shares."""
+    arguments = step_problem((1, 6, 2, 8, 200, 5, [190], [4]))
+    kept, n_kept = spec.lists([190], [150], 160)
+    got = harness.run("decode_attention", **arguments, kept=kept, n_kept=n_kept, importance=True)
+    harness.close(got.importance, spec.attention(**arguments, kept=kept, n_kept=n_kept)[2], harness.STATISTICS, "importance")

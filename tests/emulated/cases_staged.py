@@ -88,6 +88,16 @@ def test_values_of_another_dim(value_dim, group, how):
         ran(group, *how)
 
 
+@pytest.mark.parametrize("wide", ["key", "value"])
+def test_rows_of_one_tensor_follow_each_other_alone(wide):
+    """Neighbours among the keys (values) come in one bulk copy only where the values (keys) are neighbours too."""
+    arguments = problem(case_of(ROWS[1], 1, 64), torch.float16)
+    arguments[wide] = harness.spread(arguments[wide], columns=8)
+    with settings(2, 0, 1), harness.splits(2, 32):
+        check(arguments)
+        ran(1, 2, 0, 1)
+
+
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("how", harness.some(SETTINGS, 4), ids=str)
 def test_kept_list(how, group):

@@ -84,5 +84,5 @@ FAULTS = (
 
 FAMILY = Family(
     "interpreter", ("decode_attention", "decode_step", "score_last_query"), 250,
-    ("tests/interpreter/cases_attention.py", "tests/interpreter/cases_decision.py"), FAULTS,
+    tuple(f"tests/interpreter/cases_{name}.py" for name in ("attention", "attention_forms", "decision")), FAULTS,
 )  # fmt: skip

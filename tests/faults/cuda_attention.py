@@ -65,7 +65,7 @@ FAULTS = (
     staged("column < call.value_dim;", "column < call.dim;"),
     staged("(row < 0 || row == ring.new_row)) == 0", "row < 0) == 0"),
     staged("row == before + 1 && !fresh;", "row == before + 1;"),
-    staged("(row / kRows % 2 ? call.value_dim : call.dim)", "call.dim"),
+    staged("(row / kRows % 2 ? call.value_dim : call.dim)", "call.value_dim"),
     staged("const int next = t + stages - 1;", "const int next = t + stages;"),
     staged("    block.sync();  // all warps are done with their rings\n", "", races=True),
 )  # fmt: skip

@@ -11,6 +11,8 @@ def fault(old: str, new: str, file: str = FILE, races: bool = False) -> Fault:
     return Fault(file, old, new, races)
 
 
+SUMMED = "= all / call.heads;\n      }\n      block.sync();\n"
+
 FAULTS = (
     # the order of numbers
     fault("0x7F800000u) return 1;\n  if (magnitude == 0)", "0x7F800000u) return 1;\n  if (magnitude == 1)", NUMBERS),
@@ -50,8 +52,8 @@ FAULTS = (
     fault("if (!(kept < n)) return n;", "if (kept >= n) return n;"),
     fault("call.max_kept[b] < count", "call.max_kept[0] < count"),
     fault("n > 0 ? 1.0 - static_cast<double>(n_kept) / n : 0.0", "1.0 - static_cast<double>(n_kept) / n"),
-    fault("      block.sync();  // the prediction shares its memory with the selection\n", "", races=True),
     # importance
+    fault(SUMMED, SUMMED.rpartition("      block.sync();")[0], races=True),
     fault("for (int column = block.thread(); column < call.visual_capacity; column += kThreads) row[column] = 0.f;", ""),
     fault("last = (part + 1) * call.heads / kParts;", "last = first + call.heads / kParts;"),
     fault("sum += logit == -INFINITY ? 0.f : probability;", "sum += probability;"),

@@ -36,7 +36,7 @@ FAULTS = (
     fault("count_bits(live) * (key_bytes + value_bytes)", "count_bits(live) * key_bytes"),
     fault("            block.clear16_at(values + at);\n", ""),
     fault("lowest_bit(starts) + 1 : kWarp", "lowest_bit(starts) + 2 : kWarp"),
-    fault("    if (rows > kRows - lane) rows = kRows - lane;\n", ""),
+    fault(" && (!value_bytes || fills(value_bytes, ring.value_step));", ";"),
     fault("row == before + 1 && !fresh", "row > before && !fresh"),
     fault(ZEROS, ZEROS.partition("\n")[2], races=True),
     # tensor cores

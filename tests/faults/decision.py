@@ -49,7 +49,7 @@ FAULTS = (
     fault("bit = bit | 1  #", "bit = bit + 0  #"),
     fault("while (bit >= 0) & (reached != n_kept)", "while (bit > 1) & (reached != n_kept)"),
     fault("threshold = highest_key & ~below", "threshold = highest_key"),
-    fault("at_second >= n_kept, at_third >= n_kept", "at_second >= n_kept, at_third > n_kept"),
+    fault("at_second >= n_kept, at_third >= n_kept", "at_second >= n_kept - 1, at_third >= n_kept"),
     fault("((counts >> 20) & 0xFFFFF)", "(counts >> 20)"),
     fault("above = tl.sum((key > threshold)", "above = tl.sum((key >= threshold)"),
     # the search in digits

@@ -9,6 +9,7 @@ import torch
 
 from dyrate_kernels import ops
 from dyrate_kernels.ops import layers
+from dyrate_kernels.triton_kernels import backend, plan
 from tests.interpreter import harness
 from tests.ops import spec
 
@@ -158,6 +159,20 @@ def test_mass_of_an_image_without_weight_is_no_number_below_zero():
         with harness.settings(chosen):
             mass = harness.run("decode_attention", **arguments, mass=True).mass
         assert (mass[..., 1] >= 0).all() and (mass[..., 1] < 1e-6).all()
+
+
+@pytest.mark.parametrize("chosen", [harness.SMALL, harness.TWO_LAUNCHES], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[5]], ids=str)
+def test_importance_in_tiles_of_columns(case, chosen, monkeypatch):
+    """More visual tokens than a tile of the sum over heads has columns; the tile is made small so that the interpreter can follow."""
+    whole = plan.importance
+    monkeypatch.setattr(plan, "importance", lambda heads: (whole(heads)[0], 16))
+    monkeypatch.setattr(backend, "_attentions", {})
+    arguments, _ = problem(case, torch.float32)
+    kept, n_kept = spec.lists(case[6], [n * 4 // 5 for n in case[6]], case[4])
+    with harness.settings(chosen):
+        check(arguments, torch.float32)
+        check(arguments, torch.float32, kept=kept, n_kept=n_kept)
 
 
 @pytest.mark.parametrize("case", [SHAPES[1], SHAPES[3], SHAPES[5], SHAPES[6]], ids=str)

@@ -208,6 +208,7 @@ def test_step_with_count(case):
         {"count": int32([0] * batch), "alive": torch.rand(batch, capacity, generator=g) < 0.5},
         {"count": int32([capacity] * batch), "max_kept": int32([5] * batch), "score": torch.rand(batch, capacity, generator=g)},
         {"count": int32([9] * batch), "score": torch.randint(0, 4, (batch, capacity), generator=g).double(), "window": 30},
+        {"count": int32([8] * batch), "score": torch.randn(batch, 2 * capacity, generator=g)[:, ::2]},
     ):
         with harness.settings():
             # importance is compared too, so it must be the reference's own when scores are not given: ties within rounding would differ
