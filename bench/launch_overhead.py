@@ -87,11 +87,20 @@ def calls_of(backend: ModuleType) -> dict[str, Any]:
     layers = [tensor.clone() for tensor in (key, value) for _ in range(30)]
     rows = (query, key, value, lengths, lengths)
     shared = {"visual_capacity": visual, "scale": 0.1}
+    attend, step = backend.decode_attention, backend.decode_step
+    if backend is not ops:  # what a backend is given, as generation gives it
+
+        def attend(*rows: Any, **named: Any) -> Any:
+            return backend.decode_attention(ops.Rows(*rows, **named), mass=False, importance=False)
+
+        def step(*rows: Any, weight: Any, bias: Any, rates: Any, **named: Any) -> Any:
+            return backend.decode_step(ops.Rows(*rows, **named), ops.Decide(weight, bias, rates))
+
     return {
-        "decode_attention": lambda: backend.decode_attention(*rows, **shared),
-        "decode_attention, new row": lambda: backend.decode_attention(*rows, **shared, **new),
-        "decode_attention, new row, kept list": lambda: backend.decode_attention(*rows, **shared, **new, kept=kept, n_kept=lengths),
-        "decode_step, new row": lambda: backend.decode_step(*rows, **shared, **new, text_type=types, **predictor),
+        "decode_attention": lambda: attend(*rows, **shared),
+        "decode_attention, new row": lambda: attend(*rows, **shared, **new),
+        "decode_attention, new row, kept list": lambda: attend(*rows, **shared, **new, kept=kept, n_kept=lengths),
+        "decode_step, new row": lambda: step(*rows, **shared, **new, text_type=types, **predictor),
         "select_tokens": lambda: backend.select_tokens(kept.float(), lengths, lengths),
         "compact_, 60 tensors": lambda: backend.compact_(layers, kept, lengths, lengths),
     }

@@ -8,7 +8,6 @@ back), what the step made holds rubbish until the first replay, every replay rea
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -124,7 +123,7 @@ class Tape(TorchDispatchMode):
 
 def _through_the_dispatcher(operator: str, backend: str, device: torch.device) -> Callable[..., tuple]:
     """The operator itself in place of ``ops.trusted``'s direct launch: a graph sees launches, the tape sees what goes through torch."""
-    return functools.partial(getattr(ops, operator), backend=backend)
+    return ops.dispatched(operator, backend)
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The operators of ``dyrate_kernels.ops`` in Triton: the signatures of ``dyrate_kernels.ops.reference`` over the kernels of this folder.
+"""The operators of ``dyrate_kernels.ops`` in Triton: the functions of ``dyrate_kernels.ops.contract`` over the kernels of this folder.
 
 Arguments are taken as valid (``dyrate_kernels.ops`` checks them). Everything is launched on the current stream, allocates only its results,
 reads no device value on the host and can be captured in a graph, after one call with the same buffers on the stream of the capture (scratch
@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from dyrate_kernels.ops import reference, workspace
+from dyrate_kernels.ops.contract import Decide, PagedRows, Rows
 from dyrate_kernels.ops.forms import Prepared, Step, empty_step, form, last_contiguous, readable_list, remember, stream_of, strides, vector
 
 from . import interpreted, interpreter, plan
@@ -81,7 +82,7 @@ class Pages(NamedTuple):
     Attributes:
         block_table: int32 ``[S, M]``.
         sequence: int32 ``[B]``, of each query row; None: the row's own number.
-        text_position: int32 ``[S, T]``; None where no list is read.
+        text_position: int32 ``[S, T]``; None where no list is read, nor ``n_visual``.
         shared_list: the list is the sequence's ``[S, N]``, not the query row's ``[B, N]``.
         row_bound: rows that no sequence has more of.
     """
@@ -145,15 +146,13 @@ def shared_stride(rotation: Tensor | None) -> int:
 
 
 def _prepare_attention(
-    query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, text_type: Tensor | None, position: Tensor | None,
-    query_position: Tensor | None, new_key: Tensor | None, new_value: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    visual_capacity: int, scale: float,
-    window: int | None, mass: bool, importance: bool, output: bool, decide: dict[str, Tensor | None] | None, bias: Tensor | None,
-    pages: Pages | None, programs: int | None, max_registers: int | None,
+    rows: Rows, mass: bool, importance: bool, output: bool, decide: Decide | None, pages: Pages | None, programs: int | None,
+    max_registers: int | None,
 ) -> _Attention:  # fmt: skip
+    query, key, value, kept, visual_capacity = rows.query, rows.key, rows.value, rows.kept, rows.visual_capacity
     batch, heads, dim = query.shape
     kv_heads, block_rows, value_dim = key.shape[1], key.shape[2], value.shape[-1]
-    listed, has_window = kept is not None, window is not None
+    listed, has_window = kept is not None, rows.window is not None
     places = max(kept.shape[1] if kept is not None else visual_capacity, 1)
     if pages is None:
         capacity = places + block_rows - visual_capacity
@@ -174,8 +173,7 @@ def _prepare_attention(
         programs, listed, pages is not None,
     )  # fmt: skip
     second = importance and how.decision != "same_launch" and (pages is not None or not listed)
-    decision = decide or {}
-    weight, score, alive, max_kept = (decision.get(name) for name in ("weight", "score", "alive", "max_kept"))
+    weight, bias, _, _, score, alive, max_kept = decide or Decide()
     features, classes = heads * 4, 0 if weight is None else weight.shape[0]
     choice = (*strides(weight, 2), *strides(bias, 2), *strides(score, 2), *strides(alive, 2))
     wide = score is not None and score.dtype == torch.float64
@@ -187,13 +185,15 @@ def _prepare_attention(
     blocks = (block_h, block_i, max(triton.next_power_of_2(features), 16), block_s, chunks)
     combined = how.combine == "second_launch" and how.max_splits > 1 and pages is None and (second or not importance)
     rest = (
-        scale, window or 0, dim, value_dim, heads, visual_capacity, logit_capacity, how.min_blocks, features, classes, paging[0],
+        rows.scale, rows.window or 0, dim, value_dim, heads, visual_capacity, logit_capacity, how.min_blocks, features, classes, paging[0],
         *query.stride(), *key.stride(), *value.stride(),
-        strides(kept, 2)[0], strides(text_type, 2)[0], strides(position, 2)[0], strides(query_position, 1)[0],
-        *strides(new_key, 3)[:2], *strides(new_value, 3)[:2], *(shared_stride(rotation) for rotation in (cos, sin)), *paging[1:3], *choice,
+        strides(kept, 2)[0], strides(rows.text_type, 2)[0], strides(rows.position, 2)[0], strides(rows.query_position, 1)[0],
+        *strides(rows.new_key, 3)[:2], *strides(rows.new_value, 3)[:2], shared_stride(rows.cos), shared_stride(rows.sin), *paging[1:3],
+        *choice,
         heads // kv_heads, how.block_g, how.block_c, how.dot, how.row_warps, how.block_n, how.block_d, how.block_v,
         how.max_splits, how.split_tile, how.num_stages, how.block_t,
-        output, mass, importance, listed, has_window, new_key is not None, cos is not None, not combined, importance and not second,
+        output, mass, importance, listed, has_window, rows.new_key is not None, rows.cos is not None, not combined,
+        importance and not second,
         decide is not None and not second, *flags, *blocks, *paging[3:],
     )  # fmt: skip
     grid = (how.splits, kv_heads, batch)
@@ -203,7 +203,7 @@ def _prepare_attention(
     if combined:
         tile = min(how.max_splits, max(plan.COMBINED_APART // how.block_v, 1))
         rest = (
-            value_dim, logit_capacity, how.min_blocks, how.splits, strides(text_type, 2)[0], output, mass, importance, listed,
+            value_dim, logit_capacity, how.min_blocks, how.splits, strides(rows.text_type, 2)[0], output, mass, importance, listed,
             how.max_splits, tile, how.block_n, how.block_v, how.block_t,
         )  # fmt: skip
         combining = Launch(combine_kernel, (heads, batch, 1), rest, how.num_warps, dependent=dependent)
@@ -229,18 +229,18 @@ def _prepare_attention(
 
 
 def _run_attention(
-    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor | None, n_text: Tensor, *, visual_capacity: int, scale: float,
-    kept: Tensor | None = None, n_kept: Tensor | None = None, text_type: Tensor | None = None, position: Tensor | None = None,
-    query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
-    output: bool = True, new_key: Tensor | None = None, new_value: Tensor | None = None, cos: Tensor | None = None,
-    sin: Tensor | None = None, decide: dict[str, Tensor | None] | None = None, pages: Pages | None = None, out: Tensor | None = None,
-    prepared: Prepared | None = None,
+    rows: Rows, *, mass: bool, importance: bool, output: bool = True, decide: Decide | None = None, pages: Pages | None = None,
+    out: Tensor | None = None, prepared: Prepared | None = None,
 ) -> Step:  # fmt: skip
     """One launch of ``decode_attention_kernel``, and of ``decide_kernel`` where the plan says so.
 
     With ``pages``: key and value ``[blocks, Hkv, rows, D]``, n_text counts all rows of a query row's sequence, kept holds positions.
     ``out``: contiguous, takes the output.
     """
+    (
+        query, key, value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position, window, _, _, _,
+        new_key, new_value, cos, sin,
+    ) = rows  # fmt: skip
     device = query.device
     batch, heads, _ = query.shape
     made = empty_step(
@@ -251,19 +251,22 @@ def _run_attention(
     result, masses, scores, chosen, chosen_count, rate = made
     if batch == 0 or heads == 0:
         return made
-    weight = bias = rates = count = score = alive = max_kept = None
+    weight, bias, rates, count, score, alive, max_kept = decide or Decide()
     if decide is not None:
-        weight, bias, score, alive = (decide[name] for name in ("weight", "bias", "score", "alive"))
-        rates, count, max_kept = (vector(decide[name]) for name in ("rates", "count", "max_kept"))
+        rates, count, max_kept = vector(rates), vector(count), vector(max_kept)
         if bias is not None and bias.dim() == 1:
             bias = bias.expand(batch, -1)
         if alive is not None:
             alive = alive.view(torch.uint8)
-    kept, n_kept = readable_list(kept, n_kept)
-    n_visual, n_text, n_kept = vector(n_visual), vector(n_text), vector(n_kept)
+    kept, n_kept = readable_list(last_contiguous(kept), n_kept)
+    n_text, n_kept = vector(n_text), vector(n_kept)
+    text_type = last_contiguous(text_type) if mass else None
+    position, query_position = (None, None) if window is None else (last_contiguous(position), query_position)
+    new_key, new_value, cos, sin = last_contiguous(new_key), last_contiguous(new_value), last_contiguous(cos), last_contiguous(sin)
     table, sequence, text_position = (None, None, None) if pages is None else pages[:3]
+    counted = None if pages is not None and text_position is None else vector(n_visual)
     before = (
-        query, key, value, result, n_visual, n_text, kept, n_kept, text_type, position, query_position, new_key, new_value,
+        query, key, value, result, counted, n_text, kept, n_kept, text_type, position, query_position, new_key, new_value,
         table, sequence, text_position, cos, sin,
     )  # fmt: skip
     after = (masses, scores, weight, bias, rates, count, score, alive, max_kept, chosen, chosen_count, rate)
@@ -277,10 +280,12 @@ def _run_attention(
         )  # fmt: skip
         known = _attentions.get(forms)
         if known is None:
-            shape = functools.partial(
-                _prepare_attention, query, key, value, kept, text_type, position, query_position, new_key, new_value, cos, sin,
-                visual_capacity, scale, window, mass, importance, output, decide, bias, pages,
+            readable = rows._replace(
+                kept=kept, text_type=text_type, position=position, query_position=query_position, new_key=new_key, new_value=new_value,
+                cos=cos, sin=sin,
             )  # fmt: skip
+            by = None if decide is None else Decide(weight, bias, rates, count, score, alive, max_kept)
+            shape = functools.partial(_prepare_attention, readable, mass, importance, output, by, pages)
             known = remember(_attentions, forms, _fit_attention(shape, device, before, after))
         if prepared is not None:
             prepared.launches, prepared.settings = known, settings
@@ -289,143 +294,68 @@ def _run_attention(
     known.launch.start(device, stream, (*before, part, part_stat, head_stat, counters, logits, *after))
     if known.combine is not None:
         parts = (part, part_stat, head_stat, logits)
-        known.combine.start(device, stream, (n_visual, n_text, n_kept, text_type, result, *parts, masses))
+        known.combine.start(device, stream, (counted, n_text, n_kept, text_type, result, *parts, masses))
     if known.decide is not None:
-        counted = n_visual if pages is None else n_kept
+        counted = counted if pages is None else n_kept
         known.decide.start(device, stream, (counted, kept, sequence, head_stat, counters, logits, *after))
         if known.select is not None:
             known.select.start(device, stream, (counted, kept, sequence, *after))
     return made
 
 
-def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_capacity: int, scale: float,
-    kept: Tensor | None = None, n_kept: Tensor | None = None, text_type: Tensor | None = None, position: Tensor | None = None,
-    query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
-    visual_bound: int | None = None, text_bound: int | None = None, clean: bool = False,
-    new_key: Tensor | None = None, new_value: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
-    prepared: Prepared | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+def decode_attention(rows: Rows, *, mass: bool, importance: bool, prepared: Prepared | None = None) -> tuple[Tensor, Any, Any]:
     """See ``dyrate_kernels.ops.decode_attention``. The bounds and ``clean`` are not needed: lengths are read on the device."""
-    if query.dtype == torch.float64:
-        return reference.decode_attention(
-            query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=kept, n_kept=n_kept,
-            text_type=text_type, position=position, query_position=query_position, window=window, mass=mass, importance=importance,
-            visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
-            cos=cos, sin=sin,
-        )  # fmt: skip
-    return _run_attention(
-        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, kept=last_contiguous(kept), n_kept=n_kept,
-        text_type=last_contiguous(text_type) if mass else None, position=last_contiguous(position) if window is not None else None,
-        query_position=query_position, window=window, mass=mass, importance=importance,
-        new_key=last_contiguous(new_key), new_value=last_contiguous(new_value), cos=last_contiguous(cos), sin=last_contiguous(sin),
-        prepared=prepared,
-    )[:3]  # fmt: skip
+    if rows.query.dtype == torch.float64:
+        return reference.decode_attention(rows, mass=mass, importance=importance)
+    return _run_attention(rows, mass=mass, importance=importance, prepared=prepared)[:3]
 
 
-def score_last_query(
-    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_capacity: int, scale: float,
-    text_type: Tensor, position: Tensor | None = None, query_position: Tensor | None = None, window: int | None = None,
-    visual_bound: int | None = None, text_bound: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def score_last_query(rows: Rows) -> tuple[Tensor, Tensor]:
     """See ``dyrate_kernels.ops.score_last_query``: the same kernel, without values and output."""
-    if query.dtype == torch.float64:
-        return reference.score_last_query(
-            query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
-            query_position=query_position, window=window, visual_bound=visual_bound, text_bound=text_bound,
-        )  # fmt: skip
-    _, mass, importance, *_ = _run_attention(
-        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=last_contiguous(text_type),
-        position=last_contiguous(position) if window is not None else None, query_position=query_position, window=window,
-        mass=True, importance=True, output=False,
-    )  # fmt: skip
-    return mass, importance
+    if rows.query.dtype == torch.float64:
+        return reference.score_last_query(rows)
+    return _run_attention(rows, mass=True, importance=True, output=False)[1:3]
 
 
-def decode_step(
-    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_capacity: int, scale: float,
-    text_type: Tensor, position: Tensor | None = None, query_position: Tensor | None = None, window: int | None = None,
-    weight: Tensor | None = None, bias: Tensor | None = None, rates: Tensor | None = None, count: Tensor | None = None,
-    score: Tensor | None = None, alive: Tensor | None = None, max_kept: Tensor | None = None,
-    visual_bound: int | None = None, text_bound: int | None = None, clean: bool = False,
-    new_key: Tensor | None = None, new_value: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
-    prepared: Prepared | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def decode_step(rows: Rows, decide: Decide, *, prepared: Prepared | None = None) -> Step:
     """See ``dyrate_kernels.ops.decode_step``: one launch, two or three, as the plan says."""
-    if query.dtype == torch.float64:
-        return reference.decode_step(
-            query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
-            query_position=query_position, window=window, weight=weight, bias=bias, rates=rates, count=count, score=score, alive=alive,
-            max_kept=max_kept, visual_bound=visual_bound, text_bound=text_bound, clean=clean, new_key=new_key, new_value=new_value,
-            cos=cos, sin=sin,
-        )  # fmt: skip
-    decide = {"weight": weight, "bias": bias, "rates": rates, "count": count, "score": score, "alive": alive, "max_kept": max_kept}
-    return _run_attention(
-        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=last_contiguous(text_type),
-        position=last_contiguous(position) if window is not None else None, query_position=query_position, window=window,
-        mass=True, importance=True, new_key=last_contiguous(new_key), new_value=last_contiguous(new_value),
-        cos=last_contiguous(cos), sin=last_contiguous(sin), decide=decide, prepared=prepared,
-    )  # fmt: skip
+    if rows.query.dtype == torch.float64:
+        return Step(*reference.decode_step(rows, decide))
+    return _run_attention(rows, mass=True, importance=True, decide=decide, prepared=prepared)
 
 
 # ---- paged rows -------------------------------------------------------------------------------------------------------------------
 
 
-def _run_paged(
-    query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, *, scale: float, sequence: Tensor | None,
-    visual_position: Tensor | None, n_visual: Tensor | None, text_position: Tensor | None, text_type: Tensor | None, kept: Tensor | None,
-    n_kept: Tensor | None, window: int | None, row_bound: int | None, mass: bool, importance: bool, out: Tensor | None = None,
-    decide: dict[str, Tensor | None] | None = None,
-) -> Step:  # fmt: skip
+def _run_paged(paged: PagedRows, *, mass: bool, importance: bool, out: Tensor | None = None, decide: Decide | None = None) -> Step:
     """``_run_attention`` over blocks. The bound on rows is rounded up, so that a batch that grows row by row prepares few launches."""
-    most = block_table.shape[1] * key.shape[1]
-    bound = most if row_bound is None else min(triton.next_power_of_2(max(row_bound, 16)), most)
-    listed, n_listed = (kept, n_kept) if kept is not None else (visual_position, n_visual) if mass or importance else (None, None)
-    pages = Pages(
-        last_contiguous(block_table), vector(sequence), None if listed is None else last_contiguous(text_position), kept is None, bound
+    most = paged.block_table.shape[1] * paged.key.shape[1]
+    bound = most if paged.row_bound is None else min(triton.next_power_of_2(max(paged.row_bound, 16)), most)
+    listed, n_listed, text_position = None, None, None
+    if paged.kept is not None:
+        listed, n_listed, text_position = paged.kept, paged.n_kept, paged.text_position
+    elif mass or importance:
+        listed, n_listed, text_position = paged.visual_position, paged.n_visual, paged.text_position
+    pages = Pages(last_contiguous(paged.block_table), vector(paged.sequence), last_contiguous(text_position), paged.kept is None, bound)
+    rows = Rows(
+        paged.query, paged.key.transpose(1, 2), paged.value.transpose(1, 2),
+        paged.n_rows if paged.n_visual is None else paged.n_visual, paged.n_rows, 0 if listed is None else listed.shape[1], paged.scale,
+        kept=listed, n_kept=n_listed, text_type=paged.text_type, window=paged.window,
     )  # fmt: skip
-    return _run_attention(
-        query, key.transpose(1, 2), value.transpose(1, 2), n_visual if listed is not None else None, n_rows,
-        visual_capacity=0 if listed is None else listed.shape[1], scale=scale, kept=last_contiguous(listed), n_kept=n_listed,
-        text_type=last_contiguous(text_type) if mass else None, window=window, mass=mass, importance=importance, decide=decide, pages=pages,
-        out=out,
-    )  # fmt: skip
+    return _run_attention(rows, mass=mass, importance=importance, decide=decide, pages=pages, out=out)
 
 
-def paged_attention(
-    query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, *, scale: float, sequence: Tensor | None = None,
-    visual_position: Tensor | None = None, n_visual: Tensor | None = None, text_position: Tensor | None = None,
-    text_type: Tensor | None = None, kept: Tensor | None = None, n_kept: Tensor | None = None, window: int | None = None,
-    mass: bool = False, importance: bool = False, row_bound: int | None = None, out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+def paged_attention(rows: PagedRows, *, mass: bool, importance: bool, out: Tensor | None = None) -> tuple[Tensor, Any, Any]:
     """See ``dyrate_kernels.ops.paged_attention``."""
-    run = reference.paged_attention if query.dtype == torch.float64 else _run_paged
-    return run(
-        query, key, value, block_table, n_rows, scale=scale, sequence=sequence, visual_position=visual_position, n_visual=n_visual,
-        text_position=text_position, text_type=text_type, kept=kept, n_kept=n_kept, window=window, mass=mass, importance=importance,
-        row_bound=row_bound, out=out,
-    )[:3]  # fmt: skip
+    run = reference.paged_attention if rows.query.dtype == torch.float64 else _run_paged
+    return run(rows, mass=mass, importance=importance, out=out)[:3]
 
 
-def paged_step(
-    query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, *, scale: float, n_visual: Tensor,
-    text_position: Tensor, text_type: Tensor, sequence: Tensor | None = None, visual_position: Tensor | None = None,
-    kept: Tensor | None = None, n_kept: Tensor | None = None, window: int | None = None, row_bound: int | None = None,
-    weight: Tensor | None = None, bias: Tensor | None = None, rates: Tensor | None = None, count: Tensor | None = None,
-    score: Tensor | None = None, alive: Tensor | None = None, max_kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def paged_step(rows: PagedRows, decide: Decide) -> Step:
     """See ``dyrate_kernels.ops.paged_step``: one launch (two where the plan says so)."""
-    decide = {"weight": weight, "bias": bias, "rates": rates, "count": count, "score": score, "alive": alive, "max_kept": max_kept}
-    if query.dtype == torch.float64:
-        return reference.paged_step(
-            query, key, value, block_table, n_rows, scale=scale, n_visual=n_visual, text_position=text_position, text_type=text_type,
-            sequence=sequence, visual_position=visual_position, kept=kept, n_kept=n_kept, window=window, row_bound=row_bound, **decide,
-        )  # fmt: skip
-    return _run_paged(
-        query, key, value, block_table, n_rows, scale=scale, n_visual=n_visual, text_position=text_position, text_type=text_type,
-        sequence=sequence, visual_position=visual_position, kept=kept, n_kept=n_kept, window=window, row_bound=row_bound, mass=True,
-        importance=True, decide=decide,
-    )  # fmt: skip
+    if rows.query.dtype == torch.float64:
+        return Step(*reference.paged_step(rows, decide))
+    return _run_paged(rows, mass=True, importance=True, decide=decide)
 
 
 def predict_rate(mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
@@ -510,7 +440,8 @@ def _describe(tensor: Tensor) -> _Description | None:
         return tensor.data_ptr(), tensor.stride(0), 0, tensor.stride(1), 1, 1, tensor.element_size()
     if tensor.stride(3) != 1 and tensor.shape[3] != 1:
         return None
-    return tensor.data_ptr(), *tensor.stride()[:3], tensor.shape[1], tensor.shape[3], tensor.element_size()
+    sequence, head, row, _ = tensor.stride()
+    return tensor.data_ptr(), sequence, head, row, tensor.shape[1], tensor.shape[3], tensor.element_size()
 
 
 def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor) -> None:

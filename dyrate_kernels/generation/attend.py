@@ -72,19 +72,18 @@ class OperatorStep:
         Returns:
             ``[B, 1, Hq, Dv]``.
         """
-        return ops.trusted("decode_attention", self.store.backend, query.device)(**self._rows(layer, query, scale, window))[0][:, None]
+        attention = ops.trusted("decode_attention", self.store.backend, query.device)
+        return attention(self._rows(layer, query, scale, window), mass=False, importance=False)[0][:, None]
 
     def score(self, layer: int, query: Tensor, scale: float, window: int | None, importance: bool) -> tuple[Tensor, Tensor, Any]:
         """Output ``[B, Hq, Dv]``, mass, and importance by row where it is asked for, as of ``ops.decode_attention``."""
-        rows = self._rows(layer, query, scale, window)
-        rows["text_type"] = self.at(query.device, self.store.text_type)
-        return ops.trusted("decode_attention", self.store.backend, query.device)(**rows, mass=True, importance=importance)
+        rows = self._rows(layer, query, scale, window, self.store.text_type)
+        return ops.trusted("decode_attention", self.store.backend, query.device)(rows, mass=True, importance=importance)
 
-    def step(self, layer: int, query: Tensor, scale: float, window: int | None, **decide: Any) -> ops.DecodeStep:
+    def step(self, layer: int, query: Tensor, scale: float, window: int | None, decide: ops.Decide) -> ops.DecodeStep:
         """``ops.decode_step`` by a predictor (weight, bias, rates, alive, max_kept), in a layer that holds every visual row."""
-        rows = self._rows(layer, query, scale, window)
-        rows["text_type"] = self.at(query.device, self.store.text_type)
-        return ops.DecodeStep(*ops.trusted("decode_step", self.store.backend, query.device)(**rows, **decide))
+        rows = self._rows(layer, query, scale, window, self.store.text_type)
+        return ops.DecodeStep(*ops.trusted("decode_step", self.store.backend, query.device)(rows, decide))
 
     def changed(self) -> None:
         """A decision took effect: lists are others, counts may have changed in place."""
@@ -99,35 +98,28 @@ class OperatorStep:
             self._moved[key] = (tensor, tensor.to(device))  # held, so that its id stays its own
         return self._moved[key][1]
 
-    def _rows(self, layer: int, query: Tensor, scale: float, window: int | None) -> dict[str, Any]:
-        """What ``ops.decode_attention`` is given in ``layer``, but for statistics and the backend."""
+    def _rows(self, layer: int, query: Tensor, scale: float, window: int | None, text_type: Tensor | None = None) -> ops.Rows:
+        """What the operators are given in ``layer``; takes the new row and the rotation that wait for it."""
         store, device = self.store, query.device
         group = store.group_of[layer]
-        rows: dict[str, Any] = {
-            "query": query[:, :, 0],
-            "key": store.keys[layer],
-            "value": store.values[layer],
-            "n_visual": self.at(device, group.n_visual),
-            "n_text": self.at(device, store.n_text),
-            "visual_capacity": group.capacity,
-            "scale": scale,
-            "visual_bound": group.bound,
-            "text_bound": self.text_bound,
-            "clean": True,  # the store fills its buffers with zeros
-        }
-        if self._new is not None:
-            rows["new_key"], rows["new_value"] = self._new
-            self._new = None
-        if self._rotation is not None:
-            rows["cos"], rows["sin"] = self._rotation
-            self._rotation = None
+        key, value = store.buffers(layer)
+        kept, n_kept = (None, None) if self.unpruned else (group.kept, group.n_kept)
+        listed = kept is not None and n_kept is not None
+        new_key, new_value = self._new or (None, None)
+        cos, sin = self._rotation or (None, None)
+        self._new = self._rotation = None
+        position, query_position, n_text = None, None, self.at(device, store.n_text)
         if window is not None:
-            rows["position"] = store.columns(group, group.capacity, store.text_capacity).to(device)
-            rows["query_position"] = self.at(device, self.column).expand_as(rows["n_text"])
-            rows["window"] = window
-        if group.kept is not None and group.n_kept is not None and not self.unpruned:
-            rows["kept"], rows["n_kept"] = self.at(device, group.kept), self.at(device, group.n_kept)
-        return rows
+            position = store.columns(group, group.capacity, store.text_capacity).to(device)
+            query_position = self.at(device, self.column).expand_as(n_text)
+        return ops.Rows(
+            query[:, :, 0], key, value, self.at(device, group.n_visual), n_text, group.capacity, scale,
+            kept=self.at(device, kept) if listed else None, n_kept=self.at(device, n_kept) if listed else None,
+            text_type=None if text_type is None else self.at(device, text_type), position=position, query_position=query_position,
+            window=window, visual_bound=group.bound, text_bound=self.text_bound,
+            clean=True,  # the store fills its buffers with zeros
+            new_key=new_key, new_value=new_value, cos=cos, sin=sin,
+        )  # fmt: skip
 
 
 # ---- a pass of several tokens -------------------------------------------------------------------------------------------------------

@@ -228,7 +228,7 @@ class Decider:
         able, most = scope.able[0], None if scope.most is None else scope.most[0]
         if attention.fuses:
             output, mass, importance, kept, n_kept, rate = attention.step(
-                layer, query, scale, window, weight=weight, bias=bias, rates=rates, alive=able, max_kept=most
+                layer, query, scale, window, ops.Decide(weight, bias, rates, alive=able, max_kept=most)
             )
             return output, Measured(mass, importance), Choice(rate, [(kept, n_kept)])
         output, mass, importance = attention.score(layer, query, scale, window, True)

@@ -16,22 +16,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, direct, dispatch, library, reference
+from .contract import Decide, PagedRows, Rows, step_arguments
 from .paged import PagedAttention, PagedStep, paged_attention, paged_step
 
 __all__ = [
+    "Decide",
     "DecodeAttention",
     "DecodeStep",
     "PagedAttention",
+    "PagedRows",
     "PagedStep",
+    "Rows",
     "compact_",
     "decode_attention",
     "decode_step",
+    "dispatched",
     "keep_count",
     "paged_attention",
     "paged_step",
@@ -67,23 +72,43 @@ class DecodeStep(NamedTuple):
     rate: Tensor
 
 
-def trusted(operator: str, backend: str, device: torch.device) -> Callable[..., tuple]:
-    """A backend's own ``decode_attention`` or ``decode_step``, for arguments that are known to fit: they are not checked, and the call does
-    not go through torch's dispatcher. Both together take the host as long as the launch itself, in every layer of every step.
+def _attention(rows: Rows, *, mass: bool, importance: bool, backend: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    run = _ops.decode_attention if rows.new_key is None else _ops.append_decode_attention
+    output, by_type, per_row = run(*rows, mass, importance, backend)
+    return output, by_type if mass else None, per_row if importance else None
 
-    It takes the operator's arguments but ``backend``, and returns its results as a plain tuple. While ``torch.compile`` traces it is the
-    operator, which the compiler can see.
+
+def _step(rows: Rows, decide: Decide, *, backend: str) -> tuple[Tensor, ...]:
+    return (_ops.decode_step if rows.new_key is None else _ops.append_decode_step)(*rows, *decide, backend)
+
+
+def dispatched(operator: str, backend: str) -> Callable[..., tuple]:
+    """Returns ``decode_attention`` or ``decode_step`` as :func:`trusted` does, but through torch's dispatcher."""
+    return functools.partial(_attention if operator == "decode_attention" else _step, backend=backend)
+
+
+def trusted(operator: str, backend: str, device: torch.device) -> Callable[..., tuple]:
+    """Returns a backend's own ``decode_attention`` or ``decode_step``, for arguments that are known to fit: they are not checked, and the
+    call does not go through torch's dispatcher. Both together take the host as long as the launch itself, in every layer of every step.
+
+    It takes what a backend takes (:mod:`dyrate_kernels.ops.contract`): :class:`Rows` with ``mass`` and ``importance``, or Rows and
+    :class:`Decide`, and returns its results as a plain tuple. While ``torch.compile`` traces, the call goes through the dispatcher, where
+    the compiler can see it.
     """
     if torch.compiler.is_compiling():
-        return functools.partial(globals()[operator], backend=backend)
+        return dispatched(operator, backend)
     return getattr(dispatch.resolve(backend, device, operator), operator)
 
 
-def _scale(scale: float | None, query: Tensor) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+def _attention_arguments(*rows: Any, mass: bool = False, importance: bool = False, **named: Any) -> tuple[tuple, dict[str, Any]]:
+    return (Rows(*rows, **named),), {"mass": mass, "importance": importance}
 
 
-@direct.operator
+def _score_arguments(*rows: Any, **named: Any) -> tuple[tuple, dict[str, Any]]:
+    return (Rows(*rows, **named),), {}
+
+
+@direct.operator(_attention_arguments)
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -136,31 +161,18 @@ def decode_attention(
     Returns:
         DecodeAttention. The output is 0 for a sequence without live rows. A NaN logit makes its head's results NaN, as softmax would.
     """
-    checks.rows(query, key, value, n_visual, n_text, visual_capacity)
-    checks.window(position, query_position, window, key)
-    checks.bound("visual_bound", visual_bound)
-    checks.bound("text_bound", text_bound)
-    if (kept is None) != (n_kept is None):
-        raise ValueError("kept, n_kept: expected both or neither, got one; n_kept is the length of each list in kept")
-    if kept is not None:
-        checks.int32("kept", kept, (query.shape[0], "M"), query.device)
-        checks.int32("n_kept", n_kept, (query.shape[0],), query.device)
-    if mass or text_type is not None:
-        checks.text_types(text_type, key, visual_capacity)
-    checks.new_row(new_key, new_value, key, value)
-    checks.rotary(cos, sin, query)
-    dispatch.check_name(backend)
-    attention = _ops.decode_attention if new_key is None else _ops.append_decode_attention
-    output, by_type, per_row = attention(
-        query, key, value, *(() if new_key is None else (new_key, new_value)), n_visual, n_text, visual_capacity, _scale(scale, query),
-        kept, n_kept, text_type, position, query_position,
-        window,
-        mass, importance, visual_bound, text_bound, clean, backend, cos, sin,
+    rows = Rows(
+        query, key, value, n_visual, n_text, visual_capacity, checks.scale(scale, query), kept, n_kept, text_type, position, query_position,
+        window, visual_bound, text_bound, clean, new_key, new_value, cos, sin,
     )  # fmt: skip
-    return DecodeAttention(output, by_type if mass else None, per_row if importance else None)
+    checks.rows(rows)
+    if mass or text_type is not None:
+        checks.text_types(rows)
+    dispatch.check_name(backend)
+    return DecodeAttention(*_attention(rows, mass=mass, importance=importance, backend=backend))
 
 
-@direct.operator
+@direct.operator(_score_arguments)
 def score_last_query(
     query: Tensor,
     key: Tensor,
@@ -183,19 +195,17 @@ def score_last_query(
     Returns:
         mass float32 ``[B, Hq, 4]`` and importance float32 ``[B, visual_capacity]`` (float64 for float64 inputs).
     """
-    checks.rows(query, key, value, n_visual, n_text, visual_capacity)
-    checks.window(position, query_position, window, key)
-    checks.bound("visual_bound", visual_bound)
-    checks.bound("text_bound", text_bound)
-    checks.text_types(text_type, key, visual_capacity)
-    dispatch.check_name(backend)
-    return _ops.score_last_query(
-        query, key, value, n_visual, n_text, visual_capacity, _scale(scale, query), text_type, position, query_position, window,
-        visual_bound, text_bound, backend,
+    rows = Rows(
+        query, key, value, n_visual, n_text, visual_capacity, checks.scale(scale, query), text_type=text_type, position=position,
+        query_position=query_position, window=window, visual_bound=visual_bound, text_bound=text_bound,
     )  # fmt: skip
+    checks.rows(rows)
+    checks.text_types(rows)
+    dispatch.check_name(backend)
+    return _ops.score_last_query(*rows, backend)
 
 
-@direct.operator
+@direct.operator()
 def predict_rate(mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """DyRate's predictor: a linear layer over the mass, then argmax (arXiv 2501.14204, section 4.2).
 
@@ -228,7 +238,7 @@ def keep_count(n_visual: Tensor, rate: Tensor) -> Tensor:
     return reference.keep_count(n_visual, rate)
 
 
-@direct.operator
+@direct.operator()
 def select_tokens(
     score: Tensor, count: Tensor, n_visual: Tensor, *, alive: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -266,7 +276,7 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor,
     """
     if not isinstance(rows, list | tuple):
         raise TypeError(f"rows: expected a list of tensors, got {type(rows).__name__}")
-    checks.int32("kept", kept, ("B", "M"), getattr(kept, "device", None))
+    checks.tensor("kept", kept, ("B", "M"), (torch.int32,), getattr(kept, "device", None))
     batch = kept.shape[0]
     checks.int32("n_kept", n_kept, (batch,), kept.device)
     checks.int32("n_visual", n_visual, (batch,), kept.device)
@@ -302,7 +312,7 @@ def reorder_(rows: list[Tensor], index: Tensor, *, backend: str = "auto") -> Non
     _ops.reorder_(list(rows), index, backend)
 
 
-@direct.operator
+@direct.operator(step_arguments(Rows))
 def decode_step(
     query: Tensor,
     key: Tensor,
@@ -348,21 +358,13 @@ def decode_step(
     Returns:
         DecodeStep.
     """
-    checks.rows(query, key, value, n_visual, n_text, visual_capacity)
-    checks.window(position, query_position, window, key)
-    checks.bound("visual_bound", visual_bound)
-    checks.bound("text_bound", text_bound)
-    checks.text_types(text_type, key, visual_capacity)
-    batch, heads, _ = query.shape
-    checks.decision(weight, bias, rates, count, score, alive, max_kept, batch, heads, visual_capacity, query.device)
-    checks.new_row(new_key, new_value, key, value)
-    checks.rotary(cos, sin, query)
-    dispatch.check_name(backend)
-    step = _ops.decode_step if new_key is None else _ops.append_decode_step
-    return DecodeStep(
-        *step(
-            query, key, value, *(() if new_key is None else (new_key, new_value)), n_visual, n_text, visual_capacity, _scale(scale,
-            query), text_type, position, query_position, window,
-            weight, bias, rates, count, score, alive, max_kept, visual_bound, text_bound, clean, backend, cos, sin,
-        )
+    rows = Rows(
+        query, key, value, n_visual, n_text, visual_capacity, checks.scale(scale, query), None, None, text_type, position, query_position,
+        window, visual_bound, text_bound, clean, new_key, new_value, cos, sin,
     )  # fmt: skip
+    checks.rows(rows)
+    checks.text_types(rows)
+    decide = Decide(weight, bias, rates, count, score, alive, max_kept)
+    checks.decision(decide, query, visual_capacity)
+    dispatch.check_name(backend)
+    return DecodeStep(*_step(rows, decide, backend=backend))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .contract import Decide, PagedRows, Rows
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -47,24 +49,41 @@ def int32(name: str, value: object, shape: tuple[int | str | None, ...], device:
     return tensor(name, value, shape, (torch.int32,), device)
 
 
-def rows(query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, visual_capacity: int) -> None:
-    """The row layout that all attention operators share."""
-    floating("query", query, ("B", "Hq", "D"))
+def scale(value: float | None, query: object, unit: str = "B") -> float:
+    """Checks the query; returns the factor of the logits, ``D ** -0.5`` for None."""
+    dim = floating("query", query, (unit, "Hq", "D")).shape[-1]
+    return dim**-0.5 if value is None else float(value)
+
+
+def rows(given: Rows) -> None:
+    """The row layout that all attention operators share, and what is optional in it but ``text_type``."""
+    query, key, value, device = given.query, given.key, given.value, given.query.device
     batch, heads, dim = query.shape
-    device, same = query.device, (query.dtype,)
+    same = (query.dtype,)
     tensor("key", key, (batch, "Hkv", "C", dim), same, device)
     tensor("value", value, (batch, key.shape[1], key.shape[2], "D"), same, device)
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(f"key: expected a number of heads that divides the {heads} heads of query, got {key.shape[1]}")
-    int32("n_visual", n_visual, (batch,), device)
-    int32("n_text", n_text, (batch,), device)
-    whole("visual_capacity", visual_capacity)
-    if not 0 <= visual_capacity <= key.shape[2]:
-        raise ValueError(f"visual_capacity: expected 0 .. {key.shape[2]}, the rows of key, got {visual_capacity}")
+    _heads(heads, key.shape[1])
+    int32("n_visual", given.n_visual, (batch,), device)
+    int32("n_text", given.n_text, (batch,), device)
+    whole("visual_capacity", given.visual_capacity)
+    if not 0 <= given.visual_capacity <= key.shape[2]:
+        raise ValueError(f"visual_capacity: expected 0 .. {key.shape[2]}, the rows of key, got {given.visual_capacity}")
+    _window(given)
+    bound("visual_bound", given.visual_bound)
+    bound("text_bound", given.text_bound)
+    _kept(given, batch, "M")
+    _new_row(given)
+    _rotary(given)
 
 
-def window(position: Tensor | None, query_position: Tensor | None, size: int | None, key: Tensor) -> None:
+def _heads(heads: int, kv_heads: int) -> None:
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"key: expected a number of heads that divides the {heads} heads of query, got {kv_heads}")
+
+
+def _window(given: Rows) -> None:
     """A sliding window needs all three of its arguments."""
+    size, position, query_position, key = given.window, given.position, given.query_position, given.key
     if size is None:
         return
     whole("window", size)
@@ -76,79 +95,80 @@ def window(position: Tensor | None, query_position: Tensor | None, size: int | N
     int32("query_position", query_position, (key.shape[0],), key.device)
 
 
-def new_row(new_key: Tensor | None, new_value: Tensor | None, key: Tensor, value: Tensor) -> None:
+def _kept(given: Rows | PagedRows, units: int, width: str) -> None:
+    """The list of kept rows and its lengths: both or neither."""
+    if (given.kept is None) != (given.n_kept is None):
+        raise ValueError("kept, n_kept: expected both or neither, got one; n_kept is the length of each list in kept")
+    if given.kept is not None:
+        int32("kept", given.kept, (units, width), given.query.device)
+        int32("n_kept", given.n_kept, (units,), given.query.device)
+
+
+def _new_row(given: Rows) -> None:
     """The row to append: both or neither."""
-    if (new_key is None) != (new_value is None):
+    if (given.new_key is None) != (given.new_value is None):
         raise ValueError("new_key, new_value: expected both or neither, got one; a new row has a key and a value")
-    if new_key is not None:
-        if key.shape[2] == 0:
+    if given.new_key is not None:
+        if given.key.shape[2] == 0:
             raise ValueError("key: expected room for the new row, a capacity of at least 1, got 0")
-        for name, new, rows in (("new_key", new_key, key), ("new_value", new_value, value)):
+        for name, new, rows in (("new_key", given.new_key, given.key), ("new_value", given.new_value, given.value)):
             tensor(name, new, (rows.shape[0], rows.shape[1], rows.shape[3]), (rows.dtype,), rows.device)
 
 
-def rotary(cos: Tensor | None, sin: Tensor | None, query: Tensor) -> None:
+def _rotary(given: Rows) -> None:
     """cos and sin of the newest position: both or neither, ``[B, D]`` or ``[1, D]``."""
-    if (cos is None) != (sin is None):
+    query = given.query
+    if (given.cos is None) != (given.sin is None):
         raise ValueError("cos, sin: expected both or neither, got one; a rotation has both")
-    if cos is not None:
+    if given.cos is not None:
         batch, _, dim = query.shape
         if dim % 2:
             raise ValueError(f"cos: expected an even head dim, whose halves turn against each other, got {dim}; rotate before the call")
-        for name, rotation in (("cos", cos), ("sin", sin)):
+        for name, rotation in (("cos", given.cos), ("sin", given.sin)):
             one = isinstance(rotation, Tensor) and rotation.dim() == 2 and rotation.shape[0] == 1
             tensor(name, rotation, (1 if one else batch, dim), (query.dtype,), query.device)
 
 
-def paged(
-    query: Tensor, key: Tensor, value: Tensor, block_table: Tensor, n_rows: Tensor, sequence: Tensor | None, visual_position: Tensor | None,
-    n_visual: Tensor | None, text_position: Tensor | None, text_type: Tensor | None, kept: Tensor | None, n_kept: Tensor | None,
-    window: int | None, row_bound: int | None, mass: bool, importance: bool,
-) -> int:  # fmt: skip
+def paged(given: PagedRows, mass: bool, importance: bool) -> int:
     """The arguments that both operators over paged rows share; returns the columns of a query row's visual places."""
-    floating("query", query, ("R", "Hq", "D"))
+    query, key = given.query, given.key
     rows, heads, dim = query.shape
     device, same = query.device, (query.dtype,)
     tensor("key", key, ("blocks", "block_size", "Hkv", dim), same, device)
     if key.shape[0] == 0 or key.shape[1] == 0:
         raise ValueError(f"key: expected at least one block of at least one row, got shape {list(key.shape)}")
-    tensor("value", value, (*key.shape[:3], "D"), same, device)
-    if key.shape[2] == 0 or heads % key.shape[2]:
-        raise ValueError(f"key: expected a number of heads that divides the {heads} heads of query, got {key.shape[2]}")
-    int32("block_table", block_table, ("S", "M"), device)
-    int32("n_rows", n_rows, (rows,), device)
-    sequences = block_table.shape[0]
-    if sequence is not None:
-        int32("sequence", sequence, (rows,), device)
+    tensor("value", given.value, (*key.shape[:3], "D"), same, device)
+    _heads(heads, key.shape[2])
+    int32("block_table", given.block_table, ("S", "M"), device)
+    int32("n_rows", given.n_rows, (rows,), device)
+    sequences = given.block_table.shape[0]
+    if given.sequence is not None:
+        int32("sequence", given.sequence, (rows,), device)
     elif sequences != rows:
         raise ValueError(
             f"sequence: expected int32 [{rows}], the line of block_table of each query row, as block_table has {sequences} lines, got None"
         )
-    if (kept is None) != (n_kept is None):
-        raise ValueError("kept, n_kept: expected both or neither, got one; n_kept is the length of each list in kept")
-    if window is not None:
-        whole("window", window)
-        if window < 1:
-            raise ValueError(f"window: expected at least 1, got {window}")
-    bound("row_bound", row_bound)
-    if kept is not None:
-        int32("kept", kept, (rows, "W"), device)
-        int32("n_kept", n_kept, (rows,), device)
-    if kept is None and not (mass or importance):
+    if given.window is not None:
+        whole("window", given.window)
+        if given.window < 1:
+            raise ValueError(f"window: expected at least 1, got {given.window}")
+    bound("row_bound", given.row_bound)
+    _kept(given, rows, "W")
+    if given.kept is None and not (mass or importance):
         return 0
-    wanted = {"n_visual": n_visual, "text_position": text_position}
-    if kept is None:
-        wanted["visual_position"] = visual_position
+    wanted = {"n_visual": given.n_visual, "text_position": given.text_position}
+    if given.kept is None:
+        wanted["visual_position"] = given.visual_position
     for name, value_of in wanted.items():
         if value_of is None:
             raise ValueError(f"{name}: expected a tensor, which statistics and kept lists need, got None")
-    int32("n_visual", n_visual, (rows,), device)
-    texts = int32("text_position", text_position, (sequences, "T"), device)
-    listed = kept if kept is not None else int32("visual_position", visual_position, (sequences, "N"), device)
+    int32("n_visual", given.n_visual, (rows,), device)
+    texts = int32("text_position", given.text_position, (sequences, "T"), device)
+    listed = given.kept if given.kept is not None else int32("visual_position", given.visual_position, (sequences, "N"), device)
     if mass:
-        if text_type is None:
+        if given.text_type is None:
             raise ValueError("text_type: expected uint8 [S, T], which the mass by type needs, got None")
-        tensor("text_type", text_type, tuple(texts.shape), (torch.uint8,), device)
+        tensor("text_type", given.text_type, tuple(texts.shape), (torch.uint8,), device)
     return listed.shape[1]
 
 
@@ -160,10 +180,11 @@ def bound(name: str, value: int | None) -> None:
         raise ValueError(f"{name}: expected a number of rows >= 0 or None, got {value}")
 
 
-def text_types(text_type: Tensor | None, key: Tensor, visual_capacity: int) -> None:
-    if text_type is None:
+def text_types(given: Rows) -> None:
+    key = given.key
+    if given.text_type is None:
         raise ValueError("text_type: expected uint8 [B, Ct], which the mass by type needs, got None")
-    tensor("text_type", text_type, (key.shape[0], key.shape[2] - visual_capacity), (torch.uint8,), key.device)
+    tensor("text_type", given.text_type, (key.shape[0], key.shape[2] - given.visual_capacity), (torch.uint8,), key.device)
 
 
 def predictor(weight: object, bias: object, rates: object, batch: int, heads: int, device: torch.device) -> None:
@@ -178,24 +199,22 @@ def predictor(weight: object, bias: object, rates: object, batch: int, heads: in
     tensor("rates", rates, (classes,), (torch.float64,), device)
 
 
-def decision(
-    weight: object, bias: object, rates: object, count: Tensor | None, score: Tensor | None, alive: Tensor | None, max_kept: Tensor | None,
-    batch: int, heads: int, tokens: int, device: torch.device,
-) -> None:  # fmt: skip
-    """Checks what a step decides by: a predictor or a count, and what narrows the choice."""
-    given = [part is not None for part in (weight, bias, rates)]
-    if any(given) == (count is not None) or any(given) != all(given):
+def decision(decide: Decide, query: Tensor, tokens: int) -> None:
+    """Checks what a step decides by: a predictor or a count, and what narrows the choice among ``tokens``."""
+    (batch, heads, _), device = query.shape, query.device
+    given = [part is not None for part in decide[:3]]
+    if any(given) == (decide.count is not None) or any(given) != all(given):
         raise ValueError("count: expected either count or all of weight, bias and rates, got neither, both or a part")
-    if count is None:
-        predictor(weight, bias, rates, batch, heads, device)
+    if decide.count is None:
+        predictor(decide.weight, decide.bias, decide.rates, batch, heads, device)
     else:
-        int32("count", count, (batch,), device)
-    if score is not None:
-        floating("score", score, (batch, tokens), device)
-    if alive is not None:
-        tensor("alive", alive, (batch, tokens), (torch.bool,), device)
-    if max_kept is not None:
-        int32("max_kept", max_kept, (batch,), device)
+        int32("count", decide.count, (batch,), device)
+    if decide.score is not None:
+        floating("score", decide.score, (batch, tokens), device)
+    if decide.alive is not None:
+        tensor("alive", decide.alive, (batch, tokens), (torch.bool,), device)
+    if decide.max_kept is not None:
+        int32("max_kept", decide.max_kept, (batch,), device)
 
 
 def selection(score: Tensor, count: Tensor | None, n_visual: Tensor, alive: Tensor | None) -> None:

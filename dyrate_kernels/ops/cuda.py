@@ -1,4 +1,4 @@
-"""The operators in CUDA C++: the signatures of ``dyrate_kernels.ops.reference`` over the extension ``dyrate_kernels._native``.
+"""The operators in CUDA C++: the functions of ``dyrate_kernels.ops.contract`` over the extension ``dyrate_kernels._native``.
 
 Arguments are taken as valid (``dyrate_kernels.ops`` checks them); the extension checks what it is given again. Everything is launched on
 the current stream, allocates only its results, reads no device value on the host and can be captured in a graph after one call of the
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dyrate_kernels import devices, native
 from dyrate_kernels.ops import reference, workspace
+from dyrate_kernels.ops.contract import Decide, Rows
 from dyrate_kernels.ops.forms import Step, empty_step, form, last_contiguous, readable_list, remember, stream_of, strides, vector
 
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
@@ -113,10 +114,10 @@ def _type(tensor: Tensor | None) -> int:
     return 0 if tensor is None else _TYPES[tensor.dtype]
 
 
-def _readable(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _readable(rows: Rows) -> bool:
     most = native.load().most_dim
-    inner = all(rows.shape[-1] == 1 or rows.stride(-1) == 1 for rows in (key, value))
-    return query.dtype != torch.float64 and inner and 0 < query.shape[-1] <= most and 0 < value.shape[-1] <= most
+    inner = all(tensor.shape[-1] == 1 or tensor.stride(-1) == 1 for tensor in (rows.key, rows.value))
+    return rows.query.dtype != torch.float64 and inner and 0 < rows.query.shape[-1] <= most and 0 < rows.value.shape[-1] <= most
 
 
 @dataclass(frozen=True)
@@ -138,32 +139,30 @@ _attentions: dict[Hashable, _Attention] = {}
 _calls: dict[Hashable, Any] = {}  # call objects of the other operators, by name and forms
 
 
-def _prepare_attention(
-    query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, text_type: Tensor | None, position: Tensor | None,
-    query_position: Tensor | None, new_key: Tensor | None, new_value: Tensor | None, visual_capacity: int, scale: float,
-    window: int | None, logits: bool, importance: bool, output: bool, deciding: bool, weight: Tensor | None, bias: Tensor | None,
-    score: Tensor | None, alive: Tensor | None,
-) -> _Attention:  # fmt: skip
+def _prepare_attention(rows: Rows, logits: bool, importance: bool, output: bool, decide: Decide | None) -> _Attention:
+    query, key, value, kept, visual_capacity = rows.query, rows.key, rows.value, rows.kept, rows.visual_capacity
     batch, heads, dim = query.shape
     width = 0 if kept is None else kept.shape[1]
     gpu = _gpu(query.device)
     how = override or gpu.settings
     attention = native.load().Attention(
         type=_type(query), batch=batch, heads=heads, kv_heads=key.shape[1], dim=dim, value_dim=value.shape[-1], capacity=key.shape[2],
-        visual_capacity=visual_capacity, list_width=width, window=window or 0, write_logits=int(logits), scale=scale,
+        visual_capacity=visual_capacity, list_width=width, window=rows.window or 0, write_logits=int(logits), scale=rows.scale,
         query_stride=(*query.stride()[:2], 1), key_stride=(*key.stride()[:3], 1), value_stride=(*value.stride()[:3], 1),
-        new_key_stride=strides(new_key, 2), new_value_stride=strides(new_value, 2), kept_stride=strides(kept, 1)[0],
-        text_type_stride=strides(text_type, 1)[0], position_stride=strides(position, 1)[0],
-        query_position_stride=strides(query_position, 1)[0], multiprocessors=gpu.multiprocessors, capability=gpu.capability, code=gpu.code,
-        tensor_cores=how.tensor_cores, stages=how.stages, bulk=how.bulk, most_splits=_cut[0], least_rows=_cut[1],
+        new_key_stride=strides(rows.new_key, 2), new_value_stride=strides(rows.new_value, 2), kept_stride=strides(kept, 1)[0],
+        text_type_stride=strides(rows.text_type, 1)[0], position_stride=strides(rows.position, 1)[0],
+        query_position_stride=strides(rows.query_position, 1)[0], multiprocessors=gpu.multiprocessors,
+        capability=gpu.capability, code=gpu.code, tensor_cores=how.tensor_cores, stages=how.stages, bulk=how.bulk,
+        most_splits=_cut[0], least_rows=_cut[1],
     )  # fmt: skip
-    decide = None
+    decision = None
     if importance:
-        decide = native.load().Decide(
+        weight, bias, _, _, score, alive, _ = decide or Decide()
+        decision = native.load().Decide(
             batch=batch, heads=heads, visual_capacity=visual_capacity, list_width=width, logit_capacity=attention.logit_capacity,
-            decide=int(deciding), classes=0 if weight is None else weight.shape[0], weight_type=_type(weight), bias_type=_type(bias),
-            score_type=_type(score), weight_stride=strides(weight, 2), bias_stride=strides(bias, 2), score_stride=strides(score, 2),
-            alive_stride=strides(alive, 2), kept_in_stride=strides(kept, 1)[0],
+            decide=int(decide is not None), classes=0 if weight is None else weight.shape[0], weight_type=_type(weight),
+            bias_type=_type(bias), score_type=_type(score), weight_stride=strides(weight, 2), bias_stride=strides(bias, 2),
+            score_stride=strides(score, 2), alive_stride=strides(alive, 2), kept_in_stride=strides(kept, 1)[0],
         )  # fmt: skip
     sizes = attention.scratch
     scratch = {
@@ -173,26 +172,23 @@ def _prepare_attention(
         "logits": sizes["logits"] if logits else None,
         "counters": sizes["counters"] + batch,  # the decision's
     }
-    return _Attention(attention, decide, scratch)
+    return _Attention(attention, decision, scratch)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_capacity: int, scale: float,
-    kept: Tensor | None = None, n_kept: Tensor | None = None, text_type: Tensor | None = None, position: Tensor | None = None,
-    query_position: Tensor | None = None, window: int | None = None, mass: bool = False, importance: bool = False,
-    output: bool = True, new_key: Tensor | None = None, new_value: Tensor | None = None,
-    decide: dict[str, Tensor | None] | None = None,
-) -> Step:  # fmt: skip
+def _attend(rows: Rows, *, mass: bool, importance: bool, output: bool = True, decide: Decide | None = None) -> Step:
     """One launch of the attention, a second one where importance is asked for."""
+    (
+        query, key, value, n_visual, n_text, visual_capacity, scale, kept, n_kept, text_type, position, query_position, window, _, _, _,
+        new_key, new_value, _, _,
+    ) = rows  # fmt: skip
     device = query.device
     batch, heads, _ = query.shape
     made = empty_step(query, value, visual_capacity, output=output, mass=mass, importance=importance, decide=decide is not None)
     if batch == 0 or heads == 0:
         return made
-    weight = bias = rates = count = score = alive = max_kept = None
+    weight, bias, rates, count, score, alive, max_kept = decide or Decide()
     if decide is not None:
-        weight, bias, score, alive = (decide[name] for name in ("weight", "bias", "score", "alive"))
-        rates, count, max_kept = (vector(decide[name]) for name in ("rates", "count", "max_kept"))
+        rates, count, max_kept = vector(rates), vector(count), vector(max_kept)
         if bias is not None and bias.dim() == 1:
             bias = bias.expand(batch, -1)
         if alive is not None:
@@ -208,10 +204,12 @@ def _attend(
     )  # fmt: skip
     known = _attentions.get(forms)
     if known is None:
-        known = remember(_attentions, forms, _prepare_attention(
-            query, key, value, kept, text_type, position, query_position, new_key, new_value, visual_capacity, scale, window,
-            mass or importance, importance, output, decide is not None, weight, bias, score, alive,
-        ))  # fmt: skip
+        readable = rows._replace(
+            query=query, kept=kept, text_type=text_type, position=position, query_position=query_position, new_key=new_key,
+            new_value=new_value,
+        )  # fmt: skip
+        by = None if decide is None else Decide(weight, bias, rates, count, score, alive, max_kept)
+        known = remember(_attentions, forms, _prepare_attention(readable, mass or importance, importance, output, by))
     stream = stream_of(device)
     part, part_stat, head_stat, logits, counters = workspace.for_stream(device, stream).buffers_for(known.scratch)
     n_visual, n_text = vector(n_visual), vector(n_text)
@@ -233,48 +231,30 @@ def _call(name: str, forms: Hashable, **shape: Any) -> Any:
     return remember(_calls, (name, forms), getattr(native.load(), name)(**shape)) if known is None else known
 
 
-def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_bound: int | None = None,
-    text_bound: int | None = None, clean: bool = False, cos: Tensor | None = None, sin: Tensor | None = None, **rest: Any,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+def decode_attention(rows: Rows, *, mass: bool, importance: bool) -> tuple[Tensor, Any, Any]:
     """See ``dyrate_kernels.ops.decode_attention``. The bounds and ``clean`` are not needed: lengths are read on the device.
 
     Rotary embedding is left to torch.
     """
-    if cos is not None:
-        query, rest["new_key"] = reference.rotated(query, rest.get("new_key"), cos, sin)
-    if not _readable(query, key, value):
-        return reference.decode_attention(
-            query, key, value, n_visual, n_text, visual_bound=visual_bound, text_bound=text_bound, clean=clean, **rest
-        )
-    return _attend(query, key, value, n_visual, n_text, **rest)[:3]
+    rows = reference.rotate(rows)
+    if not _readable(rows):
+        return reference.decode_attention(rows, mass=mass, importance=importance)
+    return _attend(rows, mass=mass, importance=importance)[:3]
 
 
-def score_last_query(
-    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, visual_bound: int | None = None,
-    text_bound: int | None = None, **rest: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def score_last_query(rows: Rows) -> tuple[Tensor, Tensor]:
     """See ``dyrate_kernels.ops.score_last_query``: the same kernels, without values and output."""
-    if not _readable(query, key, value):
-        return reference.score_last_query(query, key, value, n_visual, n_text, visual_bound=visual_bound, text_bound=text_bound, **rest)
-    return _attend(query, key, value, n_visual, n_text, mass=True, importance=True, output=False, **rest)[1:3]
+    if not _readable(rows):
+        return reference.score_last_query(rows)
+    return _attend(rows, mass=True, importance=True, output=False)[1:3]
 
 
-def decode_step(
-    query: Tensor, key: Tensor, value: Tensor, n_visual: Tensor, n_text: Tensor, *, weight: Tensor | None = None,
-    bias: Tensor | None = None, rates: Tensor | None = None, count: Tensor | None = None, score: Tensor | None = None,
-    alive: Tensor | None = None, max_kept: Tensor | None = None, visual_bound: int | None = None, text_bound: int | None = None,
-    clean: bool = False, cos: Tensor | None = None, sin: Tensor | None = None, **rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def decode_step(rows: Rows, decide: Decide) -> Step:
     """See ``dyrate_kernels.ops.decode_step``: two launches. Rotary embedding is left to torch."""
-    if cos is not None:
-        query, rest["new_key"] = reference.rotated(query, rest.get("new_key"), cos, sin)
-    decide = {"weight": weight, "bias": bias, "rates": rates, "count": count, "score": score, "alive": alive, "max_kept": max_kept}
-    if not _readable(query, key, value):
-        return reference.decode_step(
-            query, key, value, n_visual, n_text, visual_bound=visual_bound, text_bound=text_bound, clean=clean, **decide, **rest
-        )
-    return _attend(query, key, value, n_visual, n_text, mass=True, importance=True, decide=decide, **rest)
+    rows = reference.rotate(rows)
+    if not _readable(rows):
+        return Step(*reference.decode_step(rows, decide))
+    return _attend(rows, mass=True, importance=True, decide=decide)
 
 
 def predict_rate(mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from . import dispatch
 from .forms import Prepared, remember
 
 _Operator = TypeVar("_Operator", bound=Callable[..., Any])
+Bundle = Callable[..., tuple[tuple, dict[str, Any]]]
 _PLAIN = (Tensor, nn.Parameter)
 _UNCHANGING = {"visual_bound", "text_bound", "clean"}  # change no result and, in a reference's run, with every step: not part of the key
 _known: dict[Hashable, Callable[..., Any]] = {}
@@ -54,7 +55,7 @@ def _harmless(value: Any) -> bool:
     return value is None or value is True or value is False or (value.__class__ is int and value >= 0)
 
 
-def _short(name: str, scaled: bool, args: tuple, named: dict[str, Any], result: type) -> Callable[..., Any]:
+def _short(name: str, bundle: Bundle | None, scaled: bool, args: tuple, named: dict[str, Any], result: type) -> Callable[..., Any]:
     """The call without checks, for arguments of these forms."""
     choice, device = named.get("backend", "auto"), args[0].device
     given = named.get("scale")
@@ -65,6 +66,8 @@ def _short(name: str, scaled: bool, args: tuple, named: dict[str, Any], result: 
     def call(*args: Any, backend: Any = None, **named: Any) -> Any:
         module = dispatch.resolve(choice, device, name)
         named.update(scale)
+        if bundle is not None:
+            args, named = bundle(*args, **named)
         if name in getattr(module, "PREPARES", ()):
             named["prepared"] = prepared
         made = getattr(module, name)(*args, **named)
@@ -73,28 +76,35 @@ def _short(name: str, scaled: bool, args: tuple, named: dict[str, Any], result: 
     return call
 
 
-def operator(call: _Operator) -> _Operator:
-    """Decorates a public operator whose arguments, but for ``backend``, are those of the backends' function of the same name.
+def operator(bundle: Bundle | None = None) -> Callable[[_Operator], _Operator]:
+    """Decorates a public operator.
 
-    ``scale=None`` becomes ``D ** -0.5`` of the first argument.
+    Args:
+        bundle: makes of the public arguments, but for ``backend``, the positional and the named ones of the backends' function of the same
+            name (``ops.contract``); None: they are the same. ``scale=None`` has become ``D ** -0.5`` of the first argument before.
     """
-    name = call.__name__
-    scaled = "scale" in inspect.signature(call).parameters
 
-    @functools.wraps(call)
-    def quick(*args: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling() or not args or not _alone():
-            return call(*args, **named)
-        try:
-            key: Hashable = (name, *map(_form, args), *[(word, _form(value)) for word, value in named.items() if word not in _UNCHANGING])
-            known = _known.get(key)
-        except (RuntimeError, TypeError):  # a tensor without strides, an argument that nobody expects
-            return call(*args, **named)
-        if known is not None and all(_harmless(named.get(word)) for word in _UNCHANGING):
-            return known(*args, **named)
-        made = call(*args, **named)
-        if known is None and all(map(_ordinary, args)) and all(map(_ordinary, named.values())):
-            remember(_known, key, _short(name, scaled, args, named, type(made)))
-        return made
+    def decorate(call: _Operator) -> _Operator:
+        name = call.__name__
+        scaled = "scale" in inspect.signature(call).parameters
 
-    return cast(_Operator, quick)
+        @functools.wraps(call)
+        def quick(*args: Any, **named: Any) -> Any:
+            if torch.compiler.is_compiling() or not args or not _alone():
+                return call(*args, **named)
+            try:
+                forms = [(word, _form(value)) for word, value in named.items() if word not in _UNCHANGING]
+                key: Hashable = (name, *map(_form, args), *forms)
+                known = _known.get(key)
+            except (RuntimeError, TypeError):  # a tensor without strides, an argument that nobody expects
+                return call(*args, **named)
+            if known is not None and all(_harmless(named.get(word)) for word in _UNCHANGING):
+                return known(*args, **named)
+            made = call(*args, **named)
+            if known is None and all(map(_ordinary, args)) and all(map(_ordinary, named.values())):
+                remember(_known, key, _short(name, bundle, scaled, args, named, type(made)))
+            return made
+
+        return cast(_Operator, quick)
+
+    return decorate

@@ -7,7 +7,7 @@ tensors, so that a decode step prepares nothing.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -41,14 +41,14 @@ class Prepared:
 
 
 class Step(NamedTuple):
-    """Results of an attention with its statistics and its decision; None for what was not asked for."""
+    """Results of an attention with its statistics and its decision: tensors, and None for what the caller did not ask for."""
 
-    output: Tensor | None
-    mass: Tensor | None
-    importance: Tensor | None
-    kept: Tensor | None
-    n_kept: Tensor | None
-    rate: Tensor | None
+    output: Any
+    mass: Any
+    importance: Any
+    kept: Any
+    n_kept: Any
+    rate: Any
 
 
 def empty_step(
@@ -76,11 +76,23 @@ def strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if tensor is None else tensor.stride()[:count]
 
 
+@overload
+def vector(tensor: Tensor) -> Tensor: ...
+@overload
+def vector(tensor: None) -> None: ...
+@overload
+def vector(tensor: Tensor | None) -> Tensor | None: ...
 def vector(tensor: Tensor | None) -> Tensor | None:
     """A ``[B]`` tensor that lies in memory as the kernels read it."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
+@overload
+def last_contiguous(tensor: Tensor) -> Tensor: ...
+@overload
+def last_contiguous(tensor: None) -> None: ...
+@overload
+def last_contiguous(tensor: Tensor | None) -> Tensor | None: ...
 def last_contiguous(tensor: Tensor | None) -> Tensor | None:
     """The same values with the elements of the last dimension next to each other."""
     return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

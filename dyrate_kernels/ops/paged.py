@@ -14,12 +14,13 @@ The engine writes its own keys and values (``slot_mapping``): nothing here appen
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, direct, dispatch
+from .contract import Decide, PagedRows, step_arguments
 
 _ops = torch.ops.dyrate
 
@@ -45,7 +46,13 @@ class PagedStep(NamedTuple):
     rate: Tensor
 
 
-@direct.operator
+def _attention_arguments(
+    *rows: Any, mass: bool = False, importance: bool = False, out: Tensor | None = None, **named: Any
+) -> tuple[tuple, dict[str, Any]]:
+    return (PagedRows(*rows, **named),), {"mass": mass, "importance": importance, "out": out}
+
+
+@direct.operator(_attention_arguments)
 def paged_attention(
     query: Tensor,
     key: Tensor,
@@ -99,27 +106,24 @@ def paged_attention(
     Returns:
         PagedAttention.
     """
-    checks.paged(
-        query, key, value, block_table, n_rows, sequence, visual_position, n_visual, text_position, text_type, kept, n_kept, window,
-        row_bound, mass, importance,
+    rows = PagedRows(
+        query, key, value, block_table, n_rows, checks.scale(scale, query, "R"), sequence, visual_position, n_visual, text_position,
+        text_type, kept, n_kept, window, row_bound,
     )  # fmt: skip
+    checks.paged(rows, mass, importance)
     if out is not None:
         checks.tensor("out", out, (*query.shape[:2], value.shape[-1]), (query.dtype,), query.device)
         if not out.is_contiguous():
             raise ValueError(f"out: expected a contiguous tensor, got strides {list(out.stride())}")
     dispatch.check_name(backend)
-    arguments = (
-        query, key, value, block_table, n_rows, query.shape[-1] ** -0.5 if scale is None else float(scale), sequence, visual_position,
-        n_visual, text_position, text_type, kept, n_kept, window, row_bound, mass, importance, backend,
-    )  # fmt: skip
     if out is None:
-        output, by_type, per_row = _ops.paged_attention(*arguments)
+        output, by_type, per_row = _ops.paged_attention(*rows, mass, importance, backend)
     else:
-        output, (by_type, per_row) = out, _ops.paged_attention_out(*arguments, out=out)
+        output, (by_type, per_row) = out, _ops.paged_attention_out(*rows, mass, importance, backend, out=out)
     return PagedAttention(output, by_type if mass else None, per_row if importance else None)
 
 
-@direct.operator
+@direct.operator(step_arguments(PagedRows))
 def paged_step(
     query: Tensor,
     key: Tensor,
@@ -162,16 +166,12 @@ def paged_step(
     Returns:
         PagedStep.
     """
-    tokens = checks.paged(
-        query, key, value, block_table, n_rows, sequence, visual_position, n_visual, text_position, text_type, kept, n_kept, window,
-        row_bound, True, True,
+    rows = PagedRows(
+        query, key, value, block_table, n_rows, checks.scale(scale, query, "R"), sequence, visual_position, n_visual, text_position,
+        text_type, kept, n_kept, window, row_bound,
     )  # fmt: skip
-    rows, heads, dim = query.shape
-    checks.decision(weight, bias, rates, count, score, alive, max_kept, rows, heads, tokens, query.device)
+    tokens = checks.paged(rows, True, True)
+    decide = Decide(weight, bias, rates, count, score, alive, max_kept)
+    checks.decision(decide, query, tokens)
     dispatch.check_name(backend)
-    return PagedStep(
-        *_ops.paged_step(
-            query, key, value, block_table, n_rows, dim**-0.5 if scale is None else float(scale), sequence, visual_position, n_visual,
-            text_position, text_type, kept, n_kept, window, row_bound, weight, bias, rates, count, score, alive, max_kept, backend,
-        )
-    )  # fmt: skip
+    return PagedStep(*_ops.paged_step(*rows, *decide, backend))

@@ -6,12 +6,13 @@ data. Arguments are taken as valid: ``dyrate_kernels.ops`` checks them. Statisti
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import layers
+from .contract import Decide, PagedRows, Rows
 
 SYSTEM, IMAGE, INSTRUCTION, RESPONSE = 0, 1, 2, 3  # token types
 TYPES = 4
@@ -23,7 +24,7 @@ class _Regions(NamedTuple):
     keys: tuple[Tensor, Tensor]  # [B, Hkv, R, D]
     values: tuple[Tensor, Tensor]  # the same, finite in every row that is not read
     live: Tensor  # bool [B, Rv + Rt]
-    index: Tensor | None  # int64 [B, Rv], the row each visual row was gathered from; None: they are the first Rv rows
+    source: Tensor | None  # int64 [B, Rv], the row each visual row was gathered from; None: they are the first Rv rows
 
     @property
     def visual_rows(self) -> int:
@@ -47,31 +48,18 @@ def _gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     return rows.view(-1, dim).index_select(0, flat).view(batch, heads, index.shape[-1], dim)
 
 
-def _regions(
-    key: Tensor,
-    value: Tensor,
-    n_visual: Tensor,
-    n_text: Tensor,
-    visual_capacity: int,
-    kept: Tensor | None,
-    n_kept: Tensor | None,
-    position: Tensor | None,
-    query_position: Tensor | None,
-    window: int | None,
-    visual_bound: int | None,
-    text_bound: int | None,
-    clean: bool,
-    dtype: torch.dtype,
-) -> _Regions:
+def _regions(rows: Rows, dtype: torch.dtype) -> _Regions:
+    key, visual_capacity, kept, n_kept = rows.key, rows.visual_capacity, rows.kept, rows.n_kept
+    visual_bound, text_bound = rows.visual_bound, rows.text_bound
     device = key.device
     visual = visual_capacity if visual_bound is None else min(visual_bound, visual_capacity)
     text_capacity = key.shape[2] - visual_capacity
     text = text_capacity if text_bound is None else min(text_bound, text_capacity)
     text_rows = slice(visual_capacity, visual_capacity + text)
-    live_text = torch.arange(text, device=device) < n_text[:, None]
+    live_text = torch.arange(text, device=device) < rows.n_text[:, None]
     index = None
-    if kept is None:
-        live_visual = torch.arange(visual, device=device) < n_visual[:, None]
+    if kept is None or n_kept is None:
+        live_visual = torch.arange(visual, device=device) < rows.n_visual[:, None]
     else:
         listed = torch.arange(kept.shape[1], device=device) < n_kept[:, None]
         if 2 * kept.shape[1] > visual:  # a list this long may name most rows: a mask over all of them is cheaper than a gather
@@ -80,21 +68,21 @@ def _regions(
         else:
             index = torch.where(listed, kept, 0).long()  # past the list's end any row will do: it is masked
             live_visual = listed
-    if window is not None:
-        in_window = (query_position[:, None] - position) < window
+    if rows.window is not None and rows.query_position is not None and rows.position is not None:
+        in_window = (rows.query_position[:, None] - rows.position) < rows.window
         visual_window = in_window[:, :visual] if index is None else in_window.gather(1, index)
         live_visual = live_visual & visual_window
         live_text = live_text & in_window[:, text_rows]
 
-    def split(rows: Tensor, zero_dead: bool) -> tuple[Tensor, Tensor]:
-        parts = [rows[:, :, :visual] if index is None else _gather_rows(rows, index), rows[:, :, text_rows]]
+    def split(tensor: Tensor, zero_dead: bool) -> tuple[Tensor, Tensor]:
+        parts = [tensor[:, :, :visual] if index is None else _gather_rows(tensor, index), tensor[:, :, text_rows]]
         for number, (part, live) in enumerate(zip(parts, (live_visual, live_text), strict=True)):
             part = part.to(dtype)
             # a dead row may hold NaN, and a weight of zero does not silence that
             parts[number] = torch.where(live[:, None, :, None], part, 0.0) if zero_dead else part
         return parts[0], parts[1]
 
-    return _Regions(split(key, False), split(value, not clean), torch.cat([live_visual, live_text], 1), index)
+    return _Regions(split(key, False), split(rows.value, not rows.clean), torch.cat([live_visual, live_text], 1), index)
 
 
 def _probabilities(query: Tensor, rows: _Regions, scale: float) -> Tensor:
@@ -109,11 +97,12 @@ def _probabilities(query: Tensor, rows: _Regions, scale: float) -> Tensor:
 
 def _statistics(
     probabilities: Tensor, rows: _Regions, visual_capacity: int, text_type: Tensor | None, mass: bool, importance: bool
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Any, Any]:  # tensors where they were asked for, else None
     batch, visual_rows = probabilities.shape[0], rows.visual_rows
     flat = probabilities.flatten(1, 2)  # [B, Hq, R]
     by_type, per_row = None, None
     if mass:
+        assert text_type is not None
         text = flat[..., visual_rows:]
         types = torch.arange(TYPES, device=flat.device)
         of_type = (text_type[:, : text.shape[-1], None] == types).to(flat.dtype)
@@ -124,100 +113,59 @@ def _statistics(
     if importance:
         mean = flat[..., :visual_rows].mean(1)
         per_row = mean.new_zeros(batch, visual_capacity)
-        if rows.index is None:
+        if rows.source is None:
             per_row[:, :visual_rows] = mean
         else:
-            per_row.scatter_add_(1, rows.index, mean)  # rows past the list's end point to row 0 and add an exact zero
+            per_row.scatter_add_(1, rows.source, mean)  # rows past the list's end point to row 0 and add an exact zero
     return by_type, per_row
 
 
-def rotated(query: Tensor, new_key: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``layers.rotate`` of one column: query ``[B, Hq, D]`` and the new key ``[B, Hkv, D]`` or None; cos, sin ``[B, D]`` or ``[1, D]``."""
-    key = query[:, :0] if new_key is None else new_key
-    query, key = layers.rotate(query[:, :, None], key[:, :, None], cos[:, None], sin[:, None])
-    return query[:, :, 0], None if new_key is None else key[:, :, 0]
+def rotate(rows: Rows) -> Rows:
+    """Returns the rows with query and new key rotated as ``layers.rotate`` does it for one column; the same where no cos is given."""
+    if rows.cos is None or rows.sin is None:
+        return rows
+    key = rows.query[:, :0] if rows.new_key is None else rows.new_key
+    query, key = layers.rotate(rows.query[:, :, None], key[:, :, None], rows.cos[:, None], rows.sin[:, None])
+    return rows._replace(query=query[:, :, 0], new_key=None if rows.new_key is None else key[:, :, 0], cos=None, sin=None)
 
 
-def _append(key: Tensor, value: Tensor, n_text: Tensor, visual_capacity: int, new_key: Tensor, new_value: Tensor) -> None:
-    """Writes ``new_key``, ``new_value`` ``[B, Hkv, D]`` into each sequence's newest text row, in place."""
-    row = (visual_capacity + n_text.long() - 1).clamp(min=0)
-    sequence = torch.arange(key.shape[0], device=key.device)
-    for rows, new in ((key, new_key), (value, new_value)):
-        old = rows[sequence, :, row]
-        rows.transpose(1, 2).index_put_((sequence, row), torch.where((n_text > 0)[:, None, None], new, old))
+def append(rows: Rows) -> None:
+    """Writes ``new_key``, ``new_value`` ``[B, Hkv, D]`` into each sequence's newest text row, in place; nothing where none are given."""
+    row = (rows.visual_capacity + rows.n_text.long() - 1).clamp(min=0)
+    sequence = torch.arange(rows.key.shape[0], device=rows.key.device)
+    for into, new in ((rows.key, rows.new_key), (rows.value, rows.new_value)):
+        if new is not None:
+            old = into[sequence, :, row]
+            into.transpose(1, 2).index_put_((sequence, row), torch.where((rows.n_text > 0)[:, None, None], new, old))
 
 
-def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    n_visual: Tensor,
-    n_text: Tensor,
-    *,
-    visual_capacity: int,
-    scale: float,
-    kept: Tensor | None = None,
-    n_kept: Tensor | None = None,
-    text_type: Tensor | None = None,
-    position: Tensor | None = None,
-    query_position: Tensor | None = None,
-    window: int | None = None,
-    mass: bool = False,
-    importance: bool = False,
-    visual_bound: int | None = None,
-    text_bound: int | None = None,
-    clean: bool = False,
-    new_key: Tensor | None = None,
-    new_value: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _grouped(rows: Rows) -> Tensor:
+    """The query as ``[B, Hkv, G, D]``, in the dtype of sums."""
+    batch, heads, dim = rows.query.shape
+    kv_heads = rows.key.shape[1]
+    return rows.query.to(_accumulator(rows.query.dtype)).reshape(batch, kv_heads, heads // kv_heads, dim)
+
+
+def decode_attention(rows: Rows, *, mass: bool, importance: bool) -> tuple[Tensor, Any, Any]:
     """See ``dyrate_kernels.ops.decode_attention``."""
-    if cos is not None:
-        query, new_key = rotated(query, new_key, cos, sin)
-    if new_key is not None:
-        _append(key, value, n_text, visual_capacity, new_key, new_value)
-    batch, heads, dim = query.shape
-    kv_heads = key.shape[1]
-    dtype = _accumulator(query.dtype)
-    rows = _regions(
-        key, value, n_visual, n_text, visual_capacity, kept, n_kept, position, query_position, window, visual_bound,
-        text_bound, clean, dtype,
-    )  # fmt: skip
-    grouped = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, dim)
-    probabilities = _probabilities(grouped, rows, scale)
-    weights = probabilities.split([rows.visual_rows, probabilities.shape[-1] - rows.visual_rows], -1)
-    output = torch.matmul(weights[0], rows.values[0]) + torch.matmul(weights[1], rows.values[1])
-    by_type, per_row = _statistics(probabilities, rows, visual_capacity, text_type, mass, importance)
-    return output.reshape(batch, heads, value.shape[-1]).to(query.dtype), by_type, per_row
+    rows = rotate(rows)
+    if rows.new_key is not None:
+        append(rows)
+    query, grouped = rows.query, _grouped(rows)
+    regions = _regions(rows, grouped.dtype)
+    probabilities = _probabilities(grouped, regions, rows.scale)
+    weights = probabilities.split([regions.visual_rows, probabilities.shape[-1] - regions.visual_rows], -1)
+    output = torch.matmul(weights[0], regions.values[0]) + torch.matmul(weights[1], regions.values[1])
+    by_type, per_row = _statistics(probabilities, regions, rows.visual_capacity, rows.text_type, mass, importance)
+    return output.reshape(*query.shape[:2], rows.value.shape[-1]).to(query.dtype), by_type, per_row
 
 
-def score_last_query(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    n_visual: Tensor,
-    n_text: Tensor,
-    *,
-    visual_capacity: int,
-    scale: float,
-    text_type: Tensor,
-    position: Tensor | None = None,
-    query_position: Tensor | None = None,
-    window: int | None = None,
-    visual_bound: int | None = None,
-    text_bound: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def score_last_query(rows: Rows) -> tuple[Tensor, Tensor]:
     """See ``dyrate_kernels.ops.score_last_query``."""
-    batch, heads, dim = query.shape
-    kv_heads = key.shape[1]
-    dtype = _accumulator(query.dtype)
-    rows = _regions(
-        key, value[..., :0], n_visual, n_text, visual_capacity, None, None, position, query_position, window, visual_bound,
-        text_bound, True, dtype,
-    )  # fmt: skip
-    grouped = query.to(dtype).reshape(batch, kv_heads, heads // kv_heads, dim)
-    return _statistics(_probabilities(grouped, rows, scale), rows, visual_capacity, text_type, True, True)
+    grouped = _grouped(rows)
+    regions = _regions(rows._replace(value=rows.value[..., :0], kept=None, n_kept=None, clean=True), grouped.dtype)
+    probabilities = _probabilities(grouped, regions, rows.scale)
+    return _statistics(probabilities, regions, rows.visual_capacity, rows.text_type, True, True)
 
 
 def _order_key(values: Tensor) -> Tensor:
@@ -301,59 +249,18 @@ def reorder_(rows: list[Tensor], index: Tensor) -> None:
         tensor.copy_(tensor.index_select(0, index))
 
 
-def decode_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    n_visual: Tensor,
-    n_text: Tensor,
-    *,
-    visual_capacity: int,
-    scale: float,
-    text_type: Tensor,
-    position: Tensor | None = None,
-    query_position: Tensor | None = None,
-    window: int | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    rates: Tensor | None = None,
-    count: Tensor | None = None,
-    score: Tensor | None = None,
-    alive: Tensor | None = None,
-    max_kept: Tensor | None = None,
-    visual_bound: int | None = None,
-    text_bound: int | None = None,
-    clean: bool = False,
-    new_key: Tensor | None = None,
-    new_value: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def decode_step(rows: Rows, decide: Decide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``dyrate_kernels.ops.decode_step``."""
-    output, mass, importance = decode_attention(
-        query, key, value, n_visual, n_text, visual_capacity=visual_capacity, scale=scale, text_type=text_type, position=position,
-        query_position=query_position, window=window, mass=True, importance=True, visual_bound=visual_bound, text_bound=text_bound,
-        clean=clean, new_key=new_key, new_value=new_value, cos=cos, sin=sin,
-    )  # fmt: skip
-    kept, n_kept, rate = _decide(mass, importance, n_visual, weight, bias, rates, count, score, alive, max_kept)
-    return output, mass, importance, kept, n_kept, rate
+    output, mass, importance = decode_attention(rows, mass=True, importance=True)
+    return output, mass, importance, *_decide(mass, importance, rows.n_visual, decide)
 
 
-def _decide(
-    mass: Tensor,
-    importance: Tensor,
-    n_visual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    rates: Tensor | None,
-    count: Tensor | None,
-    score: Tensor | None,
-    alive: Tensor | None,
-    max_kept: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _decide(mass: Tensor, importance: Tensor, n_visual: Tensor, decide: Decide) -> tuple[Tensor, Tensor, Tensor]:
     """kept, n_kept and rate from the statistics of a step."""
+    weight, bias, rates, count, score, alive, max_kept = decide
     rate = None
     if count is None:
+        assert weight is not None and bias is not None and rates is not None
         rate, _ = predict_rate(mass, weight, bias, rates)
         count = keep_count(n_visual, rate)
     if max_kept is not None:
@@ -368,132 +275,55 @@ def _decide(
 # ---- paged rows -----------------------------------------------------------------------------------------------------------------
 
 
-class _Gathered(NamedTuple):
-    """The rows of paged sequences laid out as ``decode_attention`` reads them, one sequence a query row."""
-
-    key: Tensor  # [R, Hkv, V + P, D]: V visual places, P text places
-    value: Tensor
-    n_visual: Tensor  # int32 [R]
-    n_text: Tensor
-    position: Tensor  # int32 [R, V + P]
-    text_type: Tensor | None  # uint8 [R, P]
-    listed: Tensor | None  # int32 [R, V], positions of the visual places
-
-
-def _gather(
-    key: Tensor,
-    value: Tensor,
-    block_table: Tensor,
-    n_rows: Tensor,
-    sequence: Tensor | None,
-    visual_position: Tensor | None,
-    n_visual: Tensor | None,
-    text_position: Tensor | None,
-    text_type: Tensor | None,
-    kept: Tensor | None,
-    n_kept: Tensor | None,
-    row_bound: int | None,
-    statistics: bool,
-) -> _Gathered:
+def gather(paged: PagedRows, mass: bool, statistics: bool) -> tuple[Rows, Tensor]:
+    """Returns the rows of paged sequences laid out as ``decode_attention`` reads them, one sequence a query row (visual places first, then
+    text), and the positions int32 ``[R, V]`` of the visual places; V is 0 where every row is read in the order of positions.
+    """
+    key, n_rows, kept = paged.key, paged.n_rows, paged.kept
     device, rows = key.device, n_rows.shape[0]
     size = key.shape[1]
-    capacity = block_table.shape[1] * size
-    text_capacity = capacity if row_bound is None else min(row_bound, capacity)
-    owner = torch.arange(rows, device=device) if sequence is None else sequence.long()
+    capacity = paged.block_table.shape[1] * size
+    text_capacity = capacity if paged.row_bound is None else min(paged.row_bound, capacity)
+    owner = torch.arange(rows, device=device) if paged.sequence is None else paged.sequence.long()
     text = torch.arange(text_capacity, dtype=torch.int32, device=device).expand(rows, -1)
-    listed, types = None, None
-    if kept is None and not statistics:  # every row, in the order of positions
-        visual = text[:, :0]
-        n_read, n_text, text_places = torch.zeros_like(n_rows), n_rows, text
-    else:
-        listed = visual = visual_position.index_select(0, owner) if kept is None else kept
-        n_read = n_visual if kept is None else n_kept
-        n_text = n_rows - n_visual
-        known = min(text_position.shape[1], text_capacity)
+    types: Tensor | None = None
+    visual = text[:, :0]
+    n_read, n_text, text_places = torch.zeros_like(n_rows), n_rows, text  # every row, in the order of positions
+    if kept is not None or statistics:
+        assert paged.n_visual is not None and paged.text_position is not None
+        if kept is not None and paged.n_kept is not None:
+            visual, n_read = kept, paged.n_kept
+        elif paged.visual_position is not None:
+            visual, n_read = paged.visual_position.index_select(0, owner), paged.n_visual
+        n_text = n_rows - paged.n_visual
+        known = min(paged.text_position.shape[1], text_capacity)
         written = torch.full((rows, text_capacity), -1, dtype=torch.int32, device=device)
-        written[:, :known] = text_position[:, :known].index_select(0, owner)
-        text_places = torch.where(written < 0, text + n_visual[:, None], written)
-        if text_type is not None:
+        written[:, :known] = paged.text_position[:, :known].index_select(0, owner)
+        text_places = torch.where(written < 0, text + paged.n_visual[:, None], written)
+        if mass and paged.text_type is not None:
             types = torch.full((rows, text_capacity), RESPONSE, dtype=torch.uint8, device=device)
-            types[:, :known] = text_type[:, :known].index_select(0, owner)
+            types[:, :known] = paged.text_type[:, :known].index_select(0, owner)
     live = torch.cat([torch.arange(visual.shape[1], device=device) < n_read[:, None], text < n_text[:, None]], 1)
     position = torch.where(live, torch.cat([visual, text_places], 1), 0)
     # a place that is not read may point anywhere: block 0 is there
-    block = torch.where(live, block_table.index_select(0, owner).gather(1, (position // size).long()), 0).long()
+    block = torch.where(live, paged.block_table.index_select(0, owner).gather(1, (position // size).long()), 0).long()
     row = (position % size).long()
-    return _Gathered(
-        key[block, row].transpose(1, 2), value[block, row].transpose(1, 2), n_read, n_text, position, types, listed
-    )  # fmt: skip
+    return Rows(
+        paged.query, key[block, row].transpose(1, 2), paged.value[block, row].transpose(1, 2), n_read, n_text, visual.shape[1], paged.scale,
+        text_type=types, position=position, query_position=n_rows - 1, window=paged.window,
+    ), visual  # fmt: skip
 
 
-def paged_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_table: Tensor,
-    n_rows: Tensor,
-    *,
-    scale: float,
-    sequence: Tensor | None = None,
-    visual_position: Tensor | None = None,
-    n_visual: Tensor | None = None,
-    text_position: Tensor | None = None,
-    text_type: Tensor | None = None,
-    kept: Tensor | None = None,
-    n_kept: Tensor | None = None,
-    window: int | None = None,
-    mass: bool = False,
-    importance: bool = False,
-    row_bound: int | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def paged_attention(rows: PagedRows, *, mass: bool, importance: bool, out: Tensor | None = None) -> tuple[Tensor, Any, Any]:
     """See ``dyrate_kernels.ops.paged_attention``: the rows are gathered, the rest is ``decode_attention``."""
-    rows = _gather(
-        key, value, block_table, n_rows, sequence, visual_position, n_visual, text_position, text_type if mass else None, kept, n_kept,
-        row_bound, mass or importance,
-    )  # fmt: skip
-    output, by_type, per_row = decode_attention(
-        query, rows.key, rows.value, rows.n_visual, rows.n_text, visual_capacity=0 if rows.listed is None else rows.listed.shape[1],
-        scale=scale, text_type=rows.text_type, position=rows.position, query_position=n_rows - 1, window=window, mass=mass,
-        importance=importance,
-    )  # fmt: skip
+    gathered, _ = gather(rows, mass, mass or importance)
+    output, by_type, per_row = decode_attention(gathered, mass=mass, importance=importance)
     return output if out is None else out.copy_(output), by_type, per_row
 
 
-def paged_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_table: Tensor,
-    n_rows: Tensor,
-    *,
-    scale: float,
-    n_visual: Tensor,
-    text_position: Tensor,
-    text_type: Tensor,
-    sequence: Tensor | None = None,
-    visual_position: Tensor | None = None,
-    kept: Tensor | None = None,
-    n_kept: Tensor | None = None,
-    window: int | None = None,
-    row_bound: int | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    rates: Tensor | None = None,
-    count: Tensor | None = None,
-    score: Tensor | None = None,
-    alive: Tensor | None = None,
-    max_kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def paged_step(rows: PagedRows, decide: Decide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``dyrate_kernels.ops.paged_step``."""
-    rows = _gather(
-        key, value, block_table, n_rows, sequence, visual_position, n_visual, text_position, text_type, kept, n_kept, row_bound, True
-    )  # fmt: skip
-    listed = rows.listed
-    output, mass, importance = decode_attention(
-        query, rows.key, rows.value, rows.n_visual, rows.n_text, visual_capacity=listed.shape[1], scale=scale, text_type=rows.text_type,
-        position=rows.position, query_position=n_rows - 1, window=window, mass=True, importance=True,
-    )  # fmt: skip
-    index, n_chosen, rate = _decide(mass, importance, rows.n_visual, weight, bias, rates, count, score, alive, max_kept)
+    gathered, listed = gather(rows, True, True)
+    output, mass, importance, index, n_chosen, rate = decode_step(gathered, decide)
     chosen = torch.where(index < 0, -1, listed.gather(1, index.clamp(min=0).long())) if listed.shape[1] else index
     return output, mass, importance, chosen, n_chosen, rate

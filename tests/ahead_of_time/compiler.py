@@ -269,33 +269,39 @@ def _call_rows(backend: Any, key: torch.Tensor, case: Case) -> None:
 
 
 def _call_attention(backend: Any, key: torch.Tensor, case: Case) -> None:
+    from dyrate_kernels.ops import Decide, Rows
+
     batch, heads, dtype = case.batch, case.kv_heads * case.group, key.dtype
     lengths, types = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, TEXT, dtype=torch.uint8)
     rows = (torch.zeros(batch, heads, case.dim, dtype=dtype), key, torch.empty_like(key), lengths, lengths)
     common: dict[str, Any] = {"visual_capacity": case.tokens, "scale": 0.1}
     new = {"new_key": key[:, :, 0], "new_value": key[:, :, 0]}
+
+    def attend(statistics: bool = False, **more: Any) -> None:
+        backend.decode_attention(Rows(*rows, **common, **more), mass=statistics, importance=statistics)
+
     if case.operator == "plain":
-        backend.decode_attention(*rows, **common)
+        attend()
     elif case.operator == "append":
-        backend.decode_attention(*rows, **common, **new)
+        attend(**new)
     elif case.operator == "rotary":
         rotation = torch.zeros(batch, case.dim, dtype=dtype)
-        backend.decode_attention(*rows, **common, **new, cos=rotation, sin=rotation)
+        attend(**new, cos=rotation, sin=rotation)
     elif case.operator == "list":
-        backend.decode_attention(*rows, **common, **new, kept=torch.zeros(batch, case.tokens // 8, dtype=torch.int32), n_kept=lengths)
+        attend(**new, kept=torch.zeros(batch, case.tokens // 8, dtype=torch.int32), n_kept=lengths)
     elif case.operator == "window":
         position = torch.zeros(batch, key.shape[2], dtype=torch.int32)
-        backend.decode_attention(*rows, **common, **new, position=position, query_position=lengths, window=4096)
+        attend(**new, position=position, query_position=lengths, window=4096)
     elif case.operator == "statistics":
-        backend.decode_attention(*rows, **common, **new, text_type=types, mass=True, importance=True)
+        attend(**new, text_type=types, statistics=True)
     elif case.operator == "score_last_query":
-        backend.score_last_query(*rows, **common, text_type=types)
+        backend.score_last_query(Rows(*rows, **common, text_type=types))
     elif case.operator == "step":
         predictor = {"weight": torch.zeros(5, heads * 4), "bias": torch.zeros(batch, 5), "rates": torch.zeros(5, dtype=torch.float64)}
-        backend.decode_step(*rows, **common, **new, text_type=types, **predictor)
+        backend.decode_step(Rows(*rows, **common, **new, text_type=types), Decide(**predictor))
     elif case.operator == "step_count":
         alive = torch.ones(batch, case.tokens, dtype=torch.bool)
-        backend.decode_step(*rows, **common, text_type=types, count=lengths, alive=alive, max_kept=lengths)
+        backend.decode_step(Rows(*rows, **common, text_type=types), Decide(count=lengths, alive=alive, max_kept=lengths))
     else:
         raise ValueError(f"operator: unknown {case.operator!r}")
 
@@ -338,6 +344,8 @@ def _call_products(dtype: torch.dtype, case: Case) -> None:
 
 def _call_paged(backend: Any, case: Case, query: torch.Tensor, types: torch.Tensor) -> None:
     """Over vLLM's layout: blocks of sixteen rows, keys beside values."""
+    from dyrate_kernels.ops import Decide, PagedRows
+
     rows, heads, dim = query.shape
     text = types.shape[1]
 
@@ -351,17 +359,19 @@ def _call_paged(backend: Any, case: Case, query: torch.Tensor, types: torch.Tens
     common: dict[str, Any] = {"scale": 0.1, "sequence": zeros(rows)}
     tokens = {"n_visual": zeros(rows), "text_position": zeros(rows, text), "text_type": types}
     every = {**common, **tokens, "visual_position": zeros(rows, case.tokens)}
+    nothing = {"mass": False, "importance": False}
     if case.operator == "paged":
-        backend.paged_attention(*given, **common)
+        backend.paged_attention(PagedRows(*given, **common), **nothing)
     elif case.operator == "paged_window":
-        backend.paged_attention(*given, **common, window=4096)
+        backend.paged_attention(PagedRows(*given, **common, window=4096), **nothing)
     elif case.operator == "paged_list":
-        backend.paged_attention(*given, **common, **tokens, kept=zeros(rows, case.tokens // 8), n_kept=zeros(rows))
+        kept = zeros(rows, case.tokens // 8)
+        backend.paged_attention(PagedRows(*given, **common, **tokens, kept=kept, n_kept=zeros(rows)), **nothing)
     elif case.operator == "paged_statistics":
-        backend.paged_attention(*given, **every, mass=True, importance=True)
+        backend.paged_attention(PagedRows(*given, **every), mass=True, importance=True)
     elif case.operator == "paged_step":
         predictor = {"weight": torch.zeros(5, heads * 4), "bias": torch.zeros(rows, 5), "rates": torch.zeros(5, dtype=torch.float64)}
-        backend.paged_step(*given, **every, **predictor)
+        backend.paged_step(PagedRows(*given, **every), Decide(**predictor))
     else:
         raise ValueError(f"operator: unknown {case.operator!r}")
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from triton import knobs
 
-from dyrate_kernels import devices
+from dyrate_kernels import devices, ops
 from dyrate_kernels.ops import workspace
 from dyrate_kernels.ops.forms import Prepared
 from dyrate_kernels.triton_kernels import backend, plan
@@ -180,15 +180,14 @@ def compiled(monkeypatch):
     return asked
 
 
-def call(batch=8, chosen=None, **more):
+def call(batch=8, chosen=None, prepared=None, mass=False, importance=False, **more):
     """``decode_attention`` over 32 heads with a new row, as a model calls it; returns nothing that anybody computed."""
     key = torch.empty(batch, 32, 400 + 64, 128, dtype=torch.bfloat16)
     lengths = torch.zeros(batch, dtype=torch.int32)
     plan.override(chosen)
     try:
-        backend.decode_attention(
-            key[:, :, 0], key, key, lengths, lengths, visual_capacity=400, scale=0.1, new_key=key[:, :, 1], new_value=key[:, :, 2], **more
-        )
+        rows = ops.Rows(key[:, :, 0], key, key, lengths, lengths, 400, 0.1, new_key=key[:, :, 1], new_value=key[:, :, 2], **more)
+        backend.decode_attention(rows, mass=mass, importance=importance, prepared=prepared)
     finally:
         plan.override(None)
 

@@ -261,9 +261,10 @@ def turned(given: dict[str, Any]) -> dict[str, Any]:
     """With query and new key rotated in their dtype, as a call with cos and sin rounds them."""
     if "cos" not in given:
         return given
-    query, new_key = reference.rotated(given["query"], given.get("new_key"), given["cos"], given["sin"])
+    rows = ops.Rows(**{"scale": 1.0, **{name: part for name, part in given.items() if name in ops.Rows._fields}})
+    rows = reference.rotate(rows)
     rest = {name: part for name, part in given.items() if name not in ("cos", "sin")}
-    return {**rest, "query": query, **({} if new_key is None else {"new_key": new_key})}
+    return {**rest, "query": rows.query, **({} if rows.new_key is None else {"new_key": rows.new_key})}
 
 
 def appended_rows(draw: Draw, problem: Problem) -> dict[int, Tensor]:

@@ -32,7 +32,7 @@ FAULTS = (
     fault("n_typed = tl.minimum(n_text, text_listed)", "n_typed = n_text"),
     fault("if HAS_WINDOW and HAS_LIST:", "if False:"),
     fault("tl.load(types + place, mask=place < n_typed, other=3)", "tl.load(types + place, mask=place < n_typed, other=2)"),
-    fault("triton.next_power_of_2(max(row_bound, 16))", "max(row_bound // 4, 1)", HOST),
+    fault("triton.next_power_of_2(max(paged.row_bound, 16))", "max(paged.row_bound // 4, 1)", HOST),
     # whose they are
     fault("sequence = tl.load(sequence_ptr + b).to(tl.int64)", "sequence = b"),
     fault("(sequence if SHARED_LIST else b) * stride_lb", "b * stride_lb"),
@@ -41,14 +41,14 @@ FAULTS = (
     fault("text_positions = text_position_ptr + sequence * stride_xb", "text_positions = text_position_ptr"),
     fault("types = text_type_ptr + sequence * stride_tb", "types = text_type_ptr + b * stride_tb"),
     fault("text_logits, text_type_ptr + sequence * stride_tb", "text_logits, text_type_ptr + b * stride_tb"),
-    fault("vector(sequence), None if listed is None", "sequence, None if listed is None", HOST),
-    fault("        last_contiguous(block_table), ", "        block_table, ", HOST),
+    fault("vector(paged.sequence), last", "paged.sequence, last", HOST),
+    fault("last_contiguous(paged.block_table), ", "paged.block_table, ", HOST),
     # the decision
     fault("                n_visual = n_read\n            tl.debug", "                n_visual += 0\n            tl.debug"),
     fault("kv_heads, G > 1, HAS_LIST and not PAGED,", "kv_heads, G > 1, HAS_LIST,"),
     fault("BLOCK_F, BLOCK_S, CHUNKS, False, PAGED != 0,", "BLOCK_F, BLOCK_S, CHUNKS, False, False,"),
     fault("            places = list_ptr + owner * stride_lb\n", "            places = list_ptr + b * stride_lb\n"),
-    fault("counted = n_visual if pages is None else n_kept", "counted = n_visual", HOST),
+    fault("counted = counted if pages is None else n_kept", "counted = counted", HOST),
     fault("written = tl.load(places_ptr + index,", "written = tl.load(places_ptr + target,", DECISION),
 )  # fmt: skip
 

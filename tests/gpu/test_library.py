@@ -21,34 +21,29 @@ CASE = (2, 4, 2, 16, 12, 6, [12, 5], [6, 2])
 def samples(backend):
     """(operator, arguments on the CPU)."""
     a = spec.problem(*CASE, dtype=HALF, poison=False)
-    rows = (a["query"], a["key"], a["value"])
-    lengths = (a["n_visual"], a["n_text"], 12, 0.25)
-    new = (torch.randn(2, 2, 16).to(HALF), torch.randn(2, 2, 16).to(HALF))
-    lists = spec.lists(CASE[6], [4, 3], 5)
-    none = (None, None, None)
-    window = (a["position"], a["query_position"], 4)
-    types, count = a["text_type"], torch.full((2,), 3, dtype=torch.int32)
+    rows = ops.Rows(
+        a["query"], a["key"], a["value"], a["n_visual"], a["n_text"], 12, 0.25, text_type=a["text_type"], text_bound=6
+    )  # fmt: skip
+    kept, n_kept = spec.lists(CASE[6], [4, 3], 5)
+    windowed = rows._replace(position=a["position"], query_position=a["query_position"], window=4)
+    new = {"new_key": torch.randn(2, 2, 16).to(HALF), "new_value": torch.randn(2, 2, 16).to(HALF)}
+    count = torch.full((2,), 3, dtype=torch.int32)
     linear = tuple(tools.predictor(4).values())
-    bounds = (None, 6)
+    by_count = ops.Decide(count=count, score=torch.rand(2, 12), alive=torch.ones(2, 12) > 0, max_kept=count)
+    columns = [torch.rand(2, 2, 9, 4), torch.zeros(2, 9)]
     found = {
-        "attention": ("decode_attention", (*rows, *lengths, None, None, types, *none, True, True, *bounds, False, backend)),
-        "kept": ("decode_attention", (*rows, *lengths, *lists, None, *none, False, False, *bounds, True, backend)),
-        "window": ("decode_attention", (*rows, *lengths, None, None, types, *window, True, False, *bounds, False, backend)),
-        "append": ("append_decode_attention", (*rows, *new, *lengths, None, None, types, *none, True, True, *bounds, False, backend)),
-        "score": ("score_last_query", (*rows, *lengths, types, *none, 12, None, backend)),
+        "attention": ("decode_attention", (*rows, True, True, backend)),
+        "kept": ("decode_attention", (*rows._replace(kept=kept, n_kept=n_kept, text_type=None, clean=True), False, False, backend)),
+        "window": ("decode_attention", (*windowed, True, False, backend)),
+        "append": ("append_decode_attention", (*rows._replace(**new), True, True, backend)),
+        "score": ("score_last_query", (*rows._replace(visual_bound=12, text_bound=None), backend)),
         "predict": ("predict_rate", (torch.rand(2, 4, 4), *linear, backend)),
         "select": ("select_tokens", (torch.rand(2, 9), count, count + 4, torch.rand(2, 9) < 0.5, backend)),
-        "compact": (
-            "compact_",
-            ([torch.rand(2, 2, 9, 4), torch.zeros(2, 9)], torch.tensor([[1, 5], [0, 2]]).int(), count - 1, count + 3, backend),
-        ),
-        "reorder": ("reorder_", ([torch.rand(2, 2, 9, 4), torch.zeros(2, 9)], torch.tensor([1, 0]), backend)),
-        "step": ("decode_step", (*rows, *lengths, types, *none, *linear, None, None, None, None, *bounds, False, backend)),
-        "step-count": (
-            "append_decode_step",
-            (*rows, *new, *lengths, types, *window, *none, count, torch.rand(2, 12), torch.ones(2, 12) > 0, count, *bounds, False, backend),
-        ),
-    }  # fmt: skip
+        "compact": ("compact_", (columns, torch.tensor([[1, 5], [0, 2]]).int(), count - 1, count + 3, backend)),
+        "reorder": ("reorder_", (columns, torch.tensor([1, 0]), backend)),
+        "step": ("decode_step", (*rows, *ops.Decide(*linear), backend)),
+        "step-count": ("append_decode_step", (*windowed._replace(**new), *by_count, backend)),
+    }
     return found
 
 

@@ -55,12 +55,11 @@ def gathered(arguments, how, statistics):
     """The same rows one after the other, as ``ops.decode_attention`` takes them, in the order in which the paged form reads them."""
     from dyrate_kernels.ops import reference
 
-    names = ("key", "value", "block_table", "n_rows", "sequence", "visual_position", "n_visual", "text_position", "text_type")
-    rows = reference._gather(*(arguments[n] for n in names), how.get("kept"), how.get("n_kept"), None, statistics)
-    key, value = rows.key.contiguous(), rows.value.contiguous()
+    paged = ops.PagedRows(**arguments, kept=how.get("kept"), n_kept=how.get("n_kept"))
+    rows, _ = reference.gather(paged, statistics, statistics)
     return {
-        "query": arguments["query"], "key": key, "value": value, "n_visual": rows.n_visual, "n_text": rows.n_text,
-        "visual_capacity": 0 if rows.listed is None else rows.listed.shape[1], "scale": arguments["scale"], "text_type": rows.text_type,
+        "query": rows.query, "key": rows.key.contiguous(), "value": rows.value.contiguous(), "n_visual": rows.n_visual,
+        "n_text": rows.n_text, "visual_capacity": rows.visual_capacity, "scale": rows.scale, "text_type": rows.text_type,
     }  # fmt: skip
 
 

@@ -173,7 +173,7 @@ def test_a_negated_view_is_not_the_tensor_of_known_forms(calls):
 def test_the_scale_is_a_float_on_both_ways(scale, monkeypatch):
     rows, _, _ = problem()
     seen, real = [], reference.decode_attention
-    monkeypatch.setattr(reference, "decode_attention", lambda *args, **named: seen.append(named["scale"]) or real(*args, **named))
+    monkeypatch.setattr(reference, "decode_attention", lambda rows, **named: seen.append(rows.scale) or real(rows, **named))
     first, second = (ops.decode_attention(*rows, visual_capacity=12, scale=scale) for _ in range(2))
     assert seen == [float(scale)] * 2 and [type(one) for one in seen] == [float] * 2
     assert torch.equal(first.output, second.output)

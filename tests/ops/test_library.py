@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
 
@@ -14,81 +16,57 @@ from dyrate_kernels.ops import cuda, dispatch, library
 from tests.ops import paged_spec, spec
 
 
-def attention_arguments(dtype=torch.float32, kept=False, window=None, mass=True, importance=True):
+def attention_rows(dtype=torch.float32, kept=False, window=None):
     case = (2, 4, 2, 8, 12, 6, [12, 5], [6, 2])
     a = spec.problem(*case, dtype=dtype, poison=False)
     lists = spec.lists(case[6], [4, 3], 5) if kept else (None, None)
     inside = (a["position"], a["query_position"], window) if window else (None, None, None)
-    rows = (a["query"], a["key"], a["value"], a["n_visual"], a["n_text"], 12, 0.5)
-    return rows, (*rows, *lists, a["text_type"], *inside, mass, importance, None, 6, kept, "auto"), a
+    return ops.Rows(
+        a["query"], a["key"], a["value"], a["n_visual"], a["n_text"], 12, 0.5, *lists, a["text_type"], *inside, text_bound=6, clean=kept
+    )
 
 
-SAMPLES = []
-for _options in ({}, {"dtype": torch.float64, "kept": True}, {"window": 4, "mass": False}, {"dtype": torch.bfloat16, "importance": False}):
-    _rows, _arguments, _a = attention_arguments(**_options)
-    SAMPLES.append(("decode_attention", _arguments))
-_types = _a["text_type"]
-_new = (torch.randn(2, 2, 8, dtype=_rows[0].dtype), torch.randn(2, 2, 8, dtype=_rows[0].dtype))
-_int = torch.full((2,), 3, dtype=torch.int32)
-_weight, _bias, _rates = torch.randn(3, 16), torch.randn(3), torch.tensor([0.0, 0.4, 0.8], dtype=torch.float64)
-SAMPLES += [
-    ("score_last_query", (*_rows, _types, None, None, None, 12, None, "reference")),
-    ("predict_rate", (torch.rand(2, 4, 4), _weight, _bias, _rates, "auto")),
-    ("predict_rate", (torch.rand(2, 4, 4).double(), _weight, _bias.expand(2, 3), _rates, "auto")),
-    ("select_tokens", (torch.rand(2, 9), _int, _int + 4, None, "auto")),
-    ("select_tokens", (torch.rand(2, 9).half(), _int, _int + 4, torch.rand(2, 9) < 0.5, "auto")),
-    ("compact_", ([torch.rand(2, 2, 9, 4), torch.zeros(2, 9)], torch.tensor([[1, 5], [0, 2]]).int(), _int - 1, _int + 3, "auto")),
-    ("reorder_", ([torch.rand(2, 2, 9, 4), torch.zeros(2, 9)], torch.tensor([1, 1]), "auto")),
-    (
-        "append_decode_attention",
-        (*_rows[:3], *_new, *_rows[3:], None, None, _types, None, None, None, True, False, None, None, False, "auto"),
-    ),
-    (
-        "append_decode_step",
-        (
-            *_rows[:3],
-            *_new,
-            *_rows[3:],
-            _types,
-            None,
-            None,
-            None,
-            _weight,
-            _bias,
-            _rates,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            False,
-            "auto",
-        ),
-    ),
-    ("decode_step", (*_rows, _types, None, None, None, _weight, _bias, _rates, None, None, None, None, None, None, False, "auto")),
-    (
-        "decode_step",
-        (*_rows, _types, None, None, None, None, None, None, _int, torch.rand(2, 12), torch.ones(2, 12).bool(), _int, 12, 6, True, "auto"),
-    ),
-]
+def _samples():
+    """(operator, arguments of ``torch.ops.dyrate``)."""
+    for mass, importance, how in (
+        (True, True, {}), (True, True, {"dtype": torch.float64, "kept": True}), (False, True, {"window": 4}),
+        (True, False, {"dtype": torch.bfloat16}),
+    ):  # fmt: skip
+        yield "decode_attention", (*attention_rows(**how), mass, importance, "auto")
+    rows = attention_rows()
+    new = rows._replace(new_key=torch.randn(2, 2, 8), new_value=torch.randn(2, 2, 8))
+    turned = dict(zip(("cos", "sin"), torch.randn(2, 2, 8)))
+    three = torch.full((2,), 3, dtype=torch.int32)
+    linear = (torch.randn(3, 16), torch.randn(3), torch.tensor([0.0, 0.4, 0.8], dtype=torch.float64))
+    by_rate = ops.Decide(*linear)
+    by_count = ops.Decide(count=three, score=torch.rand(2, 12), alive=torch.ones(2, 12).bool(), max_kept=three)
+    for given in (new, new._replace(**turned)):
+        yield "append_decode_attention", (*given, True, False, "auto")
+        yield "append_decode_step", (*given, *by_rate, "auto")
+    yield "decode_attention", (*rows._replace(**turned), True, True, "auto")
+    yield "decode_step", (*rows, *by_rate, "auto")
+    yield "decode_step", (*rows._replace(visual_bound=12, clean=True), *by_count, "auto")
+    yield "score_last_query", (*rows, "reference")
+    yield "predict_rate", (torch.rand(2, 4, 4), *linear, "auto")
+    yield "predict_rate", (torch.rand(2, 4, 4).double(), linear[0], linear[1].expand(2, 3), linear[2], "auto")
+    yield "select_tokens", (torch.rand(2, 9), three, three + 4, None, "auto")
+    yield "select_tokens", (torch.rand(2, 9).half(), three, three + 4, torch.rand(2, 9) < 0.5, "auto")
+    columns = [torch.rand(2, 2, 9, 4), torch.zeros(2, 9)]
+    yield "compact_", (columns, torch.tensor([[1, 5], [0, 2]]).int(), three - 1, three + 3, "auto")
+    yield "reorder_", (columns, torch.tensor([1, 1]), "auto")
+    tokens = paged_spec.problem(paged_spec.SHAPES[1], torch.float32) | {"scale": 0.5}
+    listed = ops.PagedRows(**tokens, **paged_spec.lists(tokens, 0.5))
+    plain = ops.PagedRows(**{name: tokens[name] for name in ("query", "key", "value", "block_table", "n_rows", "scale", "sequence")})
+    six = torch.full((6,), 3, dtype=torch.int32)
+    yield "paged_attention", (*plain._replace(window=7), False, False, "auto")
+    yield "paged_attention", (*ops.PagedRows(**tokens, row_bound=64), True, True, "auto")
+    yield "paged_attention", (*listed, True, False, "auto")
+    yield "paged_step", (*ops.PagedRows(**tokens), *by_rate, "auto")
+    score = torch.rand(6, listed.kept.shape[1])
+    yield "paged_step", (*listed._replace(window=9), *ops.Decide(count=six, score=score, max_kept=six), "auto")
 
-_turn = tuple(torch.randn(2, 8, dtype=_rows[0].dtype) for _ in range(2))
-SAMPLES += [(name, (*arguments, *_turn)) for name, arguments in SAMPLES if name in ("append_decode_attention", "append_decode_step")]
-SAMPLES.append((*SAMPLES[3][:1], (*SAMPLES[3][1], *_turn)))
 
-_paged = paged_spec.problem(paged_spec.SHAPES[1], torch.float32)
-_kept = tuple(paged_spec.lists(_paged, 0.5).values())
-_pages = (*(_paged[n] for n in ("query", "key", "value", "block_table", "n_rows")), 0.5, _paged["sequence"])
-_tokens = tuple(_paged[n] for n in ("visual_position", "n_visual", "text_position", "text_type"))
-_six = torch.full((6,), 3, dtype=torch.int32)
-SAMPLES += [
-    ("paged_attention", (*_pages, *[None] * 6, 7, None, False, False, "auto")),
-    ("paged_attention", (*_pages, *_tokens, None, None, None, 64, True, True, "auto")),
-    ("paged_attention", (*_pages, *_tokens, *_kept, None, None, True, False, "auto")),
-    ("paged_step", (*_pages, *_tokens, None, None, None, None, _weight, _bias, _rates, None, None, None, None, "auto")),
-    ("paged_step", (*_pages, *_tokens, *_kept, 9, None, None, None, None, _six, torch.rand(6, _kept[0].shape[1]), None, _six, "auto")),
-]
+SAMPLES = list(_samples())
 
 
 @pytest.mark.parametrize(("name", "arguments"), SAMPLES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(SAMPLES)])
@@ -105,8 +83,36 @@ def test_only_what_changes_rows_declares_mutation():
         assert schema.is_mutable == (name in changing), name
 
 
+def test_public_operators_and_schemas_list_the_arguments_of_the_contract():
+    every = {"mass", "importance", "backend"}
+    for name, fields, more in (
+        ("decode_attention", ops.Rows._fields, every),
+        ("append_decode_attention", ops.Rows._fields, every),
+        ("decode_step", (*ops.Rows._fields, *ops.Decide._fields), {"backend"}),
+        ("append_decode_step", (*ops.Rows._fields, *ops.Decide._fields), {"backend"}),
+        ("paged_attention", ops.PagedRows._fields, every),
+        ("paged_step", (*ops.PagedRows._fields, *ops.Decide._fields), {"backend"}),
+    ):
+        declared = [argument.name for argument in getattr(torch.ops.dyrate, name).default._schema.arguments]
+        assert declared[: len(fields)] == list(fields) and set(declared[len(fields) :]) == more, name
+        public = set(inspect.signature(getattr(ops, name.removeprefix("append_"))).parameters)
+        left_out = {"kept", "n_kept"} if "decode_step" in name else set()  # a score layer reads every visual row
+        assert public == set(fields) - left_out | more | ({"out"} if name == "paged_attention" else set()), name
+
+
+@pytest.mark.parametrize("module", ["dyrate_kernels.ops.cuda", "dyrate_kernels.triton_kernels.backend"])
+def test_every_backend_takes_what_the_reference_takes(module):
+    if "triton" in module:
+        pytest.importorskip("triton")
+    backend = importlib.import_module(module)
+    for name, function in vars(ops.reference).items():
+        if name in ops.__all__ and hasattr(backend, name):
+            want, got = (inspect.signature(one).parameters for one in (function, getattr(backend, name)))
+            assert list(want) == [parameter for parameter in got if parameter != "prepared"], name
+
+
 def test_compiles_whole():
-    rows, _, a = attention_arguments()
+    rows = attention_rows()
     weight, bias, rates = torch.randn(3, 16), torch.randn(3), torch.tensor([0.0, 0.4, 0.8], dtype=torch.float64)
 
     def step(query, key, value, n_visual, n_text, types):
@@ -117,7 +123,7 @@ def test_compiles_whole():
         again = ops.decode_attention(query, key, value, out.n_kept, n_text, visual_capacity=12)
         return out.output, out.rate, again.output
 
-    tensors = [*rows[:5], a["text_type"]]
+    tensors = [*rows[:5], rows.text_type]
     plain = [tensor.clone() for tensor in tensors]
     expected = step(*plain)
     compiled = [tensor.clone() for tensor in tensors]
@@ -237,6 +243,7 @@ def test_every_operator_asks_for_its_own_backend(name, monkeypatch):
     attention = (two, rows, rows.clone(), lengths, lengths)
     shared = {"visual_capacity": 3, "text_type": torch.zeros(2, 3, dtype=torch.uint8)}
     linear = {"weight": torch.rand(3, 16), "bias": torch.rand(3), "rates": torch.rand(3).double()}
+    pages = paged_spec.problem(paged_spec.SHAPES[1], torch.float32)
     calls = {
         "decode_attention": lambda: ops.decode_attention(*attention, visual_capacity=3),
         "decode_step": lambda: ops.decode_step(*attention, **shared, **linear),
@@ -245,8 +252,8 @@ def test_every_operator_asks_for_its_own_backend(name, monkeypatch):
         "predict_rate": lambda: ops.predict_rate(two[:, :, :4].contiguous(), *linear.values()),
         "compact_": lambda: ops.compact_([rows], torch.zeros(2, 3, dtype=torch.int32), lengths, lengths),
         "reorder_": lambda: ops.reorder_([rows], torch.arange(2)),
-        "paged_attention": lambda: ops.paged_attention(**_paged),
-        "paged_step": lambda: ops.paged_step(**_paged, count=_six),
+        "paged_attention": lambda: ops.paged_attention(**pages),
+        "paged_step": lambda: ops.paged_step(**pages, count=torch.full((6,), 3, dtype=torch.int32)),
     }
     with pytest.raises(Stop):
         calls[name]()

@@ -121,9 +121,7 @@ def test_the_output_goes_where_it_is_asked_for():
         got = ops.paged_attention(**arguments, mass=True, out=every[2:7])
         assert got.output.data_ptr() == every[2].data_ptr() and torch.equal(every[2:7], want.output) and torch.equal(got.mass, want.mass)
         assert (every[:2] == 7).all() and (every[7:] == 7).all()
-    pages = tuple(arguments[n] for n in ("query", "key", "value", "block_table", "n_rows")), 0.25, arguments["sequence"]
-    tokens = tuple(arguments[n] for n in ("visual_position", "n_visual", "text_position", "text_type"))
-    call = (*pages[0], *pages[1:], *tokens, None, None, None, None, True, False, "auto")
+    call = (*ops.PagedRows(**arguments | {"scale": 0.25}), True, False, "auto")
     assert set(torch.library.opcheck(torch.ops.dyrate.paged_attention_out.default, call, {"out": every[2:7]}).values()) == {"SUCCESS"}
     with pytest.raises(ValueError, match="out: expected shape"):
         ops.paged_attention(**arguments, out=every)
