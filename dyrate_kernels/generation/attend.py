@@ -103,8 +103,9 @@ class OperatorStep:
         store, device = self.store, query.device
         group = store.group_of[layer]
         key, value = store.buffers(layer)
-        kept, n_kept = (None, None) if self.unpruned else (group.kept, group.n_kept)
-        listed = kept is not None and n_kept is not None
+        kept, n_kept = None, None
+        if group.kept is not None and group.n_kept is not None and not self.unpruned:
+            kept, n_kept = self.at(device, group.kept), self.at(device, group.n_kept)
         new_key, new_value = self._new or (None, None)
         cos, sin = self._rotation or (None, None)
         self._new = self._rotation = None
@@ -114,9 +115,8 @@ class OperatorStep:
             query_position = self.at(device, self.column).expand_as(n_text)
         return ops.Rows(
             query[:, :, 0], key, value, self.at(device, group.n_visual), n_text, group.capacity, scale,
-            kept=self.at(device, kept) if listed else None, n_kept=self.at(device, n_kept) if listed else None,
-            text_type=None if text_type is None else self.at(device, text_type), position=position, query_position=query_position,
-            window=window, visual_bound=group.bound, text_bound=self.text_bound,
+            kept=kept, n_kept=n_kept, text_type=None if text_type is None else self.at(device, text_type), position=position,
+            query_position=query_position, window=window, visual_bound=group.bound, text_bound=self.text_bound,
             clean=True,  # the store fills its buffers with zeros
             new_key=new_key, new_value=new_value, cos=cos, sin=sin,
         )  # fmt: skip
