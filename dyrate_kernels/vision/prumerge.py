@@ -30,7 +30,7 @@ class PruMerge(TowerMerger):
         neighbours: tokens merged into each one.
     """
 
-    keep: float | None = None  # type: ignore[assignment]
+    keep: float | None = None  # type: ignore[assignment]  # None: the method finds its own
     plus: bool = False
     neighbours: int = 32
 
