@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 import dyrate_kernels as dk
-from bench import fastv, layers, oracle
+from bench import expected, fastv, layers
 from dyrate_kernels import ops
 from dyrate_kernels.files import check_file, write_json
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.measuring.timing import Times
+from tests.ops import spec
 
 LIMIT = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # of ||out - ref|| / ||ref|| against float64
 OURS = "dyrate"
@@ -188,18 +189,18 @@ class Data:
         """What every attention call takes beside the rows."""
         return {"visual_capacity": self.shape.visual, "backend": self.backend, "n_visual": self.n_visual, "n_text": self.n_text}
 
-    def reference(self, kept: Tensor | None = None, number: int = 0) -> tuple[list[int], oracle.Attention]:
+    def reference(self, kept: Tensor | None = None, number: int = 0) -> tuple[list[int], expected.Attention]:
         """(sequences, what is right) of a set of inputs for the first and the last sequence."""
         picked = sorted({0, self.shape.batch - 1})
         query, key, value = (tensor[number][picked] for tensor in (self.query, self.key, self.value))  # copies
         key[:, :, -1], value[:, :, -1] = (self.new[number][name][picked] for name in ("new_key", "new_value"))
         rows = (query, key, value)
         kept = None if kept is None else kept[picked]
-        return picked, oracle.attention(*rows, self.shape.visual, self.text_type[picked], kept)
+        return picked, expected.attention(*rows, self.shape.visual, self.text_type[picked], kept)
 
 
-def gate(shape: Shape, picked: list[int], want: oracle.Attention, got: Any) -> dict[str, Any]:
-    """Against ``bench.oracle``."""
+def gate(shape: Shape, picked: list[int], want: expected.Attention, got: Any) -> dict[str, Any]:
+    """Against ``bench.expected``."""
     if isinstance(got, Tensor):
         return timing.correctness(LIMIT[shape.dtype], output=timing.relative(got[picked], want.output))
     errors = {"output": timing.relative(got.output[picked], want.output)}
@@ -213,8 +214,8 @@ def step_gate(shape: Shape, attention: dict[str, Any], step: ops.DecodeStep, lin
     """``attention`` is right, the rate is what the predictor gives for the step's own mass, and the kept list is the highest of its own
     importance.
     """
-    rates = float((step.rate != oracle.rate(step.mass, **linear)).sum())
-    count = oracle.count(shape.visual, float(linear["rates"][-1]))
+    rates = float((step.rate != expected.rate(step.mass, **linear)).sum())
+    count = spec.keep_count(shape.visual, float(linear["rates"][-1]))
     wrong = selection_wrong(step.importance, count, step.kept, step.n_kept)
     errors = {"kept_wrong": wrong, "rates_wrong": rates}
     return {**attention, "passed": attention["passed"] and not any(errors.values()), "errors": attention["errors"] | errors}
@@ -222,14 +223,14 @@ def step_gate(shape: Shape, attention: dict[str, Any], step: ops.DecodeStep, lin
 
 def selection_wrong(score: Tensor, count: int, kept: Tensor, n_kept: Tensor) -> float:
     """How many entries of a kept list are not those of the ``count`` highest of ``score``."""
-    wrong = (kept[:, :count] != oracle.highest(score, count)).sum() + (kept[:, count:] != -1).sum() + (n_kept != count).sum()
+    wrong = (kept[:, :count] != expected.highest(score, count)).sum() + (kept[:, count:] != -1).sum() + (n_kept != count).sum()
     return float(wrong)
 
 
 def fastv_gate(shape: Shape, attention: dict[str, Any], step: fastv.FastVStep, key: Tensor, value: Tensor) -> dict[str, Any]:
     """``attention`` is right, and what FastV chose by its own weights, and gathered, too."""
     score = step.attention.mean(1)[:, : shape.visual]
-    wrong = oracle.fastv_wrong(score, step.stays, shape.kept, shape.visual, shape.rows)
+    wrong = expected.fastv_wrong(score, step.stays, shape.kept, shape.visual, shape.rows)
     for gathered, rows in ((step.key, key), (step.value, value)):
         for sequence, index in enumerate(step.stays):
             wrong += int((gathered[sequence] != rows[sequence][:, index]).any())
@@ -284,7 +285,7 @@ def attention_rows(shape: Shape, backends: list[str], bandwidth: float, device: 
 
 def attention_gate(data: Data, kept: Tensor | None = None) -> Gate:
     """For results of attention over all rows, or over the ``kept`` ones of set 0 alike in every set."""
-    found: dict[int, tuple[list[int], oracle.Attention]] = {}
+    found: dict[int, tuple[list[int], expected.Attention]] = {}
 
     def right(got: Any, number: int) -> dict[str, Any]:
         if number not in found:
@@ -349,7 +350,7 @@ def our_attention_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str, 
 
     yield timed("select_tokens", selection, selected, 8 * shape.batch * shape.visual)[2]
     prediction = [lambda: ops.predict_rate(mass, **data.linear, backend=data.backend)]
-    rates = oracle.rate(mass, **data.linear)
+    rates = expected.rate(mass, **data.linear)
 
     def predicted(got: Any, number: int) -> dict[str, Any]:
         return timing.correctness(0.0, rates_wrong=float((got[0] != rates).sum()))
@@ -580,7 +581,7 @@ def compaction_rows(toy: bool, backend: str, bandwidth: float, device: torch.dev
     }
 
     checked = [rows[0], rows[-1]]
-    want = [oracle.compacted(tensor, kept) for tensor in checked]
+    want = [expected.compacted(tensor, kept) for tensor in checked]
     ops.compact_(rows, kept, n_kept, n_visual, backend=backend)
     wrong = float(sum((a != b).sum() for a, b in zip(checked, want, strict=True)))
     del want

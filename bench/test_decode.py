@@ -6,8 +6,9 @@
 On a GPU: batches of 1 to 64, 576 to 16384 visual tokens, with and without grouped queries, in bfloat16 with the Triton kernels. The
 table's times are those of CUDA graph replays with a cold L2 (``dyrate_kernels.measuring.timing``), FastV's those of its eager launches,
 pytest-benchmark's own those of a call that is waited for. Without a GPU: toy sizes with the reference operators (plain PyTorch), which
-shows how to run it and no speed worth quoting. A benchmark whose result is not that of ``bench.oracle``, on the first set of inputs before
-the clock runs and on the last after it, fails and has no line in the table. Run it in one process: pytest-xdist's workers print no table.
+shows how to run it and no speed worth quoting. A benchmark whose result is not that of ``tests.ops.spec``, on the first set of inputs
+before the clock runs and on the last after it, fails and has no line in the table. Run it in one process: pytest-xdist's workers print
+no table.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
-from bench import fastv, operators, oracle
+from bench import expected, fastv, operators
 from dyrate_kernels import ops
 from dyrate_kernels.measuring import timing
 
@@ -127,7 +128,7 @@ def prediction(data):
     generator = torch.Generator(device=data.query[0].device).manual_seed(6)
     mass = torch.rand(shape.batch, shape.heads, 4, generator=generator, device=data.query[0].device)
     linear = data.linear | {"bias": data.linear["bias"] / 9 * 1e-3}  # every rate has its chance
-    want = oracle.rate(mass, **linear)
+    want = expected.rate(mass, **linear)
     gate = lambda got, _: timing.correctness(0.0, rates_wrong=float((got[0] != want).sum()))  # noqa: E731
     return Case([lambda: ops.predict_rate(mass, **linear, backend=BACKEND)], gate, 16 * shape.batch * shape.heads, peer=None)
 
@@ -149,7 +150,7 @@ def selection(data):
 
 def torch_topk(data):
     score = _scores(data)
-    want = oracle.highest(score, data.shape.kept)
+    want = expected.highest(score, data.shape.kept)
     call = lambda: score.topk(data.shape.kept, dim=1).indices.sort(dim=1).values  # noqa: E731
     return Case([call], lambda got, _: timing.correctness(0.0, kept_wrong=float((got != want).sum())), 8 * score.numel(), peer=TOPK)
 
@@ -157,7 +158,7 @@ def torch_topk(data):
 def compaction(data):
     """One layer. Timed again and again, the kept rows move within the same buffer: as many bytes each time, and the same result."""
     rows = [data.key[0].clone(), data.value[0].clone()]
-    want = [oracle.compacted(tensor, data.kept) for tensor in rows]
+    want = [expected.compacted(tensor, data.kept) for tensor in rows]
     moves = int((data.kept >= data.shape.kept).sum())
     moved = 4 * moves * data.shape.kv_heads * data.shape.dim * data.shape.dtype.itemsize
 

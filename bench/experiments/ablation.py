@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench import operators, oracle
+from bench import expected, operators
 from dyrate_kernels import ops
 from dyrate_kernels.measuring import timing
 
@@ -130,7 +130,7 @@ def selection(toy: bool, batch: int, tokens: int) -> Planned:
         score = torch.rand(batch, tokens, generator=g, device=device)
         keep = tokens // 8
         count, total = (torch.full((batch,), number, dtype=torch.int32, device=device) for number in (keep, tokens))
-        best = oracle.highest(score, keep)
+        best = expected.highest(score, keep)
 
         def chosen(got: Any, number: int) -> dict[str, Any]:
             return timing.correctness(0.0, kept_wrong=operators.selection_wrong(score, keep, *got))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import expected, operators
 from bench import layers as sizes
-from bench import operators, oracle
 from dyrate_kernels import ops
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.ops import layers as own
@@ -169,7 +169,7 @@ def rotation(toy: bool, heads: str, batch: int, form: str) -> Planned:
         listed: dict[str, Any] = {"kept": data.kept, "n_kept": data.n_kept} if form == "list" else {}
         picked = sorted({0, of.batch - 1})
         kept = data.kept[picked] if listed else None
-        known: dict[int, oracle.Attention] = {}
+        known: dict[int, expected.Attention] = {}
 
         def right(got: Any, number: int) -> dict[str, Any]:
             if number not in known:
@@ -177,7 +177,7 @@ def rotation(toy: bool, heads: str, batch: int, form: str) -> Planned:
                 query, new = (tensor[:, :, 0] for tensor in own.rotate(query, new, cos.double()[None], sin.double()[None]))
                 key, value = (tensor[number][picked].double() for tensor in (data.key, data.value))
                 key[:, :, -1], value[:, :, -1] = new, data.new[number]["new_value"][picked].double()
-                known[number] = oracle.attention(query, key, value, of.visual, data.text_type[picked], kept)
+                known[number] = expected.attention(query, key, value, of.visual, data.text_type[picked], kept)
             return operators.gate(of, picked, known[number], got)
 
         def apart(number: int) -> Any:

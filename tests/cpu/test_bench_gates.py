@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import fastv, operators, oracle, test_decode
+from bench import expected, fastv, operators, test_decode
 from bench.conftest import DECISION
 from dyrate_kernels import ops
 from dyrate_kernels.ops import reference
@@ -73,7 +73,7 @@ BROKEN = {
         lambda f: lambda *args, **named: tuple(part.flip(0) if part.dtype == torch.int64 else part * 0 for part in f(*args, **named)),
         {*STEPS, "dyrate predict_rate (the decision's first half)"},
     ),
-    "new row": ("_append", lambda f: lambda *args: None, set(NEW.values())),
+    "new row": ("append", lambda f: lambda *args: None, set(NEW.values())),
     "nothing moved": ("compact_", lambda f: lambda *args: None, {"dyrate compact_, one layer"}),
     "rows mixed up": (
         "compact_",
@@ -108,7 +108,7 @@ def test_fastv_is_held_to_its_choice_and_its_rows(monkeypatch):
 def test_equal_scores_may_come_in_any_order():
     score = torch.tensor([[0.5, 0.2, 0.2, 0.1]])
     for index, wrong in (([0, 1, 4], 0), ([0, 2, 4], 0), ([0, 3, 4], 1), ([1, 2, 4], 1), ([0, 1, 3], 1), ([1, 0, 4], 1)):
-        assert oracle.fastv_wrong(score, torch.tensor([index]), 2, 4, 5) == wrong
+        assert expected.fastv_wrong(score, torch.tensor([index]), 2, 4, 5) == wrong
 
 
 def test_wrong_from_the_second_set_on_has_no_speed():
@@ -133,7 +133,7 @@ def test_operators_are_timed_with_a_new_row_as_a_model_calls_them(monkeypatch):
     for name in timed:
         new = rows[f"dyrate {name}, with a new row"]
         assert new["median_us"] is not None and new["bytes"] - rows[f"dyrate {name}"]["bytes"] == SHAPES[1].new_row_bytes
-    swap(monkeypatch, "_append", lambda original: lambda *args: None)
+    swap(monkeypatch, "append", lambda original: lambda *args: None)
     wrong = {name for name, row in rows_of(SHAPES[1]).items() if not row["correct"]["passed"]}
     assert wrong == {f"dyrate {name}, with a new row" for name in timed}
 

@@ -1,8 +1,11 @@
-"""The operators once more, in float64 numpy loops, written from the contract in ``dyrate_kernels/ops/__init__.py`` and nothing else."""
+"""The operators once more, in float64 and in loops, written from the contract in ``dyrate_kernels/ops/__init__.py`` and nothing else: what
+the tests of every backend and the benchmarks hold their results against.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,42 +13,48 @@ from torch import Tensor
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy()
+    return tensor.detach().double().cpu().numpy()
+
+
+class Attention(NamedTuple):
+    """output ``[B, Hq, Dv]``, mass ``[B, Hq, 4]`` (None without types), importance ``[B, visual_capacity]``, all float64."""
+
+    output: Tensor
+    mass: Tensor | None
+    importance: Tensor
 
 
 def attention(query, key, value, n_visual, n_text, visual_capacity, scale, kept=None, n_kept=None, text_type=None, position=None,
               query_position=None, window=None):  # fmt: skip
-    """output ``[B, Hq, Dv]``, mass ``[B, Hq, 4]`` (None without types), importance ``[B, visual_capacity]``; only live rows are looked
-    at."""
-    q, k, v = _array(query), _array(key), _array(value)
+    """Softmax attention head by head, on the device of the tensors; only live rows are looked at. Lengths may be lists."""
+    q, k, v = query.detach().double(), key.detach(), value.detach()
     batch, heads, _ = q.shape
     groups = heads // k.shape[1]
-    output = np.zeros((batch, heads, v.shape[-1]))
-    mass = np.zeros((batch, heads, 4))
-    importance = np.zeros((batch, visual_capacity))
+    output, mass = q.new_zeros(batch, heads, v.shape[-1]), q.new_zeros(batch, heads, 4)
+    importance = q.new_zeros(batch, visual_capacity)
     for b in range(batch):
         visual = list(range(int(n_visual[b]))) if kept is None else kept[b, : int(n_kept[b])].tolist()
-        rows = [(r, 1) for r in visual]
-        for t in range(int(n_text[b])):
-            rows.append((visual_capacity + t, 0 if text_type is None else int(text_type[b, t])))
+        text = int(n_text[b])
+        row = torch.tensor([*visual, *range(visual_capacity, visual_capacity + text)], dtype=torch.long, device=q.device)
+        kind = torch.ones_like(row)
+        kind[len(visual) :] = 0 if text_type is None else text_type[b, :text].long()
         if window is not None:
-            rows = [(r, kind) for r, kind in rows if int(query_position[b]) - int(position[b, r]) < window]
-        if not rows:
+            inside = query_position[b].long() - position[b, row].long() < window
+            row, kind = row[inside], kind[inside]
+        if not len(row):
             continue
-        index = [r for r, _ in rows]
+        seen = row < visual_capacity
         for h in range(heads):
-            with np.errstate(invalid="ignore", over="ignore"):
-                logits = k[b, h // groups, index] @ q[b, h] * scale
-                weights = np.exp(logits - logits.max())
-                weights = weights / weights.sum()
-                output[b, h] = weights @ v[b, h // groups, index]
-            if np.isnan(weights).any():
-                mass[b, h] = np.nan  # of the whole head
-            for (row, kind), weight in zip(rows, weights, strict=True):
-                mass[b, h, kind] += weight
-                if row < visual_capacity:
-                    importance[b, row] += weight / heads
-    return output, (None if text_type is None else mass), importance
+            logits = k[b, h // groups, row].double() @ q[b, h] * scale
+            weights = (logits - logits.max()).exp()
+            weights = weights / weights.sum()
+            output[b, h] = weights @ v[b, h // groups, row].double()
+            for number in range(4):
+                mass[b, h, number] = weights[kind == number].sum()
+            if weights.isnan().any():
+                mass[b, h] = math.nan  # of the whole head
+            importance[b, row[seen]] += weights[seen] / heads  # no row is named twice
+    return Attention(output, None if text_type is None else mass, importance)
 
 
 def keep_count(n: int, rate: float) -> int:
@@ -74,9 +83,9 @@ def compact(rows: Tensor, kept: list[int]) -> Tensor:
     """One sequence ``[.., C, D]`` or ``[C]`` after hole filling."""
     out = rows.clone()
     dim = 0 if rows.dim() == 1 else -2
-    n = len(kept)
+    n, listed = len(kept), set(kept)
     movers = [row for row in kept if row >= n]
-    holes = [row for row in range(n) if row not in kept]
+    holes = [row for row in range(n) if row not in listed]
     for source, target in zip(movers, holes, strict=True):
         out.select(dim, target).copy_(rows.select(dim, source))
     return out

@@ -34,10 +34,10 @@ def check(result, expected, dtype):
     output, mass, importance = expected
     tolerance = TOLERANCE[dtype]
     assert result.output.dtype == dtype
-    assert torch.allclose(result.output.double(), torch.from_numpy(output), atol=tolerance, rtol=tolerance)
+    assert torch.allclose(result.output.double(), output, atol=tolerance, rtol=tolerance)
     for got, want in ((result.mass, mass), (result.importance, importance)):
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert torch.allclose(got.double(), torch.from_numpy(want), atol=min(tolerance, 1e-5), rtol=0)
+        assert torch.allclose(got.double(), want, atol=min(tolerance, 1e-5), rtol=0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -143,7 +143,7 @@ def test_default_scale_and_statistics_off():
     result = ops.decode_attention(**plain)
     assert result.mass is None and result.importance is None
     expected, _, _ = spec.attention(**plain, scale=20**-0.5)
-    assert torch.allclose(result.output, torch.from_numpy(expected), atol=1e-12)
+    assert torch.allclose(result.output, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -155,8 +155,8 @@ def test_a_bad_logit_stays_in_its_sequence_and_head(bad):
     plain = {k: arguments[k] for k in arguments if k not in ("position", "query_position")}
     result = ops.decode_attention(**plain, mass=True, importance=True)
     output, mass, _ = spec.attention(**plain)
-    assert torch.allclose(result.output, torch.from_numpy(output), atol=1e-12, equal_nan=True)
-    assert torch.allclose(result.mass, torch.from_numpy(mass), atol=1e-12, equal_nan=True)
+    assert torch.allclose(result.output, output, atol=1e-12, equal_nan=True)
+    assert torch.allclose(result.mass, mass, atol=1e-12, equal_nan=True)
     assert torch.isfinite(result.output[1]).all() and torch.isfinite(result.importance[1]).all()
 
 
@@ -179,8 +179,8 @@ def test_decode_step_is_the_composition(case):
     rates = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
     step = ops.decode_step(**plain, weight=weight, bias=bias, rates=rates)
     output, mass, importance = spec.attention(**plain)
-    assert torch.allclose(step.output, torch.from_numpy(output), atol=1e-12)
-    classes = spec.predict(torch.from_numpy(mass), weight, bias)
+    assert torch.allclose(step.output, output, atol=1e-12)
+    classes = spec.predict(mass, weight, bias)
     assert step.rate.tolist() == rates[classes].tolist()
     for b in range(batch):
         count = spec.keep_count(case[6][b], rates[classes[b]].item())
