@@ -1,8 +1,10 @@
-"""Time per token of whole models with random weights, LLaVA-1.5-7B and LLaVA-NeXT-7B shapes: the model part of ``bench/gpu.sh``.
+"""Time per token of whole models with random weights, LLaVA-1.5-7B, LLaVA-NeXT-7B and Qwen2.5-VL-7B shapes: the model part of
+``bench/gpu.sh``.
 
     python -m bench.end_to_end OUT.json [--toy] [--seconds 120]
 
-Both names stand for one decoder (Vicuna-7B); the NeXT rows have 2880 visual tokens a sequence, five crops of 576. The rows are those of
+The LLaVA names stand for one decoder (Vicuna-7B); the NeXT rows have 2880 visual tokens a sequence, five crops of 576; Qwen2.5-VL's one
+picture has 4096. The rows are those of
 ``dyrate bench e2e`` (``dyrate_kernels.measuring.end_to_end``), for DyRate at 12.5 %: a predictor that asks for that rate at every step,
 which is what a trained one costs, at a known rate.
 """
@@ -13,6 +15,7 @@ import argparse
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,16 @@ from bench.operators import operators_backends, run_and_save
 from dyrate_kernels.measuring import decoding, end_to_end, random_models, timing
 from dyrate_kernels.patching.fused import fuses
 
+WORK = (  # name, shape, B, visual tokens, text tokens, new tokens; the quickest one first
+    ("LLaVA-1.5-7B", "llava-1.5-7b", 1, 576, 64, 64),
+    ("LLaVA-NeXT-7B", "llava-1.5-7b", 32, 2880, 64, 32),
+    ("Qwen2.5-VL-7B", "qwen2.5-vl-7b", 32, 4096, 64, 24),
+)
+TOY = (
+    ("LLaVA-1.5-7B, toy", "toy", 1, 4, 4, 7),
+    ("LLaVA-NeXT-7B, toy", "toy", 2, 20, 6, 7),
+    ("Qwen2.5-VL-7B, toy", "toy-qwen", 2, 12, 6, 7),
+)
 K = 3
 KEPT = 0.125
 
@@ -38,29 +51,30 @@ def forced(model: Any) -> dk.policies.DyRate:
     return dk.policies.DyRate(k=K, predictor=predictor)
 
 
+def _inputs(model: Any, visual: int, text: int, batch: int) -> dict[str, torch.Tensor]:
+    return random_models.inputs(model, batch, visual, text)
+
+
 def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -> None:
-    """Both shapes; the second is left out, with a row that says so, when the time is over."""
+    """All shapes; those for which no time is left are left out, with a row that says so."""
     device = timing.here()
     backend = operators_backends(toy)[0]
     deadline = time.monotonic() + seconds
     bandwidth, times = timing.copy_bandwidth()
     save(timing.row("device-to-device copy", times, group="copy", bandwidth=bandwidth, moved=bandwidth * times.median))
-    model = random_models.build("toy" if toy else "llava-1.5-7b", device)
-    print(f"model: {decoding.weight_bytes(model) / 1e9:.2f} GB of weights read a step", flush=True)
-    work = [("LLaVA-1.5-7B", 1, 576, 64, 64), ("LLaVA-NeXT-7B", 32, 2880, 64, 32)]  # the quicker one first
-    if toy:
-        work = [("LLaVA-1.5-7B, toy", 1, 4, 4, 7), ("LLaVA-NeXT-7B, toy", 2, 20, 6, 7)]
-    for name, batch, visual, text, new_tokens in work:
+    model, built = None, ""
+    for name, config, batch, visual, text, new_tokens in TOY if toy else WORK:
         if time.monotonic() > deadline:
             save(timing.row(name, None, group="not measured", note=f"skipped: the {seconds:.0f} s of this part were over"))
             continue
         begin = time.monotonic()
-        pictures = visual // random_models.tokens_per_picture(model)
-
-        def make(size: int, visual: int = visual, text: int = text) -> dict[str, torch.Tensor]:
-            return random_models.inputs(model, size, visual, text)
-
-        problem = end_to_end.Problem(name, model, make, batch, new_tokens, backend, pictures)
+        if config != built:
+            model = None  # before the next one takes its place
+            timing.release()
+            model, built = random_models.build(config, device), config
+            print(f"{config}: {decoding.weight_bytes(model) / 1e9:.2f} GB of weights read a step", flush=True)
+        make = partial(_inputs, model, visual, text)
+        problem = end_to_end.Problem(name, model, make, batch, new_tokens, backend, random_models.pictures(model, visual))
         setups = end_to_end.policies_for(model, forced(model), "DyRate at 12.5 %", KEPT, fuses(model, backend))
         setups.append(end_to_end.Setup(end_to_end.UNPATCHED))
         try:

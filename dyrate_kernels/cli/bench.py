@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     e2e.add_argument(
         "--config", metavar="NAME",
         help="a shape with random weights: llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, llava-next-mistral-7b, "
-        f"llava-onevision-7b, small, toy, toy-onevision; or {BUNDLED}, the model that ships with the package. "
+        f"llava-onevision-7b, qwen2.5-vl-7b, small, toy, toy-onevision, toy-qwen; or {BUNDLED}, the model that ships with the package. "
         "Default: llava-1.5-7b on a GPU, small on a CPU",
     )  # fmt: skip
     e2e.add_argument("--batch", type=common.positive, nargs="+", default=[1], metavar="B", help="one or several; default: 1")
@@ -139,9 +139,8 @@ def _build(given: argparse.Namespace, name: str, device: Any) -> tuple[Any, Any,
         dtype = torch.float32
     model = random_models.build(name, device, dtype=dtype, layers=given.layers)
     visual = given.visual or random_models.MODELS[name].visual_tokens
-    per_picture = random_models.tokens_per_picture(model)
     random_models.inputs(model, 1, visual, given.text)  # a wrong number is an error now
-    return model, lambda batch: random_models.inputs(model, batch, visual, given.text), visual, visual // per_picture
+    return model, lambda batch: random_models.inputs(model, batch, visual, given.text), visual, random_models.pictures(model, visual)
 
 
 def _bundled(device: Any, dtype: Any) -> tuple[Any, Any, int, int]:
