@@ -3,7 +3,7 @@
 It may start once every program of the kernel before has called ``follow`` or ended, so its own launch costs nothing; but what that kernel
 and all before it have written may be read, and what they read or use as scratch memory may be written, only after ``follow``. A kernel
 that did not wait would break that for all after it: every launched kernel calls ``follow`` before it touches memory, weights that it
-fetches ahead excepted (``tests/cpu/test_dependent_launch.py`` reads them all). ``launch.dependent_launch`` says whether it is on.
+fetches ahead excepted (``tests/launch/test_dependent_launch.py`` reads them all). ``launch.dependent_launch`` says whether it is on.
 """
 
 from __future__ import annotations
