@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import contextlib
 import gc
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +25,24 @@ _made: dict[Any, Any] = {}
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the test models are tiny: a second thread only waits for the first
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked ``slow`` comes first in the share of each of xdist's workers, so that no worker begins it when the others are done.
+
+    A worker is given one run of neighbours of the list; what it has not begun another may take from its end.
+    """
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers == 1:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    rest = iter([item for item in items if not item.get_closest_marker("slow")])
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        first, size = slow[worker::workers], (len(items) - len(ordered)) // (workers - worker)
+        ordered += [*first, *itertools.islice(rest, max(size - len(first), 0))]
+    items[:] = ordered
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

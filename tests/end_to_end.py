@@ -19,6 +19,14 @@ GENERATIONS = [
 ]
 
 
+def shallow_demo(layers: int = 3) -> tuple[Any, Any]:
+    """The bundled model with its first layers alone, for what pays by the launch, and its processor."""
+    model, processor = dk.load_demo()
+    del models.decoder_layers(model)[layers:]
+    model.config.get_text_config().num_hidden_layers = layers
+    return model, processor
+
+
 def assert_tokens_equal_the_references(
     demo: tuple[Any, Any], backend: str, policy: Any, retention: str, options: dict, steps: int, **patching: Any
 ) -> None:  # fmt: skip

@@ -120,6 +120,7 @@ def test_the_search_the_page_and_the_curves_generate_the_same_way(demo):
     assert found() == want
 
 
+@pytest.mark.slow
 def test_an_answers_length_does_not_depend_on_its_batch(demo):
     """Several end tokens, of which one pads, or none; and strings that end an answer."""
     model, processor = demo
@@ -131,13 +132,11 @@ def test_an_answers_length_does_not_depend_on_its_batch(demo):
         _same_alone(model, processor, 40)
     model.generation_config.eos_token_id = 2
     words = tokenizer.decode(free[0], skip_special_tokens=True).split()
-    for stop in (words[3], [words[3], "nowhere"]):
-        model.generation_config.stop_strings = stop
-        for pad in (0, 2):
-            model.generation_config.pad_token_id = pad
-            rows = _same_alone(model, processor, 40)
-            text = tokenizer.decode(rows[0], skip_special_tokens=True)
-            assert words[3] in text and len(rows[0]) < len(free[0])
+    for stop, pad in ((words[3], 0), ([words[3], "nowhere"], 2)):
+        model.generation_config.stop_strings, model.generation_config.pad_token_id = stop, pad
+        rows = _same_alone(model, processor, 40)
+        text = tokenizer.decode(rows[0], skip_special_tokens=True)
+        assert words[3] in text and len(rows[0]) < len(free[0])
 
 
 def _same_alone(model, processor, most):

@@ -76,6 +76,7 @@ def test_missing_weights_are_explained(monkeypatch: pytest.MonkeyPatch, tmp_path
         load_demo()
 
 
+@pytest.mark.slow
 def test_it_names_95_percent_of_the_attributes_of_held_out_scenes(demo: tuple[Any, Any]) -> None:
     table = training.evaluate(*demo, scenes=60, first_seed=-100_001, batch=30)
     assert table["describe"]["accuracy"] >= 0.95, table

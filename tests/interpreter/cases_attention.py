@@ -42,26 +42,24 @@ def check(arguments, dtype, window=None, **lists):
     return got
 
 
-@pytest.mark.parametrize(
-    "dtype, chosen",
-    [
-        (torch.float32, harness.SMALL),
-        (torch.float32, harness.ONE_SPLIT),
-        (torch.float32, harness.TWO_LAUNCHES),
-        (torch.float32, harness.THREE_SPLITS),
-        (torch.float16, harness.SMALL),
-    ],
-    ids=["float32, splits", "float32, one split", "float32, two launches", "float32, three splits", "float16, splits"],
-)
-@pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_statistics(case, dtype, chosen):
+FORMS = {
+    "float32, splits": (torch.float32, harness.SMALL),
+    "float32, one split": (torch.float32, harness.ONE_SPLIT),
+    "float32, two launches": (torch.float32, harness.TWO_LAUNCHES),
+    "float32, three splits": (torch.float32, harness.THREE_SPLITS),
+    "float16, splits": (torch.float16, harness.SMALL),
+}
+
+
+@pytest.mark.parametrize("case, form", harness.cells(SHAPES, list(FORMS)), ids=str)
+def test_statistics(case, form):
+    dtype, chosen = FORMS[form]
     arguments, _ = problem(case, dtype)
     with harness.settings(chosen):
         check(arguments, dtype)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("case", SHAPES[1:7], ids=str)
+@pytest.mark.parametrize("case, share", harness.cells(SHAPES[1:7], [0.4, 0.0, 1.0]), ids=str)
 def test_kept_list(case, share):
     counts = [int(n * share) for n in case[6]]
     kept, n_kept = spec.lists(case[6], counts, max(counts))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ TENSOR_CORES = dataclasses.replace(harness.SMALL, tensor_cores=True)
 BOTH = dataclasses.replace(harness.TWO_LAUNCHES, tensor_cores=True, num_warps=2, warp_rows=True)
 GROUPS = (2, 3, 4, 5, 6, 7, 8, 16)
 DIMS = (64, 80, 96, 128, 256)
-FULL = os.environ.get("DYRATE_INTERPRETER") == "full"
+FULL = harness.FULL
 
 
 def test_settings_choose_the_form():

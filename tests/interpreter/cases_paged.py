@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from tests.ops import paged_spec as spec
 from tests.ops.paged_spec import SHAPES
 
 EVERY = ("output", "mass", "importance")
-FULL = os.environ.get("DYRATE_INTERPRETER") == "full"
+FULL = harness.FULL
 SETTINGS = {
     "splits": harness.SMALL,
     "one split": harness.ONE_SPLIT,

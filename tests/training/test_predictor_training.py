@@ -231,6 +231,7 @@ def test_k_must_fit(demo, tmp_path):
         train(demo, tmp_path, k=6, target_keep=0.5)
 
 
+@pytest.mark.slow
 def test_two_processes(demo, tmp_path):
     """Data-parallel on a CPU: both processes end with the same predictor, and it is written once."""
     script = tmp_path / "run.py"
