@@ -47,7 +47,8 @@ class Variant:
 _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 VARIANTS = {
     "plain": Variant(),
-    "sanitized": Variant(flags=(*_SANITIZE, "-g1", "-fno-omit-frame-pointer"), link=_SANITIZE),
+    # not optimised: half of the time to compile, which is more than its tests then take longer
+    "sanitized": Variant(flags=(*_SANITIZE, "-O0", "-g1", "-fno-omit-frame-pointer"), link=_SANITIZE),
     "races": Variant(
         flags=("-g1", "-DDYRATE_EMULATE_RACES"), kernel_flags=("-fsanitize=thread",), link=("-ldl",), extra=("emulation/races.cpp",)
     ),
