@@ -23,7 +23,7 @@ DECISION = ("dyrate decode_step: attention, rate, top-k, kept list", "dyrate dec
 
 @dataclasses.dataclass
 class Table:
-    """What the run prints at its end. Nothing gets in whose result failed its comparison with the reference."""
+    """The table that the run prints at its end. Nothing gets in whose result failed its comparison with the reference."""
 
     bandwidth: float
     rows: list[tuple[str, str, timing.Times, int | None, str | None]] = dataclasses.field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the benchmarks' results are held against: ``tests.ops.spec``, of which nothing is measured, for the dense rows of a benchmark.
+"""Expected results of the benchmarks: those of ``tests.ops.spec``, of which nothing is measured, for the dense rows of a benchmark.
 
 Dense rows of one layer, as ``bench.operators.Data`` makes them: ``[0, visual)`` of a sequence are visual, the rest is text, all are live.
 """
@@ -46,8 +46,8 @@ def compacted(rows: Tensor, kept: Tensor) -> Tensor:
 
 
 def fastv_wrong(score: Tensor, index: Tensor, kept: int, visual: int, rows: int) -> int:
-    """How many sequences FastV's choice is wrong in: ``index`` int64 ``[B, kept + text]`` must be ascending rows, all of the text and
-    ``kept`` visual ones of which none scores lower (float ``[B, visual]``) than one that is left out. Equal ones may come in any order.
+    """Returns how many sequences FastV's choice is wrong in: ``index`` int64 ``[B, kept + text]`` must be ascending rows, all of the text
+    and ``kept`` visual ones of which none scores lower (float ``[B, visual]``) than one that is left out. Equal ones come in any order.
     """
     wrong = 0
     for values, chosen in zip(score.tolist(), index.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""What the patch adds to the host's work in a decode step: time and operator calls, beside the unpatched eager model. Needs no GPU.
+"""The host's work that the patch adds to a decode step: time and operator calls, beside the unpatched eager model. Needs no GPU.
 
     OMP_NUM_THREADS=1 python -m bench.host_time [--rounds 8] [--new-tokens 30] [--layers 32] [--json]
 

@@ -1,4 +1,4 @@
-"""What ``patch(fuse=True)`` launches, each beside its floor and the model's own chain of operations: part of ``bench.operators``.
+"""The launches of ``patch(fuse=True)``, each beside its floor and the model's own chain of operations: part of ``bench.operators``.
 
     python -m bench.layers OUT.json [--toy]
 

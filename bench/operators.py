@@ -40,7 +40,7 @@ Gate = Callable[[Any, int], dict[str, Any]]  # (a call's result, which set of in
 
 
 def label(backend: str) -> str:
-    """What the rows of a backend begin with: ``"dyrate"``, ``"dyrate cuda"``."""
+    """Returns what the rows of a backend begin with: ``"dyrate"``, ``"dyrate cuda"``."""
     return f"{OURS} cuda" if backend == "cuda" else OURS
 
 
@@ -77,17 +77,17 @@ class Shape:
 
     @property
     def attention_bytes(self) -> int:
-        """What attention must move: keys, values and query in, output out."""
+        """Returns the bytes that attention must move: keys, values and query in, output out."""
         return self.kv_bytes + 2 * self.batch * self.heads * self.dim * self.dtype.itemsize
 
     @property
     def statistics_bytes(self) -> int:
-        """What the statistics must move on top: types in, mass and importance out."""
+        """Returns the bytes that the statistics must move on top: types in, mass and importance out."""
         return self.batch * (self.text + 16 * self.heads + 4 * self.visual)
 
     @property
     def new_row_bytes(self) -> int:
-        """What a new row moves on top: read where the layer made it, written to the cache."""
+        """Returns the bytes that a new row moves on top: read where the layer made it, written to the cache."""
         return 4 * self.batch * self.kv_heads * self.dim * self.dtype.itemsize
 
     @property
@@ -186,7 +186,7 @@ class Data:
             key[:, :, -1], value[:, :, -1] = new["new_key"], new["new_value"]
 
     def shared(self) -> dict[str, Any]:
-        """What every attention call takes beside the rows."""
+        """Returns the arguments of every attention call beside the rows."""
         return {"visual_capacity": self.shape.visual, "backend": self.backend, "n_visual": self.n_visual, "n_text": self.n_text}
 
     def reference(self, kept: Tensor | None = None, number: int = 0) -> tuple[list[int], expected.Attention]:
@@ -222,7 +222,7 @@ def step_gate(shape: Shape, attention: dict[str, Any], step: ops.DecodeStep, lin
 
 
 def selection_wrong(score: Tensor, count: int, kept: Tensor, n_kept: Tensor) -> float:
-    """How many entries of a kept list are not those of the ``count`` highest of ``score``."""
+    """Returns how many entries of a kept list are not those of the ``count`` highest of ``score``."""
     wrong = (kept[:, :count] != expected.highest(score, count)).sum() + (kept[:, count:] != -1).sum() + (n_kept != count).sum()
     return float(wrong)
 
@@ -374,7 +374,7 @@ Form = tuple[Callable[..., Any], dict[str, Any], Gate, int]  # operator, argumen
 
 
 def forms(data: Data) -> dict[str, Form]:
-    """What a model calls: by the names of the rows."""
+    """Returns what a model calls, by the names of the rows."""
     shape, right = data.shape, attention_gate(data)
     base, extra = shape.attention_bytes, shape.statistics_bytes
     few, types = dataclasses.replace(shape, visual=shape.kept), {"text_type": data.text_type}

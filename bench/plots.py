@@ -26,7 +26,7 @@ OPERATORS = (
 
 
 def right(row: Row) -> bool:
-    """It did not fail its gate (``gate_of_twin`` in older records). A row that fails has no speed."""
+    """Returns whether it did not fail its gate (``gate_of_twin`` in older records). A row that fails has no speed."""
     return all(gate is None or gate["passed"] for gate in (row["correct"], row.get("gate_of_twin")))
 
 
@@ -102,7 +102,7 @@ def over_visual(report: dict[str, Any], out: Path) -> bool:
 
 
 def kept(report: dict[str, Any], out: Path) -> bool:
-    """What layers from k on read of the visual tokens, step by step. False where no row says it."""
+    """Draws what layers from k on read of the visual tokens, step by step. Returns False where no row says it."""
     from matplotlib.figure import Figure
 
     rows = [row for row in shown(report["rows"]) if row.get("kept_by_step") and "generate()" in row["name"]]

@@ -1,4 +1,4 @@
-"""What each reducer adds to the vision tower's pass, once a picture, at prefill.
+"""The time that each reducer adds to the vision tower's pass, once a picture, at prefill.
 
     OMP_NUM_THREADS=1 python -m bench.reducers [--pictures 1] [--rounds 5] [--json]
 

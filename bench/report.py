@@ -108,7 +108,7 @@ def _time(micro: float | None) -> str:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """What the README shows of a record: whole models, the attention of a layer, the targets. Rows that failed their gate are left out."""
+    """Returns the README's tables of a record: whole models, attention of a layer, targets. Rows that failed their gate are left out."""
     here = report["environment"]
     rows = plots.shown(report["rows"])
     versions = ", ".join(f"{name} {here[name]}" for name in ("torch", "triton", "transformers", "commit"))

@@ -1,4 +1,4 @@
-"""What each kernel of the native extension takes of a multiprocessor: registers, shared memory, and local memory, which means spills.
+"""Resources that each kernel of the native extension takes: registers, shared memory, and local memory, which means spills.
 
     python -m bench.resources [--arch sm_90]
 

@@ -95,7 +95,7 @@ def launches(device: torch.device, backend: str, few: bool = False) -> list[tupl
 
 
 def fused_layers(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """What ``patch(fuse=True)`` launches, at sizes that fill no tile; nothing for a backend that fuses nothing."""
+    """Returns results of what ``patch(fuse=True)`` launches, at sizes that fill no tile; nothing for a backend that fuses nothing."""
     kernels = layers.fused(backend, device)
     if kernels is None:
         return []
@@ -207,7 +207,7 @@ def paged(device: torch.device, backend: str) -> list[tuple[str, torch.Tensor, t
 
 
 def follow_ups(got, after, want, reference, backend, capacity, few=False):
-    """What follows a decision: reading the kept list (few: that alone), eviction, reordering, selection and prediction alone."""
+    """Returns results behind a decision: reading the kept list (few: that alone), eviction, reordering, selection, prediction alone."""
     outcomes = []
     for step, tensors, which in ((got, after, backend), (want, reference, "reference")):
         rows = ("query", "key", "value", "n_visual", "n_text")
@@ -260,7 +260,7 @@ def every(device: torch.device, usable: list[str]) -> int:
 
 
 def forms(device: torch.device, usable: list[str]) -> int:
-    """What is off as shipped, and paged rows; how many results are wrong."""
+    """Runs what is off as shipped, and paged rows; returns how many results are wrong."""
     from dyrate_kernels.triton_kernels import launch
 
     wrong = 0

@@ -39,19 +39,19 @@ def find(rows: Iterable[Row], name: str, **facts: Any) -> Row | None:
 
 
 def passed(row: Row | None) -> bool:
-    """It was timed, and its result is right."""
+    """Returns whether it was timed and its result is right."""
     return row is not None and bool(row["measurement"]) and row["correct"] is not None and plots.right(row)
 
 
 def speed_up(ours: Row | None, other: Row | None) -> float | None:
-    """How many times as fast; None unless both are measured and right."""
+    """Returns how many times as fast it is; None unless both are measured and right."""
     if ours is None or other is None or not (passed(ours) and passed(other)) or not ours["median_us"]:
         return None
     return other["median_us"] / ours["median_us"]
 
 
 def targets(rows: list[Row]) -> list[dict[str, Any]]:
-    """What was asked and measured, a backend at a time, whether it is met (None: not measured), and a sentence."""
+    """Returns what was asked and measured, a backend at a time, whether it is met (None: not measured), and a sentence."""
     found = _Targets(rows, "triton")
     _operators(found)
     every = found.lines
@@ -154,7 +154,7 @@ def _statistics_cost(found: _Targets, kind: str, where: str, most: str) -> None:
 
 
 def _pieces(found: _Targets, kind: str) -> str:
-    """What mass and importance cost alone, by experiment 4."""
+    """Returns a sentence on what mass and importance cost alone, by experiment 4."""
     case = f"what statistics cost, {kind} B=32 N=2880"
     rows = {row["variant"]: row for row in found.rows if row.get("case") == case and passed(row)}
     base = rows.get("attention alone")

@@ -111,7 +111,7 @@ def kept_list(data):
 
 
 def last_query(data):
-    """What a prefill is scored with."""
+    """Returns the query that a prefill is scored with."""
 
     def gate(got, number):
         picked, want = data.reference(number=number)

@@ -106,7 +106,7 @@ class Problem:
 
 
 def _matters(name: str, best: Any, problem: Problem) -> bool:
-    """Whether a setting changes anything for this kind of problem."""
+    """Returns whether a setting changes anything for this kind of problem."""
     shape = problem.cases[0][0]
     grouped = shape.heads > shape.kv_heads
     if name == "decision":

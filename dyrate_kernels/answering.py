@@ -1,4 +1,4 @@
-"""How a command generates: one answer a prompt, the checkpoint's generation defaults honoured or overridden; how long an answer is."""
+"""Answers of the commands: one a prompt, the checkpoint's generation defaults honoured or overridden; how long an answer is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular about each model family, text model and vision tower: one row each, and nothing of it stands elsewhere.
+"""The particulars of each model family, text model and vision tower: one row each, and nothing of it stands elsewhere.
 
 A table without imports, since everything above the operators asks it: policies and cost models (the shape of a text model), ``patching``
 (what can be patched, fused, and where reducers work), ``training``. A new family is a row here, a builder in ``tests/builders.py`` and a
@@ -58,7 +58,7 @@ class TextModel:
 
     @property
     def four_norms(self) -> bool:
-        """Whether what attention and feed-forward block give is normalised before it joins the residual stream."""
+        """Returns whether what attention and feed-forward block give is normalised before it joins the residual stream."""
         return self.layer_norms == 4
 
 

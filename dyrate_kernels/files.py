@@ -50,7 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_file(name: str, path: str | os.PathLike[str]) -> None:
-    """Whether a file can be written there, found out by opening it; what stands in it stays.
+    """Checks that a file can be written there, by opening it; its contents stay.
 
     Args:
         name: of the option or argument, for messages.
@@ -74,7 +74,7 @@ def check_file(name: str, path: str | os.PathLike[str]) -> None:
 
 
 def check_folder(name: str, path: str | os.PathLike[str], files: Iterable[str] = ()) -> None:
-    """Whether files can be written to a folder, which is made where it is missing.
+    """Checks that files can be written to a folder, which is made where it is missing.
 
     Args:
         name: of the option or argument, for messages.

@@ -1,4 +1,4 @@
-"""What pruning costs and saves: FLOPs by FastV's formula and exactly, and the bytes that a decode step reads
+"""Costs and savings of pruning: FLOPs by FastV's formula and exactly, and the bytes that a decode step reads
 (docs/costs.md).
 
 Three cost axes, never mixed:
@@ -160,7 +160,7 @@ def kv_bytes_per_token(shape: ModelShape) -> int:
 
 @dataclass(frozen=True)
 class DecodeBytes:
-    """What one decode step of a batch reads, in bytes.
+    """Bytes that one decode step of a batch reads.
 
     Attributes:
         batch, visual, text, kept, k: what it was computed for.

@@ -23,7 +23,7 @@ _BUILD_INFO = Path(__file__).with_name("_build_info.json")  # written by setup.p
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What the install recorded about the native extension.
+    """Facts on the native extension that the install recorded.
 
     cuda: it was built. reason: why not, when it was not. nvcc: release of the compiler, e.g. "13.0".
     architectures: in CMake's form, e.g. ("75-real", .., "120"): "-real" is machine code, no suffix is that and PTX.
@@ -48,7 +48,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the extension sees of the machine.
+    """The machine as the extension sees it.
 
     driver_version, runtime_version: CUDA's own, e.g. "13.0"; driver_version is None when there is no driver.
     architectures: what the extension was compiled for. error: why there are no devices, None when there are some.

@@ -61,7 +61,7 @@ def generation(image: Any, stats: Stats, path: str | Path, panels: int = 5, sequ
 
 
 def check_ending(name: str, path: str | Path) -> None:
-    """Whether matplotlib is here and draws into the format that a file's ending names, found out with a small drawing.
+    """Checks with a small drawing that matplotlib is here and draws into the format that a file's ending names.
 
     Args:
         name: of the option, for messages.

@@ -10,7 +10,7 @@ from dyrate_kernels import specs
 
 
 class Entry(Protocol):
-    """What a registry holds classes of: a dataclass with a class attribute ``name``."""
+    """A class of a registry: a dataclass with a class attribute ``name``."""
 
     name: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]

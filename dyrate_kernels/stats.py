@@ -1,4 +1,4 @@
-"""What ``Handle.stats()`` returns (``dyrate_kernels.tally`` makes it)."""
+"""Results of ``Handle.stats()`` (``dyrate_kernels.tally`` makes them)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Stats:
-    """What ``Handle.stats()`` returns; the last turn of the last generation.
+    """Result of ``Handle.stats()``: the last turn of the last generation.
 
     Attributes:
         policy, predictor, backend, retention, k: what ran. ``predictor`` is None for policies that have none.

@@ -101,7 +101,7 @@ def _steps(record: Record, of: slice, mean_kept: Tensor, rate: list[list[float]]
 def _cost_arguments(
     source: Snapshot, of: slice, parts: list[Part], kept: Tensor, again: Tensor, visual: Tensor, text: Tensor
 ) -> dict[str, Any]:  # fmt: skip
-    """What :func:`flops.generation_cost` is given; kept, again: ``[steps, groups, B]``."""
+    """Returns the arguments of :func:`flops.generation_cost`; kept, again: ``[steps, groups, B]``."""
     record = source.record
     assert record is not None
     by_part = [part.group for part in parts]
@@ -172,7 +172,7 @@ def _hidden_by_windows(
 
 
 def _beside_unreduced(source: Snapshot, of: slice, parts: list[Part], arguments: dict[str, Any]) -> flops.GenerationCost:
-    """What the same steps would have cost with the visual tokens before the reducers (``.._unpruned``), and their share of that."""
+    """Returns what the same steps would have cost with the visual tokens before the reducers (``.._unpruned``), and their share of that."""
     assert source.visual_in is not None and source.record is not None
     visual, before = source.visual_in[of].cpu(), source.record.before.visual_in[of].cpu()
     arguments = {**arguments, "visual_tokens": visual.tolist(), "cached_visual": before.tolist(), "computed": None}

@@ -44,7 +44,7 @@ def text_config(text: str, **overrides: Any) -> Any:
 
 
 def text_fields(**more: Any) -> dict[str, Any]:
-    """What all text configs have."""
+    """Returns the fields that all text configs have."""
     return {
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,

@@ -1,4 +1,4 @@
-"""What the patching tests share: the methods and inputs they go through, and the comparison of two generations."""
+"""Parts shared by the patching tests: the methods and inputs they go through, and the comparison of two generations."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What imports and collection made stays to the end. Else every collection of garbage, of which a benchmark makes a dozen, would walk
-    all of torch and transformers again."""
+    """Freezes what imports and collection made, so that it stays to the end. Else every collection of garbage, of which a benchmark makes
+    a dozen, would walk all of torch and transformers again."""
     gc.collect()
     gc.freeze()
 

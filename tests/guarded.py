@@ -65,7 +65,7 @@ _active: list[GuardedAllocations] = []
 
 
 def watch(backend: Any, names: Iterable[str]) -> None:
-    """What these functions of a backend, as far as it has them, allocate inside of :func:`allocations` is guarded: an operator's
+    """Guards what these functions of a backend, as far as it has them, allocate inside of :func:`allocations`: an operator's
     implementation runs outside of the caller's dispatch modes."""
     for name in names:
         if hasattr(backend, name):
@@ -90,7 +90,7 @@ def scratch() -> list[tuple[str, Tensor]]:
 
 @contextlib.contextmanager
 def allocations() -> Iterator[None]:
-    """What a watched backend allocates inside is guarded, its scratch memory poisoned; counters must be back at zero at the end."""
+    """Guards what a watched backend allocates inside and poisons its scratch memory; counters must be back at zero at the end."""
     for name, buffer in scratch():
         if name != "counters":
             buffer.fill_(float("nan"))

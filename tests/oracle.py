@@ -113,7 +113,7 @@ class Turn:
 
 @dataclass
 class Step:
-    """What one step of one sequence decided: the columns that stay, by layer, and why."""
+    """The decision of one step of one sequence: the columns that stay, by layer, and why."""
 
     step: int
     rates: dict[int, float]  # by layer
@@ -334,7 +334,7 @@ class Oracle:
 
     @staticmethod
     def _within(candidates: dict[int, Sequence[int]], before: list[Step], step: int) -> dict[int, Sequence[int]]:
-        """What the stage before keeps in the same step."""
+        """Returns what the stage before keeps in the same step."""
         if not before:
             return candidates
         kept = {*before[step].kept[min(candidates) - 1]}

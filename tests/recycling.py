@@ -33,7 +33,7 @@ def cluster(states: dict[int, Sequence[float]], count: int) -> dict[int, int]:
 def recycle(
     rating: dict[int, float], count: int, states: dict[int, Sequence[float]], share: float, clusters: float
 ) -> tuple[list[int], dict[int, int]]:  # fmt: skip
-    """What stays of the rated tokens, and for each token that has one the token it becomes part of.
+    """Returns what stays of the rated tokens, and for each token that has one the token it becomes part of.
 
     Args:
         rating: by token, all that can be chosen.

@@ -40,7 +40,7 @@ def parsed(path: Path) -> list[ast.AST]:
 
 
 def imported(name: str, path: Path) -> Iterator[tuple[str, str | None]]:
-    """What a module imports, wherever in it: full name of a module, and a name in it or None."""
+    """Yields what a module imports, wherever in it: full name of a module, and a name in it or None."""
     whole = ".".join(filter(None, ("dyrate_kernels", name)))
     package = (whole if path.name == "__init__.py" else whole.rpartition(".")[0]).split(".")
     for node in parsed(path):

@@ -42,7 +42,7 @@ CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{% set ns = namespace(first=true) %}", ""
 
 @dataclass
 class Settings:
-    """What a run is made of; stored with its checkpoints."""
+    """Settings of a run; stored with its checkpoints."""
 
     seed: int = 1
     image_size: int = 96

@@ -77,7 +77,7 @@ class _Attention:
 
 
 class Pages(NamedTuple):
-    """What an attention over paged rows has beside the other arguments.
+    """Arguments of an attention over paged rows beside the others.
 
     Attributes:
         block_table: int32 ``[S, M]``.

@@ -1,4 +1,4 @@
-"""What running under Triton's interpreter (``TRITON_INTERPRET=1``, on a CPU) needs; nothing here is used on a GPU."""
+"""Helpers for running under Triton's interpreter (``TRITON_INTERPRET=1``, on a CPU); nothing here is used on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoder layer does around its attention, in few launches.
+"""A decoder layer but for its attention, in few launches.
 
 A model that launches these operation by operation spends more of a decode step on them than on attention (bench/results). The arithmetic
 is float32, rounded to the tensors' dtype wherever the model's own chain of operations rounds, so that the results agree with it up to the

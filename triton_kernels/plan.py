@@ -1,4 +1,4 @@
-"""How a launch is shaped: from capacities, never from the live lengths, so that a captured graph stays valid.
+"""Shapes of launches: from capacities, never from the live lengths, so that a captured graph stays valid.
 
 ``Settings`` are heuristics unless a measured file is shipped for the device (``dyrate_kernels/devices``). Nothing is tuned at run time; but
 how many programs run at once is not known before the kernel is compiled, so it is asked then (``backend._fit_attention``).
@@ -147,7 +147,7 @@ def heuristic(group: int, dim: int, itemsize: int) -> Settings:
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What the programs of one multiprocessor share.
+    """Resources that the programs of one multiprocessor share.
 
     Attributes:
         registers: of 32 bits, handed out by 256 a warp.
@@ -316,7 +316,7 @@ def override(chosen: Settings | None) -> None:
 
 
 def overridden() -> Settings | None:
-    """What ``override`` set."""
+    """Returns what ``override`` set."""
     return _override
 
 

@@ -24,7 +24,7 @@ from .norms import scale_row
 
 
 class RowTile(NamedTuple):
-    """What a program reads at a time: ``rows`` of a weight, ``columns`` of each; with so many warps and stages."""
+    """The tile that a program reads at a time: ``rows`` of a weight, ``columns`` of each; with so many warps and stages."""
 
     rows: int
     columns: int
@@ -164,7 +164,7 @@ def gated_kernel(
 
 
 class Norm(NamedTuple):
-    """What comes before a product: ``residual + x`` (where there is a residual), then RMSNorm."""
+    """The norm before a product: ``residual + x`` (where there is a residual), then RMSNorm."""
 
     residual: Tensor | None
     weight: Tensor

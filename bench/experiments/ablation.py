@@ -1,4 +1,4 @@
-"""What statistics and the decision cost, piece by piece: experiments 4 and 10."""
+"""The cost of statistics and of the decision, piece by piece: experiments 4 and 10."""
 
 from __future__ import annotations
 

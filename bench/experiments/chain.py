@@ -39,7 +39,7 @@ def dependent(on: bool) -> Iterator[None]:
 
 
 class Chain:
-    """What surrounds attention in decoder layers with one new token a sequence, attention left out: norm, query, key and value, output,
+    """Decoder layers with one new token a sequence, attention left out: norm, query, key and value, output,
     residual, norm, gate and up, down, residual."""
 
     def __init__(self, text: sizes.Text, layers: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:

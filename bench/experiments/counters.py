@@ -1,4 +1,4 @@
-"""What hardware counters say about attention with and without statistics: experiment 5.
+"""Hardware counters of attention with and without statistics: experiment 5.
 
 python -m bench.experiments.counters plain|statistics      # what ncu watches: three launches
 """
@@ -103,7 +103,7 @@ def _rows(context: Context, ours: list[tuple[str, dict[str, float]]], facts: dic
 
 
 def main() -> None:
-    """What ncu watches."""
+    """Runs what ncu watches."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("form", choices=sorted(problems.FORMS))
     parser.add_argument("heads", choices=sorted(problems.HEADS))

@@ -1,4 +1,4 @@
-"""What a device's file should hold, from the rows of the experiments, and the figures that say so.
+"""Proposals for a device's file, from the rows of the experiments, and the figures that speak for them.
 
 A change of settings is proposed for a key of the file where, over all cases of that key in its experiment, the geometric mean of the ratios
 lies below 1 by more than the noise, at least one case is faster and none slower. A key of which a case was not reached, or where a result
@@ -51,7 +51,7 @@ class Candidate:
     against: str | None
 
     def figures(self) -> dict[str, Any]:
-        """What the file says about it."""
+        """Returns what the file says about it."""
         return {
             "experiment": self.experiment, "changes": self.changes, "ratio": round(self.ratio, 4), "noise": round(self.noise, 4),
             "cases": self.cases,

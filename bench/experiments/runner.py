@@ -1,4 +1,4 @@
-"""What all experiments share: comparisons behind their gates, the clock, budgets, and what is said where something was not reached.
+"""Parts shared by all experiments: comparisons behind their gates, the clock, budgets, and what is said where something was not reached.
 
 A :class:`Case` is one problem and several ways to do it, the first of which is the base. All of them are checked against float64, recorded
 as CUDA graphs, and replayed in turn; the base is there twice, and how far its two series lie apart is the noise. A ratio is the median
@@ -268,7 +268,7 @@ def _compared(context: Context, case: Case, budget: float, about: dict[str, Any]
 
 
 def _noise(first: Sequence[float], second: Sequence[float]) -> float:
-    """How far two series of the same work lie apart, as a share."""
+    """Returns how far two series of the same work lie apart, as a share."""
     ratios = sorted(b / a for a, b in zip(first, second, strict=True))
     spread = (_at(ratios, 0.8) - _at(ratios, 0.2)) / 2 / max(len(ratios), 1) ** 0.5
     return max(abs(statistics.median(ratios) - 1), spread, NOISE)

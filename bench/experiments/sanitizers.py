@@ -1,4 +1,4 @@
-"""What settings turn on, and paged rows, under compute-sanitizer: experiment 11. Nothing is timed, so it runs while the kernels of the
+"""Kernels that settings turn on, and paged rows, under compute-sanitizer: experiment 11. Nothing is timed, so it runs while those of the
 others are built."""
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def _percent(value: float | None) -> str | None:
 
 
 def _fate(one: Candidate, proposed: Sequence[Candidate]) -> str:
-    """What became of a change that nothing speaks against; of each key one is proposed."""
+    """Returns what became of a change that nothing speaks against; of each key one is proposed."""
     for other in proposed:
         if (other.section, other.key) == (one.section, one.key):
             if other.changes == one.changes:

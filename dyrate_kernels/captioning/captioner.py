@@ -20,7 +20,7 @@ _READERS = 4  # threads that decode pictures
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker does with a picture; it is sent to where the worker runs.
+    """The work on each picture; it is sent to where the worker runs.
 
     Attributes:
         model, device, dtype, quantize: as ``loading.load_model`` takes them.
@@ -62,7 +62,7 @@ class Task:
 
 @dataclass
 class Caption:
-    """What came of one picture: a caption, or why there is none.
+    """Outcome for one picture: a caption, or why there is none.
 
     Attributes:
         name: of the ``Source``.

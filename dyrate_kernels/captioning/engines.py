@@ -1,4 +1,4 @@
-"""What runs the workers: this process (``local``), or Ray Data, on this machine or a cluster (``ray``)."""
+"""Engines, which run the workers: this process (``local``), or Ray Data, on this machine or a cluster (``ray``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be captioned: pictures in a folder, or rows of Parquet files. Nothing is decoded here."""
+"""Sources of captions: pictures in a folder, or rows of Parquet files. Nothing is decoded here."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from dyrate_kernels.journal import Journal
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         done, total: pictures, those of earlier runs included.

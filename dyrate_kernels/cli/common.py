@@ -1,4 +1,4 @@
-"""What the commands share: options, loading a model, preparing an input, tables."""
+"""Parts shared by the commands: options, loading a model, preparing an input, tables."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _SHOW_EVERY = 4  # tokens between two looks at what is kept: each reads the devi
 
 @dataclass(frozen=True)
 class Wish:
-    """What a visitor asks for.
+    """A visitor's request.
 
     Attributes:
         question: about the picture.
@@ -70,7 +70,7 @@ class Side:
 
 @dataclass
 class State:
-    """What the page shows.
+    """The answers so far, as the page shows them.
 
     Attributes:
         plain, pruned: the answers.

@@ -1,4 +1,4 @@
-"""What was measured on a kind of GPU and is shipped: one JSON file a device name, written on such a device.
+"""Measurements of kinds of GPUs, shipped: one JSON file a device name, written on such a device.
 
     device      the name that the driver gives it
     settings    launch settings of the Triton kernels by kind of problem (``bench/tune.py`` writes, ``triton_kernels/plan.py`` reads them)

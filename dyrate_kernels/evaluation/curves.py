@@ -1,4 +1,4 @@
-"""What the unpruned model looks at while it writes: mass by token type, and whether the important tokens stay the same ones."""
+"""Curves of the unpruned model's attention while it writes: mass by token type, and whether the important tokens stay the same ones."""
 
 from __future__ import annotations
 

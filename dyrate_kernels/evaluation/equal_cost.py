@@ -79,7 +79,7 @@ def tune(
 
 
 def check_reachable(model: Any, contender: Contender, target: float) -> int:
-    """Whether the layers that a policy leaves alone let it cost so little; asks nothing. Returns the first layer that it can prune.
+    """Checks that the layers which a policy leaves alone let it cost so little; asks nothing. Returns the first layer that it can prune.
 
     Raises:
         ValueError: they do not, or the method has no knob; see :func:`tune`.

@@ -156,7 +156,7 @@ class PatchedModel(lmms):
 
     @property
     def setting(self) -> dict[str, str]:
-        """What a ``stats`` file is of."""
+        """Returns the settings that a ``stats`` file is of."""
         found = {"policy": str(self.contender.policy), "retention": self.contender.retention, "model": model_name(self.model)}
         return found | ({"vision": str(self.contender.vision)} if self.contender.vision else {})
 

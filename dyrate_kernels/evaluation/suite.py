@@ -1,4 +1,4 @@
-"""What a suite of questions is, and the one that needs no files: drawn scenes. Public data sets: ``evaluation.suites``."""
+"""The interface of suites of questions, and the one that needs no files: drawn scenes. Public data sets: ``evaluation.suites``."""
 
 from __future__ import annotations
 

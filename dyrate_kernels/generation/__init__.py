@@ -1,4 +1,4 @@
-"""What happens in one generation, whoever runs the model: rows, passes, decisions and what they do. Imports no transformers.
+"""One generation, whoever runs the model: rows, passes, decisions and their effects. Imports no transformers.
 
 Each module imports only those above it, and nobody points back (``tests/test_imports.py``):
 

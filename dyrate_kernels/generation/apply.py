@@ -1,4 +1,4 @@
-"""What a decision does: a list to read through, rows that move, a prompt that goes on shorter, a mask for draft tokens."""
+"""The effects of a decision: a list to read through, rows that move, a prompt that goes on shorter, a mask for draft tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dyrate_kernels.generation.turn import Turn
 
 @dataclass
 class Shrunk:
-    """What a pruned group receives of a prompt.
+    """The part of a prompt that a pruned group receives.
 
     Attributes:
         slots: of its columns.
@@ -34,7 +34,7 @@ class Shrunk:
 
 
 class Effects:
-    """What the decisions of a pass of several tokens did so far, in force for the layers after them; by layer group.
+    """The effects so far of the decisions of a multi-token pass, in force for the layers after them; by layer group.
 
     Attributes:
         shrunk: what a group receives of the prompt.
@@ -48,7 +48,7 @@ class Effects:
         self.allowed: dict[int, Tensor] = {}
 
     def slots(self, passing: MultiTokenPass, index: int) -> SlotMapping | None:
-        """What a group receives; None: nothing, it waits for the prompt's last chunk."""
+        """Returns the slots of what a group receives; None: nothing, it waits for the prompt's last chunk."""
         slots = passing.slots.get(index)
         return self.shrunk[index].slots if slots is None and index in self.shrunk else slots
 

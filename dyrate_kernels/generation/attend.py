@@ -99,7 +99,7 @@ class OperatorStep:
         return self._moved[key][1]
 
     def _rows(self, layer: int, query: Tensor, scale: float, window: int | None, text_type: Tensor | None = None) -> ops.Rows:
-        """What the operators are given in ``layer``; takes the new row and the rotation that wait for it."""
+        """Returns the operators' rows of ``layer``; takes the new row and the rotation that wait for it."""
         store, device = self.store, query.device
         group = store.group_of[layer]
         key, value = store.buffers(layer)
@@ -126,7 +126,7 @@ class OperatorStep:
 
 
 class Seen(NamedTuple):
-    """What the rows of a pass see in one layer: query ``[B, Hq, q, D]``, mask bool ``[B, q, R]`` over ``rows``."""
+    """The rows that a pass sees in one layer: query ``[B, Hq, q, D]``, mask bool ``[B, q, R]`` over ``rows``."""
 
     query: Tensor
     rows: KeyRows
@@ -165,7 +165,7 @@ def last_row_statistics(store: RowStore, layer: int, query: Tensor, scale: float
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
-    """What sums over rows of this dtype are made in."""
+    """Returns the dtype in which sums over rows of this tensor's dtype are made."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 

@@ -24,7 +24,7 @@ _WORTH_A_GATHER = 1 << 15  # numbers of the keys; on one core reading so many ta
 
 
 class _Rows(NamedTuple):
-    """What the layers of one group read in one step, of buffers ``[B, Hkv, C, D]``.
+    """The rows that the layers of one group read in one step, of buffers ``[B, Hkv, C, D]``.
 
     Attributes:
         length: R, how many rows.

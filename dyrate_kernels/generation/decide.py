@@ -24,7 +24,7 @@ from dyrate_kernels.policies.base import Policy, View
 
 
 class Choice(NamedTuple):
-    """What was decided.
+    """The outcome of a decision.
 
     Attributes:
         rate: float64 ``[B]``, the fraction removed that the policy asked for.
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
 
 class Scope(NamedTuple):
-    """What can be chosen.
+    """The tokens among which a decision chooses.
 
     Attributes:
         alive: ``View.alive``.
@@ -52,7 +52,7 @@ class Scope(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a layer that decides has measured: mass ``[B, Hq, 4]``, importance ``[B, N]``, hidden ``[B, d]`` or None (``View``). Of draft
+    """Measurements of a layer that decides: mass ``[B, Hq, 4]``, importance ``[B, N]``, hidden ``[B, d]`` or None (``View``). Of draft
     tokens with a dimension of them after the first.
     """
 
@@ -101,7 +101,7 @@ class Stage:
 
 @dataclass
 class Pending:
-    """What was decided in a pass so far.
+    """The decisions of a pass so far.
 
     Attributes:
         measured: by its first stage.

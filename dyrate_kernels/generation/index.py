@@ -1,4 +1,4 @@
-"""What is done with tables of indices ``[B, n]`` again and again. Entries below 0 name nothing; sequences need not be equally long.
+"""Operations on tables of indices ``[B, n]``. Entries below 0 name nothing; sequences need not be equally long.
 
 No function reads a device value on the host.
 """

@@ -399,7 +399,7 @@ class RowStore:
         self.length = self.text_bound = 0
 
     def lasting_tensors(self) -> list[Tensor | None]:
-        """What lasts from step to step and is written in place."""
+        """Returns the tensors that last from step to step and are written in place."""
         lasting = [*self.keys, *self.values, self.n_text, self.text_type, self.text_column, self.token_column]
         for group in self.groups:
             lasting += [group.n_visual, group.token, group.alive]

@@ -108,7 +108,7 @@ def look(
 
 @dataclass
 class SlotMapping:
-    """What the layers of one group receive in a pass of several tokens.
+    """The tokens that the layers of one group receive in a multi-token pass, and their rows.
 
     Attributes:
         column: int64 ``[B, q]``, absolute column of each hidden-state row.

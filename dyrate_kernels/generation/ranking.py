@@ -28,7 +28,7 @@ _PAGE_RANK_WEIGHTS = 2**26  # attention weights held at a time
 
 @dataclass
 class Chunk:
-    """What one pass of a prompt leaves for its end, at one layer.
+    """The part of one pass of a prompt that its end still needs, at one layer.
 
     Attributes:
         column, token: int64 ``[B, q]``, as in ``SlotMapping``; -1 for columns that are not stored.
@@ -95,7 +95,7 @@ class Ranker:
         self.real = torch.arange(size, device=chosen.device) < count
 
     def move(self, columns: Tensor) -> None:
-        """What came in earlier chunks stands this many columns further on: int64 ``[B, 1]``."""
+        """Moves what came in earlier chunks on by that many columns, int64 ``[B, 1]``."""
         self.embedded = [(*chunk[:3], chunk[3] + columns) for chunk in self.embedded]
         for chunk in (each for chunks in self.chunks.values() for each in chunks):
             chunk.column = torch.where(chunk.column < 0, -1, chunk.column + columns)

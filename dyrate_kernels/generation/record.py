@@ -1,4 +1,4 @@
-"""What a generation really did: written on the device while it runs, read once when asked (``dyrate_kernels.stats``)."""
+"""The record of a generation: written on the device while it runs, read once when asked (``dyrate_kernels.stats``)."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What ``stats()`` needs of a session, without its keys and values, so that asking later does not keep them in memory.
+    """The part of a session that ``stats()`` needs, without its keys and values, so that asking later does not keep them in memory.
 
     Attributes:
         policy, shape, backend, retention: of the session.

@@ -37,7 +37,7 @@ from dyrate_kernels.policies.base import ModelShape, Policy
 
 
 class Staged(NamedTuple):
-    """What the ids of the next pass say.
+    """Facts that the ids of the next pass give.
 
     Attributes:
         visual: bool ``[B, q]``: which columns are visual tokens.
@@ -51,7 +51,7 @@ class Staged(NamedTuple):
 
 
 class StepState(NamedTuple):
-    """What a decode step depends on, for those who capture one.
+    """The state that a decode step depends on, for those who capture one.
 
     Attributes:
         sizes: host numbers that are baked in: the batch, capacities and bounds, which sliding windows are full, the policy's state's names.
@@ -498,14 +498,14 @@ class Session:
         return self.record
 
     def steps_without_a_drop(self) -> int:
-        """How many steps were made, if there were visual tokens and none was dropped in any; else 0. Reads the device."""
+        """Returns how many steps were made, if there were visual tokens and none was dropped in any; else 0. Reads the device."""
         record, store = self.record, self.store
         if record is None or store.full.bound == 0:
             return 0
         return 0 if bool((record.kept[: record.steps] < store.full.n_visual).any()) else record.steps
 
     def snapshot(self) -> Snapshot:
-        """What ``stats()`` needs: copies of small tensors. Reads nothing on the host."""
+        """Returns what ``stats()`` needs: copies of small tensors. Reads nothing on the host."""
         store, reduction = self.store, self.reduction
         started = store.started
         columns = started and bool(self.shape.windows)
@@ -590,7 +590,7 @@ class Session:
             self.record.reserve(self.turn.step_of(store.length))
 
     def step_state(self) -> StepState:
-        """What the next decode step depends on, besides its arguments."""
+        """Returns what the next decode step depends on, besides its arguments."""
         store, state = self.store, self.decider.state
         sizes = tuple((group.capacity, group.bound) for group in store.groups)
         windows = tuple(sorted(window for window in self.windows if window <= store.length))

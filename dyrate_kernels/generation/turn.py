@@ -90,7 +90,7 @@ class Turn:
 
 
 class Reduction:
-    """What reducers before the language model did to the prompts of a conversation.
+    """The changes that reducers before the language model made to the prompts of a conversation.
 
     Where they masked columns, those of a sequence are counted without these, from the newest one back, so that sliding windows measure
     what the language model really received.

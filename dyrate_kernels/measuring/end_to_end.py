@@ -37,7 +37,7 @@ COUNTED = "kept, floor: means over the steps whose times count, which leaves out
 
 @dataclass(frozen=True)
 class Problem:
-    """What is asked of the model.
+    """The task that the model is measured at.
 
     Attributes:
         name: of the model, as rows carry it.
@@ -86,7 +86,7 @@ class Setup:
 
 @dataclass
 class Runs:
-    """What the rounds of one set-up gave: seconds, and the last round's memory and statistics."""
+    """Results of the rounds of one set-up: seconds, and the last round's memory and statistics."""
 
     gaps: list[float] = field(default_factory=list)
     medians: list[float] = field(default_factory=list)

@@ -38,7 +38,7 @@ _TINY_QWEN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class RandomModel:
-    """What :func:`build` makes.
+    """A model of random weights (:func:`build`).
 
     Attributes:
         text: of the text model.

@@ -1,4 +1,4 @@
-"""How this project measures time, and what a row of its results carries.
+"""The clock of all measurements, and the facts that a row of results carries.
 
 On a CUDA device: events around replays of a CUDA graph that holds several calls, each on buffers of its own where one set would fit in the
 L2 cache (cold L2), medians over replays. On a CPU, which is for rehearsals only: a host clock.

@@ -1,5 +1,5 @@
-"""What every backend is given: the arguments of the public operators, bundled. This and the public functions are the only places that list
-them; ``torch.ops.dyrate`` is declared from here.
+"""The operator contract: the arguments of the public operators, bundled, as every backend is given them. Only this and the public functions
+list them; ``torch.ops.dyrate`` is declared from here.
 
 A backend is a module with these functions::
 
@@ -67,7 +67,7 @@ class PagedRows(NamedTuple):
 
 
 class Decide(NamedTuple):
-    """What a step decides by: a predictor (weight, bias, rates) or a count, and what narrows the choice; see ``ops.decode_step``."""
+    """Grounds of a step's decision: a predictor (weight, bias, rates) or a count, and what narrows the choice; see ``ops.decode_step``."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None

@@ -28,7 +28,7 @@ _cut: tuple[int, int] = (0, 0)  # (most splits, least rows of a split); 0: as th
 
 @dataclass(frozen=True)
 class Settings:
-    """How attention of 16-bit rows runs from sm_80 on (``csrc/attention_staged.h``); other rows and earlier GPUs go through registers.
+    """Settings of attention of 16-bit rows from sm_80 on (``csrc/attention_staged.h``); other rows and earlier GPUs go through registers.
 
     From the device file's ``"cuda"``, or ``override``. A number of unknown effect on a GPU stays as it is here until it is measured there.
 

@@ -1,4 +1,4 @@
-"""What the compiled backends ask of a call's tensors: their forms, layouts that kernels can read, memory for results, the stream.
+"""Questions of the compiled backends about a call's tensors: their forms, layouts that kernels can read, memory for results, the stream.
 
 A form says everything about a tensor but its address and content. What a backend prepares for a launch is kept by the forms of the
 tensors, so that a decode step prepares nothing.
@@ -25,8 +25,8 @@ def remember(cache: dict[Hashable, _Prepared], forms: Hashable, prepared: _Prepa
 
 
 class Prepared:
-    """What a backend has prepared for the calls whose arguments all have the same forms: whoever knows that they do keeps one of these for
-    them, and the backend does not look at the forms again.
+    """Arguments that a backend has prepared for calls whose tensors all have the same forms: whoever knows that they do keeps one of these
+    for them, and the backend does not look at the forms again.
 
     Attributes:
         launches: the backend's own; None before the first call.

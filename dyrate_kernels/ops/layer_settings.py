@@ -26,7 +26,7 @@ KINDS = ("linear", "gated")
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product with few rows is shaped. None: as the kernels' own heuristic says.
+    """The shape of a product with few rows. None: as the kernels' own heuristic says.
 
     Attributes:
         rows: of a weight that a program computes; a power of two from 16 on, from 64 on for ``wgmma`` (sm_90).
@@ -69,7 +69,7 @@ def _range(where: str, entry: object) -> tuple[int, int, Tile]:
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What is on.
+    """The kernels of decoder layers that are used.
 
     Attributes:
         products: by ``problem``: (fewest rows, most rows, tile) where our product takes the place of the model's own. One row is always
@@ -107,7 +107,7 @@ class LayerSettings:
         return devices.build("layers", cls, {**entry, "products": products})
 
     def tile(self, kind: str, count: int, size: int, rows: int) -> Tile | None:
-        """How a product with ``rows`` rows and weights ``[count, size]`` (those of a launch together) is shaped; None: the model's own."""
+        """Returns the tile of a product with ``rows`` rows and weights ``[count, size]`` (of a launch together); None: the model's own."""
         for fewest, most, tile in self.products.get(problem(kind, count, size), ()):
             if fewest <= rows <= most:
                 return tile
@@ -129,7 +129,7 @@ def override(chosen: LayerSettings | None) -> None:
 
 
 def settings(device: torch.device) -> LayerSettings:
-    """What is on for ``device``."""
+    """Returns the settings of ``device``."""
     return _shipped(device) if _override is None else _override
 
 

@@ -1,4 +1,4 @@
-"""What a decoder layer does around its attention: RMSNorm, the gate of its feed-forward block, rotary embedding, and its matrix products
+"""A decoder layer but for its attention: RMSNorm, the gate of its feed-forward block, rotary embedding, and its matrix products
 with few rows.
 
 This file is the specification, in plain PyTorch, rounding where the models of ``transformers`` round. ``backend="triton"`` runs each as one

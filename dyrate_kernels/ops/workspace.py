@@ -79,7 +79,7 @@ class Workspace:
 
 
 class Owner:
-    """What the launches of one captured step write their intermediate results to and read their tables from.
+    """The memory of one captured step: its launches write their intermediate results to it and read their tables from it.
 
     Its memory is given back with it. Make the step's eager calls and its capture inside of :func:`owned`.
     """

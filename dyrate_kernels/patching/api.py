@@ -144,8 +144,8 @@ def unpatch(model: Any) -> None:
 
 
 def shape_for(model: Any, retention: str) -> ModelShape:
-    """What policies are bound to. Under ``evict`` the predictor in the model's folder is no default: it was trained for tokens that can
-    come back, and here its boldest step would be the last word.
+    """Returns the shape that policies are bound to. Under ``evict`` the predictor in the model's folder is no default: it was trained for
+    tokens that can come back, and here its boldest step would be the last word.
     """
     return ModelShape.from_config(model.config).replace(trained_by_default=retention == "recoverable")
 
@@ -283,7 +283,7 @@ class Handle:
         )
 
     def stats(self, sequence: int | None = None, new_tokens: int | None = None) -> Stats:
-        """What the last generation really did. Reads the device once.
+        """Returns what the last generation really did. Reads the device once.
 
         Args:
             sequence: what this sequence of the batch would have reported alone; None: of all.

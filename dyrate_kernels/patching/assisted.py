@@ -12,8 +12,8 @@ from dyrate_kernels.policies.base import Policy
 
 
 def one_at_a_time(policy: Policy) -> bool:
-    """Whether no token can be drafted for this policy: it decides a step by the logits of the one before (``reads_logits``), which are not
-    known yet, or by a state that every layer of the one before has changed (``remembers`` and ``rescores``).
+    """Returns whether no token can be drafted for this policy: it decides a step by the logits of the one before (``reads_logits``), which
+    are not known yet, or by a state that every layer of the one before has changed (``remembers`` and ``rescores``).
     """
     return policy.reads_logits or (policy.remembers and policy.rescores)
 

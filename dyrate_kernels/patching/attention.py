@@ -24,7 +24,7 @@ CARRIER = "dyrate"  # keyword by which a carrier reaches the attention function
 
 
 class Carrier(Protocol):
-    """What answers in place of a patched module's attention: ``VisualCache`` in a generation, ``MaskedPass`` in training."""
+    """The object that answers in place of a patched module's attention: ``VisualCache`` in a generation, ``MaskedPass`` in training."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """query ``[B, Hq, q, D]``, key and value as the module made them -> ``[B, q, Hq, D]``."""

@@ -55,7 +55,7 @@ class VisualCache(Cache):
         return self.session.in_forward and self.session.rotate(layer, cos, sin)
 
     def see(self, layer: int, hidden: Tensor) -> None:
-        """What goes into the attention of ``layer`` (``patching.attention.Carrier``)."""
+        """Takes the hidden states that go into the attention of ``layer`` (``patching.attention.Carrier``)."""
         self.session.see(layer, hidden)
 
     # ---- lengths --------------------------------------------------------------------------------------------------------------

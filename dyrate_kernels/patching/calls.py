@@ -1,4 +1,4 @@
-"""What belongs to one call of ``generate()``, and to nobody else: two threads, or a ``generate()`` inside of another one, share nothing.
+"""The state of one call of ``generate()``, shared with nobody else: two threads, or a ``generate()`` inside of another one, share nothing.
 
 The call under way is known by a context variable, which each thread has for itself; a call inside of another one (a model that drafts for
 itself, a logits processor that generates) stands in front of it until it ends.
@@ -84,7 +84,7 @@ class Call:
 
     @property
     def nested(self) -> bool:
-        """It is made in another call of the same model: it drafts for that, or is a question on the way to its answer."""
+        """Returns whether it is made in another call of the same model: it drafts for that, or is a question on the way to its answer."""
         return self.outer is not None and self.outer.owner is self.owner
 
 

@@ -38,7 +38,7 @@ _NEXT = "_dyrate_next"  # of a fused layer: the norm that reads what it gives, a
 
 
 class _Ready(NamedTuple):
-    """What a norm will be asked for is there already."""
+    """A norm's result, there before the norm is asked for it."""
 
     asked: Tensor
     version: int
@@ -125,7 +125,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _kernels(module: nn.Module) -> ModuleType | None:
-    """What to fuse with in this pass. A forward that accelerate took over while the module was fused outlives the patch: then None."""
+    """Returns the kernels to fuse with in this pass. A forward that accelerate took over while it was fused outlives the patch: None."""
     fused = vars(module).get(_SWITCH)
     return None if fused is None or _PASS.of is not fused else _PASS.kernels
 
@@ -200,7 +200,7 @@ def _join(residual: Tensor, x: Tensor, then: Any, before: Any = None, product: C
 
 
 def _take(x: Tensor) -> _Pending | None:
-    """What x still needs; whoever takes it makes it."""
+    """Returns what is still to be done for x to be right, None: nothing; whoever takes it does it."""
     pending = _PASS.pending
     if pending is None or pending.normal is not x:
         return None
@@ -275,7 +275,7 @@ def _fits(kind: str, x: Tensor, *linears: Any) -> bool:
 
 
 def _products(kernels: ModuleType, x: Tensor, *linears: Any) -> list[Tensor]:
-    """What the modules give for x."""
+    """Returns what the modules give for x."""
     pending = _take(x)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
     if pending is not None:

@@ -134,7 +134,7 @@ class Generations:
         return original(input_ids, *args, **kwargs)
 
     def answer_candidates(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """What drafts tokens in assisted decoding: nothing does for a policy whose steps come one at a time."""
+        """Returns what drafts tokens in assisted decoding: nothing does for a policy whose steps come one at a time."""
         if not isinstance(cache_in(kwargs.get("model_kwargs", {})), VisualCache):
             return original(*args, **kwargs)
         if not self._told_undrafted:
@@ -182,7 +182,7 @@ _CACHE_SETTINGS = ("use_cache", "cache_implementation")
 
 
 def _asked_cache(model: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the caller of ``generate`` says about the cache: by an argument, or in a generation config where that differs from the
+    """Returns what the caller of ``generate`` says about the cache: by an argument, or in a generation config where that differs from the
     checkpoint's own.
     """
     config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)

@@ -53,7 +53,7 @@ class CannotCapture(RuntimeError):
 
 
 class Recorder(Protocol):
-    """What turns a step into something that can be replayed. One seam, so that tests can record without a GPU."""
+    """Recorder of a step, which can then be replayed. One seam, so that tests can record without a GPU."""
 
     def warm_up(self) -> AbstractContextManager[Any]:
         """Where the steps before a capture run."""
@@ -147,7 +147,7 @@ class _Inputs:
 
     @property
     def key(self) -> tuple:
-        """What must be equal for a capture to serve."""
+        """Returns what must be equal for a capture to serve."""
         shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in self.tensors.items())
         return shapes, tuple(self.constants.items())
 
@@ -188,7 +188,7 @@ class _Captured:
 
 @dataclass
 class _Run:
-    """What belongs to one ``generate()``. ``recorder`` None: it runs eagerly. scratch: the kernels', of this run's graphs alone."""
+    """The state of one ``generate()``. ``recorder`` None: it runs eagerly. scratch: the kernels', of this run's graphs alone."""
 
     session: Session
     recorder: Recorder | None

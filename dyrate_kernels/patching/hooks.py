@@ -1,4 +1,4 @@
-"""What the base model, the text model and the model as a whole receive and return in a pass on a ``VisualCache``."""
+"""Hooks on the base model, the text model and the model as a whole: arguments and results of a pass on a ``VisualCache``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read of transformers' modules, as types: ``nn.Module`` says of each attribute that it may be a tensor or a module.
+"""Types for the parts that are read of transformers' modules: ``nn.Module`` says of each attribute that it may be a tensor or a module.
 
 No such class is ever made. ``families`` and ``tower`` take a part of a loaded model for one (``typing.cast``) where they find it, of a
 family that is known to have these attributes.

@@ -29,7 +29,7 @@ class Override:
 
     @property
     def original(self) -> Any:
-        """What is called without this override: the instance's own function, else its class's method."""
+        """Returns what is called without this override: the instance's own function, else its class's method."""
         return self.own if self.had_own else getattr(type(self.owner), self.name).__get__(self.owner)
 
     @property

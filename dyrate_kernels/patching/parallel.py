@@ -13,8 +13,8 @@ from dyrate_kernels.patching.families import decoder_layers
 
 
 def head_shards(model: Any) -> HeadShards | None:
-    """How a model that was loaded with tensor parallelism shares its heads; None: it was not, or over one process, or transformers has no
-    plan for its text model (Qwen3-VL), so that each process holds all heads.
+    """Returns how a model that was loaded with tensor parallelism shares its heads; None: it was not, or over one process, or transformers
+    has no plan for its text model (Qwen3-VL), so that each process holds all heads.
 
     Raises:
         ValueError: its key/value heads cannot be shared out evenly, or its layers lie in several processes.

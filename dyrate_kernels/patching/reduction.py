@@ -100,7 +100,7 @@ class ReducedPrompts:
         return original(inputs_tensor, model_kwargs)
 
     def _default_mask(self, ids: Tensor, config: Any, given: dict[str, Any], past: int) -> Tensor:
-        """What transformers makes where no mask is given: 0 at padding, if that can be told from the end of an answer."""
+        """Returns the mask that transformers makes where none is given: 0 at padding, if that can be told from the end of an answer."""
         if past and ids.shape[1] <= past:
             return torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.long, device=ids.device)
         pad, end = (given.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))

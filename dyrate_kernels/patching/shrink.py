@@ -109,7 +109,7 @@ class ShrinkHooks:
         return self._with(args, kwargs, hidden, self._gathered(session, index, positions, hidden.shape[0]))
 
     def _kept(self, session: Session, passing: MultiTokenPass, group: int, hidden: Tensor) -> Tensor:
-        """What the first layer of a group receives: the columns that it keeps, merged where the policy merges."""
+        """Returns what the first layer of a group receives: the columns that it keeps, merged where the policy merges."""
         shrunk, joined = session.effects.shrunk, passing.joined
         here, source = shrunk[group], shrunk[group].source
         assert joined is not None

@@ -32,7 +32,7 @@ PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_val
 
 
 def check_supported(model: Any, reducers: Sequence[Reducer]) -> None:
-    """Whether these reducers can work in ``model``.
+    """Checks that these reducers can work in ``model``.
 
     Raises:
         TypeError: they know nothing of the family, or read a tower that they do not know.

@@ -125,7 +125,7 @@ class ModelShape:
 
 @dataclass
 class View:
-    """What a policy sees of one step. All tensors are on one device; B sequences, N the widest sequence's visual
+    """One step as a policy sees it. All tensors are on one device; B sequences, N the widest sequence's visual
     tokens.
 
     Attributes:
@@ -158,7 +158,7 @@ class View:
 
 @dataclass
 class Decision:
-    """What a policy answers.
+    """A policy's answer.
 
     Attributes:
         rate: float64 ``[B]``, the fraction removed that it asked for (the mean over pruned layers where they differ).
@@ -240,24 +240,24 @@ class Policy:
 
     @property
     def merges(self) -> bool:
-        """Whether ``Decision.merge`` is used: tokens that go are averaged into tokens that stay. Needs retention ``evict``."""
+        """Returns whether ``Decision.merge`` is used: tokens that go are averaged into tokens that stay. Needs retention ``evict``."""
         return False
 
     @property
     def reads_hidden(self) -> bool:
-        """Whether ``View.hidden`` is wanted."""
+        """Returns whether ``View.hidden`` is wanted."""
         return False
 
     @property
     def reads_logits(self) -> bool:
-        """Whether ``see_logits``, ``checks`` and ``see_unpruned`` are wanted. Then no tokens are drafted: ``generate()`` says so."""
+        """Returns whether ``see_logits``, ``checks``, ``see_unpruned`` are wanted. Then no tokens are drafted: ``generate()`` says so."""
         return False
 
     def see_logits(self, logits: Tensor, state: dict[str, Tensor]) -> None:
         """``[B, V]`` of the prompt's last row and of every decode step, after it. Changes the state in place; tensor operations only."""
 
     def checks(self, step: int) -> bool:
-        """Whether this decode step (1 = the first) is to run once more with all visual tokens, for ``see_unpruned``. Host numbers."""
+        """Returns whether this decode step (1 = the first) is to run once more with all visual tokens, for ``see_unpruned``."""
         return False
 
     def see_unpruned(self, pruned: Tensor, unpruned: Tensor, state: dict[str, Tensor]) -> None:
@@ -265,12 +265,12 @@ class Policy:
 
     @property
     def decides(self) -> bool:
-        """Whether it ever decides anything; a policy that never does is the unpruned model."""
+        """Returns whether it ever decides anything; a policy that never does is the unpruned model."""
         return self.at_prefill or self.at_decode
 
     @property
     def drops(self) -> bool:
-        """Whether these options ask for any token to be dropped at all."""
+        """Returns whether these options ask for any token to be dropped at all."""
         return True
 
     def settings(self) -> dict[str, Any]:
@@ -284,7 +284,7 @@ class Policy:
 
     @property
     def predictor_name(self) -> str | None:
-        """What predicts the rate, for ``stats()``; None for methods without a predictor."""
+        """Returns the name of what predicts the rate, for ``stats()``; None for methods without a predictor."""
         return None
 
     def predictor_words(self, asked: Self, shape: ModelShape, retention: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What ``klguard`` and ``recycle`` share: any policy, some of whose dropped tokens come back while the model is unsure without them."""
+"""The base of ``klguard`` and ``recycle``: any policy, some of whose dropped tokens come back while the model is unsure without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How right an answer is: attributes named in a description, or an exact short answer; accuracies with confidence intervals."""
+"""Correctness of answers: attributes named in a description, or an exact short answer; accuracies with confidence intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a predictor is trained on: questions about pictures with their answers, from LLaVA's JSON, Hugging Face datasets or drawn scenes.
+"""Training data of a predictor: questions about pictures with their answers, from LLaVA's JSON, Hugging Face datasets or drawn scenes.
 
 A source is a sequence of examples. Reading one may fail (a corrupt picture, a turn with no answer): ``Rows`` reports it, counts it and
 goes on with the next one, so that one bad file in a million does not end a run. Which example takes its place depends on the source

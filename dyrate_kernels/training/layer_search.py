@@ -17,7 +17,7 @@ from dyrate_kernels.training.data import Example, Unreadable
 
 @dataclass(frozen=True)
 class LayerSearch:
-    """What was found.
+    """Result of the search.
 
     Attributes:
         k: the first layer whose divergence is at most ``eta``; None: there is none.

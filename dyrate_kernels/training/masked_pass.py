@@ -34,7 +34,7 @@ from dyrate_kernels.training.masked_attention import accumulator, masked_attenti
 
 @dataclass
 class Choice:
-    """What the predictor chose for the rows of an answer.
+    """The predictor's choice for the rows of an answer.
 
     Attributes:
         mass: float32 ``[B, T, Hq, 4]`` at layer ``k-1``.
@@ -190,7 +190,7 @@ def _ranks(score: Tensor) -> Tensor:
 
 @dataclass
 class Answer:
-    """What a pass over an answer gives.
+    """Result of a pass over an answer.
 
     Attributes:
         logits: ``[B, T, V]``: row t predicts answer token t + 1.

@@ -47,7 +47,7 @@ OUTPUTS = (WEIGHTS_FILE, CONFIG_FILE, SUMMARY, *(f"{name}.part" for name in (WEI
 
 @dataclass(frozen=True)
 class Options:
-    """How a predictor is trained.
+    """Options of the training of a predictor.
 
     Attributes:
         k: first pruned layer.
@@ -127,7 +127,7 @@ class Options:
 
 
 class PredictorModule(nn.Module):
-    """What the Trainer trains and saves: a linear layer on standardised mass. The frozen model is held outside of the module tree.
+    """The module that the Trainer trains and saves: a linear layer on standardised mass. The frozen model is held outside of its tree.
 
     Attributes:
         mean, scale: of each of the ``4 Hq`` features, or ``4 Hq + d``, measured on the first batches; kept with the weights.

@@ -65,7 +65,7 @@ class TowerFeatures:
 
 @dataclass
 class Merged:
-    """What a :class:`TowerMerger` answers.
+    """Answer of a :class:`TowerMerger`.
 
     Attributes:
         features: ``[C, T, D]``; rows that are not kept may hold anything.
@@ -111,7 +111,7 @@ class Visual:
 
 @dataclass
 class Reduced:
-    """What a :class:`FeatureReducer` answers: values ``[n, d]``, of which the rows ``keep`` (bool ``[n]``) count."""
+    """Answer of a :class:`FeatureReducer`: values ``[n, d]``, of which the rows ``keep`` (bool ``[n]``) count."""
 
     values: Tensor
     keep: Tensor
@@ -137,12 +137,12 @@ class Reducer:
 
     @property
     def drops(self) -> bool:
-        """Whether these options ask for any token to be dropped at all."""
+        """Returns whether these options ask for any token to be dropped at all."""
         return True
 
     @property
     def reads_tower(self) -> bool:
-        """Whether it needs to look into the vision tower; else what comes out of the projector is enough."""
+        """Returns whether it needs to look into the vision tower; else what comes out of the projector is enough."""
         return bool(self.needs)
 
     def plan(self, patches: int, layers: int) -> Sequence[int]:

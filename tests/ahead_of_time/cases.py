@@ -1,4 +1,4 @@
-"""What is asked of every kernel compiled ahead of time. Collected by ``test_ahead_of_time.py`` in a process of its own."""
+"""Demands on every kernel compiled ahead of time. Collected by ``test_ahead_of_time.py`` in a process of its own."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_equal_scores_may_come_in_any_order():
 
 
 def test_wrong_from_the_second_set_on_has_no_speed():
-    """What is timed is looked at after the clock ran, too."""
+    """Results are looked at after the clock ran, too."""
     data = operators.Data(SHAPES[0], "reference", torch.device("cpu"), sets=2)
     calls = data.ours(ops.decode_attention)
     times, passed = operators.measured([calls[0], calls[0]], operators.attention_gate(data))

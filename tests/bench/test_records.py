@@ -1,4 +1,4 @@
-"""What is made of the rows of benchmarks: the backend of each operator, targets, plots, tables, comparisons. The rows here are made up."""
+"""Uses of the rows of benchmarks: the backend of each operator, targets, plots, tables, comparisons. The rows here are made up."""
 
 from __future__ import annotations
 

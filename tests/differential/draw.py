@@ -101,7 +101,7 @@ class Draw:
         return torch.randint(low, high, shape, generator=self.generator)
 
     def scores(self, *shape: int) -> Tensor:
-        """What is ranked: ordinary numbers, ties, numbers that share their highest bits, numbers that are none."""
+        """Returns scores to rank: ordinary numbers, ties, numbers that share their highest bits, numbers that are none."""
         kind = self.one("normal", "softmax", "ties", "constant", "special", "close", "mixed")
         self.tell(kind)
         if kind == "softmax":

@@ -70,7 +70,7 @@ def nothing_else_changed(draw: Draw, changed: dict[int, Tensor] | None = None) -
 
 @dataclasses.dataclass
 class Problem:
-    """What the operators of attention share."""
+    """Arguments that the operators of attention share."""
 
     draw: Draw
     given: dict[str, Any]  # arguments by name
@@ -165,7 +165,7 @@ def write_special_numbers(draw: Draw, rows: Rows) -> None:
 
 
 def write_dead_rows(draw: Draw, rows: Rows, position: Tensor, types: Tensor, clean: bool) -> None:
-    """What no sequence has may hold anything; ``clean``: but in the values, which are zero there."""
+    """Writes anything to rows that no sequence has; ``clean``: but to their values, which are zero there."""
     for b in range(rows.batch):
         dead = [*range(int(rows.n_visual[b]), rows.visual), *range(rows.visual + int(rows.n_text[b]), rows.rows)]
         rows.key[b, :, dead] = math.nan

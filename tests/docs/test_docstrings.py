@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-EMPTY = re.compile(r"(Does (it|so|that)\b|See (above|below)\b|TODO)")
+PACKAGE = ("dyrate_kernels", "triton_kernels")
+FRAGMENT = re.compile(r"(What|Whether|How|It|Does (it|so|that)|See (above|below)|TODO)\b")
 ENTRY = re.compile(r"\s*([-*>|]|``|\w+(, \w+)*:)")  # an item of a list or of Args begins a line of its own
 SHORT = 60  # a line below this that the next line's first word fits behind was broken by accident
 
 
-def documented() -> Iterator[tuple[str, ast.AST, str, list[str]]]:
-    for folder in ("dyrate_kernels", "triton_kernels"):
+def documented(*folders: str) -> Iterator[tuple[str, ast.AST, str, list[str]]]:
+    for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             text = path.read_text(encoding="utf-8")
             for node in ast.walk(ast.parse(text)):
@@ -36,13 +37,20 @@ def broken(lines: list[str]) -> list[str]:
     return found
 
 
-def test_no_docstring_is_empty_of_meaning():
-    assert [place for place, _, text, _ in documented() if EMPTY.match(text)] == []
+def test_no_docstring_begins_as_a_fragment():
+    found = [f"{place}: {text.splitlines()[0]}" for place, _, text, _ in documented(*PACKAGE, "bench", "tools") if FRAGMENT.match(text)]
+    assert found == [], "begin with what is done (Returns, Writes, Checks), or with what a module or a class is"
+
+
+def test_a_fragment_is_found():
+    for text in ("What is read.", "Whether it is on.", "How many stay.", "It is on.", "Does it.", "See below."):
+        assert FRAGMENT.match(text)
+    assert not FRAGMENT.match("Returns what is read.") and not FRAGMENT.match("Items that were read.")
 
 
 def test_no_docstring_was_broken_by_a_reflow():
     code = ("bench", "python -m", "rows ", "row ")  # blocks of text that is no prose
-    found = {place: broken(lines) for place, _, _, lines in documented()}
+    found = {place: broken(lines) for place, _, _, lines in documented(*PACKAGE)}
     assert {place: lines for place, lines in found.items() if [line for line in lines if not line.startswith(code)]} == {}
 
 

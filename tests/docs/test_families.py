@@ -1,4 +1,4 @@
-"""What is particular about a model family stands in one table, and the page of families says the same."""
+"""Each model family's particulars stand in one table, and the page of families says the same."""
 
 from __future__ import annotations
 

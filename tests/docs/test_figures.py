@@ -26,7 +26,7 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Rule:
-    """What a piece of README.md says.
+    """A rule for what a piece of README.md says.
 
     Attributes:
         text: the piece, with ``#`` for each figure; spaces and line breaks are alike.

@@ -1,4 +1,4 @@
-"""What the whole package needs once stands once."""
+"""Helpers of the whole package stand once."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def load(variant: str = "plain", sources: Path = CSRC) -> ModuleType:
 
 
 def environment(variant: str) -> dict[str, str]:
-    """What a process needs in its environment to load the variant."""
+    """Returns what a process needs in its environment to load the variant."""
     if variant != "sanitized":
         return {}
     # all memory of the process gets red zones, that of torch's tensors too; libstdc++ first of all, or its exceptions are not found

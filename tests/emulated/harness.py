@@ -1,4 +1,4 @@
-"""What every case file shares: the backend "cuda" on CPU tensors, guarded and poisoned memory, several orders of threads for each call.
+"""Parts shared by every case file: the backend "cuda" on CPU tensors, guarded and poisoned memory, several orders of threads for each call.
 
 Importing this loads the emulated module (``build.py``) in the variant that the environment variable ``DYRATE_EMULATED`` names and makes it
 what ``backend="cuda"`` runs, so it belongs in a process of its own: ``test_emulated.py``.

@@ -1,4 +1,4 @@
-"""What the extension refuses (``csrc/binding.cpp``): wrong names, types, counts, sizes, strides, addresses. Refused before any kernel runs.
+"""Calls that the extension refuses (``csrc/binding.cpp``): wrong names, types, counts, sizes, strides, addresses, before any kernel runs.
 
 Both modules: that of the emulation and, where it was built, that of the GPU. An address that looks valid but is not cannot be told
 from a good one; on a machine without a GPU the launch then fails with the driver's word, so there anything may be thrown at it.

@@ -1,4 +1,4 @@
-"""What a planted fault is, and where the lists of them are."""
+"""A planted fault, and where the lists of them are."""
 
 from __future__ import annotations
 

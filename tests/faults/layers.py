@@ -1,4 +1,4 @@
-"""What a decoder layer does around its attention, in Triton: norms, gates, rotary embedding, products."""
+"""A decoder layer but for its attention, in Triton: norms, gates, rotary embedding, products."""
 
 from __future__ import annotations
 

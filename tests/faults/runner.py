@@ -92,7 +92,7 @@ def run(family: Family, fault: Fault | None, copy: Path, seconds: int) -> tuple[
 
 
 def steps(family: Family, fault: Fault | None) -> list[tuple[str, str]]:
-    """What runs, one after the other, until something fails: ``("calls" | "cases", variant of the emulation)``."""
+    """Returns what runs, one after the other, until something fails: ``("calls" | "cases", variant of the emulation)``."""
     if fault is None:
         return [("calls", "plain")]
     return [("cases", "races")] if fault.races else [("calls", "plain"), ("cases", "plain")]

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: the device under test, the float64 reference, shapes, comparison."""
+"""Parts shared by the tests of this folder: the device under test, the float64 reference, shapes, comparison."""
 
 from __future__ import annotations
 

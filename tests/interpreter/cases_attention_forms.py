@@ -180,7 +180,7 @@ def test_logits_in_float16(case, chosen):
 @pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "all -inf", "large"])
 @pytest.mark.parametrize("group, chosen", [(1, "same launch"), (1, "one split"), (2, "same launch"), (2, "rows of each warp")])
 def test_special_logits_in_float16(kind, group, chosen):
-    """What is no number, dead rows, and logits that float16 does not hold."""
+    """Logits that are no number, dead rows, and logits that float16 does not hold."""
     arguments, _ = problem((2, 2 * group, 2, 4, 20, 5, [20, 9], [5, 3]), torch.float32)
     arguments["query"].abs_()
     number = {"nan": float("nan"), "inf": float("inf"), "large": -1e6}.get(kind, -float("inf"))

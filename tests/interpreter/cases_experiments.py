@@ -47,7 +47,7 @@ def test_a_proposal_is_what_the_launcher_reads(tmp_path, monkeypatch):
 
 
 def test_a_kernel_that_keeps_no_new_row_is_wrong():
-    """What an earlier variant stored does not help it."""
+    """Rows that an earlier variant stored do not help it."""
     planned = problems.case(problems.shape(True, "mha", 1, 24), "plain", {"2 waves": {"waves": 2}})
 
     def make(context):

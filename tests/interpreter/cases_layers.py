@@ -188,7 +188,7 @@ def test_products_with_few_rows(rows, size, counts, tile, dtype):
 
 
 def scratched(call):
-    """What it gives, twice, with poisoned scratch memory: bit for bit the same, and the counters are back at zero."""
+    """Returns what it gives, twice, with poisoned scratch memory: bit for bit the same, and the counters are back at zero."""
     results = []
     for _ in range(2):
         for space in workspace.living():

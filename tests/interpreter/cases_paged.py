@@ -35,7 +35,7 @@ def grid(*axes, usual):
 
 
 def plain(arguments):
-    """What a layer without list and statistics is given."""
+    """Returns the arguments of a layer without list and statistics."""
     return {name: arguments[name] for name in ("query", "key", "value", "block_table", "n_rows", "sequence", "scale")}
 
 

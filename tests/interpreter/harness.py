@@ -1,4 +1,4 @@
-"""What every case file shares: poisoned memory, small launch settings, counters and rows checked after each call."""
+"""Parts shared by every case file: poisoned memory, small launch settings, counters and rows checked after each call."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def read(sources: list[str]) -> tuple[dict[str, ast.FunctionDef], set[str]]:
 
 
 def fault(kernel: ast.FunctionDef, functions: dict[str, ast.FunctionDef]) -> str | None:
-    """What is wrong with a launched kernel."""
+    """Returns what is wrong with a launched kernel."""
     if kernel.args.args[-1].arg != "PDL":
         return "its last argument is not PDL"
     for statement in kernel.body:

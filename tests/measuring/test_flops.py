@@ -103,7 +103,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 def counted(call):
-    """What ``call`` returns, and torch's count of its operations."""
+    """Returns what ``call`` returns, and torch's count of its operations."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         result = call()
     return result, counter.get_total_flops()

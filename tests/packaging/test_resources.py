@@ -1,4 +1,4 @@
-"""What the compiler made of the kernels (``bench/resources.py``): no spills where speed counts, and blocks that fit."""
+"""Resources of the compiled kernels (``bench/resources.py``): no spills where speed counts, and blocks that fit."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ ONE_AT_A_TIME = {
 @pytest.mark.parametrize("policy", ONE_AT_A_TIME.values(), ids=ONE_AT_A_TIME)
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 def test_policies_that_see_each_result_decode_token_by_token(make_model, policy, row, sampled):
-    """What they decide, and when they check, is what plain decoding does; the user is told once."""
+    """They decide, and check, as in plain decoding; the user is told once."""
     model = make_model()
     fields = prompt(model, row)
     ways = [drafting(model, how) for how in ("lookup", "assistant")]

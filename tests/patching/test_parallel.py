@@ -18,7 +18,7 @@ from tests.patching import parallel_worker as worker
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of two processes wrote, and the folder of the models."""
+    """Returns what each of two processes wrote, and the folder of the models."""
     folder = tmp_path_factory.mktemp("parallel")
     for name, (family, text) in worker.MODELS.items():
         models.build(family, text).save_pretrained(folder / name)

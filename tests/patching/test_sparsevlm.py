@@ -179,7 +179,7 @@ def test_recycling_in_other_modes(make_model, options):
 
 @pytest.mark.parametrize("chunk", [None, 9])
 def test_second_picture_merges_only_its_own(make_model, chunk):
-    """What the first turn left stays as it is where it is kept, and the second turn's budget counts both."""
+    """The first turn's tokens stay as they are where they are kept, and the second turn's budget counts both."""
     if chunk is not None and not PICTURES_FIRST:
         pytest.skip("this transformers gives no picture to a prompt in chunks")
     model = make_model()

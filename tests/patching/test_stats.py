@@ -1,4 +1,4 @@
-"""What ``stats()`` counts, against other counts: torch's, the parameters, the columns that the mask oracle keeps, a sequence alone."""
+"""Counts of ``stats()`` against other counts: torch's, the parameters, the columns that the mask oracle keeps, a sequence alone."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def weights_of(model) -> int:
 
 
 def bytes_of_weights(model, fields, steps: int = 2) -> float:
-    """What stats() says a decode step reads of them: all that it reads, without the rows of keys and values."""
+    """Returns what stats() says a decode step reads of them: all that it reads, without the rows of keys and values."""
     with dk.patch(model, "none") as handle:
         model.generate(**fields, max_new_tokens=steps + 1, min_new_tokens=steps + 1, do_sample=False)
         stats = handle.stats()

@@ -1,4 +1,4 @@
-"""What wraps a model: the model inside is patched, or the wrapper is refused by name. Pickling a patched model says what to do."""
+"""Wrapped models: the model inside is patched, or the wrapper is refused by name. Pickling a patched model says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done with tables of indices, against loops over lists."""
+"""Operations on tables of indices, against loops over lists."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Row:
 
 @dataclass
 class Facts:
-    """What the tower makes of the crops of one call; per crop, patches only."""
+    """Facts that the tower makes of the crops of one call; per crop, patches only."""
 
     features: Tensor  # [C, T, D], before the projector
     cls: Tensor | None

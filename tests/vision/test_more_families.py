@@ -208,7 +208,7 @@ def compacted(model, fields, name, **options):
 
 
 def by_hand(model, fields, name, length=LENGTH, generate=None, **options):
-    """What the unpatched model generates then, without its prompt."""
+    """Returns what the unpatched model generates then, without its prompt."""
     inner, given, added = compacted(model, fields, name, **options)
     with Added(inner, *added):
         found = inner.generate(**given, **(generate or greedy(length)))

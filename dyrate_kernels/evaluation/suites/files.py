@@ -1,4 +1,4 @@
-"""What the suites of public data sets share: reading a data set's own file, finding its pictures, saying what is wrong with either."""
+"""Parts shared by the suites of public data sets: reading a data set's own file, finding its pictures, saying what is wrong with either."""
 
 from __future__ import annotations
 
