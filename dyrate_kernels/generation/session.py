@@ -22,16 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dyrate_kernels.generation import apply, plan
+from dyrate_kernels.generation import plan
 from dyrate_kernels.generation.apply import Effects
-from dyrate_kernels.generation.attend import Seen, attend_many, last_row_statistics, row_statistics
-from dyrate_kernels.generation.decide import Decider, Measured, Pending, Stage, importance_by_token
+from dyrate_kernels.generation.attend import Seen, attend_many
+from dyrate_kernels.generation.decide import Decider, Stage
 from dyrate_kernels.generation.heads import HeadShards
 from dyrate_kernels.generation.kv_store import RowStore
-from dyrate_kernels.generation.layout import Blocks, SlotMapping, look, restrict, rows_of, visibility
+from dyrate_kernels.generation.layout import Blocks, look, restrict, rows_of, visibility
 from dyrate_kernels.generation.plan import DecodePass, MultiTokenPass
 from dyrate_kernels.generation.ranking import Ranker
 from dyrate_kernels.generation.record import Record, Snapshot
+from dyrate_kernels.generation.scoring import Scoring
 from dyrate_kernels.generation.turn import EarlyChunk, Reduction, Turn
 from dyrate_kernels.policies.base import ModelShape, Policy
 
@@ -77,8 +78,8 @@ class Session:
 
     Attributes:
         bounds_at_capacity: decode steps tell the operators no bound of the text rows, which changes from step to step.
-        store, decider, ranker, turn, reduction, blocks, record: what it owns.
-        passing: the newest pass; effects: of decisions in it.
+        store, decider, ranker, scoring, turn, reduction, blocks: what it owns.
+        passing: the newest pass.
         step, column: int64 and int32 ``[1]``, step and column of the next token.
         in_forward: a pass is under way.
         windows: sliding windows of the layers seen so far.
@@ -93,27 +94,22 @@ class Session:
         heads: HeadShards | None = None,
     ) -> None:  # fmt: skip
         self.policy, self.shape, self.retention, self.backend, self.heads = policy, shape, retention, backend, heads
-        self.record_importance = record_importance
         self.evict = retention == "evict"
         merges = self.evict and policy.merges
         self.keeps_hidden = policy.reads_hidden or merges
         self.decider = Decider(policy, shape.num_layers, self.evict, backend)
         self.ranker = Ranker(policy, merges, heads)
         self.store = RowStore(shape.num_layers, self.decider.starts, shared_rows=not self.evict, backend=backend)
+        self.scoring = Scoring(policy, shape, self.evict, record_importance, heads, self.store, self.decider, self.ranker)
         self._begin_conversation()
 
     def _begin_conversation(self) -> None:
         self.turn, self.reduction, self.blocks = Turn(), Reduction(), Blocks()
-        self.record: Record | None = None
         self.passing: DecodePass | MultiTokenPass | None = None
-        self.effects = Effects()
         self.in_forward = self.unpruned = False
         self.windows: set[int] = set()
-        self._hidden: Tensor | None = None  # [B, q, d] of this pass at the score layer, for policies that read it
         self._staged = Staged(None, None, None)
         self._unread: int | None = None  # layer whose rows no attention has read yet
-        self._first: Pending | None = None  # what this pass decided so far: at the prompt's end, or as a decode step
-        self._drafts: Pending | None = None  # and for its draft tokens
 
     def reset(self) -> None:
         """Forgets the conversation; buffers stay for the next one."""
@@ -123,6 +119,7 @@ class Session:
             self.column.zero_()
             self.decider.forget()
             self.ranker.forget()
+            self.scoring.forget()
             self._begin_conversation()
 
     # ---- turns and passes -------------------------------------------------------------------------------------------------------
@@ -148,7 +145,7 @@ class Session:
         end = -1 if prompt_length is None else prompt_length
         self.turn = Turn(turn.number + 1, length, end, max_length, frozen, mask, before=turn.before)
         self.ranker.forget()
-        self.record = None
+        self.scoring.begin_turn()
 
     def reduced_by(self, names: str, active: bool, keeps_width: bool) -> None:
         """Reducers work in this conversation: ``turn.Reduction``. ``active``: the prompt that comes is one that they have shortened."""
@@ -171,13 +168,13 @@ class Session:
             raise ValueError(f"the cache holds {store.batch} sequences, input_ids has {batch}; pass a cache of the same batch")
         if self.turn.number < 0:  # a plain forward on a fresh cache: its columns are the prompt
             self.begin_turn(length, length, frozen=False)
-        self.decider.begin_pass()
+        decodes = self.is_decode(length)
+        self.scoring.begin_pass(decodes)
         if not store.started:
             store.start(batch, device)
             self.step = torch.zeros(1, dtype=torch.int64, device=device)
             self.column = torch.zeros(1, dtype=torch.int32, device=device)
-        self._first = self._drafts = None
-        if self.is_decode(length):
+        if decodes:
             self.reserve_step()
             self.passing = plan.decode(store, self.column, self.unpruned, self.bounds_at_capacity)
         else:
@@ -188,7 +185,6 @@ class Session:
             turn.note(new, store, self.reduction)
             prunes = self.evict and self.decider.at_prefill(turn) and store.length < turn.end
             self.passing = plan.many(store, turn, self.reduction, self.blocks, new, staged.blocks, prunes)
-            self.effects = Effects()
             if self.passing.moved is not None:
                 self.ranker.move(self.passing.moved)
         self.in_forward = True
@@ -208,7 +204,7 @@ class Session:
             self.ranker.forget()
             self.turn.waiting.clear()
         self.in_forward = False
-        self.passing = self._hidden = None
+        self.passing = self.scoring.hidden = None
 
     def _check_whole(self) -> None:
         if self.in_forward:
@@ -233,7 +229,7 @@ class Session:
     def see(self, layer: int, hidden: Tensor) -> None:
         """``[B, q, d]``, what goes into the attention of ``layer``; kept where it is wanted."""
         if self.keeps_hidden and layer in self.decider.stages:
-            self._hidden = hidden
+            self.scoring.hidden = hidden
 
     def hold_back(self, hidden: Tensor) -> EarlyChunk:
         """The pass under way is ``deferred``: ``[B, q, d]``, what its first pruned layer would receive."""
@@ -315,58 +311,9 @@ class Session:
                 window = None  # no row has left it yet
             if stage is None:
                 return passing.attention.attend(layer, query, scale, window)
-            return self._score_step(passing, stage, query, scale, window)
+            return self.scoring.step(passing, stage, query, scale, window, self.turn, (self.step, self.column), self.unpruned)
         assert passing is not None, "no forward pass is under way on this cache"
         return self._attend_many(passing, stage, layer, query, key, value, scale, window)
-
-    # ---- a decode step ------------------------------------------------------------------------------------------------------------
-
-    def _score_step(self, passing: DecodePass, stage: Stage, query: Tensor, scale: float, window: int | None) -> Tensor:
-        store, decider, attention, layer = self.store, self.decider, passing.attention, stage.layer
-        if self.unpruned or store.full.bound == 0 or not decider.at_decode(self.turn.frozen):
-            if stage.index:
-                return attention.attend(layer, query, scale, window)
-            output, mass, importance = attention.score(layer, query, scale, window, self.record_importance)
-            self._write_step(passing, *self._of_all_heads(mass, importance))
-            return output[:, None]
-        hidden = self._hidden_of(slice(-1, None))
-        hidden = None if hidden is None else hidden[:, 0]
-        scope = decider.scope_of_step(store, stage)
-        linear = decider.linear(hidden) if self.heads is None else None
-        if linear is not None:
-            output, measured, choice = decider.decide_linear(attention, layer, query, scale, window, linear, scope)
-        else:
-            output, mass, importance = attention.score(layer, query, scale, window, True)
-            mass, importance = (each.to(store.device) for each in self._of_all_heads(mass, importance))
-            if stage.index:
-                importance = importance_by_token(store, store.groups[stage.index], importance)
-            measured = Measured(mass, importance, hidden)
-            choice = decider.decide(stage, self.step.expand(store.batch), measured, store.full.n_visual, scope)
-        apply.of_step(store, stage, choice, self.policy.kept_bound(store.full.bound))
-        if self.evict:
-            self.turn.evict()
-        attention.changed()
-        if self._first is None:
-            self._first = Pending(measured)
-        self._first.rates.append(choice.rate)
-        if stage.last:
-            decider.finish(decider.mean_rate(self._first.rates))
-            self._write_step(passing, self._first.measured.mass, self._first.measured.importance)
-        return output[:, None]
-
-    def _of_all_heads(self, mass: Tensor, importance: Tensor) -> tuple[Tensor, Any]:
-        """Statistics of the heads of this process -> of all."""
-        return (mass, importance) if self.heads is None else self.heads.statistics(mass, importance)
-
-    def _hidden_of(self, rows: slice) -> Tensor | None:
-        """``[B, r, d]`` of these rows of the pass, where the text's metadata are."""
-        return None if self._hidden is None else self._hidden[:, rows].detach().to(self.store.device)
-
-    def _write_step(self, passing: DecodePass, mass: Tensor, importance: Tensor | None) -> None:
-        counters, rate = (self.step, self.column), self.decider.rate
-        self._recording().write(
-            self.store, self.turn.step_of(passing.start), mass, importance, rate, counters=counters, unpruned=self.unpruned
-        )
 
     # ---- a pass of several tokens ---------------------------------------------------------------------------------------------------
 
@@ -388,114 +335,20 @@ class Session:
             mask = restrict(mask, rows, allowed.to(query.device))
         output = attend_many(query, rows, None if plain else mask, scale)
         if stage is not None:
-            self._score_many(passing, stage, slots, Seen(query, rows, mask, scale, window))
+            self.scoring.many(passing, stage, slots, Seen(query, rows, mask, scale, window), self.turn, self.reduction)
         return output
-
-    def _score_many(self, passing: MultiTokenPass, stage: Stage, slots: SlotMapping, seen: Seen) -> None:
-        """A score layer: the last prompt row decides, then each draft row for itself. There may be fewer columns than the pass has (the
-        prompt was shrunk).
-        """
-        ranker, tokens = self.ranker, self.store.full.capacity
-        if passing.reads_prompt:
-            if ranker.rows == "mean" and not stage.index and self.decider.at_prefill(self.turn):
-                ranker.add(stage.layer, passing, seen, tokens)
-            ranker.note(stage.layer, slots, seen.query, self._hidden if ranker.merges else None)
-        end = seen.query.shape[2] - passing.drafted
-        if passing.ends_prompt:
-            self._score_prompt(passing, stage, seen, end - 1)
-        if passing.drafted:
-            self._score_drafts(passing, stage, seen, slice(end, None))
-        if stage.last:
-            self._write_many(passing)
-
-    def _statistics(self, seen: Seen, of: slice) -> tuple[Tensor, Tensor]:
-        """Mass and importance of these rows of the pass, of all heads."""
-        mass, importance = self._of_all_heads(*row_statistics(seen, of, self.store.full.capacity))
-        return mass.to(self.store.device), importance.to(self.store.device)
-
-    def _score_prompt(self, passing: MultiTokenPass, stage: Stage, seen: Seen, last: int) -> None:
-        """Step 0: the last prompt row's statistics, a stage of the policy's decision, and what follows from it for the pruned layers."""
-        store, turn, decider, ranker = self.store, self.turn, self.decider, self.ranker
-        if stage.index and (self._first is None or not self._first.rates):
-            return  # the first stage had nothing to decide
-        if stage.index or passing.drafted or seen.window is not None:
-            mass, importance = (each[:, 0] for each in self._statistics(seen, slice(last, last + 1)))
-        else:
-            found = self._of_all_heads(*last_row_statistics(store, stage.layer, seen.query[:, :, last], seen.scale))
-            mass, importance = (each.to(store.device) for each in found)
-        importance = ranker.importance(stage.layer, seen, turn, importance)
-        hidden = self._hidden_of(slice(last, last + 1))
-        measured = Measured(mass, importance, None if hidden is None else hidden[:, 0])
-        if self._first is None:
-            self._first, self.record = Pending(measured), None
-            decider.finish(torch.zeros(store.batch, dtype=torch.float64, device=store.device))  # nothing is removed so far
-            if not decider.at_prefill(turn) or store.full.bound == 0:
-                if passing.joined is not None:
-                    nothing = torch.full((store.batch, 1), -1, device=store.device)
-                    self.effects.shrink(store, turn, passing, range(1, len(store.groups)), [nothing] * (len(store.groups) - 1), None)
-                return
-            decider.begin_prompt(store.full.n_visual, turn)
-        scope = decider.scope_of_prompt(store, stage, turn, self.reduction)
-        step = torch.zeros(store.batch, dtype=torch.int64, device=store.device)
-        states = ranker.states(stage.layer, importance.shape[1], store.device)
-        choice = decider.decide(stage, step, measured, store.full.n_visual, scope, states)
-        self._first.rates.append(choice.rate)
-        if self.evict:
-            self.effects.shrink(store, turn, passing, stage.groups, [kept for kept, _ in choice.lists], choice.merge)
-        elif choice.lists:
-            fresh = (passing.slots[0].token >= 0).any(1) if decider.had_decided else None
-            apply.list_of_prompt(store, stage, choice, self.policy.kept_bound(store.full.bound), fresh)
-
-    def _score_drafts(self, passing: MultiTokenPass, stage: Stage, seen: Seen, of: slice) -> None:
-        """Draft tokens: each decides for itself (recoverable); under evict the kept set stays as it is (compaction is frozen)."""
-        store = self.store
-        decides = not self.evict and self.policy.at_decode and store.full.bound > 0
-        if decides or not stage.index:
-            measured = Measured(*self._statistics(seen, of), self._hidden_of(of))
-            if self._drafts is None:
-                self._drafts = Pending(measured)
-        if decides and self._drafts is not None:
-            first = self.turn.step_of(passing.start + passing.length - passing.drafted)
-            alive = self.effects.allowed[stage.index] if stage.index else None
-            choice = self.decider.decide_drafts(stage, first, measured, store.full.n_visual, alive)
-            self._drafts.rates.append(choice.rate)
-            self._drafts.kept += [n_kept for _, n_kept in choice.lists]
-            self.effects.allow(store, stage, choice, self.policy.kept_bound(store.full.bound))
-        elif not self.evict and store.full.bound > 0:
-            self.effects.allow_kept(store, stage, passing.drafted)
-
-    def _write_many(self, passing: MultiTokenPass) -> None:
-        store, decider = self.store, self.decider
-        if self._first is not None:
-            measured, rates = self._first.measured, self._first.rates
-            if rates and (self.evict or not self.policy.at_decode):
-                decider.finish(decider.mean_rate(rates))
-            computed = self.effects.computed(store, self.turn) if self.evict else None
-            self._recording().write(store, 0, measured.mass, measured.importance, decider.rate, computed=computed)
-        if self._drafts is not None:
-            measured, rates = self._drafts.measured, self._drafts.rates
-            rate = decider.mean_rate(rates) if rates else None
-            if rate is not None:
-                decider.finish(rate[:, -1].contiguous())
-            first = self.turn.step_of(passing.start + passing.length - passing.drafted)
-            kept = torch.stack(self._drafts.kept) if self._drafts.kept else None
-            for row in range(passing.drafted):
-                self._recording().write(
-                    store, first + row, measured.mass[:, row], measured.importance[:, row], decider.rate if rate is None else rate[:, row],
-                    kept=None if kept is None else kept[:, :, row],
-                    allowed={group: marks[:, row] for group, marks in self.effects.allowed.items()},
-                )  # fmt: skip
 
     # ---- what stats() reads -----------------------------------------------------------------------------------------------------
 
-    def _recording(self) -> Record:
-        if self.record is None:
-            turn = self.turn
-            assert turn.before is not None, "a turn begins with a prompt"
-            self.record = Record(
-                self.store, turn.before, turn.end, turn.max_length, self.shape.windows, self.record_importance, self.policy.reads_logits
-            )
-        return self.record
+    @property
+    def record(self) -> Record | None:
+        """Figures of the turn's steps; None before the first."""
+        return self.scoring.record
+
+    @property
+    def effects(self) -> Effects:
+        """What the decisions of the newest multi-token pass did."""
+        return self.scoring.effects
 
     def steps_without_a_drop(self) -> int:
         """Returns how many steps were made, if there were visual tokens and none was dropped in any; else 0. Reads the device."""
@@ -574,8 +427,8 @@ class Session:
     def _rewind(self, columns: int) -> None:
         """The newest ``columns`` never came."""
         self.decider.rewind(columns)
-        if self.record is not None:
-            self.record.rewind(columns)
+        if self.scoring.record is not None:
+            self.scoring.record.rewind(columns)
         self.step.sub_(columns).clamp_(min=0)
         self.column.sub_(columns)
 
@@ -586,8 +439,8 @@ class Session:
         store = self.store
         if store.text_bound + 1 >= store.text_capacity:
             store.reserve_text(2 * store.text_capacity)
-        if self.record is not None:
-            self.record.reserve(self.turn.step_of(store.length))
+        if self.scoring.record is not None:
+            self.scoring.record.reserve(self.turn.step_of(store.length))
 
     def step_state(self) -> StepState:
         """Returns what the next decode step depends on, besides its arguments."""
@@ -617,8 +470,8 @@ class Session:
                 groups[place // 2].n_kept = tensor
             else:
                 groups[place // 2].kept = tensor
-        if self.record is not None:
-            self.record.note(self.turn.step_of(store.length))
+        if self.scoring.record is not None:
+            self.scoring.record.note(self.turn.step_of(store.length))
         store.text_bound += 1
         store.length += 1
 
@@ -641,7 +494,8 @@ class Session:
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Within: an error leaves the host's side as it was. What happened on the device stays."""
-        owners = [self, self.store, *self.store.groups, self.decider, self.ranker, self.turn, self.reduction, self.blocks, self.record]
+        parts = (self.decider, self.ranker, self.scoring, self.turn, self.reduction, self.blocks, self.record)
+        owners = [self, self.store, *self.store.groups, *parts]
         saved = [
             (owner, {name: value.copy() if type(value) in (list, dict, set) else value for name, value in vars(owner).items()})
             for owner in owners
