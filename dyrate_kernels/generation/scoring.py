@@ -1,4 +1,4 @@
-"""What happens in a score layer: it measures, the policy decides stage by stage, the decision takes effect, and the step is recorded."""
+"""Score layers: they measure, the policy decides stage by stage, the decision takes effect, and the step is recorded."""
 
 from __future__ import annotations
 

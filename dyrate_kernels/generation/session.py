@@ -347,7 +347,7 @@ class Session:
 
     @property
     def effects(self) -> Effects:
-        """What the decisions of the newest multi-token pass did."""
+        """Returns the effects of the decisions of the newest multi-token pass."""
         return self.scoring.effects
 
     def steps_without_a_drop(self) -> int:
