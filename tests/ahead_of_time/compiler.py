@@ -494,10 +494,11 @@ def all_cases(full: bool) -> list[Case]:
             if architecture not in (80, 120):
                 skipped |= {("append", 7), ("step", 1), ("step_count", 1)}
             found = [case for case in main_cases(architecture) if case.second_launch or (case.operator, case.group) not in skipped]
+            if architecture not in (80, 120):  # the decision in launches of its own, whose kernels are more
+                found = [case for case in found if not case.second_launch or case.chosen]
             cases += [case for case in found if architecture == 80 or case.tokens == Case.tokens]
-            cases += [Case("append", architecture, dim=dim) for dim in HEAD_DIMS]
-            cases += [Case("append", architecture, dtype, group=1 if like_80 else 4) for dtype in DTYPES]
-            cases += [Case("append", architecture, group=4)] if like_80 else []
+            for number, dim in enumerate(HEAD_DIMS):
+                cases.append(Case("append", architecture, DTYPES[number % len(DTYPES)], dim, 4 if number % 2 == like_80 else 1))
         cases.append(Case("select_tokens", architecture, "float64"))
     return list(dict.fromkeys(cases))
 

@@ -83,7 +83,7 @@ def test_select_among_equal_scores(dtype):
     """Every candidate at the threshold: the first ones stay; also with one token above, below, or no number."""
     pairs = [(value, other) for value in (0.0, 1e-45, -1.0, math.inf, -math.inf, math.nan) for other in (value, 2.0, -2.0, math.nan)]
     score = torch.tensor([[value] * 9 + [other] + [value] * 7 for value, other in pairs], dtype=torch.float64).to(dtype)
-    for count in (0, 1, 9, 17) if harness.FULL or dtype == torch.float32 else (1, 9):
+    for count in (0, 1, 9, 17) if harness.FULL or dtype == torch.float32 else (9,):
         with harness.settings():
             check_selection(score, [count] * len(pairs), [17, 17, 16] * (len(pairs) // 3))
 
