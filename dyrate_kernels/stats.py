@@ -1,4 +1,4 @@
-"""Results of ``Handle.stats()`` (``dyrate_kernels.tally`` makes them)."""
+"""Results of ``Handle.stats()`` (``dyrate_kernels.stats_from_record`` makes them)."""
 
 from __future__ import annotations
 

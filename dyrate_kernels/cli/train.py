@@ -52,7 +52,7 @@ def run(given: argparse.Namespace) -> int:
 
     import_transformers("trainer")
     from dyrate_kernels.files import check_folder, printable
-    from dyrate_kernels.training.predictor import OUTPUTS, Options, train_predictor
+    from dyrate_kernels.training.predictor_training import OUTPUTS, Options, train_predictor
 
     options = Options(
         k=given.k, rates=specs.value(given.rates), num_rates=given.num_rates, text=given.text_aware, spread=given.spread,

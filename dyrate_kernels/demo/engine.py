@@ -18,7 +18,7 @@ from transformers import StoppingCriteria
 import dyrate_kernels as dk
 from dyrate_kernels import answering, chat, vision
 from dyrate_kernels.patching.api import shape_for
-from dyrate_kernels.patching.vision import check_supported
+from dyrate_kernels.patching.vision import check_reducers
 from dyrate_kernels.policies.base import Policy
 
 SIDES = ("plain", "pruned")
@@ -120,7 +120,7 @@ class Engine:
         found = []
         for name in vision.names():
             with contextlib.suppress(TypeError):
-                check_supported(self.model, chain := vision.chain(name))
+                check_reducers(self.model, chain := vision.chain(name))
                 found += [name for reducer in chain if not reducer.videos_only]
         return found
 

@@ -10,7 +10,7 @@ Each module imports only those above it, and nobody points back (``tests/test_im
 ``attend``      attention and statistics of both kinds of pass; knows no policy
 ``cpu_step``    the same of a decode step on a CPU
 ``turn``        one ``generate()``: its bounds, what was there before it; reduced prompts
-``plan``        ``DecodePass``, ``MultiTokenPass``: complete when made
+``passes``      ``DecodePass``, ``MultiTokenPass``: complete when made
 ``ranking``     by which prompt rows visual tokens are ranked
 ``decide``      the only caller of ``Policy.decide`` and of the selection by rank
 ``apply``       what a decision does: a list to read through, rows that move, a shrunk prompt, a mask for draft tokens

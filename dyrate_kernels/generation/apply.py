@@ -12,7 +12,7 @@ from dyrate_kernels.generation.decide import Choice, Stage
 from dyrate_kernels.generation.index import marked, right_aligned
 from dyrate_kernels.generation.kv_store import RowGroup, RowStore
 from dyrate_kernels.generation.layout import SlotMapping, appended
-from dyrate_kernels.generation.plan import MultiTokenPass
+from dyrate_kernels.generation.passes import MultiTokenPass
 from dyrate_kernels.generation.turn import Turn
 
 

@@ -17,7 +17,7 @@ from dyrate_kernels.generation.attend import Seen, accumulator, attention_weight
 from dyrate_kernels.generation.heads import HeadShards
 from dyrate_kernels.generation.index import joined, marked, numbered, resized, scattered
 from dyrate_kernels.generation.layout import KeyRows, SlotMapping, visibility
-from dyrate_kernels.generation.plan import MultiTokenPass
+from dyrate_kernels.generation.passes import MultiTokenPass
 from dyrate_kernels.generation.turn import Turn
 from dyrate_kernels.ops.reference import INSTRUCTION
 from dyrate_kernels.policies.base import Policy

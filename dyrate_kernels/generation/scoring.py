@@ -14,7 +14,7 @@ from dyrate_kernels.generation.decide import Decider, Measured, Pending, Stage, 
 from dyrate_kernels.generation.heads import HeadShards
 from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.generation.layout import SlotMapping
-from dyrate_kernels.generation.plan import DecodePass, MultiTokenPass
+from dyrate_kernels.generation.passes import DecodePass, MultiTokenPass
 from dyrate_kernels.generation.ranking import Ranker
 from dyrate_kernels.generation.record import Record
 from dyrate_kernels.generation.turn import Reduction, Turn

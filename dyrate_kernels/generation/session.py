@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dyrate_kernels.generation import plan
+from dyrate_kernels.generation import passes
 from dyrate_kernels.generation.apply import Effects
 from dyrate_kernels.generation.attend import Seen, attend_many
 from dyrate_kernels.generation.decide import Decider, Stage
 from dyrate_kernels.generation.heads import HeadShards
 from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.generation.layout import Blocks, look, restrict, rows_of, visibility
-from dyrate_kernels.generation.plan import DecodePass, MultiTokenPass
+from dyrate_kernels.generation.passes import DecodePass, MultiTokenPass
 from dyrate_kernels.generation.ranking import Ranker
 from dyrate_kernels.generation.record import Record, Snapshot
 from dyrate_kernels.generation.scoring import Scoring
@@ -176,7 +176,7 @@ class Session:
             self.column = torch.zeros(1, dtype=torch.int32, device=device)
         if decodes:
             self.reserve_step()
-            self.passing = plan.decode(store, self.column, self.unpruned, self.bounds_at_capacity)
+            self.passing = passes.decode(store, self.column, self.unpruned, self.bounds_at_capacity)
         else:
             turn = self.turn
             end = turn.end if turn.end >= 0 else store.length + length
@@ -184,7 +184,7 @@ class Session:
             new = look(store, store.length, length, end, mask, staged.visual, device, turn.frozen)
             turn.note(new, store, self.reduction)
             prunes = self.evict and self.decider.at_prefill(turn) and store.length < turn.end
-            self.passing = plan.many(store, turn, self.reduction, self.blocks, new, staged.blocks, prunes)
+            self.passing = passes.many(store, turn, self.reduction, self.blocks, new, staged.blocks, prunes)
             if self.passing.moved is not None:
                 self.ranker.move(self.passing.moved)
         self.in_forward = True

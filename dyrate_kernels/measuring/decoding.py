@@ -20,8 +20,8 @@ from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.measuring.timing import Times
 from dyrate_kernels.patching import calls
-from dyrate_kernels.patching.families import cache_in, cache_name, stored_weights
 from dyrate_kernels.patching.graph import CudaRecorder
+from dyrate_kernels.patching.lookup import cache_in, cache_name, stored_weights
 from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View
 from dyrate_kernels.policies.none import KeepAll
 from dyrate_kernels.policies.schedule import Schedule

@@ -15,28 +15,27 @@ from dyrate_kernels.ops import dispatch
 from dyrate_kernels.patching import attention, calls
 from dyrate_kernels.patching.assisted import one_at_a_time
 from dyrate_kernels.patching.calls import Call
-from dyrate_kernels.patching.families import (
-    check_supported,
-    decoder_layers,
-    deepstack_layers,
-    shape_of,
-    text_model,
-)
 from dyrate_kernels.patching.fused import Fused, check_fusable
 from dyrate_kernels.patching.generate import Generations
 from dyrate_kernels.patching.graph import StepGraph
 from dyrate_kernels.patching.hooks import PassHooks
+from dyrate_kernels.patching.lookup import (
+    check_supported,
+    decoder_layers,
+    decoder_of,
+    deepstack_layers,
+    shape_of,
+)
 from dyrate_kernels.patching.overrides import Override
 from dyrate_kernels.patching.parallel import head_shards
 from dyrate_kernels.patching.reduction import ReducedPrompts
 from dyrate_kernels.patching.shrink import ShrinkHooks
-from dyrate_kernels.patching.vision import PIXELS
-from dyrate_kernels.patching.vision import check_supported as check_reducers
+from dyrate_kernels.patching.vision import PIXELS, check_reducers
 from dyrate_kernels.patching.wrapped import unwrapped
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.specs import RETENTIONS
 from dyrate_kernels.stats import Stats
-from dyrate_kernels.tally import tally
+from dyrate_kernels.stats_from_record import stats_from_record
 from dyrate_kernels.vision import Reducer
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ def patch(
     """Makes ``model.generate`` drop visual tokens while it generates. Works on this instance only; ``unpatch`` undoes it.
 
     Args:
-        model: a supported vision-language model (``patching.families.FAMILIES``), or what ``torch.compile`` or PEFT made of one: then the
+        model: a supported vision-language model (``families.FAMILIES``), or what ``torch.compile`` or PEFT made of one: then the
             model inside is patched.
         policy: a name of ``dyrate_kernels.policies.names()``, with options if wanted (``"fastv:rate=0.5"``), or a policy object, e.g.
             ``policies.FastV(k=3, rate=0.5)``.
@@ -215,7 +214,7 @@ class Handle:
         for index, module in enumerate(_attention_modules(model)):
             attention.swap(module, shows_hidden=index in deciding)
         if self.fused is not None:
-            self.fused.install(text_model(model))
+            self.fused.install(decoder_of(model))
         self._hooks.install()
         if self.retention == "evict" and self.policy.at_prefill:
             self._shrink = ShrinkHooks(decoder_layers(model), self.policy.layer_groups(layers))
@@ -248,7 +247,7 @@ class Handle:
         if self._shrink is not None:
             self._shrink.remove()
         if self.fused is not None:
-            self.fused.remove(text_model(model))
+            self.fused.remove(decoder_of(model))
         for module in _attention_modules(model):
             attention.restore(module)
         for override in self._overrides:
@@ -299,7 +298,7 @@ class Handle:
             raise RuntimeError("nothing was generated yet: call model.generate(...) on the patched model, then stats()")
         if isinstance(last, str):
             raise RuntimeError(f"stats() has nothing of the last generate(): {last}")
-        return tally(last, sequence, new_tokens)
+        return stats_from_record(last, sequence, new_tokens)
 
     @property
     def session(self) -> Session | None:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from dyrate_kernels.generation.attend import as_autocast
 from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.generation.session import Session
-from dyrate_kernels.patching.families import cache_name
+from dyrate_kernels.patching.lookup import cache_name
 
 
 class VisualCache(Cache):

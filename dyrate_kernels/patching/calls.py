@@ -18,12 +18,12 @@ from torch import Tensor
 from dyrate_kernels.families import Family
 from dyrate_kernels.generation.heads import HeadShards
 from dyrate_kernels.generation.session import Session
-from dyrate_kernels.patching.vision import Prepared
+from dyrate_kernels.patching.vision import PreparedPrompt
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.vision.base import Reducer
 
 
-class Owner(Protocol):
+class PatchOwner(Protocol):
     """A patched model's ``Handle``, as the parts of the patch know it.
 
     Attributes:
@@ -68,7 +68,7 @@ class Call:
         thread: identifier of the thread that it runs in.
     """
 
-    owner: Owner
+    owner: PatchOwner
     outer: Call | None
     session: Session | None = None
     asks: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Call:
     reduced: bool = False
     keeps_width: bool = False
     mask: Tensor | None = None
-    features: Prepared | None = None
+    features: PreparedPrompt | None = None
     asks_features: bool = False
     passes: list[bool] = field(default_factory=list)
     graph: Any = None
@@ -97,14 +97,14 @@ def _here() -> Call | None:
     return call if call is not None and call.thread == threading.get_ident() else None
 
 
-def current(owner: Owner) -> Call | None:
+def current(owner: PatchOwner) -> Call | None:
     """The innermost call under way in this thread, if it is one of ``owner``'s."""
     call = _here()
     return call if call is not None and call.owner is owner else None
 
 
 @contextlib.contextmanager
-def begin(owner: Owner) -> Iterator[Call]:
+def begin(owner: PatchOwner) -> Iterator[Call]:
     """Within: a call of ``owner``'s."""
     call = Call(owner, _here())
     token = _CURRENT.set(call)

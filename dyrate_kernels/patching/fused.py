@@ -29,7 +29,7 @@ from dyrate_kernels.ops import layer_settings
 from dyrate_kernels.ops import layers as ops
 from dyrate_kernels.patching.attention import CARRIER, sliding_window
 from dyrate_kernels.patching.cache import VisualCache
-from dyrate_kernels.patching.families import decoder_layers
+from dyrate_kernels.patching.lookup import decoder_layers
 from dyrate_kernels.patching.modules import Decoder, Norm
 
 KNOWN = {module_of(name): row for name, row in TEXT_MODELS.items() if row.fusable}  # by the module that defines them

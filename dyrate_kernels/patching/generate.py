@@ -13,8 +13,8 @@ from dyrate_kernels.generation.session import Session
 from dyrate_kernels.patching import calls
 from dyrate_kernels.patching.assisted import NoDrafts, of_this_turn, one_at_a_time
 from dyrate_kernels.patching.cache import VisualCache, why_unpruned
-from dyrate_kernels.patching.calls import Call, Owner
-from dyrate_kernels.patching.families import cache_in, cache_name
+from dyrate_kernels.patching.calls import Call, PatchOwner
+from dyrate_kernels.patching.lookup import cache_in, cache_name
 from dyrate_kernels.patching.reduction import ReducedPrompts
 
 
@@ -29,7 +29,7 @@ class Generations:
         last: what ``stats()`` tells of the last generation; a str: why it cannot; None: there was none.
     """
 
-    def __init__(self, owner: Owner, reduced: ReducedPrompts) -> None:
+    def __init__(self, owner: PatchOwner, reduced: ReducedPrompts) -> None:
         self.owner, self.reduced = owner, reduced
         self.last: Snapshot | str | None = None
         self._told = self._told_undrafted = self._told_round = False

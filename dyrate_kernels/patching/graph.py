@@ -34,8 +34,8 @@ from dyrate_kernels.generation.session import Session, StepState
 from dyrate_kernels.ops import workspace
 from dyrate_kernels.patching import calls
 from dyrate_kernels.patching.cache import VisualCache
-from dyrate_kernels.patching.calls import Call, Owner
-from dyrate_kernels.patching.families import CACHE_NAMES, cache_in, cache_name
+from dyrate_kernels.patching.calls import Call, PatchOwner
+from dyrate_kernels.patching.lookup import CACHE_NAMES, cache_in, cache_name
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ class StepGraph:
         off: why this handle captures nothing any more; None while it may.
     """
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: PatchOwner) -> None:
         self.owner = owner
         self.captures = self.replays = 0
         self.off: str | None = None

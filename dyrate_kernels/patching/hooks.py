@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from dyrate_kernels.generation.index import marked, scattered
-from dyrate_kernels.generation.plan import MultiTokenPass
+from dyrate_kernels.generation.passes import MultiTokenPass
 from dyrate_kernels.generation.session import Session
 from dyrate_kernels.patching import attention, calls
 from dyrate_kernels.patching.cache import VisualCache
-from dyrate_kernels.patching.calls import Owner
-from dyrate_kernels.patching.families import blocks_ahead, by_name, cache_in, positional_names, text_model, visual_columns
+from dyrate_kernels.patching.calls import PatchOwner
+from dyrate_kernels.patching.lookup import blocks_ahead, by_name, cache_in, decoder_of, positional_names, visual_columns
 from dyrate_kernels.patching.shrink import gather_columns
 
 
@@ -24,15 +24,15 @@ class PassHooks:
         owner: its ``Handle``.
     """
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: PatchOwner) -> None:
         self.owner = owner
-        self._decoder_names = positional_names(text_model(owner.model).forward)
+        self._decoder_names = positional_names(decoder_of(owner.model).forward)
         self._base_names = positional_names(owner.model.base_model.forward)
         self._handles: list[Any] = []
 
     def install(self) -> None:
         """Registers those that are needed."""
-        model, decoder = self.owner.model, text_model(self.owner.model)
+        model, decoder = self.owner.model, decoder_of(self.owner.model)
         self._handles += [
             model.base_model.register_forward_pre_hook(self.before_base, with_kwargs=True),
             decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),

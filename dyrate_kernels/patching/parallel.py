@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from dyrate_kernels.generation.heads import HeadShards
-from dyrate_kernels.patching.families import decoder_layers
+from dyrate_kernels.patching.lookup import decoder_layers
 
 
 def head_shards(model: Any) -> HeadShards | None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dyrate_kernels.patching import calls
 from dyrate_kernels.patching.cache import VisualCache, why_unpruned
-from dyrate_kernels.patching.calls import Call, Owner
-from dyrate_kernels.patching.families import cache_in
+from dyrate_kernels.patching.calls import Call, PatchOwner
+from dyrate_kernels.patching.lookup import cache_in
 from dyrate_kernels.patching.vision import features_for, pixel_kinds, prepare
 
 
@@ -22,7 +22,7 @@ class ReducedPrompts:
         owner: its ``Handle``.
     """
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: PatchOwner) -> None:
         self.owner = owner
 
     def prompt(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dyrate_kernels.generation.index import scattered
-from dyrate_kernels.generation.plan import MultiTokenPass
+from dyrate_kernels.generation.passes import MultiTokenPass
 from dyrate_kernels.generation.session import Session
 from dyrate_kernels.patching.attention import CARRIER
 

@@ -31,7 +31,7 @@ PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_val
 # ---- before a generation ------------------------------------------------------------------------------------------------------------
 
 
-def check_supported(model: Any, reducers: Sequence[Reducer]) -> None:
+def check_reducers(model: Any, reducers: Sequence[Reducer]) -> None:
     """Checks that these reducers can work in ``model``.
 
     Raises:
@@ -83,7 +83,7 @@ class Features:
 
 
 @dataclass
-class Prepared:
+class PreparedPrompt:
     """Reduced features, waiting for the model to ask for them.
 
     Attributes:
@@ -100,7 +100,7 @@ def run_for(model: Any, kind: str, reducers: Sequence[Reducer], backend: str) ->
     return (tower.TowerRun if tower.reads(model) else grids.GridRun)(model, kind, reducers, backend)
 
 
-def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: dict[str, Any], ids: Tensor, mask: Tensor) -> Prepared:
+def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: dict[str, Any], ids: Tensor, mask: Tensor) -> PreparedPrompt:
     """Runs the tower and the reducers.
 
     Args:
@@ -112,7 +112,7 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
         ValueError: the placeholders do not match the pictures.
     """
     mask = mask.clone()
-    prepared = Prepared(mask)
+    prepared = PreparedPrompt(mask)
     for kind in pixel_kinds(arguments):
         encoder = getattr(model.base_model, f"get_{kind}_features")
         known = {*inspect.signature(encoder).parameters}
@@ -151,7 +151,7 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
 # ---- while it generates -------------------------------------------------------------------------------------------------------------
 
 
-def features_for(prepared: Prepared, kind: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+def features_for(prepared: PreparedPrompt, kind: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """Returns the answer of ``get_image_features`` or ``get_video_features`` (``kind``); None where these pixels were not reduced.
 
     Args:

@@ -1,7 +1,7 @@
 """Training data of a predictor: questions about pictures with their answers, from LLaVA's JSON, Hugging Face datasets or drawn scenes.
 
-A source is a sequence of examples. Reading one may fail (a corrupt picture, a turn with no answer): ``Rows`` reports it, counts it and
-goes on with the next one, so that one bad file in a million does not end a run. Which example takes its place depends on the source
+A source is a sequence of examples. Reading one may fail (a corrupt picture, a turn with no answer): ``EncodedExamples`` reports it, counts
+it and goes on with the next one, so that one bad file in a million does not end a run. Which example takes its place depends on the source
 alone, so a resumed run sees the same data.
 """
 
@@ -328,7 +328,7 @@ def _speaker(line: dict[str, Any]) -> str:
 
 
 @dataclass
-class Row:
+class EncodedExample:
     """An example, ready for a batch: its prompt as text, its pictures, the token ids of its answer."""
 
     text: str
@@ -337,15 +337,15 @@ class Row:
 
 
 @dataclass
-class Rows(Dataset[Row]):
-    """A source as rows of a data loader. An example that cannot be read, or is too long, is skipped: the next one takes its place.
+class EncodedExamples(Dataset[EncodedExample]):
+    """A source's examples for a data loader. One that cannot be read, or is too long, is skipped: the next one takes its place.
 
     Attributes:
         source: the examples.
         processor: of the model.
         max_length: the most tokens of prompt (visual tokens included) and answer together; None: any.
         max_answer: the most tokens of an answer; longer ones are cut (a description may be as long as it likes); None: any.
-        skipped: reason by the example's place.
+        skipped: reason by the example's index.
     """
 
     source: Sequence[Example]
@@ -355,34 +355,34 @@ class Rows(Dataset[Row]):
     skipped: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for place, why in getattr(self.source, "unusable", {}).items():
-            self._skip(place, why)
+        for index, why in getattr(self.source, "unusable", {}).items():
+            self._skip(index, why)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Row:
-        for place in self._from(index):
-            if place in self.skipped:
+    def __getitem__(self, index: int) -> EncodedExample:
+        for each in self._from(index):
+            if each in self.skipped:
                 continue
             try:
-                return self.encode(self.source[place])
+                return self.encode(self.source[each])
             except Unreadable as error:
-                self._skip(place, str(error))
+                self._skip(each, str(error))
             except Exception as error:  # a processor that will not take it raises what it likes
-                self._skip(place, f"{type(error).__name__}: {error}")
+                self._skip(each, f"{type(error).__name__}: {error}")
         raise ValueError(f"none of the {len(self)} examples can be used; the last reason: {self.skipped[index]}")
 
-    def _skip(self, place: int, why: str) -> None:
-        self.skipped[place] = printable(why)
+    def _skip(self, index: int, why: str) -> None:
+        self.skipped[index] = printable(why)
         if len(self.skipped) <= _MOST_WARNINGS:
             more = "; further ones are only counted" if len(self.skipped) == _MOST_WARNINGS else ""
-            logger.warning("example %d is skipped: %s%s", place, self.skipped[place], more)
+            logger.warning("example %d is skipped: %s%s", index, self.skipped[index], more)
 
     def _from(self, index: int) -> Iterator[int]:
         return ((index + step) % len(self) for step in range(len(self)))
 
-    def encode(self, example: Example) -> Row:
+    def encode(self, example: Example) -> EncodedExample:
         """Raises Unreadable where the example is too long."""
         text = chat.render(self.processor, example.messages)
         answer = chat.answer_ids(self.processor, example.messages, example.answer)[: self.max_answer]
@@ -392,22 +392,22 @@ class Rows(Dataset[Row]):
             ids = chat.encode(self.processor, [text], [example.images])["input_ids"]
             if ids.shape[1] + len(answer) > self.max_length:
                 raise Unreadable(f"{example.name}: {ids.shape[1]} + {len(answer)} tokens are more than {self.max_length}")
-        return Row(text, example.images, answer)
+        return EncodedExample(text, example.images, answer)
 
 
 @dataclass
 class Collator:
-    """Rows -> a batch: ``prompt`` (what the processor makes, padded on the left), ``answer`` and ``answer_mask`` int64 ``[B, T]``."""
+    """Makes a batch of examples: ``prompt`` (of the processor, padded on the left), ``answer`` and ``answer_mask`` int64 ``[B, T]``."""
 
     processor: Any
 
-    def __call__(self, rows: list[Row]) -> dict[str, Any]:
-        prompt = chat.encode(self.processor, [row.text for row in rows], [row.images for row in rows])
+    def __call__(self, examples: list[EncodedExample]) -> dict[str, Any]:
+        prompt = chat.encode(self.processor, [each.text for each in examples], [each.images for each in examples])
         tokenizer = self.processor.tokenizer
-        longest = max(len(row.answer) for row in rows)
+        longest = max(len(each.answer) for each in examples)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        answer = torch.tensor([row.answer + [pad] * (longest - len(row.answer)) for row in rows])
-        mask = torch.tensor([[1] * len(row.answer) + [0] * (longest - len(row.answer)) for row in rows])
+        answer = torch.tensor([each.answer + [pad] * (longest - len(each.answer)) for each in examples])
+        mask = torch.tensor([[1] * len(each.answer) + [0] * (longest - len(each.answer)) for each in examples])
         return {
             "prompt": prompt,
             "answer": answer,

@@ -19,13 +19,13 @@ from transformers import DynamicCache
 from dyrate_kernels import families, ops
 from dyrate_kernels.ops.reference import IMAGE, INSTRUCTION, RESPONSE, SYSTEM, TYPES
 from dyrate_kernels.patching import attention
-from dyrate_kernels.patching.families import (
+from dyrate_kernels.patching.lookup import (
     by_name,
     cache_name,
     check_supported,
     decoder_layers,
+    decoder_of,
     positional_names,
-    text_model,
     visual_columns,
 )
 from dyrate_kernels.policies.dyrate import spread_score
@@ -221,7 +221,7 @@ def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
     if any(attention.is_swapped(layer.self_attn) for layer in decoder_layers(model)):
         raise RuntimeError("model is patched: call dyrate_kernels.unpatch(model) before training a predictor for it")
     carrier: list[MaskedPass] = []
-    names = positional_names(text_model(model).forward)
+    names = positional_names(decoder_of(model).forward)
 
     def carry(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not carrier:
@@ -256,7 +256,7 @@ def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
         assert passing.choice is not None
         return Answer(logits, first.logits[:, -1], passing.choice)
 
-    handles = [text_model(model).register_forward_pre_hook(carry, with_kwargs=True)]
+    handles = [decoder_of(model).register_forward_pre_hook(carry, with_kwargs=True)]
     for layer in decoder_layers(model):
         attention.swap(layer.self_attn, shows_hidden=True)
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -12,7 +12,7 @@ import dyrate_kernels as dk
 from dyrate_kernels import shapes
 from dyrate_kernels.cli import common, contenders
 from dyrate_kernels.cli.main import build_parser, main
-from dyrate_kernels.training.predictor import train_predictor
+from dyrate_kernels.training.predictor_training import train_predictor
 
 P = dk.policies
 

@@ -16,7 +16,7 @@ from dyrate_kernels.cli.main import main
 from dyrate_kernels.policies.base import ModelShape
 from dyrate_kernels.predictor import CONFIG_FILE, WEIGHTS_FILE
 from dyrate_kernels.shapes import draw, make_scene
-from dyrate_kernels.training import predictor as training
+from dyrate_kernels.training import predictor_training as training
 
 SHORT = ("--steps", "3", "--batch-size", "2", "--max-answer", "12", "--examples", "20", "--log-every", "1")
 

@@ -9,7 +9,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyrate_kernels import flops
-from dyrate_kernels.patching.families import cache_name
+from dyrate_kernels.patching.lookup import cache_name
 from dyrate_kernels.policies.base import ModelShape
 
 SEVEN = flops.named_model("llava-1.5-7b").shape

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import transformers
 
 import dyrate_kernels as dk
-from dyrate_kernels.patching.families import cache_name
+from dyrate_kernels.patching.lookup import cache_name
 from dyrate_kernels.patching.parallel import HeadShards
 from tests import models
 from tests.checks import METHODS, ROWS, greedy, policy

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import dyrate_kernels as dk
-from dyrate_kernels.patching.families import cache_name
+from dyrate_kernels.patching.lookup import cache_name
 from tests import models
 from tests.checks import greedy
 

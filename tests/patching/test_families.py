@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask
 import dyrate_kernels as dk
 from dyrate_kernels.families import FAMILIES
 from dyrate_kernels.patching import graph
-from dyrate_kernels.patching.families import cache_name
+from dyrate_kernels.patching.lookup import cache_name
 from tests import models
 from tests.checks import (
     METHODS,

@@ -11,9 +11,9 @@ import torch
 from transformers import DynamicCache
 
 import dyrate_kernels as dk
-from dyrate_kernels.generation.plan import DecodePass
+from dyrate_kernels.generation.passes import DecodePass
 from dyrate_kernels.patching.cache import VisualCache
-from dyrate_kernels.patching.families import cache_name
+from dyrate_kernels.patching.lookup import cache_name
 from tests import models
 from tests.checks import fingerprint, greedy
 

@@ -10,7 +10,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import dyrate_kernels as dk
-from dyrate_kernels.patching.families import cache_name
+from dyrate_kernels.patching.lookup import cache_name
 from dyrate_kernels.patching.shrink import merge_columns
 from tests import models
 from tests.checks import PICTURES_FIRST, ROWS, assert_close_logits, assert_same, greedy, logits, single

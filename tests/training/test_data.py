@@ -21,7 +21,7 @@ from dyrate_kernels.training.data import (
     Collator,
     ConversationSource,
     DatasetSource,
-    Rows,
+    EncodedExamples,
     ShapesSource,
     Unreadable,
     open_source,
@@ -76,7 +76,7 @@ def test_conversations(folder):
 
 
 def test_what_cannot_be_used_is_skipped(folder, processor, caplog):
-    rows = Rows(ConversationSource(folder / "data.json"), processor)
+    rows = EncodedExamples(ConversationSource(folder / "data.json"), processor)
     with caplog.at_level(logging.WARNING):
         answers = [processor.tokenizer.decode(rows[i].answer, skip_special_tokens=True).strip() for i in range(len(rows))]
     assert answers == ["A square.", "A circle.", "Two.", "Two.", "Two.", "Two.", "Words alone.", "Words alone."]
@@ -89,16 +89,16 @@ def test_rows_that_are_too_long(processor, caplog):
     source = ShapesSource(6, seed=3, describe=1.0)
     lengths = [processor(images=source[i].images, text=chat.render(processor, source[i].messages))["input_ids"] for i in range(6)]
     assert all(len(ids[0]) > 100 for ids in lengths)
-    rows = Rows(source, processor, max_length=100)
+    rows = EncodedExamples(source, processor, max_length=100)
     with pytest.raises(ValueError, match=r"none of the 6 examples can be used.*more than 100"):
         rows[2]
     assert len(rows.skipped) == 6
-    assert all(len(Rows(source, processor, max_answer=7)[i].answer) == 7 for i in range(6))
+    assert all(len(EncodedExamples(source, processor, max_answer=7)[i].answer) == 7 for i in range(6))
 
 
 def test_batches(processor):
     source = ShapesSource(40, seed=2)
-    rows = Rows(source, processor)
+    rows = EncodedExamples(source, processor)
     batch = Collator(processor)([rows[i] for i in range(5)])
     assert batch["prompt"]["input_ids"].shape[0] == 5 and batch["prompt"]["pixel_values"].shape[0] == 5
     assert (batch["prompt"]["attention_mask"][:, -1] == 1).all()  # padded on the left
@@ -109,7 +109,7 @@ def test_batches(processor):
         assert processor.tokenizer.decode(ids[:-1]).strip() == source[index].answer
         assert (batch["answer_mask"][index, length:] == 0).all()
     words = [chat.render(processor, [chat.user("Hello.")])]
-    alone = Collator(processor)([Rows([], processor).encode(_words())])
+    alone = Collator(processor)([EncodedExamples([], processor).encode(_words())])
     assert "pixel_values" not in alone["prompt"] and words
 
 
@@ -144,7 +144,7 @@ def test_datasets(tmp_path, processor):
     plain = datasets.Dataset.from_dict({"image": pictures, "question": ["What?"] * 3, "answer": ["One.", "", "Three."]})
     plain = plain.cast_column("image", datasets.Image())
     plain.save_to_disk(str(tmp_path / "plain"))
-    rows = Rows(DatasetSource.load(str(tmp_path / "plain")), processor)
+    rows = EncodedExamples(DatasetSource.load(str(tmp_path / "plain")), processor)
     assert [processor.tokenizer.decode(rows[i].answer, skip_special_tokens=True).strip() for i in range(3)] == ["One.", "Three.", "Three."]
     assert rows.skipped == {1: "row 1: it has no question or no answer"}
     turns = {"image": pictures[:1], "conversations": [[_human("<image>\nWhat?"), _gpt("This.")]]}
@@ -280,7 +280,7 @@ def test_broken_entries_of_any_type_are_skipped_counted_and_named(folder, proces
     file = folder / f"odd.{suffix}"
     file.write_text(json.dumps(entries) if suffix == "json" else "".join(json.dumps(entry) + "\n" for entry in entries))
     with caplog.at_level(logging.WARNING):
-        rows = Rows(ConversationSource(file), processor, max_length=4096)
+        rows = EncodedExamples(ConversationSource(file), processor, max_length=4096)
         found = [rows[place] for place in range(len(rows))]
     assert len(rows) == len(entries) and len(rows.skipped) == len(BROKEN) and set(rows.skipped) == set(range(1, len(BROKEN) + 1))
     for place, why in rows.skipped.items():
@@ -293,7 +293,7 @@ def test_broken_entries_of_any_type_are_skipped_counted_and_named(folder, proces
 def test_lines_that_are_no_json_are_skipped_and_named(folder, processor):
     good = json.dumps(GOOD).encode()
     (folder / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + good + b"\r\n{oops\r\n\r\n" + good.replace(b"What", b"Wh\xe9") + b"\r\n" + good)
-    rows = Rows(ConversationSource(folder / "odd.jsonl"), processor)
+    rows = EncodedExamples(ConversationSource(folder / "odd.jsonl"), processor)
     assert len(rows) == 4 and [rows[i].answer for i in range(4)] == [rows[0].answer] * 4
     assert (
         "odd.jsonl line 2: it is not JSON (Expecting" in rows.skipped[1] and "odd.jsonl line 4: it is not JSON (no UTF-8" in rows.skipped[2]
@@ -349,7 +349,7 @@ def test_broken_rows_of_a_dataset(folder, processor):
         {**good, "image": [None]},
         good,
     ]
-    found = Rows(DatasetSource(rows, folder), processor)
+    found = EncodedExamples(DatasetSource(rows, folder), processor)
     assert [found[place].answer for place in range(8)] == [found[0].answer] * 8 and set(found.skipped) == set(range(1, 7))
     assert all(why.startswith(f"row {place}: ") for place, why in found.skipped.items())
     with pytest.raises(ValueError, match="the dataset is empty"):
@@ -365,7 +365,7 @@ def test_an_example_that_the_processor_refuses_is_skipped(folder, processor):
                 raise KeyError("no such part")
             return processor.apply_chat_template(messages, **options)
 
-    rows = Rows(ConversationSource(folder / "data.json"), Refusing())
+    rows = EncodedExamples(ConversationSource(folder / "data.json"), Refusing())
     assert rows[1].answer == rows[5].answer and "KeyError" in rows.skipped[1]
 
 
@@ -373,16 +373,16 @@ def test_names_and_texts_that_are_no_utf8(folder, processor):
     name = os.fsdecode(b"caf\xe9.png")
     (folder / "0.png").rename(folder / name)
     (folder / "a.json").write_text(json.dumps([broken(image=name, conversations=[_human("<image> W\ud800?"), _gpt("This \udce9 it is.")])]))
-    rows = Rows(ConversationSource(folder / "a.json"), processor, max_length=4096)
+    rows = EncodedExamples(ConversationSource(folder / "a.json"), processor, max_length=4096)
     assert not rows.skipped and "W\\ud800?" in rows[0].text
 
 
 def test_batches_of_a_tokenizer_without_a_padding_token(processor):
     source = ShapesSource(12, seed=2)
-    with_token = Collator(processor)([Rows(source, processor)[i] for i in range(4)])
+    with_token = Collator(processor)([EncodedExamples(source, processor)[i] for i in range(4)])
     bare = copy.deepcopy(processor)
     bare.tokenizer.pad_token = None
-    batch = Collator(bare)([Rows(source, bare)[i] for i in range(4)])
+    batch = Collator(bare)([EncodedExamples(source, bare)[i] for i in range(4)])
     assert bare.tokenizer.pad_token is None
     for name in ("attention_mask", "pixel_values"):
         assert torch.equal(batch["prompt"][name], with_token["prompt"][name])

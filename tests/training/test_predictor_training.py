@@ -17,9 +17,9 @@ from dyrate_kernels import chat
 from dyrate_kernels.cli.common import First
 from dyrate_kernels.policies.base import ModelShape
 from dyrate_kernels.shapes import draw, make_scene
-from dyrate_kernels.training import predictor as module
+from dyrate_kernels.training import predictor_training as module
 from dyrate_kernels.training.data import ConversationSource, ShapesSource
-from dyrate_kernels.training.predictor import Options, PredictorModule, step_cost, train_predictor
+from dyrate_kernels.training.predictor_training import Options, PredictorModule, step_cost, train_predictor
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"batch_size": 4, "log_every": 2, "max_answer": 24, "max_length": None}
@@ -237,7 +237,7 @@ def test_two_processes(demo, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import os, sys, torch, dyrate_kernels as dk\n"
-        "from dyrate_kernels.training import predictor\n"
+        "from dyrate_kernels.training import predictor_training\n"
         "from dyrate_kernels.training.data import ConversationSource, ShapesSource\n"
         "predictor.CALIBRATION = 8\n"
         "model, processor = dk.load_demo()\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
-from dyrate_kernels.patching.families import cache_name
+from dyrate_kernels.patching.lookup import cache_name
 from tests import models
 from tests.checks import (
     METHODS,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
-from dyrate_kernels.patching.families import cache_name
+from dyrate_kernels.patching.lookup import cache_name
 from tests import models
 from tests.checks import METHODS, RETENTIONS, ROWS, VIDEO_ROWS, assert_close_logits, assert_same, greedy, policy, rows_for_beams, single
 from tests.patching.test_families import HERE, KNOWS_BLOCKS, needs_types, pixtral, rows_of, types_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from dyrate_kernels.evaluation.suites.captions import COCO, Flickr30k, NoCaps
-from dyrate_kernels.evaluation.suites.files import FileSuite
+from dyrate_kernels.evaluation.suites.file_suite import FileSuite
 from dyrate_kernels.evaluation.suites.pope import POPE
 from dyrate_kernels.evaluation.suites.scienceqa import ScienceQA
 from dyrate_kernels.evaluation.suites.vqa import GQA, TextVQA, VizWiz

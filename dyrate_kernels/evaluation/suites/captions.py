@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from dyrate_kernels.evaluation.cider import Cider
-from dyrate_kernels.evaluation.suites.files import Entry, FileSuite, Question
+from dyrate_kernels.evaluation.suites.file_suite import Entry, FileSuite, Question
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 

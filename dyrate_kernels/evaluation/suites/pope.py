@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dyrate_kernels.evaluation.suites.files import SHORT_ANSWER, FileSuite, Question
+from dyrate_kernels.evaluation.suites.file_suite import SHORT_ANSWER, FileSuite, Question
 
 
 class POPE(FileSuite):

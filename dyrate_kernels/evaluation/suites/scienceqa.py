@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from dyrate_kernels.evaluation.suites.files import FileSuite, Question
+from dyrate_kernels.evaluation.suites.file_suite import FileSuite, Question
 
 _LETTERS = "ABCDEFGHIJ"
 

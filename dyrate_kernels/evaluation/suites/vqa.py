@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dyrate_kernels.evaluation.suites.files import SHORT_ANSWER, Entry, FileSuite, Question, with_suffixes
+from dyrate_kernels.evaluation.suites.file_suite import SHORT_ANSWER, Entry, FileSuite, Question, with_suffixes
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 

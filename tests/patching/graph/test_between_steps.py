@@ -7,7 +7,7 @@ import torch
 
 from dyrate_kernels.measuring import decoding
 from dyrate_kernels.patching import graph
-from dyrate_kernels.patching.families import cache_name
+from dyrate_kernels.patching.lookup import cache_name
 from tests import models
 from tests.checks import METHODS, ROWS, assert_same, greedy, logits, patched, policy, single
 from tests.patching.graph.kit import RETENTION, STEPS, assert_same_stats, both, run

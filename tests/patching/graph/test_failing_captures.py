@@ -10,7 +10,7 @@ import torch
 
 import dyrate_kernels as dk
 from dyrate_kernels.generation.session import Session
-from dyrate_kernels.patching.families import cache_name
+from dyrate_kernels.patching.lookup import cache_name
 from dyrate_kernels.policies.base import Decision
 from dyrate_kernels.policies.fixed import Fixed
 from tests import models

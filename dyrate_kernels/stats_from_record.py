@@ -13,7 +13,7 @@ from dyrate_kernels.generation.record import Part, Record, Snapshot, first_colum
 from dyrate_kernels.stats import Stats, Step
 
 
-def tally(source: Snapshot, sequence: int | None = None, new_tokens: int | None = None) -> Stats:
+def stats_from_record(source: Snapshot, sequence: int | None = None, new_tokens: int | None = None) -> Stats:
     """Reads a record from the device.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which models can be patched (``families.FAMILIES`` says what is particular about each), and where in a loaded one the parts are."""
+"""Look-ups in a loaded model by the table of families (``families.FAMILIES``): can it be patched, its parts, its calls' arguments."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def deepstack_layers(model: Any) -> int:
     return len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
 
 
-def text_model(model: Any) -> Decoder:
+def decoder_of(model: Any) -> Decoder:
     """The decoder: the module that owns ``layers``."""
     decoder = model.get_decoder()
     return cast(Decoder, decoder if hasattr(decoder, "layers") else decoder.model)
@@ -90,13 +90,13 @@ def text_model(model: Any) -> Decoder:
 
 def decoder_layers(model: Any) -> Sequence[DecoderLayer]:
     """The decoder layers of the text model."""
-    return text_model(model).layers
+    return decoder_of(model).layers
 
 
 def shape_of(model: Any) -> ModelShape:
     """The text model's shape as it is now: its weights' dtype and bytes, and the windows of its layers, from the modules themselves."""
     windows = tuple(sliding_window(layer.self_attn) for layer in decoder_layers(model))
-    return ModelShape.from_config(model.config, dtype=text_model(model).dtype).replace(
+    return ModelShape.from_config(model.config, dtype=decoder_of(model).dtype).replace(
         stored_weights=stored_weights(model), windows=windows if any(windows) else ()
     )
 
@@ -109,7 +109,7 @@ def stored_weights(model: Any, embedding: bool = True) -> int:
         embedding: with the input embedding, although a step reads only a row a sequence of it (a head tied to it counts in any case).
     """
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    modules = [*text_model(model).modules(), *head.modules()]
+    modules = [*decoder_of(model).modules(), *head.modules()]
     left_out = {id(tensor) for module in modules for tensor in _unread(module)}
     if not embedding:
         left_out |= {id(tensor) for tensor in table.parameters()} - {id(tensor) for tensor in head.parameters()}

@@ -34,7 +34,7 @@ from dyrate_kernels.json_files import read_json
 from dyrate_kernels.loading import model_name
 from dyrate_kernels.policies.base import ModelShape, check_fraction, check_k_range
 from dyrate_kernels.predictor import CONFIG_FILE, WEIGHTS_FILE, DyRatePredictor, check_rates, named_rates
-from dyrate_kernels.training.data import Collator, Example, Rows, origin_of
+from dyrate_kernels.training.data import Collator, EncodedExamples, Example, origin_of
 from dyrate_kernels.training.masked_pass import Answer, gumbel, take_likeliest, training_hooks
 
 logger = logging.getLogger(__name__)
@@ -325,7 +325,7 @@ def _train(
     check_k_range(options.k, shape.num_layers)
     setting = _setting(model, source, options)
     checkpoint = _checkpoint(out, setting) if resume else None
-    rows = Rows(source, processor, options.max_length, options.max_answer)
+    examples = EncodedExamples(source, processor, options.max_length, options.max_answer)
     collate = Collator(processor)
     torch.manual_seed(options.seed)
     module = PredictorModule(shape, options)
@@ -338,7 +338,7 @@ def _train(
         label_names=["answer"],
     )  # fmt: skip
     trainer = _PredictorTrainer(
-        model=module, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[_Temperature(module), *callbacks]
+        model=module, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[_Temperature(module), *callbacks]
     )
     if quiet:
         from transformers.trainer_callback import PrinterCallback
@@ -352,13 +352,13 @@ def _train(
     with training_hooks(model) as run:
         module.run = run
         try:
-            if not any(rows[place].images for place in range(len(rows))):
+            if not any(examples[place].images for place in range(len(examples))):
                 raise ValueError(
-                    f"none of the {len(rows)} examples has a picture that can be read; skipped: {rows.skipped or 'none'}"[:1000]
+                    f"none of the {len(examples)} examples has a picture that can be read; skipped: {examples.skipped or 'none'}"[:1000]
                 )
             first = [
-                trainer._prepare_inputs(collate([rows[i] for i in range(start, start + options.batch_size)]))
-                for start in _starts(rows, options)
+                trainer._prepare_inputs(collate([examples[i] for i in range(start, start + options.batch_size)]))
+                for start in _starts(examples, options)
             ]
             _check_reachable(module, first)
             _standardise(module, first)
@@ -373,9 +373,9 @@ def _train(
             module.run = None
     summary = {
         "options": {**dataclasses.asdict(options), "rates": list(options.rate_values)},
-        "examples": len(rows),
-        "skipped": len(rows.skipped),
-        "reasons": sorted(set(rows.skipped.values()))[:20],
+        "examples": len(examples),
+        "skipped": len(examples.skipped),
+        "reasons": sorted(set(examples.skipped.values()))[:20],
         "saved_bytes_per_answer_token": saved,
         "shift": shift,
         "cost_on_calibration": cost,
@@ -386,8 +386,8 @@ def _train(
     if trainer.is_world_process_zero():
         predictor.save_pretrained(out)
         write_json(out / SUMMARY, summary)
-    if rows.skipped:
-        logger.warning("%d of %d examples were skipped", len(rows.skipped), len(rows))
+    if examples.skipped:
+        logger.warning("%d of %d examples were skipped", len(examples.skipped), len(examples))
     predictor.source = str(out)
     return Trained(predictor, summary)
 
@@ -395,9 +395,9 @@ def _train(
 CALIBRATION = 64  # examples that the standardisation and the final shift are measured on
 
 
-def _starts(rows: Rows, options: Options) -> range:
-    size = min(options.batch_size, len(rows))
-    return range(0, max(min(CALIBRATION, len(rows)) - size + 1, 1), size)
+def _starts(examples: EncodedExamples, options: Options) -> range:
+    size = min(options.batch_size, len(examples))
+    return range(0, max(min(CALIBRATION, len(examples)) - size + 1, 1), size)
 
 
 _SLACK = 0.02  # of the budget: what counts as met

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from dyrate_kernels.generation import cpu_step, plan
+from dyrate_kernels.generation import cpu_step, passes
 from dyrate_kernels.generation.attend import OperatorStep
 from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.generation.layout import Blocks, KeyRows, look, restrict, visibility
@@ -26,11 +26,11 @@ def begun(shared: bool = True, end: int = 5) -> tuple[RowStore, Turn, Reduction,
     return store, Turn(0, 0, end, 12), Reduction(), Blocks()
 
 
-def prompt(parts: tuple, prunes: bool = False, mask: torch.Tensor = MASK, visual: torch.Tensor = VISUAL) -> plan.MultiTokenPass:
+def prompt(parts: tuple, prunes: bool = False, mask: torch.Tensor = MASK, visual: torch.Tensor = VISUAL) -> passes.MultiTokenPass:
     store, turn, reduction, blocks = parts
     new = look(store, store.length, visual.shape[1], turn.end, mask, visual, CPU, turn.frozen)
     turn.note(new, store, reduction)
-    return plan.many(store, turn, reduction, blocks, new, None, prunes)
+    return passes.many(store, turn, reduction, blocks, new, None, prunes)
 
 
 def test_columns_get_rows_and_types():
@@ -56,7 +56,7 @@ def test_nothing_of_a_pass_is_filled_in_later():
         "blocks",
     }
     assert all(
-        field.default is dataclasses.MISSING for kind in (plan.MultiTokenPass, plan.DecodePass) for field in dataclasses.fields(kind)
+        field.default is dataclasses.MISSING for kind in (passes.MultiTokenPass, passes.DecodePass) for field in dataclasses.fields(kind)
     )
 
 
@@ -96,7 +96,7 @@ def test_a_decode_step_is_counted_and_knows_what_attends(monkeypatch, enabled, w
     prompt(parts)
     store = parts[0]
     store.length = 5
-    step = plan.decode(store, torch.tensor([5], dtype=torch.int32), False, whole)
+    step = passes.decode(store, torch.tensor([5], dtype=torch.int32), False, whole)
     assert step.start == 5 and step.decodes and type(step.attention) is kind
     assert step.attention.row.tolist() == [[2], [4]] and store.n_text.tolist() == [3, 5]
     assert step.attention.text_bound == (store.text_capacity if whole else 5)
