@@ -66,7 +66,7 @@ def end_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
 
 def until_end(row: Sequence[int], ends: Collection[int]) -> list[int]:
     """A row of generated token ids up to the first end token, that included: what stands behind it is padding of the batch."""
-    return list(row[: next((place for place, token in enumerate(row, 1) if token in ends), len(row))])
+    return list(row[: next((index for index, token in enumerate(row, 1) if token in ends), len(row))])
 
 
 def generate(
@@ -99,7 +99,7 @@ def generate(
     with torch.no_grad():
         output = model.generate(**inputs, **given, **options)
     stopped = {} if watch is None else watch.stopped
-    return [until_end(row[: stopped.get(place)], ends) for place, row in enumerate(output[:, start:].tolist())]
+    return [until_end(row[: stopped.get(index)], ends) for index, row in enumerate(output[:, start:].tolist())]
 
 
 class StopStrings(StoppingCriteria):
@@ -117,7 +117,7 @@ class StopStrings(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         count = input_ids.shape[1] - self.start
         if self.stop and count > 0:
-            for place, row in enumerate(input_ids[:, self.start :][:, -self.tail :].tolist()):
-                if place not in self.stopped and any(each in self.tokenizer.decode(row) for each in self.stop):
-                    self.stopped[place] = count
-        return torch.tensor([place in self.stopped for place in range(input_ids.shape[0])], device=input_ids.device)
+            for index, row in enumerate(input_ids[:, self.start :][:, -self.tail :].tolist()):
+                if index not in self.stopped and any(each in self.tokenizer.decode(row) for each in self.stop):
+                    self.stopped[index] = count
+        return torch.tensor([index in self.stopped for index in range(input_ids.shape[0])], device=input_ids.device)

@@ -112,7 +112,7 @@ def answer_ids(processor: Any, messages: list[Message], text: str) -> list[int]:
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
     after = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
     special = set(getattr(tokenizer, "all_special_ids", ())) | {tokenizer.eos_token_id}
-    ends = [place for place, token in enumerate(after) if token in special]
+    ends = [index for index, token in enumerate(after) if token in special]
     if ends:
         return ids[: len(ids) - (len(after) - 1 - ends[0])]
     end = tokenizer.eos_token_id

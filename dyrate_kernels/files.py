@@ -58,17 +58,17 @@ def check_file(name: str, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: it cannot; says why.
     """
-    place = Path(path)
-    if not place.absolute().parent.is_dir():
-        raise ValueError(f"{name} {path}: the folder {place.parent} does not exist; make it first")
-    if not place.name or os.path.isdir(place):
+    file = Path(path)
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{name} {path}: the folder {file.parent} does not exist; make it first")
+    if not file.name or os.path.isdir(file):
         raise ValueError(f"{name} {path}: is a folder; give the name of a file")
-    there = os.path.exists(place)
+    there = os.path.exists(file)
     try:
         with open(path, "ab"):  # the name as it was given: a Path would lose a slash at its end
             pass
         if not there:
-            Path(os.path.realpath(place)).unlink()
+            Path(os.path.realpath(file)).unlink()
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} {path}: cannot be written ({getattr(error, 'strerror', None) or error}); give another file") from None
 
@@ -83,16 +83,16 @@ def check_folder(name: str, path: str | os.PathLike[str], files: Iterable[str] =
     Raises:
         ValueError: they cannot, or there is a folder with the name of one of ``files``; says why.
     """
-    place = Path(path)
-    if os.path.lexists(place) and not os.path.isdir(place):
+    folder = Path(path)
+    if os.path.lexists(folder) and not os.path.isdir(folder):
         raise ValueError(f"{name} {path}: is a file; give a folder")
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        check_file(name, place / ".dyrate-check")
+        folder.mkdir(parents=True, exist_ok=True)
+        check_file(name, folder / ".dyrate-check")
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} {path}: cannot be written ({getattr(error, 'strerror', None) or error}); give another folder") from None
     for each in files:
-        if os.path.isdir(place / each):
+        if os.path.isdir(folder / each):
             raise ValueError(f"{name} {path}: {each} is a folder, but a file will be written there; move it, or give another folder")
 
 

@@ -327,35 +327,35 @@ def _without_metadata(content: bytes) -> bytes | None:
 
 def _png_chunks(content: bytes) -> Iterator[bytes]:
     """Those that a decoder must know, and transparency; up to the end of the picture."""
-    place = 8
-    while place + 8 <= len(content):
-        (length,) = struct.unpack(">I", content[place : place + 4])
-        kind, chunk = content[place + 4 : place + 8], content[place : place + 12 + length]
+    offset = 8
+    while offset + 8 <= len(content):
+        (length,) = struct.unpack(">I", content[offset : offset + 4])
+        kind, chunk = content[offset + 4 : offset + 8], content[offset : offset + 12 + length]
         if kind[:1].isupper() or kind == b"tRNS":
             yield chunk
         if kind == b"IEND":
             return
-        place += 12 + length
+        offset += 12 + length
 
 
 def _webp_chunks(content: bytes) -> Iterator[bytes]:
-    place = 12
-    while place + 8 <= len(content):
-        kind, (length,) = content[place : place + 4], struct.unpack("<I", content[place + 4 : place + 8])
-        chunk = content[place : place + 8 + length + length % 2]
+    offset = 12
+    while offset + 8 <= len(content):
+        kind, (length,) = content[offset : offset + 4], struct.unpack("<I", content[offset + 4 : offset + 8])
+        chunk = content[offset : offset + 8 + length + length % 2]
         if kind == b"VP8X":  # its flags say which of the others are there
             yield chunk[:8] + bytes([chunk[8] & ~0b0010_1100]) + chunk[9:]
         elif kind not in (b"EXIF", b"XMP ", b"ICCP"):
             yield chunk
-        place += 8 + length + length % 2
+        offset += 8 + length + length % 2
 
 
 def _jpeg_segments(content: bytes) -> Iterator[bytes]:
     """All but comments and APP1 to APP13 and APP15: what is left of these says how colours are meant."""
-    place = 2
-    while place + 4 <= len(content) and content[place] == 0xFF and content[place + 1] != 0xDA:
-        (length,) = struct.unpack(">H", content[place + 2 : place + 4])
-        if content[place + 1] not in (*range(0xE1, 0xEE), 0xEF, 0xFE):
-            yield content[place : place + 2 + length]
-        place += 2 + length
-    yield content[place:]
+    offset = 2
+    while offset + 4 <= len(content) and content[offset] == 0xFF and content[offset + 1] != 0xDA:
+        (length,) = struct.unpack(">H", content[offset + 2 : offset + 4])
+        if content[offset + 1] not in (*range(0xE1, 0xEE), 0xEF, 0xFE):
+            yield content[offset : offset + 2 + length]
+        offset += 2 + length
+    yield content[offset:]

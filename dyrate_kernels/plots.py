@@ -39,8 +39,8 @@ def generation(image: Any, stats: Stats, path: str | Path, panels: int = 5, sequ
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2 * panels, height_ratios=[1.0, 1.05])
     shown = _spread(len(stats.steps), panels)
-    for place, index in enumerate(shown):
-        axes = figure.add_subplot(grid[0, 2 * place : 2 * place + 2])
+    for panel, index in enumerate(shown):
+        axes = figure.add_subplot(grid[0, 2 * panel : 2 * panel + 2])
         step = stats.steps[index]
         assert step.kept_tokens is not None  # as those of the first step
         kept = step.kept_tokens[sequence]
@@ -126,7 +126,7 @@ def kept_picture(image: Any, kept: Sequence[int], total: int, size: int = 336) -
 
     Args:
         image: PIL picture, RGB.
-        kept: places of the patches that stay.
+        kept: indices of the patches that stay.
         size: of the result, about.
 
     Returns:

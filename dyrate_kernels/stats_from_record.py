@@ -67,7 +67,7 @@ def stats_from_record(source: Snapshot, sequence: int | None = None, new_tokens:
         vision=source.vision,
         visual_tokens_in=visual.tolist() if source.visual_in is None else source.visual_in[of].tolist(),
         visual_tokens=visual.tolist(),
-        visual_places=_places(source, of, visual),
+        visual_places=_visual_places(source, of, visual),
         steps=_steps(record, of, mean_kept, rate, visual),
         kept_mean=share,
         visual_share=whole,
@@ -164,10 +164,10 @@ def _hidden_by_windows(
         hidden_unpruned[:, index] = texts + tokens
         hidden[:, index] = hidden_again[:, index] = texts + tokens
         if part in pruned and near is not None:
-            place = pruned.index(part)
-            hidden[:, index] = texts + kept[:, part.group] - near[:, place]
+            pruned_index = pruned.index(part)
+            hidden[:, index] = texts + kept[:, part.group] - near[:, pruned_index]
             if near_again is not None:
-                hidden_again[:, index] = texts + again[:, part.group] - near_again[:, place]
+                hidden_again[:, index] = texts + again[:, part.group] - near_again[:, pruned_index]
     return {"hidden": hidden.numpy(), "hidden_again": hidden_again.numpy(), "hidden_unpruned": hidden_unpruned.numpy()}
 
 
@@ -186,7 +186,7 @@ def _beside_unreduced(source: Snapshot, of: slice, parts: list[Part], arguments:
     return flops.generation_cost(source.shape, **arguments)
 
 
-def _places(source: Snapshot, of: slice, visual: Tensor) -> list[list[int]] | None:
+def _visual_places(source: Snapshot, of: slice, visual: Tensor) -> list[list[int]] | None:
     if source.visual_place is None or source.visual_in is None or not bool(source.visual_in[of].any()):
         return None
     return [row[:count] for row, count in zip(source.visual_place[of].tolist(), visual.tolist(), strict=True)]

@@ -120,15 +120,15 @@ class Captioner:
         found: dict[int, Caption] = {}
         pictures: dict[int, Any] = {}
         with ThreadPoolExecutor(_READERS) as pool:
-            for place, outcome in enumerate(pool.map(self._read, payloads(sources, self.task.column))):
+            for index, outcome in enumerate(pool.map(self._read, payloads(sources, self.task.column))):
                 if isinstance(outcome, UnreadableError):
-                    found[place] = Caption(sources[place].name, error=str(outcome), kind=outcome.kind)
+                    found[index] = Caption(sources[index].name, error=str(outcome), kind=outcome.kind)
                 else:
-                    pictures[place] = outcome
+                    pictures[index] = outcome
         for part in batches(pictures, self._visual_tokens, self.task.batch_size):
-            names = [sources[place].name for place in part]
-            found.update(zip(part, self._generate(names, [pictures.pop(place) for place in part]), strict=True))
-        return [found[place] for place in range(len(sources))]
+            names = [sources[index].name for index in part]
+            found.update(zip(part, self._generate(names, [pictures.pop(index) for index in part]), strict=True))
+        return [found[index] for index in range(len(sources))]
 
     def _read(self, payload: Any) -> Any:
         if isinstance(payload, UnreadableError):
@@ -171,8 +171,8 @@ class Captioner:
         inputs = chat.encode(self.processor, [text] * len(names), [[picture] for picture in pictures], self.model)
         rows = answering.generate(self.model, self.processor, inputs, self.task.max_new_tokens)
         captions = []
-        for place, (name, row) in enumerate(zip(names, rows, strict=True)):
-            stats = self.handle.stats(place, len(row))
+        for sequence, (name, row) in enumerate(zip(names, rows, strict=True)):
+            stats = self.handle.stats(sequence, len(row))
             captions.append(Caption(
                 name, self.processor.decode(row, skip_special_tokens=True).strip(), visual_tokens=stats.visual_tokens_in[0],
                 read=stats.visual_tokens_in[0] * stats.received * stats.visual_share, tokens=len(row),
@@ -185,6 +185,6 @@ class Captioner:
 
 def batches(pictures: dict[int, Any], visual_tokens: Callable[[Any], int], size: int) -> Iterator[list[int]]:
     """The keys of ``pictures``, at most ``size`` at a time: equal numbers of visual tokens together, so that little is padded."""
-    order = sorted(pictures, key=lambda place: (visual_tokens(pictures[place]), place))
+    order = sorted(pictures, key=lambda index: (visual_tokens(pictures[index]), index))
     for start in range(0, len(order), size):
         yield order[start : start + size]

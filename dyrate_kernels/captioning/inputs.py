@@ -66,24 +66,24 @@ def find(images: str | Path, column: str | None = None, id_column: str | None = 
             says which.
         ImportError: Parquet files need pyarrow.
     """
-    place = Path(images).expanduser()
-    if place.is_file():
-        if place.suffix.lower() != ".parquet":
+    root = Path(images).expanduser()
+    if root.is_file():
+        if root.suffix.lower() != ".parquet":
             raise ValueError(f"--images {images}: must be a folder of pictures or a Parquet file (.parquet)")
-        return _rows([place], place.parent, column, id_column)
-    if not place.is_dir():
+        return _rows([root], root.parent, column, id_column)
+    if not root.is_dir():
         raise ValueError(f"--images {images}: no such folder or file")
     pictures: dict[str, Source] = {}
     tables: list[Path] = []
     closed: list[str] = []
     others = 0
-    for folder, names in _folders(place, closed):
+    for folder, names in _folders(root, closed):
         ours = OUTPUTS if LINES in names and is_journal(folder / LINES) else ()
         for file in (folder / name for name in names if not name.startswith(".") and name not in ours):
             if file.suffix.lower() == ".parquet":
                 tables.append(file)
             elif file.suffix.lower() in SUFFIXES:
-                name = printable(file.relative_to(place).as_posix())
+                name = printable(file.relative_to(root).as_posix())
                 while name in pictures:  # a name that looks as another one is written
                     name = name.replace("\\", "\\\\")
                 pictures[name] = Source(name, str(file))
@@ -92,15 +92,15 @@ def find(images: str | Path, column: str | None = None, id_column: str | None = 
     if pictures and tables:
         raise ValueError(f"--images {images}: holds both pictures and Parquet files; give one of them")
     if tables:
-        return _rows(tables, place, column, id_column)
+        return _rows(tables, root, column, id_column)
     if not pictures:
         raise ValueError(f"--images {images}: no picture in this folder ({others} other files); endings read: {', '.join(SUFFIXES)}")
     return Sources(list(pictures.values()), None, others, tuple(closed))
 
 
-def _folders(place: Path, closed: list[str]) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder below a place, with its files in order; first those that are really there, then those that links lead to."""
-    seen, starts = set(), [place]
+def _folders(root: Path, closed: list[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder below ``root``, with its files in order; first those that are really there, then those that links lead to."""
+    seen, starts = set(), [root]
     while starts:
         for name, folders, files in os.walk(starts.pop(0), onerror=lambda error: closed.append(printable(str(error.filename)))):
             folder = Path(name)
@@ -176,10 +176,10 @@ def payloads(sources: Sequence[Source], column: str | None) -> Iterator[Any]:
         yield from (Path(source.file) for source in sources)
         return
     file, found = None, iter(())
-    for place, source in enumerate(sources):
+    for index, source in enumerate(sources):
         if source.file != file:
             file = source.file
-            rows = [each.row for each in sources[place:]]  # rows come file by file
+            rows = [each.row for each in sources[index:]]  # rows come file by file
             found = _cells(Path(file), column, rows)
         yield next(found)
 

@@ -63,8 +63,8 @@ def thin(inputs: Any, image_token: int, tokens: int, side: int) -> Any:
     check_square(tokens, side)
     rows = []
     for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-        place = (ids == image_token).cumsum(0) - 1
-        rows.append(ids[((ids != image_token) | (place % tokens < side * side)) & mask.bool()])
+        index = (ids == image_token).cumsum(0) - 1
+        rows.append(ids[((ids != image_token) | (index % tokens < side * side)) & mask.bool()])
     length = max(len(row) for row in rows)
     mask = torch.stack([torch.arange(length) >= length - len(row) for row in rows]).to(inputs["attention_mask"])
     filler = inputs["input_ids"].new_zeros(1)

@@ -66,8 +66,8 @@ def measure(
             for start in range(0, len(suite), batch_size):
                 items = [suite[index] for index in range(start, min(start + batch_size, len(suite)))]
                 rows = answering.generate(model, processor, encode(processor, items, model), max(item.most for item in items))
-                for place, row in enumerate(rows):
-                    stats = handle.stats(place, len(row))
+                for sequence, row in enumerate(rows):
+                    stats = handle.stats(sequence, len(row))
                     if stats.visual_tokens[0]:
                         sequences.append(_of_one(stats, share))
         if not sequences:

@@ -175,27 +175,27 @@ class PatchedModel(lmms):
         answers: dict[int, Request] = {}
         groups: dict[str, list[int]] = {}
         keys = []
-        for place, request in enumerate(requests):
+        for index, request in enumerate(requests):
             settings = json.dumps(request.args[1], sort_keys=True, default=str)
             keys.append(_key(request, settings))
             if earlier[keys[-1]]:
-                answers[place] = earlier[keys[-1]].pop(0)
+                answers[index] = earlier[keys[-1]].pop(0)
             else:
-                groups.setdefault(settings, []).append(place)
-        settings_of = {group: _generation(requests[places[0]]) for group, places in groups.items()}
+                groups.setdefault(settings, []).append(index)
+        settings_of = {group: _generation(requests[indices[0]]) for group, indices in groups.items()}
         if groups:
             with (
                 whole_pictures,
                 self.contender.patch(self.model, self.backend) as handle,
             ):
-                for group, places in groups.items():
-                    for start in range(0, len(places), self.batch_size):
-                        part = places[start : start + self.batch_size]
-                        found = self._ask(handle, [requests[place] for place in part], [keys[place] for place in part], *settings_of[group])
+                for group, indices in groups.items():
+                    for start in range(0, len(indices), self.batch_size):
+                        part = indices[start : start + self.batch_size]
+                        found = self._ask(handle, [requests[index] for index in part], [keys[index] for index in part], *settings_of[group])
                         if journal is not None:
                             journal.add(*map(asdict, found))
                         answers.update(zip(part, found, strict=True))
-        ordered = [answers[place] for place in range(len(requests))]
+        ordered = [answers[index] for index in range(len(requests))]
         self.answered += ordered
         _log(ordered)
         return [GenerationResult(each.text, TokenCounts(each.prompt_tokens, each.new_tokens)) for each in ordered]
@@ -209,10 +209,10 @@ class PatchedModel(lmms):
         times = np.array(clock.times) - started
         each = float(times[-1]) / sum(len(row) for row in rows)
         found = []
-        for place, (request, key, row) in enumerate(zip(requests, keys, rows, strict=True)):
+        for sequence, (request, key, row) in enumerate(zip(requests, keys, rows, strict=True)):
             text = self.processor.decode(row, skip_special_tokens=True)
             text = text[: min((text.find(stop) for stop in until if stop in text), default=None)].strip()
-            stats = handle.stats(place, len(row))
+            stats = handle.stats(sequence, len(row))
             _, _, _, doc_id, task, _ = request.args
             last = len(row) - 1
             found.append(
@@ -220,7 +220,7 @@ class PatchedModel(lmms):
                     key,
                     task,
                     int(doc_id),
-                    int(inputs["attention_mask"][place].sum()),
+                    int(inputs["attention_mask"][sequence].sum()),
                     len(row),
                     float(times[0]),
                     float(times[last] - times[0]) / last if last else None,
@@ -253,8 +253,8 @@ class PatchedModel(lmms):
         elif len(texts) != len(pictures) + 1:
             raise ValueError(f"{name}: its text has {len(texts) - 1} <image> marks for {len(pictures)} pictures")
         content: list[dict[str, Any]] = []
-        for place, text in enumerate(texts):
-            content += [{"type": "image"}] if place else []
+        for index, text in enumerate(texts):
+            content += [{"type": "image"}] if index else []
             content += [{"type": "text", "text": text.strip()}] if text.strip() else []
         try:
             pictures = [read_picture(picture) for picture in pictures]

@@ -30,13 +30,13 @@ CURVE_QUESTIONS, CURVE_LAYERS = 100, 5
 def lines_of(answers: dict[str, list[Answer]], long: frozenset[str]) -> list[Line]:
     """Long answers, short answers, and each group, a line a contender. ``answers`` by label, ``"none"`` among them; ``long``: groups."""
     unpruned = answers["none"]
-    places: dict[str, list[int]] = {}
+    indices: dict[str, list[int]] = {}
     for index, answer in enumerate(unpruned):
         for name in (PARTS[answer.group not in long], answer.group):
-            places.setdefault(name, []).append(index)
-    order = sorted(places, key=lambda name: PARTS.index(name) if name in PARTS else len(PARTS))
+            indices.setdefault(name, []).append(index)
+    order = sorted(indices, key=lambda name: PARTS.index(name) if name in PARTS else len(PARTS))
     return [
-        summarise(label, group, [each[index] for index in places[group]], [unpruned[index] for index in places[group]])
+        summarise(label, group, [each[index] for index in indices[group]], [unpruned[index] for index in indices[group]])
         for group in order
         for label, each in answers.items()
     ]
@@ -79,10 +79,10 @@ def write(
     (folder / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
     if table.get("tuned"):
         draw_scores(folder / f"{name}.png", {f"{group} answers": rows for group, rows in groups.items()})
-    places = [index for index in range(len(suite)) if suite[index].group in suite.long] or range(len(suite))
+    indices = [index for index in range(len(suite)) if suite[index].group in suite.long] or range(len(suite))
     layers = range(model.config.get_text_config().num_hidden_layers - 1)
     picked = [layers[index] for index in range(0, len(layers), max(len(layers) // CURVE_LAYERS, 1))]
-    found = measure(model, processor, Part(suite, places[:CURVE_QUESTIONS]), picked, batch_size=batch_size)
+    found = measure(model, processor, Part(suite, indices[:CURVE_QUESTIONS]), picked, batch_size=batch_size)
     write_json(folder / f"{name}-curves.json", [each.to_dict() for each in found])
     draw_curves(folder / f"{name}-curves.png", found)
 
@@ -172,8 +172,8 @@ def draw_scores(path: Path, groups: dict[str, list[Line]]) -> None:
     names = list(dict.fromkeys(method.partition("@")[0] for method in methods))
     tab20 = matplotlib.colormaps["tab20"]
     colours = dict(zip(names, itertools.cycle(map(tab20, range(tab20.N))), strict=False))
-    for place, (title, lines) in enumerate(groups.items()):
-        axes = figure.add_subplot(1, len(groups), place + 1)
+    for index, (title, lines) in enumerate(groups.items()):
+        axes = figure.add_subplot(1, len(groups), index + 1)
         for method in methods:
             points = sorted((line for line in lines if method_of(line.label) == method), key=lambda line: line.visual_share)
             x, y = [100 * line.visual_share for line in points], [100 * line.retained for line in points]

@@ -180,24 +180,24 @@ def _ask(model: Any, processor: Any, handle: Any, suite: Suite, part: list[int],
     first, seconds = clock.stop()
     decoded = max(sum(len(row) - 1 for row in rows), 1)
     weights = flops.weight_bytes(handle.shape)
-    every = [handle.stats(place, len(row)) for place, row in enumerate(rows)]
+    every = [handle.stats(sequence, len(row)) for sequence, row in enumerate(rows)]
     read = max(map(len, rows)) - 1  # steps that read the weights, all sequences together
     read = weights * read + sum(stats.bytes_read - weights * (len(row) - 1) for stats, row in zip(every, rows, strict=True))
     bandwidth, _ = timing.copy_bandwidth(device=model.device)
     answers = []
-    for place, (index, item, row) in enumerate(zip(part, items, rows, strict=True)):
+    for sequence, (index, item, row) in enumerate(zip(part, items, rows, strict=True)):
         text = processor.decode(row, skip_special_tokens=True).strip()
         right, total = suite.score(index, text)
-        stats: Stats = every[place]
+        stats: Stats = every[sequence]
         share = (len(row) - 1) / decoded
         answer = Answer(
             item.name, item.group, right, total, row, stats.kept_mean * stats.received, stats.visual_share * stats.received,
-            int(inputs["attention_mask"][place].sum()), stats.paper_cost, stats.exact_cost, stats.flops, stats.flops_unreduced,
+            int(inputs["attention_mask"][sequence].sum()), stats.paper_cost, stats.exact_cost, stats.flops, stats.flops_unreduced,
             stats.kv_bytes_live, read * share, seconds * share, read * share / bandwidth, first, len(part), text,
             stats.predictor,
         )  # fmt: skip
-        if n_visual is not None and lengths is not None and n_visual[place]:
-            answer = _beside_whole(answer, handle.shape, int(n_visual[place]), int(lengths[place]))
+        if n_visual is not None and lengths is not None and n_visual[sequence]:
+            answer = _beside_whole(answer, handle.shape, int(n_visual[sequence]), int(lengths[sequence]))
         answers.append(answer)
     return answers
 

@@ -54,22 +54,22 @@ class Part:
 
     Args:
         suite: whose.
-        places: their places in it.
+        indices: theirs in it.
     """
 
-    def __init__(self, suite: Suite, places: Sequence[int]) -> None:
-        self.suite, self.places = suite, list(places)
+    def __init__(self, suite: Suite, indices: Sequence[int]) -> None:
+        self.suite, self.indices = suite, list(indices)
         self.name, self.long = suite.name, suite.long
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Item:
-        return self.suite[self.places[index]]
+        return self.suite[self.indices[index]]
 
     def score(self, index: int, text: str) -> tuple[float, float]:
         """As the suite does."""
-        return self.suite.score(self.places[index], text)
+        return self.suite.score(self.indices[index], text)
 
 
 class ShapesSuite:

@@ -28,7 +28,7 @@ class _Rows(NamedTuple):
 
     Attributes:
         length: R, how many rows.
-        read: int64 ``[B * Hkv * R]``, their places in the buffers seen as ``[B * Hkv * C, D]``; None: they are rows ``[0, R)``.
+        read: int64 ``[B * Hkv * R]``, their indices in the buffers seen as ``[B * Hkv * C, D]``; None: they are rows ``[0, R)``.
         mask: ``[B, 1, 1, R]`` in the query's dtype, 0 for rows that are read, -inf for others. Some row is read: the new one.
     """
 
@@ -37,8 +37,8 @@ class _Rows(NamedTuple):
     mask: Tensor
 
 
-def _place_of_rows(buffer: Tensor, rows: Tensor) -> Tensor:
-    """Rows int64 ``[B, r]`` of a buffer ``[B, H, C, D]`` -> their places int64 ``[B * H * r]`` in the same seen as ``[B * H * C, D]``."""
+def _flat_index(buffer: Tensor, rows: Tensor) -> Tensor:
+    """Rows int64 ``[B, r]`` of a buffer ``[B, H, C, D]`` -> their indices int64 ``[B * H * r]`` in the same seen as ``[B * H * C, D]``."""
     batch, heads, capacity, _ = buffer.shape
     first = torch.arange(batch * heads).view(batch, heads, 1) * capacity
     return (first + rows[:, None]).flatten()
@@ -52,7 +52,7 @@ class CpuStep(OperatorStep):
     def __init__(self, store: RowStore, row: Tensor, column: Tensor, unpruned: bool, whole: bool = False) -> None:
         super().__init__(store, row, column, unpruned, whole)
         self._seen: dict[tuple[int, int | None], _Rows] = {}  # by group and window
-        self._places: dict[int, Tensor] = {}  # by group: place of the new row
+        self._new_row: dict[int, Tensor] = {}  # by group: flat index of the new row
         self._written: tuple[int, BufferViews] | None = None  # layer that was written last, and its buffers
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -63,11 +63,11 @@ class CpuStep(OperatorStep):
             return
         views = store.views(layer)
         self._written = (layer, views)
-        place = self._places.get(group.first)
-        if place is None:
-            place = self._places[group.first] = _place_of_rows(views.keys, group.capacity + self.row)
-        views.key_table.index_copy_(0, place, key.reshape(-1, key.shape[3]))
-        views.value_table.index_copy_(0, place, value.reshape(-1, value.shape[3]))
+        index = self._new_row.get(group.first)
+        if index is None:
+            index = self._new_row[group.first] = _flat_index(views.keys, group.capacity + self.row)
+        views.key_table.index_copy_(0, index, key.reshape(-1, key.shape[3]))
+        views.value_table.index_copy_(0, index, value.reshape(-1, value.shape[3]))
 
     def attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
         heads = query.shape[1]
@@ -123,23 +123,23 @@ class CpuStep(OperatorStep):
         gathers = kept is not None and 2 * listed <= visual and keys[:, :, :visual].numel() >= _WORTH_A_GATHER
         row = torch.arange(max(visual, text + _ROUND, listed))
         live = row[:visual] < group.n_visual[:, None]
-        place = row
+        listed_row = row
         if kept is not None:
             assert group.n_kept is not None
             inside = row[:listed] < group.n_kept[:, None]
-            place = torch.where(inside, kept, 0 if gathers else visual).long()
+            listed_row = torch.where(inside, kept, 0 if gathers else visual).long()
             if gathers:
                 live = inside
             else:
-                live = torch.zeros(batch, visual + 1, dtype=torch.bool).scatter_(1, place, True)[:, :visual]
+                live = torch.zeros(batch, visual + 1, dtype=torch.bool).scatter_(1, listed_row, True)[:, :visual]
         gap = 0 if gathers else group.capacity - visual  # dead rows before the text's: masked rather than jumped over
         if not gathers:  # nor are the newest rows cut off sharply: the views of a buffer then serve many steps
             text = min(text + -text % _ROUND, store.text_capacity)
         live = torch.cat([live, live.new_zeros(batch, gap), row[:text] < store.n_text[:, None]], 1)
-        index = torch.cat([place, (group.capacity + row[:text]).expand(batch, -1)], 1) if gathers else None
+        index = torch.cat([listed_row, (group.capacity + row[:text]).expand(batch, -1)], 1) if gathers else None
         if window is not None:
             column = store.columns(group, group.capacity, text)
             column = column if index is None else column.gather(1, index)
             live = live & (self.column - column < window)
         mask = torch.zeros(batch, 1, 1, live.shape[1], dtype=dtype).masked_fill_(~live[:, None, None], float("-inf"))
-        return _Rows(live.shape[1], None if index is None else _place_of_rows(keys, index), mask)
+        return _Rows(live.shape[1], None if index is None else _flat_index(keys, index), mask)

@@ -319,8 +319,8 @@ def importance_by_token(store: RowStore, group: RowGroup, importance: Tensor) ->
     """Importance of rows -> ``[B, N]`` of tokens: in a group that evicts, a row is no token."""
     if store.shared_rows:
         return importance
-    rows = importance.shape[1]
-    return scattered(torch.where(below(group.n_visual, rows), group.token[:, :rows], -1), importance, store.full.capacity)
+    held = importance.shape[1]
+    return scattered(torch.where(below(group.n_visual, held), group.token[:, :held], -1), importance, store.full.capacity)
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -25,8 +25,8 @@ def marked(index: Tensor, size: int) -> Tensor:
 def scattered(index: Tensor, value: Tensor, size: int, fill: int | float = 0) -> Tensor:
     """``[B, size, ..]`` with ``value`` ``[B, n, ..]`` at ``index`` (int64 ``[B, n]``; below 0: dropped), ``fill`` elsewhere."""
     out = value.new_full((value.shape[0], size + 1, *value.shape[2:]), fill)
-    place = torch.where(index < 0, size, index)
-    return out.scatter_(1, place[:, :, None].expand_as(value) if value.dim() == 3 else place, value)[:, :-1]
+    target = torch.where(index < 0, size, index)
+    return out.scatter_(1, target[:, :, None].expand_as(value) if value.dim() == 3 else target, value)[:, :-1]
 
 
 def scatter_(table: Tensor, index: Tensor, value: Tensor) -> None:
@@ -48,8 +48,8 @@ def right_aligned(stays: Tensor, size: int) -> tuple[Tensor, Tensor]:
         int64 ``[B, size]``, which column each is (0 for filler), and bool ``[B, size]``, False for the filler of shorter sequences.
     """
     count = stays.sum(1, keepdim=True)
-    place = torch.where(stays, stays.cumsum(1) - 1 + (size - count), -1)
-    source = scattered(place, torch.arange(stays.shape[1], device=stays.device).expand_as(stays), size)
+    target = torch.where(stays, stays.cumsum(1) - 1 + (size - count), -1)
+    source = scattered(target, torch.arange(stays.shape[1], device=stays.device).expand_as(stays), size)
     return source, torch.arange(size, device=stays.device) >= size - count
 
 

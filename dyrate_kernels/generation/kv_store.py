@@ -229,9 +229,9 @@ class RowStore:
         """Stores ``key`` and ``value`` ``[B, Hkv, q, D]`` at rows ``row`` int64 ``[B, q]`` of ``layer``; -1 goes to the scratch row."""
         batch, heads, _, dim = key.shape
         if self.keys[layer] is None:
-            rows = self.group_of[layer].capacity + self.text_capacity
-            self.keys[layer] = key.new_zeros(batch, heads, rows, dim)
-            self.values[layer] = value.new_zeros(batch, heads, rows, value.shape[-1])
+            capacity = self.group_of[layer].capacity + self.text_capacity
+            self.keys[layer] = key.new_zeros(batch, heads, capacity, dim)
+            self.values[layer] = value.new_zeros(batch, heads, capacity, value.shape[-1])
         keys, values = self.buffers(layer)
         row = row.to(key.device)
         row = torch.where(row < 0, keys.shape[2] - 1, row)
@@ -256,7 +256,7 @@ class RowStore:
         """Keys and values ``[B, Hkv, R, D]`` of ``layer``: the visual rows below ``bound``, then the text rows below ``text_bound``."""
         group = self.group_of[layer]
         text = slice(group.capacity, group.capacity + self.text_bound)
-        keys, values = (torch.cat([rows[:, :, : group.bound], rows[:, :, text]], dim=2) for rows in self.buffers(layer))
+        keys, values = (torch.cat([buffer[:, :, : group.bound], buffer[:, :, text]], dim=2) for buffer in self.buffers(layer))
         return keys, values
 
     def columns(self, group: RowGroup, visual_rows: int, text_rows: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Which column of a pass of several tokens sits in which row, of which token type it is, and what may see what.
 
-A row is visible by its *column*, not by its place in the buffer, because rows are stored in an order of their own.
+A row is visible by its *column*, not by its index in the buffer, because rows are stored in an order of their own.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class SlotMapping:
         return self.at(source, filled, plain), (source, filled)
 
 
-def place(store: RowStore, new: Arrival, width: Tensor, first_turn: bool, ends_prompt: bool, plain: bool) -> SlotMapping:
+def assign_rows(store: RowStore, new: Arrival, width: Tensor, first_turn: bool, ends_prompt: bool, plain: bool) -> SlotMapping:
     """Gives new columns their rows in the groups that hold every row, and notes column and type of each. There is room for them.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dyrate_kernels.generation import cpu_step
 from dyrate_kernels.generation.attend import OperatorStep
 from dyrate_kernels.generation.kv_store import RowStore
-from dyrate_kernels.generation.layout import Arrival, Blocks, SlotMapping, appended, place
+from dyrate_kernels.generation.layout import Arrival, Blocks, SlotMapping, appended, assign_rows
 from dyrate_kernels.generation.turn import Reduction, Turn
 from dyrate_kernels.ops.reference import RESPONSE
 
@@ -111,7 +111,7 @@ def many(
         for chunk in turn.waiting:
             chunk.slots.column = chunk.slots.column + moved
     ends_prompt = turn.ends_within(new.start, new.length)
-    slots = place(store, new, width, turn.start == 0, ends_prompt, blocks.every is None)
+    slots = assign_rows(store, new, width, turn.start == 0, ends_prompt, blocks.every is None)
     if reduction.active and reduction.valid is not None:
         reduction.note(new, slots.token, store.full.capacity)
         blocks.count(reduction.valid)

@@ -58,8 +58,8 @@ class Ranker:
 
     def __init__(self, policy: Policy, merges: bool, heads: HeadShards | None) -> None:
         self.policy, self.merges, self.heads = policy, merges, heads
-        self.rows = policy.query_rows
-        self.keeps_chunks = self.rows in ("raters", "pagerank") or merges
+        self.query_rows = policy.query_rows
+        self.keeps_chunks = self.query_rows in ("raters", "pagerank") or merges
         self.forget()
 
     def forget(self) -> None:
@@ -73,7 +73,7 @@ class Ranker:
     @property
     def reads_embeddings(self) -> bool:
         """``read`` is to be called."""
-        return self.rows == "raters"
+        return self.query_rows == "raters"
 
     def read(self, embeddings: Tensor, slots: SlotMapping, turn: Turn, last: bool) -> None:
         """A pass with prompt rows enters the first layer with ``embeddings`` ``[B, q, d]``. At a prompt's ``last`` one a host read."""
@@ -118,13 +118,13 @@ class Ranker:
 
     def importance(self, layer: int, seen: Seen, turn: Turn, last: Tensor) -> Tensor:
         """``[B, N]``: attention that each visual token receives in ``layer``; ``last``, the last row's, for sequences without a rater."""
-        if self.rows == "mean":
+        if self.query_rows == "mean":
             return self.column_sum.get(layer, last)
-        if self.rows not in ("raters", "pagerank") or (self.rows == "raters" and self.column is None):
+        if self.query_rows not in ("raters", "pagerank") or (self.query_rows == "raters" and self.column is None):
             return last
         chunks = self.chunks[layer]
         column, query = joined([chunk.column for chunk in chunks], 1), joined([chunk.query for chunk in chunks], 2)
-        if self.rows == "pagerank":
+        if self.query_rows == "pagerank":
             return self._page_rank(column.to(query.device), query, seen, turn, last)
         return self._mean_of_raters(column, query, seen, turn, last)
 
@@ -132,9 +132,9 @@ class Ranker:
         assert self.column is not None and self.real is not None
         inside = (column >= turn.start) & (column < turn.end)
         every = torch.arange(column.shape[1], device=column.device).expand_as(column)
-        place = scattered(torch.where(inside, column - turn.start, -1), every, turn.end - turn.start)
-        place = place.gather(1, self.column - turn.start).to(query.device)
-        query = query.gather(2, place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        query_of = scattered(torch.where(inside, column - turn.start, -1), every, turn.end - turn.start)
+        query_of = query_of.gather(1, self.column - turn.start).to(query.device)
+        query = query.gather(2, query_of[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         real = self.real.to(query.device)
         mask = visibility(seen.rows, self.column.to(query.device), seen.window)
         total = sum_of_rows(query, seen.rows, mask, real, seen.scale, last.shape[1])
@@ -199,8 +199,8 @@ def page_rank(
     inside = rows.live & (rows.column >= first) & (rows.column < end)
     # where each query's own row lies among the keys; the spare row holds the weight of those that have none
     index = torch.arange(size, device=query.device).expand(batch, -1)
-    place = scattered(torch.where(inside, rows.column - first, -1), index, end - first, size)
-    own = torch.where(real, place.gather(1, torch.where(real, column - first, 0)), size)
+    key_of = scattered(torch.where(inside, rows.column - first, -1), index, end - first, size)
+    own = torch.where(real, key_of.gather(1, torch.where(real, column - first, 0)), size)
     mask = visibility(rows, column, window)
     start = inside / inside.sum(1, keepdim=True).clamp(min=1)
     dtype = accumulator(query)

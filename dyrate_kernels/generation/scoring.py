@@ -129,7 +129,7 @@ class Scoring:
         """
         ranker, tokens = self.ranker, self.store.full.capacity
         if passing.reads_prompt:
-            if ranker.rows == "mean" and not stage.index and self.decider.at_prefill(turn):
+            if ranker.query_rows == "mean" and not stage.index and self.decider.at_prefill(turn):
                 ranker.add(stage.layer, passing, seen, tokens)
             ranker.note(stage.layer, slots, seen.query, self.hidden if ranker.merges else None)
         end = seen.query.shape[2] - passing.drafted

@@ -459,17 +459,17 @@ class Session:
         """``carry_out`` of a captured decode step, and what the step itself would have noted on the host.
 
         Args:
-            made: what it made anew: by place in ``StepState.made``.
+            made: what it made anew: by index in ``StepState.made``.
         """
         store, groups = self.store, self.store.groups[1:]
         self.carry_out(run)
-        for place, tensor in made.items():
-            if place == 2 * len(groups):
+        for index, tensor in made.items():
+            if index == 2 * len(groups):
                 self.decider.finish(tensor)
-            elif place % 2:
-                groups[place // 2].n_kept = tensor
+            elif index % 2:
+                groups[index // 2].n_kept = tensor
             else:
-                groups[place // 2].kept = tensor
+                groups[index // 2].kept = tensor
         if self.scoring.record is not None:
             self.scoring.record.note(self.turn.step_of(store.length))
         store.text_bound += 1

@@ -134,14 +134,14 @@ class Reduction:
         return new.end - new.valid.flip(1).cumsum(1).flip(1), masked
 
     def note(self, new: Arrival, token: Tensor, capacity: int) -> None:
-        """Which places the visual tokens ``token`` (int64 ``[B, q]``) of a pass stand in; ``capacity``: how many there may be."""
+        """Notes in place of which token each of a pass's visual tokens ``token`` (int64 ``[B, q]``) stands; ``capacity``: their most."""
         batch = token.shape[0]
         before = new.placeholder.sum(1, dtype=torch.int32)
         had = torch.zeros_like(before) if self.visual_in is None else self.visual_in
-        place = token.new_zeros(batch, 0) if self.visual_place is None else self.visual_place
-        place = resized(place, capacity).clone()  # what stats() has taken stays
-        scatter_(place, torch.where(new.visual, token, -1), had[:, None] + new.placeholder.cumsum(1) - 1)
-        self.visual_place, self.visual_in = place, had + before
+        visual_place = token.new_zeros(batch, 0) if self.visual_place is None else self.visual_place
+        visual_place = resized(visual_place, capacity).clone()  # what stats() has taken stays
+        scatter_(visual_place, torch.where(new.visual, token, -1), had[:, None] + new.placeholder.cumsum(1) - 1)
+        self.visual_place, self.visual_in = visual_place, had + before
 
     def truncate(self, length: int, visual: Tensor) -> None:
         """The columns from ``length`` on are gone, among them ``visual`` int32 ``[B]`` visual tokens."""

@@ -284,7 +284,7 @@ def compaction_error(model: Any, fields: dict[str, Tensor], k: int, backend: str
     order = [tokens[:count].argsort() for tokens, count in zip(store.groups[1].token.cpu(), every, strict=True)]
     layers = store.groups[1].layers
     # on the host, so that both caches need not fit into the GPU's memory at once
-    whole = {layer: [rows[place] for rows, place in zip(_visual_rows(store, layer), order, strict=True)] for layer in layers}
+    whole = {layer: [rows[index] for rows, index in zip(_visual_rows(store, layer), order, strict=True)] for layer in layers}
     del store
     timing.release()
     with dk.patch(model, even, **how):

@@ -33,9 +33,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool = False) -> T
     Returns:
         ``[.., d]``; the normalised value is rounded to the dtype before it is multiplied by ``weight``, Gemma's after it.
     """
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (normal * (1.0 + weight.to(wide.dtype))).to(x.dtype) if one_plus else weight * normal.to(x.dtype)
+    exact = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    normal = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+    return (normal * (1.0 + weight.to(exact.dtype))).to(x.dtype) if one_plus else weight * normal.to(x.dtype)
 
 
 def residual_norm(

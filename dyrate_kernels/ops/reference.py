@@ -203,10 +203,10 @@ def select_tokens(score: Tensor, count: Tensor, n_visual: Tensor, *, alive: Tens
     key = torch.where(candidate, _order_key(score), torch.iinfo(torch.int64).min)
     order = key.argsort(dim=1, descending=True, stable=True)
     chosen = torch.zeros_like(candidate).scatter_(1, order, index < n_kept[:, None])
-    # a prefix sum gives each chosen token its place; the others go to a place past the end that is cut off
-    place = torch.where(chosen, chosen.cumsum(1) - 1, tokens)
+    # a prefix sum gives each chosen token its entry; the others go to an entry past the end that is cut off
+    target = torch.where(chosen, chosen.cumsum(1) - 1, tokens)
     kept = torch.full((batch, tokens + 1), -1, dtype=torch.int32, device=score.device)
-    kept.scatter_(1, place, index.to(torch.int32).expand(batch, tokens))
+    kept.scatter_(1, target, index.to(torch.int32).expand(batch, tokens))
     return kept[:, :tokens].contiguous(), n_kept
 
 
@@ -218,12 +218,12 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor)
     if not rows or batch == 0 or moves == 0:
         return
     device = kept.device
-    place = torch.arange(width, device=device)
+    row = torch.arange(width, device=device)
     n = n_kept[:, None]
-    listed = place < n
+    listed = row < n
     low = torch.where(listed & (kept < n), kept, width).long()
     filled = torch.zeros(batch, width + 1, dtype=torch.bool, device=device).scatter_(1, low, True)[:, :width]
-    hole = (place < n) & ~filled
+    hole = (row < n) & ~filled
     high = listed & (kept >= n)
     # unused moves copy the last kept row onto itself: nothing else writes that row, whether it stays or is a source
     last = kept.gather(1, (n_kept.long() - 1).clamp(min=0)[:, None])
@@ -236,7 +236,7 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor)
         return out.scatter(1, target, content.long())[:, :moves]
 
     source = listing(high, kept)
-    target = listing(hole, place.expand(batch, width))
+    target = listing(hole, row.expand(batch, width))
     sequence = torch.arange(batch, device=device)[:, None]
     for tensor in rows:
         view = tensor if tensor.dim() == 2 else tensor.transpose(1, 2)

@@ -430,8 +430,8 @@ def fuses(model: Any, backend: str) -> bool:
 def check_fusable(model: Any) -> None:
     """Raises TypeError where ``fuse=True`` does not know the model's decoder layers."""
     kinds = {type(layer.self_attn) for layer in decoder_layers(model)}
-    rows = {kind: KNOWN.get(kind.__module__) for kind in kinds}
-    unknown = sorted(kind.__name__ for kind, row in rows.items() if row is None or kind.__name__ != row.attention)
+    known_by_kind = {kind: KNOWN.get(kind.__module__) for kind in kinds}
+    unknown = sorted(kind.__name__ for kind, text in known_by_kind.items() if text is None or kind.__name__ != text.attention)
     if unknown:
-        known = ", ".join(row.attention for row in KNOWN.values())
+        known = ", ".join(text.attention for text in KNOWN.values())
         raise TypeError(f"fuse=True knows decoder layers with {known}; this model's have {', '.join(unknown)}: leave fuse out")

@@ -161,8 +161,8 @@ class _Captured:
         replay: runs it.
         output: its result: tensors at fixed addresses, ``_CACHE`` for the cache.
         make: builds the result that the model's ``forward`` gives.
-        read: of ``StepState.made`` what it reads and eager code may have replaced: by place, the address.
-        made: of ``StepState.made`` what it makes: by place, the tensor.
+        read: of ``StepState.made`` what it reads and eager code may have replaced: by index, the address.
+        made: of ``StepState.made`` what it makes: by index, the tensor.
     """
 
     key: tuple
@@ -174,7 +174,7 @@ class _Captured:
 
     def serves(self, key: tuple, state: StepState) -> bool:
         """The state is the one it was captured in."""
-        return self.key == key and all(_address(state.made[place]) == address for place, address in self.read.items())
+        return self.key == key and all(_address(state.made[index]) == address for index, address in self.read.items())
 
     def result(self, cache: Any) -> Any:
         """A copy of the output: the next replay overwrites the original, and generate() or the user may hold on to this."""
@@ -326,8 +326,8 @@ class StepGraph:
         except Exception as error:
             self._give_up(run, error)
             return self.eager(**kwargs)
-        made = {place: tensor for place, tensor in enumerate(after.made) if tensor is not None and tensor is not before.made[place]}
-        read = {place: _address(tensor) for place, tensor in enumerate(before.made) if place not in made}
+        made = {index: tensor for index, tensor in enumerate(after.made) if tensor is not None and tensor is not before.made[index]}
+        read = {index: _address(tensor) for index, tensor in enumerate(before.made) if index not in made}
         captured = run.captured = _Captured(key, replay, items, make, read, made)
         run.warm_ups = 0
         self.captures += 1

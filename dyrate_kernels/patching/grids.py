@@ -37,12 +37,12 @@ class GridRun(Run):
         values = torch.cat([item.reshape(-1, item.shape[-1]) for item in pooled])
         found, start, first = [], 0, 0
         for frames, height, width in self.grids(values.shape[0], pooled):
-            place = torch.arange(frames * height * width, device=values.device)
-            frame, place = place // (height * width), place % (height * width)
-            item = values[start : start + len(place)]
-            visual = Visual(item, frame, place // width, place % width, frame, self.kind == "video")
-            found.append(Layout(visual, place, {}, False, None, first))
-            start, first = start + len(place), first + frames
+            patch = torch.arange(frames * height * width, device=values.device)
+            frame, patch = patch // (height * width), patch % (height * width)
+            item = values[start : start + len(patch)]
+            visual = Visual(item, frame, patch // width, patch % width, frame, self.kind == "video")
+            found.append(Layout(visual, patch, {}, False, None, first))
+            start, first = start + len(patch), first + frames
         if start != values.shape[0]:
             raise ValueError(
                 f"the {self.kind}s given should make {start} visual tokens by their sizes, but {self.model.config.model_type} made "

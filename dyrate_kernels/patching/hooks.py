@@ -146,10 +146,10 @@ def _narrowed(bound: dict[str, Any], source: Tensor, filled: Tensor) -> Tensor:
 def _widened(output: Any, source: Tensor, filled: Tensor, length: int) -> Any:
     """Puts hidden states back to their columns; those that were left out are 0."""
     hidden = output[0]
-    wide = scattered(torch.where(filled, source, -1).to(hidden.device), hidden, length)
+    full = scattered(torch.where(filled, source, -1).to(hidden.device), hidden, length)
     if isinstance(output, tuple):
-        return (wide, *output[1:])
-    output.last_hidden_state = wide
+        return (full, *output[1:])
+    output.last_hidden_state = full
     return output
 
 

@@ -54,7 +54,7 @@ class Layout:
 
     Attributes:
         visual: the rows.
-        patch: int64 ``[n]``, place of the patch in its crop's grid; -1 for rows that are none, and where rows are mixed.
+        patch: int64 ``[n]``, index of the patch in its crop's grid; -1 for rows that are none, and where rows are mixed.
         scores: by name, float ``[n]``.
         exact: each patch row is one patch of the tower, whose scores are at hand; False: the model mixes patches, or the tower is not read.
         tiles: rows and columns of tiles, or None.
@@ -89,19 +89,19 @@ class Run:
         """One for each picture or video, in the order of the model's output."""
         raise NotImplementedError(f"{type(self).__name__} must define layouts(output)")
 
-    def reduce(self, layouts: Sequence[Layout], rows: Sequence[int] | None = None) -> list[Unit]:
+    def reduce(self, layouts: Sequence[Layout], sequences: Sequence[int] | None = None) -> list[Unit]:
         """The reduced pictures or videos, in the order of the model's output.
 
         Args:
             layouts: of that output.
-            rows: the sequence that each one is in, so that what happens to it does not depend on the batch; None: all are in one.
+            sequences: the one that each is in, so that what happens to it does not depend on the batch; None: all are in one.
         """
-        rows = [0] * len(layouts) if rows is None else rows
+        sequences = [0] * len(layouts) if sequences is None else sequences
         seen: Counter[int] = Counter()
         found = []
-        for layout, row in zip(layouts, rows, strict=True):
-            found.append(self._reduce_one(layout, seen[row]))
-            seen[row] += 1
+        for layout, sequence in zip(layouts, sequences, strict=True):
+            found.append(self._reduce_one(layout, seen[sequence]))
+            seen[sequence] += 1
         return found
 
     def from_tower(self, layout: Layout) -> tuple[Tensor, Tensor | None]:
@@ -115,14 +115,14 @@ class Run:
     def _reduce_one(self, layout: Layout, number: int) -> Unit:
         visual, values = layout.visual, layout.visual.values
         keep, order = self.from_tower(layout)
-        for place, reducer in enumerate(self.reducers):
+        for index, reducer in enumerate(self.reducers):
             if isinstance(reducer, Selector):
-                keep = keep & self._select(reducer, layout, keep, number, whole=place == 0 and layout.exact)
+                keep = keep & self._select(reducer, layout, keep, number, whole=index == 0 and layout.exact)
             elif isinstance(reducer, FeatureReducer):
-                rows = keep.nonzero()[:, 0]
+                left = keep.nonzero()[:, 0]
                 found = reducer.reduce(visual.take(keep, values))
-                values = values.index_copy(0, rows, found.values.to(values.dtype))
-                keep = keep.index_copy(0, rows, found.keep)
+                values = values.index_copy(0, left, found.values.to(values.dtype))
+                keep = keep.index_copy(0, left, found.keep)
         return Unit(values, keep, order, layout.tail)
 
     def _select(self, reducer: Selector, layout: Layout, alive: Tensor, number: int, whole: bool) -> Tensor:
@@ -135,17 +135,17 @@ class Run:
         else:
             chosen = reducer.choose(crops, layout.tiles, number)
         for index, mark in enumerate(chosen):
-            rows = visual.patch & (visual.crop == index)
+            patches = visual.patch & (visual.crop == index)
             if whole:
-                keep[rows] = mark.to(keep.device)[layout.patch[rows]]
+                keep[patches] = mark.to(keep.device)[layout.patch[patches]]
             else:
-                keep[rows & alive] = mark.to(keep.device)
+                keep[patches & alive] = mark.to(keep.device)
         return keep
 
     def _crop_of(self, layout: Layout, index: int, alive: Tensor) -> Crop:
         visual = layout.visual
         every = visual.patch & (visual.crop == index)
-        rows = every & alive
-        height, width = (int(place[every].max()) + 1 if bool(every.any()) else 1 for place in (visual.y, visual.x))
-        scores = {name: score[rows] for name, score in layout.scores.items()}
-        return Crop(scores, visual.y[rows], visual.x[rows], height, width)
+        present = every & alive
+        height, width = (int(coordinate[every].max()) + 1 if bool(every.any()) else 1 for coordinate in (visual.y, visual.x))
+        scores = {name: score[present] for name, score in layout.scores.items()}
+        return Crop(scores, visual.y[present], visual.x[present], height, width)

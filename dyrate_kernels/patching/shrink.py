@@ -115,11 +115,11 @@ class ShrinkHooks:
         assert joined is not None
         if group == 1:
             hidden, token = torch.cat([chunk.hidden.to(hidden.device) for chunk in session.turn.waiting] + [hidden], dim=1), joined.token
-        else:  # a deeper group keeps fewer: from columns of all the prompt to places among what the previous group kept
+        else:  # a deeper group keeps fewer: from columns of all the prompt to indices among what the previous group kept
             previous = shrunk[group - 1].source.to(source.device)
-            places = torch.arange(previous.shape[1], device=source.device).expand_as(previous)
-            place = torch.zeros(source.shape[0], joined.column.shape[1], dtype=torch.int64, device=source.device)
-            source, token = place.scatter_(1, previous, places).gather(1, source), shrunk[group - 1].slots.stored_token
+            index = torch.arange(previous.shape[1], device=source.device).expand_as(previous)
+            among_previous = torch.zeros(source.shape[0], joined.column.shape[1], dtype=torch.int64, device=source.device)
+            source, token = among_previous.scatter_(1, previous, index).gather(1, source), shrunk[group - 1].slots.stored_token
         kept = gather_columns(hidden, source)
         return kept if here.merge is None else merge_columns(hidden, token, kept, here.slots.stored_token, here.merge)
 

@@ -172,7 +172,7 @@ class TowerRun(Run):
             self.merging = Merging(crops, tokens, int(self.has_cls), hidden_states.device)
         merging, r = self.merging, self.plan[index] if index < len(self.plan) else 0
         assert merging is not None  # since layer 0
-        where = merging.place.to(hidden_states.device)[..., None].expand(-1, -1, hidden_states.shape[2])
+        where = merging.first.to(hidden_states.device)[..., None].expand(-1, -1, hidden_states.shape[2])
         hidden = hidden_states.gather(1, where)
         normed = layer.layer_norm1(hidden)
         attended, _ = layer.self_attn(hidden_states=normed, attention_mask=merging.bias(hidden.dtype), **kwargs)
@@ -200,15 +200,15 @@ class TowerRun(Run):
         crop, patch = layout.first + visual.crop[inside], layout.patch[inside]
         keep, order = torch.ones_like(inside), None
         if self.merged is not None:
-            chosen, places = self.merged.keep, self.merged.order
+            chosen, marks = self.merged.keep, self.merged.order
         else:
             assert merging is not None
-            chosen = torch.zeros(merging.source.shape, dtype=torch.bool, device=merging.place.device)
-            chosen, places = chosen.scatter(1, merging.place, True)[:, int(self.has_cls) :], None
+            chosen = torch.zeros(merging.source.shape, dtype=torch.bool, device=merging.first.device)
+            chosen, marks = chosen.scatter(1, merging.first, True)[:, int(self.has_cls) :], None
         keep[inside] = chosen.to(keep.device)[crop, patch]
-        if places is not None:
+        if marks is not None:
             rank = torch.zeros(len(keep), dtype=torch.int64, device=keep.device)
-            rank[inside] = 2 * places.to(keep.device)[crop, patch].sign()
+            rank[inside] = 2 * marks.to(keep.device)[crop, patch].sign()
             if not visual.video:
                 rank = torch.where((visual.segment == 1) & (rank < 0), 1, rank)
             part = torch.where(visual.segment < 0, visual.segment.max() + 1, visual.segment)
@@ -217,9 +217,9 @@ class TowerRun(Run):
 
     def whole_crop(self, layout: Layout, index: int) -> Crop:
         """With what the reducers asked the tower for."""
-        place = torch.arange(self.grid**2, device=layout.patch.device)
-        scores = {name: score[layout.first + index].to(place.device) for name, score in self.scores.items() if score.dim() == 2}
-        return Crop(scores, place // self.grid, place % self.grid, self.grid, self.grid)
+        patch = torch.arange(self.grid**2, device=layout.patch.device)
+        scores = {name: score[layout.first + index].to(patch.device) for name, score in self.scores.items() if score.dim() == 2}
+        return Crop(scores, patch // self.grid, patch % self.grid, self.grid, self.grid)
 
     # -- where rows come from
 
@@ -229,14 +229,14 @@ class TowerRun(Run):
             return self._packed_layouts(self.packed, output.pooler_output)
         if self.pooling is not None:
             return self._pooled_layouts(self.pooling, output.pooler_output)
-        rows = self.projected.shape[1]
+        per_crop = self.projected.shape[1]
         values = output.pooler_output
         values = values if isinstance(values, Tensor) else torch.stack(list(values))
         crops = max(self.frames, 1)
-        index = torch.arange(crops * rows, device=values.device)
+        index = torch.arange(crops * per_crop, device=values.device)
         found = []
-        for number, item in enumerate(values.reshape(-1, crops * rows, values.shape[-1])):
-            crop, patch = index // rows, index % rows - self.offset
+        for number, item in enumerate(values.reshape(-1, crops * per_crop, values.shape[-1])):
+            crop, patch = index // per_crop, index % per_crop - self.offset
             special = patch < 0
             y, x = torch.where(special, -1, patch // self.grid), torch.where(special, -1, patch % self.grid)
             visual = Visual(item, crop, y, x, crop, self.kind == "video")
@@ -254,21 +254,21 @@ class TowerRun(Run):
 
     def _channels(self, crops: int, first: int) -> tuple[Tensor, list[str]]:
         """``[crops, T', c]``: what goes through the model's own packing in place of features, and the names of the scores in it."""
-        rows = self.projected.shape[1]
+        per_crop = self.projected.shape[1]
         device = self.projected.device
-        index = torch.arange(crops * rows, device=device, dtype=torch.float32)
+        index = torch.arange(crops * per_crop, device=device, dtype=torch.float32)
         names = [name for name, score in self.scores.items() if score.dim() == 2]
         columns = [index, (index * 7919) % 10007]  # interpolated rows cannot have both right
         for name in names:
             score = self.scores[name][first : first + crops].float().to(device)
             columns.append(torch.cat([score.new_zeros(crops, self.offset), score], dim=1).flatten())
-        crop = torch.nn.functional.one_hot(torch.arange(crops, device=device), crops).float().repeat_interleave(rows, 0)
-        return torch.cat([torch.stack(columns, dim=1), crop], dim=1).view(crops, rows, -1), names
+        crop = torch.nn.functional.one_hot(torch.arange(crops, device=device), crops).float().repeat_interleave(per_crop, 0)
+        return torch.cat([torch.stack(columns, dim=1), crop], dim=1).view(crops, per_crop, -1), names
 
     def _packed_layouts(self, packing: tuple[Any, ...], pooled: Sequence[Tensor]) -> list[Layout]:
         original, counts, sizes, args, options = packing
         config, found, first = self.model.config, [], 0
-        rows = self.projected.shape[1]
+        per_crop = self.projected.shape[1]
         grid_shape = sys.modules[type(self.base).__module__].get_anyres_image_grid_shape
         for number, crops in enumerate(counts):
             channels, names = self._channels(crops, first)
@@ -279,12 +279,12 @@ class TowerRun(Run):
                 down, across = grid_shape(sizes[number], config.image_grid_pinpoints, config.vision_config.image_size)
                 tiles = int(down), int(across)
             is_newline = packed[:, 0].isnan()
-            index = packed[:, 0].nan_to_num(0.0).round().long().clamp(0, crops * rows - 1)
+            index = packed[:, 0].nan_to_num(0.0).round().long().clamp(0, crops * per_crop - 1)
             flat = channels.flatten(0, 1)
             exact = bool((is_newline | ((packed[:, 0] == flat[index, 0]) & (packed[:, 1] == flat[index, 1]))).all())
             layout = self._packed_one(pooled[number], packed, is_newline, index, tiles, first, exact)
             if not exact:
-                layout.scores = {name: packed[:, 2 + place] for place, name in enumerate(names)}
+                layout.scores = {name: packed[:, 2 + channel] for channel, name in enumerate(names)}
             found.append(layout)
             first += crops
         return found
@@ -292,23 +292,23 @@ class TowerRun(Run):
     def _packed_one(
         self, values: Tensor, packed: Tensor, is_newline: Tensor, index: Tensor, tiles: tuple[int, int] | None, first: int, exact: bool
     ) -> Layout:  # fmt: skip
-        rows, side = self.projected.shape[1], self.grid
-        place = torch.arange(len(index), device=index.device)
-        base = place < rows
+        per_crop, side = self.projected.shape[1], self.grid
+        token = torch.arange(len(index), device=index.device)
+        base = token < per_crop
         crops = 1 if tiles is None else tiles[0] * tiles[1] + 1
         if exact:
-            crop, patch = index // rows, index % rows - self.offset
+            crop, patch = index // per_crop, index % per_crop - self.offset
         else:
             crop = torch.where(base, 0, packed[:, -crops:].nan_to_num(0.0).argmax(1))
-            patch = torch.where(base, place - self.offset, 0)
+            patch = torch.where(base, token - self.offset, 0)
         y, x = patch // side, patch % side
         segment = torch.where(base, 0, 1)
         # the joined grid of the tiles, line by line: each ends with a newline
         line = torch.where(is_newline & ~base, 1, 0).cumsum(0) - torch.where(is_newline, 1, 0)
-        starts = torch.where(is_newline, place + 1, rows).cummax(0).values
-        starts = torch.cat([starts.new_full((1,), rows), starts[:-1]])
+        starts = torch.where(is_newline, token + 1, per_crop).cummax(0).values
+        starts = torch.cat([starts.new_full((1,), per_crop), starts[:-1]])
         if tiles is not None:
-            y, x = torch.where(base, y, line), torch.where(base, x, place - starts)
+            y, x = torch.where(base, y, line), torch.where(base, x, token - starts)
         y = torch.where(is_newline, line if tiles is not None else -1, y)
         special = is_newline | (base & (patch < 0))
         x = torch.where(special, -1, x)
@@ -331,14 +331,14 @@ class TowerRun(Run):
             side = round(each**0.5)
             values = pooled[number]
             extra = values.shape[0] - frames * each
-            place = torch.arange(frames * each, device=values.device)
-            tail = place.new_full((extra,), -1)
-            crop = torch.cat([place // each, tail])
-            y, x = torch.cat([place % each // side, tail]), torch.cat([place % each % side, tail])
+            token = torch.arange(frames * each, device=values.device)
+            tail = token.new_full((extra,), -1)
+            crop = torch.cat([token // each, tail])
+            y, x = torch.cat([token % each // side, tail]), torch.cat([token % each % side, tail])
             visual = Visual(values, crop, y, x, crop, True)
             flat = small.flatten(0, 1)
             nan = flat.new_full((extra,), torch.nan)
-            scores = {name: torch.cat([flat[:, 2 + place], nan]) for place, name in enumerate(names)}
+            scores = {name: torch.cat([flat[:, 2 + channel], nan]) for channel, name in enumerate(names)}
             found.append(Layout(visual, torch.where(crop < 0, -1, 0), scores, False, None, number * frames, tail=1 - extra))
         return found
 
@@ -348,9 +348,9 @@ def _encoder_layers(tower: Any) -> Sequence[TowerLayer]:
     return cast(Sequence[TowerLayer], tower.vision_model.encoder.layers if encoder is None else encoder.layers)
 
 
-def _heads(rows: Tensor, heads: int) -> Tensor:
+def _heads(states: Tensor, heads: int) -> Tensor:
     """``[C, T, E]`` -> ``[C, heads, T, E / heads]``."""
-    return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def attention_received(module: TowerAttention, hidden: Tensor, has_cls: bool, backend: str, whole: bool = False) -> Tensor:
@@ -427,10 +427,10 @@ class _Watch:
             if tower is None:
                 continue
             for index, layer in enumerate(_encoder_layers(tower)):
-                place = _LayerWatch(tower, index, layer)
-                self.hooks.append(layer.self_attn.register_forward_pre_hook(place.see, with_kwargs=True))
-                self.hooks.append(layer.register_forward_hook(place.see_output))
-                self.overrides.append(Override(layer, "forward", place, "forward"))
+                watch = _LayerWatch(tower, index, layer)
+                self.hooks.append(layer.self_attn.register_forward_pre_hook(watch.see, with_kwargs=True))
+                self.hooks.append(layer.register_forward_hook(watch.see_output))
+                self.overrides.append(Override(layer, "forward", watch, "forward"))
 
     def remove(self) -> None:
         """Everything is as it was."""
@@ -459,9 +459,9 @@ class _Watch:
         if run is None:
             return original(*args, **kwargs)
         given = [*args]
-        for place, name in enumerate(("image_features", "image_sizes")):
+        for index, name in enumerate(("image_features", "image_sizes")):
             if name in kwargs:
-                given.insert(place, kwargs.pop(name))
+                given.insert(index, kwargs.pop(name))
         return run.pack(original, *given, **kwargs)
 
     def pool(self, original: Callable, *args: Any, **kwargs: Any) -> Any:

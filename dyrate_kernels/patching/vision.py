@@ -123,25 +123,25 @@ def prepare(model: Any, reducers: Sequence[Reducer], backend: str, arguments: di
         pixels = next(arguments[name] for name in PIXELS[kind] if arguments.get(name) is not None)
         # older versions of transformers call a video's pixels, or a picture's, by other names
         fields[next(name for name in (*PIXELS[kind], "pixel_values") if name in known)] = pixels
-        place = ids == getattr(model.config, f"{kind}_token_id")
+        placeholder = ids == getattr(model.config, f"{kind}_token_id")
         with torch.no_grad():
             run = run_for(model, kind, reducers, backend)
             output = run.encode(encoder, fields, pixels)
             layouts = run.layouts(output)
             ends = list(accumulate(len(layout.visual.values) + layout.tail for layout in layouts))
-            if ends[-1] != int(place.sum()):
+            if ends[-1] != int(placeholder.sum()):
                 raise ValueError(
-                    f"input_ids hold {int(place.sum())} {kind} placeholders, but the {kind}s given make {ends[-1]} visual tokens; "
+                    f"input_ids hold {int(placeholder.sum())} {kind} placeholders, but the {kind}s given make {ends[-1]} visual tokens; "
                     "pass what the model's processor returned"
                 )
-            row, column = place.nonzero().unbind(1)
+            row, column = placeholder.nonzero().unbind(1)
             last = torch.tensor(ends, device=row.device) - 1
             units = run.reduce(layouts, row[last].tolist())
         at_the_end = (column[last] == ids.shape[1] - 1).tolist()
         arranged = [unit.arranged(at_end) for unit, at_end in zip(units, at_the_end, strict=True)]
         keep = torch.cat([kept for _, kept in arranged]).to(mask.device)
         new = mask[:, -ids.shape[1] :]
-        new[place.to(mask.device)] *= keep.to(mask.dtype)
+        new[placeholder.to(mask.device)] *= keep.to(mask.dtype)
         values = [values for values, _ in arranged]
         spans = list(accumulate(map(len, values)))
         prepared.features[kind] = Features(_with_values(output, values), pixels, row[last].tolist(), spans)
@@ -184,9 +184,9 @@ def _repeated(features: Features, times: int) -> Any:
         spans = zip([0, *features.ends], features.ends, strict=False)
         items = [values[start:end] for start, end in spans] if _flat(values) else list(values)
         last = list(accumulate(item.shape[:-1].numel() for item in items))
-        rows = [features.rows[next(unit for unit, until in enumerate(features.ends) if end <= until)] for end in last]
-        order = [place for row in sorted(set(rows)) for place in [p for p, r in enumerate(rows) if r == row] * times]
-        items = [items[place] for place in order]
+        sequences = [features.rows[next(unit for unit, until in enumerate(features.ends) if end <= until)] for end in last]
+        order = [at for one in sorted(set(sequences)) for at in [at for at, of in enumerate(sequences) if of == one] * times]
+        items = [items[at] for at in order]
         if not isinstance(values, Tensor):
             return items
         return torch.cat(items) if _flat(values) else torch.stack(items)

@@ -98,7 +98,7 @@ class ModelShape:
         if isinstance(found, str):
             found = getattr(torch, found.removeprefix("torch."), torch.float32)
         tied = getattr(config, "tie_word_embeddings", None)
-        place = getattr(config, "_name_or_path", None)
+        folder = getattr(config, "_name_or_path", None)
         return cls(
             num_layers=read("num_hidden_layers"),
             num_heads=heads,
@@ -115,7 +115,7 @@ class ModelShape:
             mlp_bias=bool(getattr(text, "mlp_bias", False)),
             qk_norm=chain.qk_norm,
             layer_norms=chain.layer_norms,
-            folder=place if place and os.path.isdir(place) else None,
+            folder=folder if folder and os.path.isdir(folder) else None,
         )
 
     def replace(self, **changes: Any) -> ModelShape:

@@ -50,8 +50,8 @@ class Schedule(Policy):
         return {"steps": steps.to(device).repeat(batch, 1), "counts": counts.to(device).repeat(batch, 1)}
 
     def decide(self, view: View) -> Decision:
-        place = torch.searchsorted(view.state["steps"], view.step[:, None].contiguous(), right=True)
-        count = torch.minimum(view.state["counts"].gather(1, place)[:, 0], view.n_visual)
+        index = torch.searchsorted(view.state["steps"], view.step[:, None].contiguous(), right=True)
+        count = torch.minimum(view.state["counts"].gather(1, index)[:, 0], view.n_visual)
         rate = 1.0 - count.double() / view.n_visual.clamp(min=1)
         return Decision(torch.where(view.n_visual > 0, rate, 0.0), count)
 

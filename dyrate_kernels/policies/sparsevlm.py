@@ -155,9 +155,9 @@ class SparseVLM(Policy):
         hidden = hidden.float()
         relevance = hidden.new_zeros(text.shape)
         for start in range(0, hidden.shape[1], _ROWS):
-            rows = slice(start, start + _ROWS)
-            logits = (hidden[:, rows] @ hidden.mT).masked_fill(~text[:, None], torch.finfo(hidden.dtype).min)
-            relevance += (logits.softmax(-1) * visual[:, rows, None]).sum(1)
+            block = slice(start, start + _ROWS)
+            logits = (hidden[:, block] @ hidden.mT).masked_fill(~text[:, None], torch.finfo(hidden.dtype).min)
+            relevance += (logits.softmax(-1) * visual[:, block, None]).sum(1)
         relevance = torch.where(text, relevance / visual.sum(1, keepdim=True).clamp(min=1), 0.0)
         return text & (relevance > relevance.sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1))
 
@@ -187,8 +187,8 @@ class SparseVLM(Policy):
         chosen = pool & (_rank(torch.where(pool, score, -2.0)) < recycled[:, None])
         # the recycled tokens side by side, ascending
         width = min(int(tokens * self.recycle + 1e-6) + 1, tokens)
-        place = torch.where(chosen, chosen.cumsum(1) - 1, width)
-        member = index.new_zeros(batch, width + 1).scatter_(1, place, index)[:, :-1]
+        target = torch.where(chosen, chosen.cumsum(1) - 1, width)
+        member = index.new_zeros(batch, width + 1).scatter_(1, target, index)[:, :-1]
         real = torch.arange(width, device=count.device) < chosen.sum(1, keepdim=True)
         states = visual.gather(1, member[:, :, None].expand(-1, -1, visual.shape[2]))
         most = max(-int(-width * self.clusters // 1), 1)

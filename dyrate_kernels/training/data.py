@@ -110,19 +110,19 @@ class ConversationSource(Sequence[Example]):
     def __init__(self, path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> None:
         self.path, self.folder = Path(path), Path(images) if images is not None else Path(path).parent
         self.entries = read_entries(self.path)
-        self.places: list[tuple[int, int]] = []
+        self.turns: list[tuple[int, int]] = []
         self.unusable: dict[int, str] = {}
-        """Reason by the example's place, of entries without an answer."""
+        """Reason by the example's index, of entries without an answer."""
         for number, (where, content) in enumerate(self.entries):
             try:
                 answers = [turn for turn, line in enumerate(_lines(content)) if _speaker(line) == "gpt"]
                 if not answers:
                     raise Unreadable("the conversation has no answer")
             except Unreadable as error:
-                self.unusable[len(self.places)] = f"{self.path.name} {where}: {error}"
+                self.unusable[len(self.turns)] = f"{self.path.name} {where}: {error}"
                 answers = [-1]
-            self.places += [(number, turn) for turn in answers]
-        if len(self.unusable) == len(self.places):
+            self.turns += [(number, turn) for turn in answers]
+        if len(self.unusable) == len(self.turns):
             first = f"; the first: {self.unusable[0]}" if self.unusable else ""
             raise ValueError(
                 f"{self.path} holds no answer: expected a list of entries with conversations of 'human' and 'gpt' turns{first}"
@@ -135,12 +135,12 @@ class ConversationSource(Sequence[Example]):
         return f"{os.path.realpath(self.path)} ({digest}), pictures in {os.path.realpath(self.folder)}"
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.turns)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         if index in self.unusable:
             raise Unreadable(self.unusable[index])
-        number, turn = self.places[index]
+        number, turn = self.turns[index]
         where, content = self.entries[number]
         name = f"{self.path.name} {where} turn {turn}"
         with _named(name):
@@ -249,10 +249,10 @@ def conversation(name: str, lines: list[dict[str, Any]], images: list[Any]) -> E
     if not lines:
         raise Unreadable("the conversation has no answer")
     messages, marks = [], 0
-    for place, line in enumerate(lines):
-        wanted, text = ("human", "gpt")[place % 2], line.get("value", line.get("content"))
+    for index, line in enumerate(lines):
+        wanted, text = ("human", "gpt")[index % 2], line.get("value", line.get("content"))
         if _speaker(line) != wanted or not isinstance(text, str):
-            raise Unreadable(f"turn {place} must be a text of {wanted!r}, got {str(line)[:80]}")
+            raise Unreadable(f"turn {index} must be a text of {wanted!r}, got {str(line)[:80]}")
         text = printable(text)  # no tokenizer takes half of a character
         if wanted == "gpt":
             messages.append(chat.assistant(text))

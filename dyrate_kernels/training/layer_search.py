@@ -71,9 +71,9 @@ def search_layer(
             continue
         inputs = chat.encode(processor, [chat.render(processor, example.messages)], [example.images], model)
         whole = _next_token(model, inputs)
-        for place, k in enumerate(layers):
+        for number, k in enumerate(layers):
             with patch(model, VTW(k=k), retention="evict"):
-                total[place] += divergence(whole, _next_token(model, inputs))
+                total[number] += divergence(whole, _next_token(model, inputs))
         used += 1
     if progress is not None:
         progress(count, count)

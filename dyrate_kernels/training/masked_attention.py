@@ -119,15 +119,15 @@ class _MaskedAttention(torch.autograd.Function):
 def _multiplier(mask: Tensor, allowed: Tensor, columns: Tensor) -> Tensor:
     """``[B, q, S]``: the mask's value at visual columns, 1 at text, 0 where a row may not look."""
     spare = torch.ones(*allowed.shape[:2], allowed.shape[2] + 1, dtype=mask.dtype, device=mask.device)
-    place = torch.where(columns >= 0, columns, allowed.shape[2])
-    spare.scatter_(2, place[:, None].expand(-1, allowed.shape[1], -1), mask.detach())
+    index = torch.where(columns >= 0, columns, allowed.shape[2])
+    spare.scatter_(2, index[:, None].expand(-1, allowed.shape[1], -1), mask.detach())
     return spare[..., :-1] * allowed
 
 
 def _at_columns(values: Tensor, columns: Tensor) -> Tensor:
     """``[B, q, S]`` at the visual columns -> ``[B, q, N]``, 0 where a sequence has no such token."""
-    place = columns.clamp(min=0)[:, None].expand(-1, values.shape[1], -1)
-    return values.gather(2, place).masked_fill((columns < 0)[:, None], 0.0)
+    index = columns.clamp(min=0)[:, None].expand(-1, values.shape[1], -1)
+    return values.gather(2, index).masked_fill((columns < 0)[:, None], 0.0)
 
 
 def masked_attention(

@@ -154,13 +154,13 @@ def statistics(query: Tensor, key: Tensor, scale: float, allowed: Tensor, types:
     mass = torch.zeros(batch, rows, heads, TYPES, dtype=exact, device=query.device)
     importance = torch.zeros(batch, rows, columns.shape[1], dtype=exact, device=query.device)
     of_type = nn.functional.one_hot(types.long(), TYPES).to(exact)  # [B, S, 4]
-    place = columns.clamp(min=0)
+    index = columns.clamp(min=0)
     for part in row_chunks(rows, batch, heads, key.shape[2]):
         score = scores(query[:, :, part], key, scale).masked_fill(~allowed[:, None, part], float("-inf"))
         probability = score.softmax(-1).nan_to_num(0.0)  # a row that may look nowhere
         mass[:, part] = (probability @ of_type[:, None]).transpose(1, 2)
         mean = probability.mean(1)
-        importance[:, part] = mean.gather(2, place[:, None].expand(-1, mean.shape[1], -1))
+        importance[:, part] = mean.gather(2, index[:, None].expand(-1, mean.shape[1], -1))
     return mass, importance.masked_fill((columns < 0)[:, None], 0.0)
 
 
@@ -170,20 +170,20 @@ def mask_for(share: Tensor, importance: Tensor, n_visual: Tensor, rates: Tensor,
     real = (torch.arange(tokens, device=importance.device) < n_visual[:, None, None]).expand(-1, rows, -1)
     mask = importance.new_zeros(batch, rows, tokens)
     rank = None
-    for place in range(rates.shape[0]):
-        count = ops.keep_count(n_visual, rates[place].expand(batch).to(torch.float64))
+    for index in range(rates.shape[0]):
+        count = ops.keep_count(n_visual, rates[index].expand(batch).to(torch.float64))
         if rank is None or spread > 0:  # with a spread, each count has a ranking of its own
             score = importance
             if spread > 0:
                 each = count.repeat_interleave(rows)
                 score = spread_score(each, importance.flatten(0, 1), real.flatten(0, 1), spread).view_as(importance)
             rank = _ranks(score.masked_fill(~real, float("-inf")))
-        mask = mask + share[..., place, None] * (rank < count[:, None, None])
+        mask = mask + share[..., index, None] * (rank < count[:, None, None])
     return mask
 
 
 def _ranks(score: Tensor) -> Tensor:
-    """The place of each value among its row's, the highest first, ties in order: int64, as ``score``."""
+    """The rank of each value in its row, the highest first, ties in order: int64, as ``score``."""
     order = score.argsort(dim=-1, descending=True, stable=True)
     return torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
 
@@ -246,7 +246,7 @@ def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
             given = {**prompt, "position_ids": position[:, : ids.shape[1]], cache_name(): cache}
             first = model(**given, use_cache=True, logits_to_keep=1)
         types = column_types(visual, prompt_mask, answer.shape[1] - 1)
-        passing = MaskedPass(predictor, k, rates, choose, types, valid, _places(visual), spread)
+        passing = MaskedPass(predictor, k, rates, choose, types, valid, _visual_columns(visual), spread)
         carrier.append(passing)
         try:
             given = {"input_ids": answer[:, :-1], "position_ids": position[:, ids.shape[1] :], cache_name(): cache}
@@ -274,7 +274,7 @@ def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
         model.train(training)
 
 
-def _places(visual: Tensor) -> Tensor:
+def _visual_columns(visual: Tensor) -> Tensor:
     """bool ``[B, P]`` -> int64 ``[B, N]``: the columns that are set, -1 past a row's last."""
     count = visual.sum(1)
     tokens = int(count.max()) if visual.shape[0] else 0

@@ -352,7 +352,7 @@ def _train(
     with training_hooks(model) as run:
         module.run = run
         try:
-            if not any(examples[place].images for place in range(len(examples))):
+            if not any(examples[index].images for index in range(len(examples))):
                 raise ValueError(
                     f"none of the {len(examples)} examples has a picture that can be read; skipped: {examples.skipped or 'none'}"[:1000]
                 )

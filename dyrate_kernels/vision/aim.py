@@ -41,22 +41,22 @@ class AIMTokens(FeatureReducer):
     def reduce(self, visual: Visual) -> Reduced:
         values, keep = visual.values.clone(), torch.ones_like(visual.patch)
         for crop in visual.crop[visual.patch].unique().tolist():
-            rows = (visual.patch & (visual.crop == crop)).nonzero()[:, 0]
-            merged, left = merge_rounds(values[rows], budget(rows.shape[0], self.keep, self.tokens))
-            values[rows[left]] = merged
-            keep[rows] = False
-            keep[rows[left]] = True
+            patches = (visual.patch & (visual.crop == crop)).nonzero()[:, 0]
+            merged, left = merge_rounds(values[patches], budget(patches.shape[0], self.keep, self.tokens))
+            values[patches[left]] = merged
+            keep[patches] = False
+            keep[patches[left]] = True
         return Reduced(values, keep)
 
 
 def merge_rounds(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Merges ``[t, d]`` down to ``count`` tokens. Returns the values left, in order, and their places int64 ``[count]``."""
-    place = torch.arange(values.shape[0], device=values.device)
+    """Merges ``[t, d]`` down to ``count`` tokens. Returns the values left, in order, and their indices int64 ``[count]``."""
+    index = torch.arange(values.shape[0], device=values.device)
     while values.shape[0] > count:
         source, target = match(values, min(values.shape[0] - count, room(values.shape[0])))
         total = values.float().index_add(0, target, values[source].float())
         parts = torch.ones(values.shape[0], device=values.device).index_add(0, target, torch.ones_like(target, dtype=torch.float32))
         left = torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
         left[source] = False
-        values, place = torch.where(parts[:, None] > 1, (total / parts[:, None]).to(values.dtype), values)[left], place[left]
-    return values, place
+        values, index = torch.where(parts[:, None] > 1, (total / parts[:, None]).to(values.dtype), values)[left], index[left]
+    return values, index

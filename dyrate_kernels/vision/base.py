@@ -34,7 +34,7 @@ class Crop:
 
     Attributes:
         scores: by name of ``Reducer.needs``, float ``[n]``.
-        y, x: int64 ``[n]``, place in the crop's grid of patches.
+        y, x: int64 ``[n]``, position in the crop's grid of patches.
         height, width: of that grid.
     """
 
@@ -71,7 +71,7 @@ class Merged:
         features: ``[C, T, D]``; rows that are not kept may hold anything.
         keep: bool ``[C, T]``.
         order: int64 ``[C, T]`` or None (all 0): of the kept rows of a crop those below 0 come first, then those at 0, then those above,
-            each in the order of their places. Tiles are joined to one grid: there those at 0 come first, then those below, then those
+            each in the order of their indices. Tiles are joined to one grid: there those at 0 come first, then those below, then those
             above.
     """
 
@@ -87,7 +87,7 @@ class Visual:
     Attributes:
         values: ``[n, d]``, projected.
         crop: int64 ``[n]``, crop (0 = the whole picture, then tiles) or frame; -1 for rows outside of any (newlines).
-        y, x: int64 ``[n]``, place in the grid of ``segment``; x is -1 for rows that are no patch.
+        y, x: int64 ``[n]``, position in the grid of ``segment``; x is -1 for rows that are no patch.
         segment: int64 ``[n]``: a frame, or 0 for the whole picture and 1 for the joined grid of its tiles.
         video: whether crops are frames.
     """

@@ -36,17 +36,17 @@ class DivPrune(FeatureReducer):
         return self.tokens is not None or self.keep < 1
 
     def reduce(self, visual: Visual) -> Reduced:
-        rows = visual.patch.nonzero()[:, 0]
-        count = budget(rows.shape[0], self.keep, self.tokens)
+        patches = visual.patch.nonzero()[:, 0]
+        count = budget(patches.shape[0], self.keep, self.tokens)
         keep = torch.ones_like(visual.patch)
-        if count < rows.shape[0]:
-            keep[rows] = False
-            keep[rows[most_diverse(visual.values[rows], count)]] = True
+        if count < patches.shape[0]:
+            keep[patches] = False
+            keep[patches[most_diverse(visual.values[patches], count)]] = True
         return Reduced(visual.values, keep)
 
 
 def most_diverse(values: Tensor, count: int) -> Tensor:
-    """int64 ``[count]``: the places of ``values`` ``[n, d]`` that are chosen, in the order of the choice. Nothing is read on the host."""
+    """int64 ``[count]``: indices of the chosen ones of ``values`` ``[n, d]``, in the order of the choice. Nothing is read on the host."""
     unit = torch.nn.functional.normalize(values.float(), dim=-1)
     distance = 1 - unit @ unit.T
     to_others = distance.clone()

@@ -39,13 +39,13 @@ class Downsample(FeatureReducer):
         values, keep = visual.values.clone(), torch.ones_like(visual.patch)
         for segment in visual.segment[visual.patch].unique().tolist():
             inside = visual.segment == segment
-            rows = (inside & visual.patch).nonzero()[:, 0]
-            height, width = int(visual.y[rows].max()) + 1, int(visual.x[rows].max()) + 1
+            patches = (inside & visual.patch).nonzero()[:, 0]
+            height, width = int(visual.y[patches].max()) + 1, int(visual.x[patches].max()) + 1
             smaller = [max(int(side * math.sqrt(self.keep) + 0.5), 1) for side in (height, width)]
-            pooled, first = pool(values[rows].view(height, width, -1), smaller[0], smaller[1])
-            keep[rows] = False
-            keep[rows[first]] = True
-            values[rows[first]] = pooled.to(values.dtype)
+            pooled, first = pool(values[patches].view(height, width, -1), smaller[0], smaller[1])
+            keep[patches] = False
+            keep[patches[first]] = True
+            values[patches[first]] = pooled.to(values.dtype)
             row_starts = torch.zeros(height, dtype=torch.bool, device=values.device)
             row_starts[first // width] = True
             newline = inside & (visual.crop < 0) & (visual.y >= 0)
@@ -54,7 +54,7 @@ class Downsample(FeatureReducer):
 
 
 def pool(grid: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Averages ``[h, w, d]`` over ``height x width`` cells: values ``[height * width, d]``, and each cell's first place, int64."""
+    """Averages ``[h, w, d]`` over ``height x width`` cells: values ``[height * width, d]``, and the index of each cell's first, int64."""
     h, w, _ = grid.shape
     if (height, width) == (h, w):
         return grid.flatten(0, 1), torch.arange(h * w, device=grid.device)

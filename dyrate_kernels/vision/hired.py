@@ -52,9 +52,9 @@ class HiRED(Selector):
         rest = max(total - whole, 0)
         chosen = [top(base.scores[ATTENTION], whole)]
         looked_at = top(base.scores[ATTENTION_FIRST], int(len(base) * (1 - self.alpha) + 1e-6))
-        rows, columns = tiles
-        tile = (base.y * rows // base.height) * columns + base.x * columns // base.width
-        share = torch.bincount(tile[looked_at], minlength=rows * columns).tolist()
+        down, across = tiles
+        tile = (base.y * down // base.height) * across + base.x * across // base.width
+        share = torch.bincount(tile[looked_at], minlength=down * across).tolist()
         for crop, part in zip(crops[1:], share, strict=True):
             count = int(part / max(sum(share), 1) * rest + 1e-6)
             chosen.append(top(crop.scores[ATTENTION], min(count, len(crop))))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def match(metric: Tensor, r: int, protected: int = 0) -> tuple[Tensor, Tensor]:
-    """The ``r`` best pairs between tokens of alternating sets A (even places) and B (odd places).
+    """The ``r`` best pairs between tokens of alternating sets A (even indices) and B (odd indices).
 
     Each token of A has one edge, to the token of B of highest cosine similarity; the ``r`` highest edges merge. Ties go to the smaller
     index.
@@ -18,7 +18,7 @@ def match(metric: Tensor, r: int, protected: int = 0) -> tuple[Tensor, Tensor]:
         protected: this many tokens at the front never merge into others.
 
     Returns:
-        source and target, int64 ``[.., r]``, places in ``[0, t)``; every source is in A, every target in B.
+        source and target, int64 ``[.., r]``, indices in ``[0, t)``; every source is in A, every target in B.
     """
     metric = torch.nn.functional.normalize(metric.float(), dim=-1)
     a, b = metric[..., ::2, :], metric[..., 1::2, :]

@@ -52,12 +52,12 @@ class Temporal(FeatureReducer):
         values, keep = visual.values.clone(), torch.ones_like(visual.patch)
         if not visual.video or not self.drops:
             return Reduced(values, keep)
-        rows = (visual.crop >= 0).nonzero()[:, 0]
-        frames = int(visual.crop[rows].max()) + 1
-        rows = rows.view(frames, -1)  # frames are all of one size, and follow each other
-        tokens = rows.shape[1]
+        index = (visual.crop >= 0).nonzero()[:, 0]
+        frames = int(visual.crop[index].max()) + 1
+        index = index.view(frames, -1)  # frames are all of one size, and follow each other
+        tokens = index.shape[1]
         for start in range(0, frames, self.group):
-            group = rows[start : start + self.group]
+            group = index[start : start + self.group]
             if self.method == "mean":
                 values[group[0]] = visual.values[group].float().mean(0).to(values.dtype)
                 keep[group[1:].flatten()] = False

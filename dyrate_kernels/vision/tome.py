@@ -65,15 +65,15 @@ class Merging:
 
     Attributes:
         size: float32 ``[C, t]``, how many tokens each one stands for.
-        place: int64 ``[C, t]``, the first original token of each one, ascending.
+        first: int64 ``[C, t]``, the first original token of each one, ascending.
         source: int64 ``[C, tokens]``, which present token (0..t-1) each original one is part of.
     """
 
     def __init__(self, crops: int, tokens: int, protected: int, device: torch.device) -> None:
         self.protected = protected
         self.size = torch.ones(crops, tokens, device=device)
-        self.place = torch.arange(tokens, device=device).repeat(crops, 1)
-        self.source = self.place.clone()
+        self.first = torch.arange(tokens, device=device).repeat(crops, 1)
+        self.source = self.first.clone()
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """``[C, 1, 1, t]``, what proportional attention adds to the logits."""
@@ -91,11 +91,11 @@ class Merging:
         weighted = hidden.float() * self.size[..., None]
         total = torch.zeros_like(weighted).scatter_add(1, to[..., None].expand_as(weighted), weighted)
         mean = torch.where(size[..., None] == self.size[..., None], hidden, (total / size.clamp(min=1)[..., None]).to(hidden.dtype))
-        first = torch.full_like(self.place, self.source.shape[1]).scatter_reduce(1, to, self.place, "amin")
+        first = torch.full_like(self.first, self.source.shape[1]).scatter_reduce(1, to, self.first, "amin")
         stays = torch.ones_like(to, dtype=torch.bool).scatter(1, source, False)
         # by the first patch, so that set A and B alternate over the picture and [CLS] stays in front
         order = first.masked_fill(~stays, self.source.shape[1] + 1).argsort(dim=1, stable=True)[:, : tokens - r]
         new = torch.empty_like(to).scatter_(1, order, torch.arange(tokens - r, device=hidden.device).expand(crops, -1))
         self.source = new.gather(1, to).gather(1, self.source)
-        self.size, self.place = size.gather(1, order), first.gather(1, order)
+        self.size, self.first = size.gather(1, order), first.gather(1, order)
         return mean.gather(1, order[..., None].expand(-1, -1, width))

@@ -50,7 +50,7 @@ class VisionZip(TowerMerger):
         patches = dominant - has_cls  # [CLS] is one of the dominant tokens
         order = attention.float().argsort(dim=1, descending=True, stable=True)
         keep = torch.zeros_like(keep).scatter_(1, order[:, :patches], True)
-        place = torch.zeros(crops, tokens, dtype=torch.int64, device=device)
+        order_key = torch.zeros(crops, tokens, dtype=torch.int64, device=device)
         rest = (~keep).nonzero()[:, 1].view(crops, tokens - patches)
         features = features.clone()
         is_target = torch.zeros(rest.shape[1], dtype=torch.bool, device=device)
@@ -60,13 +60,13 @@ class VisionZip(TowerMerger):
             values = _contextual(features, keys, target, other)
             features.scatter_(1, target[..., None].expand_as(values), values)
             keep.scatter_(1, target, True)
-            place.scatter_(1, target, 1)
+            order_key.scatter_(1, target, 1)
         if tower.cls is not None:  # it takes the place of a token that goes
             spare = rest[:, ~is_target][:, :1]
             features.scatter_(1, spare[..., None].expand(-1, -1, features.shape[2]), tower.cls[:, None].to(features.dtype))
             keep.scatter_(1, spare, True)
-            place.scatter_(1, spare, -1)
-        return Merged(features, keep, place)
+            order_key.scatter_(1, spare, -1)
+        return Merged(features, keep, order_key)
 
 
 def _contextual(features: Tensor, keys: Tensor, target: Tensor, other: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dyrate_kernels.bundled import MODEL_FOLDER, scene_inputs
 from dyrate_kernels.cli import common
 from dyrate_kernels.evaluation.runner import encode
 from dyrate_kernels.evaluation.suite import ShapesSuite
-from dyrate_kernels.training.data import Collator, Example, Rows
+from dyrate_kernels.training.data import Collator, EncodedExamples, Example
 
 WRITES = ("", "{{ bos_token }}", "{{ '\n' + bos_token }}")
 ADDS = {"nothing": ("$A", 0), "begin": ("<s> $A", 1), "begin and end": ("<s> $A </s>", 1)}
@@ -52,7 +52,7 @@ def test_a_sequence_begins_once_and_ends_open_whatever_template_and_tokenizer_wr
     alone = common.prepare(processor, picture(), "Describe the picture.", "cpu")["input_ids"][0]
     assert (alone == begin[0]).sum() == 1 if begin else (alone != processor.tokenizer.bos_token_id).all()
     assert alone[-1] != processor.tokenizer.eos_token_id
-    row = Rows([Example("x", [chat.user("What?", images=1)], [picture()], "a red square.")], processor)[0]
+    row = EncodedExamples([Example("x", [chat.user("What?", images=1)], [picture()], "a red square.")], processor)[0]
     prompt = Collator(processor)([row])["prompt"]["input_ids"][0].tolist()
     whole = prompt + row.answer
     assert whole.count(processor.tokenizer.bos_token_id) == len(begin) and whole.count(processor.tokenizer.eos_token_id) == 1

@@ -233,7 +233,7 @@ def test_merging_tells_which_patches_a_token_holds():
             for token in range(hidden.shape[1]):
                 held = (merging.source[crop] == token).nonzero()[:, 0]
                 torch.testing.assert_close(hidden[crop, token], first[crop, held].mean(0))
-                assert merging.size[crop, token] == len(held) and merging.place[crop, token] == held.min()
+                assert merging.size[crop, token] == len(held) and merging.first[crop, token] == held.min()
             assert (merging.source[crop] == 0).nonzero()[:, 0].tolist() == [0]  # [CLS] alone
     assert merging.bias(torch.float16).dtype == torch.float16
 
