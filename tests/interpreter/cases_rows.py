@@ -61,6 +61,17 @@ def test_compact_views():
     assert torch.equal(buffer[:, :, 12:], before[:, :, 12:]) and torch.equal(buffer[..., 6:], before[..., 6:])
 
 
+@pytest.mark.parametrize("strides", [(121, 40, 4, 1), (124, 41, 4, 1), (160, 50, 5, 1)], ids=["sequences", "heads", "rows"])
+def test_compact_where_words_begin_at_odd_addresses(strides):
+    """Rows of 8 bytes are moved by 2 where what comes next, of one dimension alone, begins at an odd multiple of 2."""
+    rows = torch.arange(320, dtype=torch.int16).as_strided((2, 3, 10, 4), strides)
+    kept, n_kept = spec.lists([10, 8], [5, 3], 6)
+    want = torch.stack([spec.compact(rows[b], kept[b, : n_kept[b]].tolist()) for b in range(2)])
+    with harness.settings():
+        ops.compact_([rows], kept, n_kept, torch.tensor([10, 8], dtype=torch.int32), backend="triton")
+    assert torch.equal(rows, want)
+
+
 def test_compact_reads_only_what_moves():
     rows = torch.arange(40.0).reshape(1, 1, 10, 4)
     kept = torch.tensor([[1, 4, 9]], dtype=torch.int32)
