@@ -59,7 +59,7 @@ def measure(
     Raises:
         ValueError: no answer has a picture.
     """
-    of_layer: dict[int, list[Seen]] = {}
+    of_layer: dict[int, list[AnswerAtLayer]] = {}
     for layer in layers:
         sequences = of_layer[layer] = []
         with patch(model, KeepAll(k=layer + 1), record_importance=True) as handle:
@@ -76,7 +76,7 @@ def measure(
 
 
 @dataclass(frozen=True)
-class Seen:
+class AnswerAtLayer:
     """One answer at one layer.
 
     Attributes:
@@ -88,7 +88,7 @@ class Seen:
     important: list[set[int]]
 
 
-def _of_one(stats: Stats, share: float) -> Seen:
+def _of_one(stats: Stats, share: float) -> AnswerAtLayer:
     count = max(round(share * stats.visual_tokens[0]), 1)
     rows: list[list[float]] = []
     important: list[set[int]] = []
@@ -101,10 +101,10 @@ def _of_one(stats: Stats, share: float) -> Seen:
         first, last = important[0], important[max(len(important) - 2, 0)]
         rows.append([*step.mass[0], len(now & first) / count, len(now & last) / count, len((now - last) & ever) / count])
         ever |= now
-    return Seen(np.array(rows), important)
+    return AnswerAtLayer(np.array(rows), important)
 
 
-def _mean(layer: int, share: float, of_layer: dict[int, list[Seen]], least: int) -> Curves:
+def _mean(layer: int, share: float, of_layer: dict[int, list[AnswerAtLayer]], least: int) -> Curves:
     sequences = of_layer[layer]
     means, answers = [], []
     for step in range(max(len(each.rows) for each in sequences)):
@@ -118,7 +118,7 @@ def _mean(layer: int, share: float, of_layer: dict[int, list[Seen]], least: int)
     return Curves(layer, share, answers, dict(zip(TYPES, mass, strict=True)), with_first, with_last, returned, shared)
 
 
-def _shared(sequences: list[Seen], others: list[Seen]) -> float:
+def _shared(sequences: list[AnswerAtLayer], others: list[AnswerAtLayer]) -> float:
     """Mean over the decode steps of the same answers."""
     pairs = [pair for a, b in zip(sequences, others, strict=True) for pair in list(zip(a.important, b.important, strict=True))[1:]]
     return float(np.mean([len(now & there) / len(now) for now, there in pairs])) if pairs else 1.0

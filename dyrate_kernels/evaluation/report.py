@@ -12,7 +12,7 @@ import numpy as np
 from dyrate_kernels.evaluation.curves import Curves, measure
 from dyrate_kernels.evaluation.equal_cost import WITHIN
 from dyrate_kernels.evaluation.runner import Answer
-from dyrate_kernels.evaluation.suite import Part, Suite
+from dyrate_kernels.evaluation.suite import Subset, Suite
 from dyrate_kernels.evaluation.table import Line, lead, summarise
 from dyrate_kernels.files import write_json
 from dyrate_kernels.units import bytes_text
@@ -82,7 +82,7 @@ def write(
     indices = [index for index in range(len(suite)) if suite[index].group in suite.long] or range(len(suite))
     layers = range(model.config.get_text_config().num_hidden_layers - 1)
     picked = [layers[index] for index in range(0, len(layers), max(len(layers) // CURVE_LAYERS, 1))]
-    found = measure(model, processor, Part(suite, indices[:CURVE_QUESTIONS]), picked, batch_size=batch_size)
+    found = measure(model, processor, Subset(suite, indices[:CURVE_QUESTIONS]), picked, batch_size=batch_size)
     write_json(folder / f"{name}-curves.json", [each.to_dict() for each in found])
     draw_curves(folder / f"{name}-curves.png", found)
 

@@ -49,7 +49,7 @@ class Suite(Protocol):
         ...
 
 
-class Part:
+class Subset:
     """Some questions of a suite.
 
     Args:

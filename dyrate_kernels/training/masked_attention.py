@@ -15,13 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyrate_kernels.generation.attend import accumulator
+
 CHUNK_BYTES = 64 << 20  # of one temporary [B, Hq, rows, S]; a handful of them live at a time
 _MOST = 60.0  # of s - max for a token that was left out: exp of it must stay finite in float32
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_chunks(rows: int, batch: int, heads: int, columns: int, item: int = 4) -> Iterator[slice]:
@@ -33,7 +30,7 @@ def row_chunks(rows: int, batch: int, heads: int, columns: int, item: int = 4) -
 
 def scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """query ``[B, Hq, q, D]``, key ``[B, Hkv, S, D]`` -> ``[B, Hq, q, S]`` in the accumulator's type."""
-    exact = accumulator(query.dtype)
+    exact = accumulator(query)
     batch, heads, rows, dim = query.shape
     grouped = query.to(exact).reshape(batch, key.shape[1], -1, dim)
     return (grouped @ key.to(exact).transpose(2, 3) * scale).view(batch, heads, rows, -1)
@@ -61,7 +58,7 @@ class _MaskedAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         batch, heads, rows, _ = query.shape
         output = query.new_empty(batch, heads, rows, value.shape[-1])
-        peak = query.new_empty(batch, heads, rows, dtype=accumulator(query.dtype))
+        peak = query.new_empty(batch, heads, rows, dtype=accumulator(query))
         norm = torch.empty_like(peak)
         for part in row_chunks(rows, batch, heads, key.shape[2]):
             score = scores(query[:, :, part], key, scale)
@@ -79,7 +76,7 @@ class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, allowed, columns, output, peak, norm = ctx.saved_tensors
-        exact = accumulator(query.dtype)
+        exact = accumulator(query)
         batch, heads, rows, _ = query.shape
         kv_heads = key.shape[1]
         for_query, for_key, for_value, for_mask = ctx.needs_input_grad[:4]

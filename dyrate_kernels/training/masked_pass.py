@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dyrate_kernels import families, ops
+from dyrate_kernels.generation.attend import accumulator
 from dyrate_kernels.ops.reference import IMAGE, INSTRUCTION, RESPONSE, SYSTEM, TYPES
 from dyrate_kernels.patching import attention
 from dyrate_kernels.patching.lookup import (
@@ -29,11 +30,11 @@ from dyrate_kernels.patching.lookup import (
     visual_columns,
 )
 from dyrate_kernels.policies.dyrate import spread_score
-from dyrate_kernels.training.masked_attention import accumulator, masked_attention, row_chunks, scores
+from dyrate_kernels.training.masked_attention import masked_attention, row_chunks, scores
 
 
 @dataclass
-class Choice:
+class RateChoice:
     """The predictor's choice for the rows of an answer.
 
     Attributes:
@@ -103,7 +104,7 @@ class MaskedPass:
     ) -> None:  # fmt: skip
         self.predictor, self.k, self.rates, self.choose = predictor, k, rates, choose
         self.types, self.valid, self.columns, self.spread = types, valid, columns, spread
-        self.choice: Choice | None = None
+        self.choice: RateChoice | None = None
         self._mask: Tensor | None = None
         self._hidden: Tensor | None = None
         self._allowed: dict[tuple[int, int | None], Tensor] = {}
@@ -143,14 +144,14 @@ class MaskedPass:
         assert self._hidden is not None
         logits = self.predictor(mass.flatten(0, 1), self._hidden.flatten(0, 1)).float().view(*mass.shape[:2], -1)
         share = self.choose(logits)
-        self.choice = Choice(mass, self._hidden, importance, logits, share, n_visual)
+        self.choice = RateChoice(mass, self._hidden, importance, logits, share, n_visual)
         self._mask = mask_for(share, importance, n_visual, self.rates, self.spread)
 
 
 def statistics(query: Tensor, key: Tensor, scale: float, allowed: Tensor, types: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Mass ``[B, q, Hq, 4]`` and importance ``[B, q, N]`` of every query row, float32 (float64 for float64)."""
     batch, heads, rows, _ = query.shape
-    exact = accumulator(query.dtype)
+    exact = accumulator(query)
     mass = torch.zeros(batch, rows, heads, TYPES, dtype=exact, device=query.device)
     importance = torch.zeros(batch, rows, columns.shape[1], dtype=exact, device=query.device)
     of_type = nn.functional.one_hot(types.long(), TYPES).to(exact)  # [B, S, 4]
@@ -189,7 +190,7 @@ def _ranks(score: Tensor) -> Tensor:
 
 
 @dataclass
-class Answer:
+class AnswerPass:
     """Result of a pass over an answer.
 
     Attributes:
@@ -200,11 +201,11 @@ class Answer:
 
     logits: Tensor
     first_logits: Tensor
-    choice: Choice
+    choice: RateChoice
 
 
 @contextlib.contextmanager
-def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
+def training_hooks(model: Any) -> Iterator[Callable[..., AnswerPass]]:
     """Makes a model ready for training passes; yields the function that runs one. Everything is put back at the end.
 
     Raises:
@@ -235,7 +236,7 @@ def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
     def run(
         prompt: dict[str, Tensor], answer: Tensor, answer_mask: Tensor, predictor: nn.Module, k: int, rates: Tensor, choose: Chooser,
         spread: float = 0.0,
-    ) -> Answer:  # fmt: skip
+    ) -> AnswerPass:  # fmt: skip
         ids, prompt_mask = prompt["input_ids"], prompt["attention_mask"].bool()
         visual = visual_columns(model, family, ids, None)
         visual = torch.zeros_like(prompt_mask) if visual is None else visual & prompt_mask
@@ -254,7 +255,7 @@ def training_hooks(model: Any) -> Iterator[Callable[..., Answer]]:
         finally:
             carrier.clear()
         assert passing.choice is not None
-        return Answer(logits, first.logits[:, -1], passing.choice)
+        return AnswerPass(logits, first.logits[:, -1], passing.choice)
 
     handles = [decoder_of(model).register_forward_pre_hook(carry, with_kwargs=True)]
     for layer in decoder_layers(model):

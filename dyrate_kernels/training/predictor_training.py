@@ -35,7 +35,7 @@ from dyrate_kernels.loading import model_name
 from dyrate_kernels.policies.base import ModelShape, check_fraction, check_k_range
 from dyrate_kernels.predictor import CONFIG_FILE, WEIGHTS_FILE, DyRatePredictor, check_rates, named_rates
 from dyrate_kernels.training.data import Collator, EncodedExamples, Example, origin_of
-from dyrate_kernels.training.masked_pass import Answer, gumbel, take_likeliest, training_hooks
+from dyrate_kernels.training.masked_pass import AnswerPass, gumbel, take_likeliest, training_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class PredictorModule(nn.Module):
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
         self.register_buffer("rates", torch.tensor(options.rate_values, dtype=torch.float64))
-        self.run: Callable[..., Answer] | None = None  # set for the time of the training
+        self.run: Callable[..., AnswerPass] | None = None  # set for the time of the training
         self.tau = options.tau_start
 
     def features(self, mass: Tensor, hidden: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class PredictorModule(nn.Module):
         """mass ``[n, Hq, 4]``, hidden ``[n, d]`` -> ``[n, K]``."""
         return self.linear((self.features(mass, hidden) - self.mean) / self.scale)
 
-    def answer(self, batch: dict[str, Any], choose: Callable[[Tensor], Tensor]) -> Answer:
+    def answer(self, batch: dict[str, Any], choose: Callable[[Tensor], Tensor]) -> AnswerPass:
         """A training pass over a batch of ``data.Collator``."""
         assert self.run is not None
         given = batch["prompt"], batch["answer"], batch["answer_mask"]

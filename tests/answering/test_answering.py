@@ -15,7 +15,7 @@ from dyrate_kernels.cli.main import main
 from dyrate_kernels.demo.engine import Engine, Wish
 from dyrate_kernels.evaluation.curves import measure
 from dyrate_kernels.evaluation.runner import Contender, ask_all, encode
-from dyrate_kernels.evaluation.suite import Part, ShapesSuite
+from dyrate_kernels.evaluation.suite import ShapesSuite, Subset
 from dyrate_kernels.training.data import ShapesSource
 from dyrate_kernels.training.layer_search import search_layer
 
@@ -47,7 +47,7 @@ def plain():
 
 
 def suite():
-    return Part(ShapesSuite(2, tasks=("describe", "colour")), [0, 1, 2, 3])
+    return Subset(ShapesSuite(2, tasks=("describe", "colour")), [0, 1, 2, 3])
 
 
 def answers(model, processor, most=MOST):
@@ -110,7 +110,7 @@ def test_the_search_the_page_and_the_curves_generate_the_same_way(demo):
 
     def found():
         last = [*engine.compare(picture, Wish("Describe the picture.", max_new_tokens=6))][-1]
-        curves = measure(model, processor, Part(ShapesSuite(1, tasks=("colour",)), [0]), [1], least=1)
+        curves = measure(model, processor, Subset(ShapesSuite(1, tasks=("colour",)), [0]), [1], least=1)
         divergence = search_layer(model, processor, ShapesSource(2), samples=1).divergence
         return last.plain.text, last.pruned.text, curves[0].answers, divergence
 
