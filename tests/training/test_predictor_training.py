@@ -239,10 +239,11 @@ def test_two_processes(demo, tmp_path):
         "import os, sys, torch, dyrate_kernels as dk\n"
         "from dyrate_kernels.training import predictor_training\n"
         "from dyrate_kernels.training.data import ConversationSource, ShapesSource\n"
-        "predictor.CALIBRATION = 8\n"
+        "predictor_training.CALIBRATION = 8\n"
         "model, processor = dk.load_demo()\n"
-        "options = predictor.Options(k=2, target_keep=.5, steps=4, batch_size=2, max_answer=16, max_length=None)\n"
-        "made = predictor.train_predictor(model, processor, ShapesSource(40, seed=1), sys.argv[1], options, quiet=True).predictor\n"
+        "options = predictor_training.Options(k=2, target_keep=.5, steps=4, batch_size=2, max_answer=16, max_length=None)\n"
+        "source = ShapesSource(40, seed=1)\n"
+        "made = predictor_training.train_predictor(model, processor, source, sys.argv[1], options, quiet=True).predictor\n"
         "torch.save(made.state_dict(), sys.argv[1] + '/rank' + os.environ['RANK'])\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
