@@ -15,7 +15,7 @@ from dyrate_kernels.pictures import SUFFIXES, UnreadableError, find_picture
 
 LINES, TABLE, REPORT = "captions.jsonl", "captions.parquet", "report.json"
 OUTPUTS = (LINES, TABLE, REPORT, "captions.part", "report.part")
-"""What a run writes into its folder, and what a kill may leave of it."""
+"""Files that a run writes into its folder, and those that a kill may leave of it."""
 COLUMNS = ("image", "jpg", "jpeg", "png", "bytes", "image_bytes", "img", "path", "file_name", "image_path")
 
 
