@@ -132,7 +132,7 @@ for name in $only; do # parts that run now start their logs anew
 done
 part environment environment.log $([ -n "$toy" ] && echo 60 || of 30) "$python" -m bench.report environment $toy
 ran='"$@" | tee "$work/tests"; status=${PIPESTATUS[0]}; grep -q " passed" "$work/tests" || { echo "no test ran"; exit 1; }; exit $status'
-pytest=("$python" -m pytest tests/gpu tests/patching/graph -m gpu -q -p no:cacheprovider --maxfail=40)
+pytest=("$python" -m pytest tests/gpu tests/ops tests/patching/graph -m gpu -q -p no:cacheprovider --maxfail=40)
 if [ -n "$toy" ]; then
   part tests tests.log 600 bash -c "$ran" _ "${pytest[@]}" -k "test_shapes or test_select_tokens or test_compact or test_reorder or test_captured or test_llava_7b"
 else

@@ -20,6 +20,8 @@ from dyrate_kernels.ops import cuda, dispatch
 from tests import guarded as memory
 from tests.emulated import build
 from tests.guarded import Guarded
+from tests.ops.compare import close as close
+from tests.ops.compare import same, tensors_in
 
 VARIANT = os.environ.get("DYRATE_EMULATED", "plain")
 PLAIN = VARIANT == "plain"
@@ -95,20 +97,12 @@ memory.watch(backend, ops.__all__)
 allocations = memory.allocations
 
 
-def _tensors(arguments: Any) -> list[Tensor]:
-    if isinstance(arguments, Tensor):
-        return [arguments]
-    if isinstance(arguments, dict):
-        return _tensors(list(arguments.values()))
-    return [tensor for part in arguments for tensor in _tensors(part)] if isinstance(arguments, list | tuple) else []
-
-
 def run(name: str, *args: Any, **kwargs: Any) -> Any:
     """``ops.<name>`` with the backend "cuda" in each of ``ORDERS``: results and changed arguments agree bit for bit, memory beyond
     tensors is unchanged, counters are back at zero, and only in-place operators and ``new_key`` change an argument.
     """
     in_place = name.endswith("_") or kwargs.get("new_key") is not None
-    tensors = _tensors([args, kwargs])
+    tensors = tensors_in([args, kwargs])
     before = [tensor.clone() for tensor in tensors]
     seen: list[tuple[list[Any], list[Tensor]]] = []
     result = None
@@ -127,21 +121,3 @@ def run(name: str, *args: Any, **kwargs: Any) -> Any:
         for a, b in zip([*seen[0][0], *seen[0][1]], [*seen[-1][0], *seen[-1][1]], strict=True):
             assert (a is None and b is None) or same(a, b), f"orders {ORDERS[0]} and {order} differ"
     return result
-
-
-# ---- comparison --------------------------------------------------------------------------------------------------------------------
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, NaN included."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def close(got: Tensor, want: Any, tolerance: float, what: str) -> None:
-    """NaN in the same places, everything else within ``tolerance``."""
-    want = torch.as_tensor(want, dtype=torch.float64)
-    assert got.shape == want.shape, f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
-    got = got.double()
-    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places"
-    error = (got - want).nan_to_num(0.0).abs().max().item() if got.numel() else 0.0
-    assert error <= tolerance, f"{what}: off by {error}"

@@ -1,4 +1,5 @@
-"""Runs the case files of this folder: the CUDA kernels on the CPU, plainly and under two detectors, each in a process of its own."""
+"""Runs the case files of this folder and the tests of tests/ops: the CUDA kernels on the CPU, plainly and under two detectors, each in a
+process of its own."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.emulated import build
+from tests.ops import backends
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FILES = sorted(HERE.glob("cases_*.py"))
+FILES = [*sorted(HERE.glob("cases_*.py")), *(ROOT / name for name in backends.FILES)]
 
 
 @pytest.mark.slow

@@ -58,4 +58,4 @@ FAULTS = (
     fault("    n_kept, n_visual = vector(n_kept), vector(n_visual)\n", "", HOST),
 )  # fmt: skip
 
-FAMILY = Family("emulated", ("compact_", "reorder_"), 600, ("tests/emulated/cases_rows.py",), FAULTS, ("rows.cu",))
+FAMILY = Family("emulated", ("compact_", "reorder_"), 600, ("tests/ops/test_rows.py",), FAULTS, ("rows.cu",))

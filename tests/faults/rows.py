@@ -50,4 +50,4 @@ FAULTS = (
     fault("(table, index.contiguous())", "(table, index)", HOST),
 )  # fmt: skip
 
-FAMILY = Family("interpreter", ("compact_", "reorder_"), 400, ("tests/interpreter/cases_rows.py",), FAULTS)
+FAMILY = Family("interpreter", ("compact_", "reorder_"), 400, ("tests/ops/test_rows.py",), FAULTS)

@@ -144,8 +144,8 @@ def _child(family: Family, step: tuple[str, str], copy: Path, planted: bool) -> 
     sys.path_importer_cache.clear()
     sys.meta_path.insert(0, _Copy(copy))
     sys.dont_write_bytecode = True
-    os.environ["DYRATE_EMULATED"] = variant
     if family.backend == "emulated":
+        os.environ["DYRATE_EMULATED"] = variant
         # what is compiled goes with the copy
         os.environ["TMPDIR"] = str(copy.parent)
         tempfile.tempdir = None

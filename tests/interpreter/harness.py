@@ -15,6 +15,8 @@ from torch import Tensor
 from dyrate_kernels import ops
 from dyrate_kernels.ops import workspace
 from dyrate_kernels.triton_kernels import plan
+from tests.ops.compare import close as close
+from tests.ops.compare import same, tensors_in
 
 # several splits and several blocks already for a few dozen rows
 SMALL = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8, decision="same_launch")
@@ -52,38 +54,30 @@ def _scratch() -> list[tuple[str, Tensor]]:
 
 
 def run(name: str, *args: Any, **kwargs: Any) -> Any:
-    """``ops.<name>`` with the Triton backend, twice, with poisoned scratch memory: both results must agree bit for bit, the counters must
-    be back at zero, and no argument may have changed (but for those of an in-place operator).
+    """``ops.<name>`` with the Triton backend, twice, with poisoned scratch memory: both results (and both changes of an argument) must agree
+    bit for bit, the counters must be back at zero, and nothing but in-place operators and ``new_key`` may change an argument.
+    ``compact_`` and ``reorder_`` run once: they keep nothing from call to call.
     """
-    results = []
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    in_place = name.endswith("_") or kwargs.get("new_key") is not None
+    tensors = tensors_in([args, kwargs])
     before = [t.clone() for t in tensors]
-    for _ in range(2):
+    seen: list[list[Any]] = []
+    for _ in range(1 if name.endswith("_") else 2):
+        if seen and in_place:
+            for tensor, old in zip(tensors, before, strict=True):
+                if not same(tensor, old):
+                    tensor.copy_(old)
         for buffer, content in _scratch():
             if buffer != "counters":
                 content.fill_(float("nan"))
-        results.append(getattr(ops, name)(*args, **kwargs, backend="triton"))
+        result = getattr(ops, name)(*args, **kwargs, backend="triton")
         for buffer, content in _scratch():
             if buffer == "counters":
                 assert not content.any(), "a counter was left above zero"
-    if kwargs.get("new_key") is None:
-        for tensor, old in zip(tensors, before, strict=True):
-            assert same(tensor, old), "an argument was changed"
-    for a, b in zip(*results, strict=True):
+        if not in_place:
+            for tensor, old in zip(tensors, before, strict=True):
+                assert same(tensor, old), "an argument was changed"
+        seen.append([*(result or ()), *([tensor.clone() for tensor in tensors] if in_place else [])])
+    for a, b in zip(seen[0], seen[-1], strict=True):
         assert (a is None and b is None) or same(a, b), "two runs differ"
-    return results[1]
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, NaN included."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def close(got: Tensor, want: Any, tolerance: float, what: str) -> None:
-    """NaN in the same places, everything else within ``tolerance``."""
-    want = torch.as_tensor(want, dtype=torch.float64)
-    assert got.shape == want.shape, f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
-    got = got.double()
-    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places"
-    error = (got - want).nan_to_num(0.0).abs().max().item() if got.numel() else 0.0
-    assert error <= tolerance, f"{what}: off by {error}"
+    return result

@@ -1,4 +1,4 @@
-"""Runs the case files of this folder in a few processes of their own, under Triton's interpreter."""
+"""Runs the case files of this folder and the tests of tests/ops in a few processes of their own, under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.ops import backends
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FILES = sorted(HERE.glob("cases_*.py"))
+FILES = [*sorted(HERE.glob("cases_*.py")), *(ROOT / name for name in backends.FILES)]
 PROCESSES = 4  # each starts for longer than most cases run; two workers share them more evenly than two
 
 

@@ -1,4 +1,4 @@
-"""predict_rate, keep_count, select_tokens and compact_ against the loops of ``spec``."""
+"""predict_rate, keep_count and select_tokens against the loops of ``spec``."""
 
 from __future__ import annotations
 
@@ -57,62 +57,6 @@ def test_zeros_of_either_sign_are_ties():
         assert kept[0, :count].tolist() == want
 
 
-def test_compact_random():
-    g = torch.Generator().manual_seed(5)
-    for trial in range(60):
-        n = 40 + trial
-        counts = torch.randint(0, n + 1, (3,), generator=g).tolist()
-        kept, n_kept = spec.lists([n] * 3, counts, max(counts), seed=trial)
-        rows = torch.randn(3, 2, n + 2, 3, generator=g)
-        before = rows.clone()
-        ops.compact_([rows], kept, n_kept, torch.full((3,), n, dtype=torch.int32))
-        for b in range(3):
-            assert torch.equal(rows[b], spec.compact(before[b], kept[b, : counts[b]].tolist())), (trial, b)
-
-
-@st.composite
-def compactions(draw):
-    capacity, batch = draw(st.integers(1, 14)), draw(st.integers(1, 3))
-    lengths = [draw(st.integers(0, capacity)) for _ in range(batch)]
-    kept = [sorted(draw(st.sets(st.integers(0, n - 1)))) if n else [] for n in lengths]
-    return capacity, lengths, kept, draw(st.integers(max(map(len, kept)), capacity + 2))
-
-
-@quick
-@given(compactions())
-def test_compact(case):
-    capacity, lengths, kept, width = case
-    batch = len(lengths)
-    table = torch.full((batch, width), -1, dtype=torch.int32)
-    for b, row in enumerate(kept):
-        table[b, : len(row)] = torch.tensor(row, dtype=torch.int32)
-    g = torch.Generator().manual_seed(1)
-    tensors = [
-        torch.randn(batch, 2, capacity + 3, 4, generator=g),
-        torch.randint(0, 99, (batch, capacity), generator=g),
-        torch.randn(batch, 1, capacity, 3, generator=g).to(torch.bfloat16),
-        torch.randn(batch, capacity, 5, 2, generator=g).transpose(1, 2).transpose(2, 3).transpose(1, 2)[:, :, :, :1],
-    ]
-    tensors[3] = torch.randn(batch, capacity, 3, 2, generator=g, dtype=torch.float64).transpose(1, 2)  # strided: [B, H, C, D]
-    tensors[0][:, :, capacity:] = float("nan")  # never touched
-    before = [tensor.clone() for tensor in tensors]
-    counts = torch.tensor([len(row) for row in kept], dtype=torch.int32)
-    ops.compact_(tensors, table, counts, torch.tensor(lengths, dtype=torch.int32))
-    for tensor, old in zip(tensors, before, strict=True):
-        for b, row in enumerate(kept):
-            assert torch.equal(tensor[b].nan_to_num(7.0), spec.compact(old[b], row).nan_to_num(7.0))
-
-
-def test_compact_of_nothing():
-    empty = torch.zeros(2, 0, dtype=torch.int32)
-    zero = torch.zeros(2, dtype=torch.int32)
-    ops.compact_([], empty, zero, zero)
-    rows = torch.randn(2, 1, 4, 2)
-    before = rows.clone()
-    ops.compact_([rows], empty, zero, zero)
-    assert torch.equal(rows, before)
-
-
 @quick
 @given(st.integers(0, 3000), st.floats(0, 1) | st.sampled_from([0.9, 0.1, 1 / 3, 2 / 3, 1.0, 0.0, math.nan, -1.0, 7.0]))
 def test_keep_count(n, rate):
@@ -158,10 +102,8 @@ def test_predict_rate_ties_and_nan():
 def test_no_host_sync(no_host_sync):
     score, count = torch.rand(3, 40), torch.full((3,), 9, dtype=torch.int32)
     lengths = torch.full((3,), 40, dtype=torch.int32)
-    rows = [torch.randn(3, 2, 50, 4), torch.zeros(3, 40, dtype=torch.int64)]
     with no_host_sync():
-        kept, n_kept = ops.select_tokens(score, count, lengths)
-        ops.compact_(rows, kept, n_kept, lengths)
+        ops.select_tokens(score, count, lengths)
         ops.keep_count(lengths, torch.full((3,), 0.5, dtype=torch.float64))
         ops.predict_rate(torch.rand(3, 2, 4), torch.randn(4, 8), torch.randn(4), torch.zeros(4, dtype=torch.float64))
 
@@ -170,8 +112,6 @@ def test_bad_arguments_are_named():
     score, n = torch.rand(2, 5), torch.full((2,), 3, dtype=torch.int32)
     rates = torch.zeros(3, dtype=torch.float64)
     mass, weight, bias = torch.rand(2, 2, 4), torch.rand(3, 8), torch.rand(3)
-    rows = torch.rand(2, 1, 5, 2)
-    kept = torch.zeros(2, 2, dtype=torch.int32)
     calls = [
         ("score", ValueError, lambda: ops.select_tokens(score[0], n, n)),
         ("score", TypeError, lambda: ops.select_tokens(score.int(), n, n)),
@@ -186,33 +126,7 @@ def test_bad_arguments_are_named():
         ("bias", ValueError, lambda: ops.predict_rate(mass, weight, torch.rand(3, 3), rates)),
         ("rates", TypeError, lambda: ops.predict_rate(mass, weight, bias, rates.float())),
         ("rate", ValueError, lambda: ops.keep_count(n, torch.zeros(3, dtype=torch.float64))),
-        ("rows", TypeError, lambda: ops.compact_(rows, kept, n, n)),
-        (r"rows\[0\]", ValueError, lambda: ops.compact_([rows[0]], kept, n, n)),
-        (r"rows\[1\]", TypeError, lambda: ops.compact_([rows, None], kept, n, n)),
-        ("kept", TypeError, lambda: ops.compact_([rows], kept.long(), n, n)),
     ]
     for name, error, call in calls:
         with pytest.raises(error, match=name):
             call()
-
-
-@pytest.mark.parametrize("index", [[0, 1, 2], [2, 0, 1], [1, 1, 1]])
-def test_reorder(index):
-    rows = [torch.randn(3, 2, 5, 4), torch.randint(0, 9, (3, 7)), torch.randn(3, 4, 6).transpose(1, 2)]
-    want = [tensor[index].clone() for tensor in rows]
-    places = [tensor.data_ptr() for tensor in rows]
-    ops.reorder_(rows, torch.tensor(index))
-    assert places == [tensor.data_ptr() for tensor in rows]
-    assert all(torch.equal(a, b) for a, b in zip(rows, want, strict=True))
-
-
-def test_reorder_names_what_is_wrong():
-    index = torch.tensor([0, 1])
-    for rows, wrong, error, message in (
-        (torch.zeros(2, 3), index, TypeError, "rows: expected a list"),
-        ([torch.zeros(3, 3)], index, ValueError, r"rows\[0\]: expected shape \[2, ...\]"),
-        ([torch.zeros(2, 3)], index.int(), TypeError, "index: expected int64"),
-        ([None], index, TypeError, r"rows\[0\]: expected a tensor"),
-    ):
-        with pytest.raises(error, match=message):
-            ops.reorder_(rows, wrong)

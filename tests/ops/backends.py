@@ -1,0 +1,167 @@
+"""The backends that the tests of this folder run an operator on, each with the care that its technique allows.
+
+Which of them a process has is told by its environment, since the Triton kernels are either interpreted or compiled and the emulated module
+takes the place of the compiled one:
+
+    plain pytest                    ``reference``; with a CUDA device ``triton`` and ``cuda`` on it (marker ``gpu``)
+    ``TRITON_INTERPRET=1``          ``interpreter``: the Triton kernels in Triton's interpreter
+    ``DYRATE_EMULATED=<variant>``   ``emulated``: the CUDA C++ kernels compiled for the CPU (``tests/emulated/build.py``)
+
+``DYRATE_GPU_TESTS_ON_CPU=1`` with ``TRITON_INTERPRET=1`` rehearses what a GPU runs (``tests/gpu/kit.py``). ``tests/interpreter`` and
+``tests/emulated`` start the other processes, with the files of :data:`FILES`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dyrate_kernels import ops
+from tests.gpu import kit
+from tests.ops.compare import same, tensors_in
+
+FILES = ("tests/ops/test_rows.py",)  # those whose tests take the fixture ``backend``
+
+VARIANT = os.environ.get("DYRATE_EMULATED")
+INTERPRETED = VARIANT is None and os.environ.get("TRITON_INTERPRET") == "1"
+DETECTOR = VARIANT not in (None, "plain")
+FULL = os.environ.get("DYRATE_EMULATION" if VARIANT else "DYRATE_INTERPRETER") == "full"
+
+
+def names() -> tuple[str, ...]:
+    """Returns the backends of this process."""
+    if VARIANT is not None:
+        return ("emulated",)
+    if kit.REHEARSAL:
+        return kit.BACKENDS
+    if INTERPRETED:
+        return ("interpreter",)
+    return ("reference", *(kit.BACKENDS if kit.ON_GPU else ()))
+
+
+def some(cases: list[Any], *, interpreter: int | None = None, detector: int = 1) -> list[Any]:
+    """Returns the cases; only the first of them in the interpreter (where a number is given, and ``DYRATE_INTERPRETER=full`` is not) and
+    under a detector of the emulation, where each costs ten times as much."""
+    if DETECTOR:
+        return cases[:detector]
+    return cases[:interpreter] if INTERPRETED and not FULL else cases
+
+
+class Backend:
+    """A backend, and how an operator is run on it. Tests make their tensors on the CPU and find results and changes there."""
+
+    on_gpu = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
+        """``ops.<operator>``: in-place operators and ``new_key`` change their arguments, nothing else does."""
+        raise NotImplementedError
+
+
+class Reference(Backend):
+    """Plain PyTorch."""
+
+    def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
+        tensors = tensors_in([args, kwargs])
+        before = [tensor.clone() for tensor in tensors]
+        result = getattr(ops, operator)(*args, **kwargs, backend="reference")
+        if not changes(operator, kwargs):
+            assert all(same(tensor, old) for tensor, old in zip(tensors, before, strict=True)), "an argument was changed"
+        return result
+
+
+class Interpreter(Backend):
+    """The Triton kernels in the interpreter: twice, with poisoned memory and small launches; see ``tests/interpreter/harness.py``."""
+
+    def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
+        from tests.interpreter import harness
+
+        with harness.settings():
+            return harness.run(operator, *args, **kwargs)
+
+
+class Emulated(Backend):
+    """The CUDA C++ kernels on the CPU: several orders of threads, guarded and poisoned memory; see ``tests/emulated/harness.py``."""
+
+    def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
+        from tests.emulated import harness
+
+        return harness.run(operator, *args, **kwargs)
+
+
+class Device(Backend):
+    """The kernels on a GPU (or its rehearsal), twice, with poisoned memory. What a tensor is a view of goes along, so that a test sees
+    what was written around it."""
+
+    on_gpu = kit.ON_GPU
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.kit = kit.Kit(torch.device("cuda", torch.cuda.current_device()) if kit.ON_GPU else torch.device("cpu"), name)
+
+    def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
+        in_place = changes(operator, kwargs)
+        seen = []
+        for _ in range(1 if in_place and not self.on_gpu else 2):
+            storages: dict[int, tuple[Tensor, Tensor]] = {}
+            moved = _moved([args, kwargs], self.kit.device, storages)
+            self.kit.poison()
+            result = getattr(ops, operator)(*moved[0], **moved[1], backend=self.name)
+            self.kit.assert_counters_at_zero()
+            after = [there.cpu() for _, there in storages.values()]
+            if not in_place:
+                here = [here for here, _ in storages.values()]
+                assert all(torch.equal(a, b) for a, b in zip(here, after, strict=True)), "an argument was changed"
+            seen.append([None if one is None else one.cpu() for one in result or ()])
+            seen[-1] += after
+        for a, b in zip(seen[0], seen[-1], strict=True):
+            assert (a is None and b is None) or same(a, b), "two runs differ"
+        if in_place:
+            for (here, _), changed in zip(storages.values(), after, strict=True):
+                here.copy_(changed)
+        if result is None:
+            return None
+        found = seen[-1][: len(result)]
+        return type(result)(*found) if hasattr(result, "_fields") else type(result)(found)
+
+
+def changes(operator: str, kwargs: dict[str, Any]) -> bool:
+    """Whether an operator is one that changes an argument."""
+    return operator.endswith("_") or kwargs.get("new_key") is not None
+
+
+def _moved(arguments: Any, device: torch.device, storages: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """The arguments on a device, each tensor in a copy of its whole storage; storages: bytes here and there by address."""
+    if isinstance(arguments, dict):
+        return {name: _moved(value, device, storages) for name, value in arguments.items()}
+    if isinstance(arguments, list | tuple):
+        return [_moved(value, device, storages) for value in arguments]
+    if not isinstance(arguments, Tensor):
+        return arguments
+    storage = arguments.untyped_storage()
+    if storage.nbytes() == 0:
+        return arguments.to(device)
+    if storage.data_ptr() not in storages:
+        here = torch.empty(0, dtype=torch.uint8).set_(storage)
+        storages[storage.data_ptr()] = here, here.to(device, copy=True)
+    there = storages[storage.data_ptr()][1].untyped_storage()
+    made = torch.empty(0, dtype=arguments.dtype, device=device)
+    return made.set_(there, arguments.storage_offset(), arguments.shape, arguments.stride())
+
+
+def make(name: str) -> Backend:
+    """Returns the backend of a name; skips where this machine has it not."""
+    if name in kit.BACKENDS:
+        from dyrate_kernels import backends
+
+        if backends()[name] != "available":
+            pytest.skip(f"backend {name} is {backends()[name]}")
+        return Device(name)
+    return {"reference": Reference, "interpreter": Interpreter, "emulated": Emulated}[name](name)
+
