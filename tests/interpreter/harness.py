@@ -54,8 +54,8 @@ def _scratch() -> list[tuple[str, Tensor]]:
 
 
 def run(name: str, *args: Any, **kwargs: Any) -> Any:
-    """``ops.<name>`` with the Triton backend, twice, with poisoned scratch memory: both results (and both changes of an argument) must agree
-    bit for bit, the counters must be back at zero, and nothing but in-place operators and ``new_key`` may change an argument.
+    """``ops.<name>`` with the Triton backend, twice, with poisoned scratch memory: both results (and both changes of an argument) must
+    agree bit for bit, the counters must be back at zero, and nothing but in-place operators and ``new_key`` may change an argument.
     ``compact_`` and ``reorder_`` run once: they keep nothing from call to call.
     """
     in_place = name.endswith("_") or kwargs.get("new_key") is not None
