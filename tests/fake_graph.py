@@ -128,5 +128,3 @@ def _through_the_dispatcher(operator: str, backend: str, device: torch.device) -
 
 def _storage(tensor: Tensor) -> Any:
     return tensor.untyped_storage()
-
-

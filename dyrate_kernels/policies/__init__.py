@@ -1,9 +1,8 @@
-"""Every method by name. A new one is a file here and a line in ``_CLASSES``.
+"""Every method by name. A new one is a file here, its import, and its class in ``_CLASSES`` and ``__all__``.
 
 >>> import dyrate_kernels as dk
->>> dk.policies.names()
-['none', 'dyrate', 'fastv', 'fixed', 'random', 'uniform', 'vtw', 'depth', 'schedule', 'threshold', 'st3', 'dycoke', 'pyramiddrop',
-'layerwise', 'sparsevlm', 'aim', 'recycle', 'klguard']
+>>> dk.policies.names()[:4]
+['none', 'dyrate', 'fastv', 'fixed']
 >>> dk.policies.get("fastv", k=2, rate=0.75) == dk.policies.parse("fastv:k=2:rate=0.75")
 True
 """

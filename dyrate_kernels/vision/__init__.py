@@ -1,4 +1,5 @@
-"""Every reducer by name: fewer visual tokens before the language model. A new one is a file here and a line in ``_CLASSES``.
+"""Every reducer by name: fewer visual tokens before the language model. A new one is a file here, its import, and its
+class in ``_CLASSES`` and ``__all__``.
 
 >>> from dyrate_kernels import vision
 >>> vision.chain("temporal:method=mean+aim:keep=0.5")

@@ -11,7 +11,7 @@ import pytest
 import dyrate_kernels as dk
 from dyrate_kernels import shapes
 from dyrate_kernels.cli import common, contenders
-from dyrate_kernels.cli.main import build_parser, main
+from dyrate_kernels.cli.main import COMMANDS, build_parser, main
 from dyrate_kernels.training.predictor_training import train_predictor
 
 P = dk.policies
@@ -43,10 +43,14 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+def subcommands(parser):
+    """Name -> parser; empty where there are none."""
+    return next((action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)), {})
+
+
 def options():
     """command -> option -> action."""
-    parser = build_parser()
-    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
+    commands = subcommands(build_parser())
     return {name: {option: action for action in each._actions for option in action.option_strings} for name, each in commands.items()}
 
 
@@ -64,6 +68,13 @@ def test_an_option_of_several_commands_has_one_type_and_one_way_to_write_it():
             assert all(action.help.startswith(contenders.HELP) for action in found)
     assert every["eval"]["--limit"] is every["eval"]["--scenes"]
     assert every["train"]["--limit"] is every["train"]["--examples"] and every["calibrate"]["--limit"] is every["calibrate"]["--samples"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_what_all_have(command):
+    parser = subcommands(build_parser())[command]
+    for each in subcommands(parser).values() or [parser]:  # `dyrate bench` has commands of its own
+        assert {"--json", "--debug"} <= set(each._option_string_actions), f"{each.prog}: add_parser must call common.add_common(parser)"
 
 
 @pytest.mark.parametrize("command", ["eval", "train", "calibrate", "caption", "generate", "compare"])

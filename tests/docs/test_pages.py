@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dyrate_kernels as dk
-from dyrate_kernels.cli.main import main
+from dyrate_kernels.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "CONTRIBUTING.md"])
@@ -49,32 +49,58 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{named(page)} links to {target}, which does not exist"
 
 
+def page_of(folder: str, name: str) -> tuple[Path, str]:
+    """The page of a method or reducer and what it says; the index must link it."""
+    page = ROOT / "docs" / folder / f"{name}.md"
+    assert page.exists(), f"write {named(page)}, as the pages beside it: what {name} does, its options, cost, quality and traps"
+    index = page.parent / "README.md"
+    assert f"({name}.md)" in index.read_text(encoding="utf-8"), f"{named(index)} must link {name}.md: give its table a row for {name}"
+    return page, page.read_text(encoding="utf-8")
+
+
+def said_of(page: Path, text: str) -> None:
+    """A page shows how a method is used, and has the headings that all have."""
+    assert blocks(page, "python"), f"{named(page)} must show how {page.stem} is used: a Python block"
+    for heading in ("What it does", "When to use it", "Cost", "Quality on `shapes`", "Traps"):
+        assert f"**{heading}" in text, f"{named(page)} must have a paragraph that begins with **{heading}"
+
+
 @pytest.mark.parametrize("name", dk.policies.names())
 def test_every_method_has_a_page_that_names_its_options(name):
-    page = ROOT / "docs" / "methods" / f"{name}.md"
-    text = page.read_text(encoding="utf-8")
-    assert f"({name}.md)" in (page.parent / "README.md").read_text(encoding="utf-8"), "the index does not link it"
+    page, text = page_of("methods", name)
     defaults = {field.name: field for field in dataclasses.fields(type(dk.policies.get(name)))}
     for option in dk.policies.options(name):
         field = defaults[option]
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         assert f"| `{option}` | `{default!r}` |" in text, f"{named(page)} must say what {option} is, and that its default is {default!r}"
-    assert blocks(page, "python"), "a page shows how the method is used"
-    for heading in ("What it does", "When to use it", "Cost", "Quality on `shapes`", "Traps"):
-        assert f"**{heading}" in text
+    said_of(page, text)
 
 
 @pytest.mark.parametrize("name", dk.vision.names())
 def test_every_reducer_has_a_page_that_names_its_options(name):
-    page = ROOT / "docs" / "vision" / f"{name}.md"
-    text = page.read_text(encoding="utf-8")
-    assert f"({name}.md)" in (page.parent / "README.md").read_text(encoding="utf-8"), "the index does not link it"
+    page, text = page_of("vision", name)
     for field in dataclasses.fields(dk.vision.get(name)):
         line = f"| `{field.name}` | `{field.default!r}` |"
         assert line in text, f"{named(page)} must say what {field.name} is, and that its default is {field.default!r}"
-    assert blocks(page, "python"), "a page shows how the reducer is used"
-    for heading in ("What it does", "When to use it", "Cost", "Quality on `shapes`", "Traps"):
-        assert f"**{heading}" in text
+    said_of(page, text)
+
+
+def test_the_readme_names_every_method_reducer_and_command():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = {name for line in text.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert set(dk.policies.names()) <= rows, "README.md, Methods: its table must have a row for each policy"
+    reducers = next(paragraph for paragraph in text.split("\n\n") if paragraph.startswith("**Before the language model**"))
+    missing = [name for name in dk.vision.names() if f"`{name}`" not in reducers]
+    assert not missing, f"README.md, 'Before the language model' must name every reducer, and lacks {missing}"
+    missing = [name for name in COMMANDS if f"dyrate {name}" not in text]
+    assert not missing, f"README.md must show every command, and shows none of {missing}"
+
+
+@pytest.mark.parametrize("package", [dk.policies, dk.vision], ids=["policies", "vision"])
+def test_every_registered_class_is_public(package):
+    classes = {type(package.get(name)).__name__ for name in package.names()}
+    missing = classes - set(package.__all__)
+    assert not missing, f"{package.__name__}.__all__ must name what _CLASSES registers, and lacks {sorted(missing)}"
 
 
 def long_answers(table):

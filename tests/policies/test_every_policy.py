@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from dyrate_kernels import ops, policies
 from dyrate_kernels.policies.base import Policy, View
+from tests.checks import METHODS
 from tests.policies.kit import SHAPE, make, random_view, select, started
 
+METHODS_PAGE = Path(__file__).resolve().parents[2] / "docs/methods/README.md"
 every = pytest.mark.parametrize("name", policies.names())
 
 
@@ -38,13 +42,19 @@ def test_registry_lists_the_published_methods():
     }
 
 
-ONCE = ("fastv", "vtw", "depth", "pyramiddrop", "sparsevlm", "aim")  # at prefill
+def when_its_page_says(name):
+    """The second column of the table in docs/methods/README.md."""
+    rows = re.findall(rf"^\| \[{name}\]\({name}\.md\) \| ([^|]+) \|", METHODS_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) == 1, f"docs/methods/README.md must have one row `| [{name}]({name}.md) | when it decides | source |`, got {len(rows)}"
+    return rows[0]
 
 
 @every
 def test_when_it_decides(name):
     policy = make(name)
-    assert (policy.at_prefill, policy.at_decode) == (name != "none", name != "none" and name not in ONCE)
+    said = when_its_page_says(name)
+    when = "never" if not policy.at_prefill else "every step" if policy.at_decode else "once, at the prompt"
+    assert said.startswith(when), f"docs/methods/README.md says {said!r} of {name}, whose at_prefill and at_decode say {when!r}"
     assert policy.decides == (name != "none") and policy.name == name
     assert policy.query_rows == {"sparsevlm": "raters", "aim": "pagerank"}.get(name, "last")
 
@@ -262,6 +272,14 @@ def test_the_bound_of_a_kept_list_is_what_keep_count_gives(name):
         for rate in (0.0, 0.1, 0.2, 0.3, 0.7, 1 / 3, 0.875, 1.0):
             count = ops.keep_count(torch.tensor([n], dtype=torch.int32), torch.tensor([rate], dtype=torch.float64)).item()
             assert policies.get(name, rate=rate).kept_bound(n) == max(count, min(n, 1))
+
+
+def test_every_method_is_known_to_the_oracle():
+    """But those that draw numbers of their own, and those that wrap another policy by its logits (tests/recycling.py)."""
+    known = {rule.name for rule in METHODS.values()}
+    missing = set(policies.names()) - known - {"random", "recycle", "klguard"}
+    assert not missing, f"METHODS of tests/checks.py must hold a rule for {sorted(missing)}, which tests/oracle.py works out once more"
+    assert known <= set(policies.names())
 
 
 def test_unknown_names_and_options():

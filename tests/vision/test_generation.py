@@ -41,6 +41,11 @@ REDUCERS = {
 MERGES_IN_TOWER = ("visionzip", "prumerge", "tome")
 
 
+def test_every_reducer_is_compared_with_an_independent_one():
+    missing = set(dk.vision.names()) - set(REDUCERS) - {"random"}  # which draws numbers of its own
+    assert not missing, f"REDUCERS here must hold options for {sorted(missing)}, which tests/vision/independent.py works out once more"
+
+
 def by_hand(model, fields, rows, length=8, **options):
     """The unpatched model on these visual tokens."""
     embeds, mask = independent.embedded(model, fields, rows)

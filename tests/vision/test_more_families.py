@@ -33,6 +33,12 @@ IN_TOWER = {
 LENGTH = 7
 
 
+def test_every_reducer_that_asks_nothing_of_the_tower_is_run_in_every_family():
+    reducers = [dk.vision.get(name) for name in dk.vision.names()]
+    wanted = {reducer.name for reducer in reducers if not reducer.reads_tower and not reducer.videos_only} - {"random"}
+    assert set(ANYWHERE) == wanted, f"ANYWHERE here must hold options for {sorted(wanted)}: they need nothing of the tower"
+
+
 # ---- by hand -----------------------------------------------------------------------------------------------------------------------------
 
 

@@ -407,12 +407,11 @@ def test_a_chain_hands_on_what_is_left(make_model):
 
 
 def test_registry():
-    assert vision.names() == [
-        "hired", "aim", "tome", "visionzip", "fastervlm", "prumerge", "divprune", "temporal", "downsample", "random", "uniform",
-    ]  # fmt: skip
+    assert len(set(vision.names())) == len(vision.names()) >= 11
     for name in vision.names():
         reducer = vision.get(name)
-        assert reducer.name == name and reducer.drops and "keep" in vision.options(name)
+        assert reducer.name == name and reducer.drops
+        assert "keep" in vision.options(name), f"{name} must have an option keep: `dyrate eval --cost` sets it, and 1 reduces nothing"
         assert not vision.get(name, keep=1).drops or name == "temporal"
 
 
@@ -453,7 +452,8 @@ def test_chains():
         (["aim", vision.Downsample()], ValueError, "'downsample' needs every patch"),
         ("tome+hired", ValueError, "'hired' reads the tower's attention, which 'tome'"),
         ("aim:keep", ValueError, "options are NAME=VALUE, got 'keep'"),
-        ("aim+", ValueError, "a reducer is missing beside a '\\+' in 'aim\\+'"), ("", ValueError, "reducer must be one of"),
+        ("aim+", ValueError, "a reducer is missing beside a '\\+' in 'aim\\+'"),
+        ("", ValueError, "reducer must be one of"),
         (3, TypeError, "vision must be a name"),
         ([3], TypeError, "vision must hold names"),
     ]:
