@@ -32,9 +32,9 @@ WORK = (  # name, shape, B, visual tokens, text tokens, new tokens; the quickest
     ("Qwen2.5-VL-7B", "qwen2.5-vl-7b", 32, 4096, 64, 24),
 )
 TOY = (
-    ("LLaVA-1.5-7B, toy", "toy", 1, 4, 4, 7),
-    ("LLaVA-NeXT-7B, toy", "toy", 2, 20, 6, 7),
-    ("Qwen2.5-VL-7B, toy", "toy-qwen", 2, 12, 6, 7),
+    ("LLaVA-1.5-7B, toy", "toy", 1, 4, 4, 5),
+    ("LLaVA-NeXT-7B, toy", "toy", 2, 20, 6, 5),
+    ("Qwen2.5-VL-7B, toy", "toy-qwen", 1, 12, 6, 5),
 )
 K = 3
 KEPT = 0.125

@@ -32,7 +32,7 @@ from dyrate_kernels.generation.layout import Blocks, look, restrict, rows_of, vi
 from dyrate_kernels.generation.passes import DecodePass, MultiTokenPass
 from dyrate_kernels.generation.ranking import Ranker
 from dyrate_kernels.generation.record import Record, Snapshot
-from dyrate_kernels.generation.scoring import Scoring
+from dyrate_kernels.generation.score_layer import Scoring
 from dyrate_kernels.generation.turn import EarlyChunk, Reduction, Turn
 from dyrate_kernels.policies.base import ModelShape, Policy
 
