@@ -390,6 +390,18 @@ def check_fraction(name: str, value: Any, meaning: str) -> None:
         raise ValueError(f"{name} must be in [0, 1] ({meaning}), got {value!r}")
 
 
+def check_count(name: str, value: Any, meaning: str) -> None:
+    """``value`` must be an integer of at least 1.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer ({meaning}), got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1 ({meaning}), got {value!r}")
+
+
 def check_positive(name: str, value: Any, meaning: str) -> None:
     """``value`` must be a number of at least 0.
 

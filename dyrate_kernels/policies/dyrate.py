@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,17 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dyrate_kernels import ops
-from dyrate_kernels.policies.base import IMAGE, Decision, ModelShape, Policy, View, bound_for_rate, check_fraction, check_k_range
+from dyrate_kernels.policies.base import (
+    IMAGE,
+    Decision,
+    ModelShape,
+    Policy,
+    View,
+    bound_for_rate,
+    check_count,
+    check_fraction,
+    check_k_range,
+)
 from dyrate_kernels.policies.uniform import able_tokens
 from dyrate_kernels.predictor import ClosedForm, DyRatePredictor, check_rates, named_rates, predictor_beside
 from dyrate_kernels.spacing import evenly_spaced
@@ -57,10 +66,7 @@ class DyRate(Policy):
     def __post_init__(self) -> None:
         if self.k is not None:
             super().__post_init__()
-        if isinstance(self.num_rates, bool) or not isinstance(self.num_rates, Integral):
-            raise TypeError(f"num_rates must be an integer, got {self.num_rates!r}")
-        if self.num_rates < 1:
-            raise ValueError(f"num_rates must be at least 1, got {self.num_rates}")
+        check_count("num_rates", self.num_rates, "how many rates there are to choose from")
         if isinstance(self.rates, str):
             named_rates(self.rates, self.num_rates)
         else:

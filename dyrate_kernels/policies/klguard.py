@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from dyrate_kernels.policies.base import check_fraction, check_positive
+from dyrate_kernels.policies.base import check_count, check_fraction, check_positive
 from dyrate_kernels.policies.wrapper import Wrapper
 
 
@@ -42,10 +41,7 @@ class KLGuard(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.every, bool) or not isinstance(self.every, Integral):
-            raise TypeError(f"every must be an integer, got {self.every!r}")
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+        check_count("every", self.every, "decode steps from one check to the next")
         check_positive("limit", self.limit, "nats above which the rate is lowered")
         check_fraction("back", self.back, "the share of the dropped tokens that a failed check brings back")
         check_fraction("regain", self.regain, "the share of the relief that a passed check takes back")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dyrate_kernels import ops
-from dyrate_kernels.policies.base import IMAGE, Decision, ModelShape, Policy, View, bound_for_rate, check_fraction
+from dyrate_kernels.policies.base import IMAGE, Decision, ModelShape, Policy, View, bound_for_rate, check_count, check_fraction
 from dyrate_kernels.predictor import ClosedForm, check_rates, named_rates
 
 
@@ -41,12 +40,8 @@ class LayerWise(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("groups", "num_rates"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count("groups", self.groups, "groups of layers, each with a kept set of its own")
+        check_count("num_rates", self.num_rates, "how many rates there are to choose from")
         if isinstance(self.rates, str):
             named_rates(self.rates, self.num_rates)
         else:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import ClassVar
 
 import torch
 from typing_extensions import Self
 
 from dyrate_kernels import ops
-from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View, bound_for_rate, check_fraction, check_k, check_k_range
+from dyrate_kernels.policies.base import (
+    Decision,
+    ModelShape,
+    Policy,
+    View,
+    bound_for_rate,
+    check_count,
+    check_fraction,
+    check_k,
+    check_k_range,
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,7 @@ class PyramidDrop(Policy):
         if self.k is not None:
             check_k(self.k)
         check_fraction("keep", self.keep, "the share of its visual tokens that a stage hands on")
-        if isinstance(self.stages, bool) or not isinstance(self.stages, Integral):
-            raise TypeError(f"stages must be an integer, got {self.stages!r}")
-        if self.stages < 1:
-            raise ValueError(f"stages must be at least 1, got {self.stages}")
+        check_count("stages", self.stages, "groups of layers, each with fewer tokens than the one before")
 
     def bind(self, shape: ModelShape) -> Self:
         first = self._first(shape.num_layers)

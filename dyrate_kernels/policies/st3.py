@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from numbers import Integral
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from dyrate_kernels import ops
-from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View, bound_for_rate, check_fraction, check_rate
+from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View, bound_for_rate, check_count, check_fraction, check_rate
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class ST3(Policy):
         check_rate(self.rate)
         check_fraction("growth", self.growth, "the fraction removed in addition at the last layer")
         check_fraction("least", self.least, "what is left after horizon steps")
-        for name in ("horizon", "stages"):
-            _check_count(name, getattr(self, name))
+        check_count("horizon", self.horizon, "steps until least is reached")
+        check_count("stages", self.stages, "groups of layers that share one kept set")
 
     def bind(self, shape: ModelShape) -> Self:
         super().bind(shape)
@@ -89,10 +88,3 @@ class ST3(Policy):
         count = ops.keep_count(view.n_visual.repeat(retained.shape[1]), (1.0 - retained).t().flatten())
         rate = ((1.0 - retained) * view.state["sizes"]).sum(1).clamp(0.0, 1.0)
         return Decision(rate, count.view(retained.shape[1], -1))
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -88,7 +88,8 @@ def test_every_reducer_has_a_page_that_names_its_options(name):
 def test_the_readme_names_every_method_reducer_and_command():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = {name for line in text.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
-    assert set(dk.policies.names()) <= rows, "README.md, Methods: its table must have a row for each policy"
+    missing = [name for name in dk.policies.names() if name not in rows]
+    assert not missing, f"README.md, Methods: the table must have a row for every policy, and lacks {missing}"
     reducers = next(paragraph for paragraph in text.split("\n\n") if paragraph.startswith("**Before the language model**"))
     missing = [name for name in dk.vision.names() if f"`{name}`" not in reducers]
     assert not missing, f"README.md, 'Before the language model' must name every reducer, and lacks {missing}"
