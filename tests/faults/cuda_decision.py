@@ -71,5 +71,5 @@ OPERATORS = (*["select_tokens"] * 3, *["predict_rate"] * 2, "decode_step", "deco
 
 FAMILY = Family(
     "emulated", OPERATORS, 400,
-    ("tests/emulated/cases_decision.py",), FAULTS, ("decision.cu",),
+    ("tests/ops/test_decision.py",), FAULTS, ("decision.cu",),
 )  # fmt: skip

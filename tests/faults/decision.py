@@ -71,5 +71,5 @@ FAULTS = (
 OPERATORS = (*["select_tokens"] * 5, *["predict_rate"] * 3, *["decode_step"] * 2, "paged_step")
 
 FAMILY = Family(
-    "interpreter", OPERATORS, 400, ("tests/interpreter/cases_decision.py",), FAULTS
+    "interpreter", OPERATORS, 400, ("tests/ops/test_decision.py",), FAULTS
 )  # fmt: skip

@@ -13,7 +13,10 @@ takes the place of the compiled one:
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,7 +27,7 @@ from dyrate_kernels import ops
 from tests.gpu import kit
 from tests.ops.compare import same, tensors_in
 
-FILES = ("tests/ops/test_rows.py",)  # those whose tests take the fixture ``backend``
+FILES = ("tests/ops/test_decision.py", "tests/ops/test_rows.py")  # those whose tests take the fixture ``backend``
 
 VARIANT = os.environ.get("DYRATE_EMULATED")
 INTERPRETED = VARIANT is None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,9 +58,20 @@ class Backend:
     """A backend, and how an operator is run on it. Tests make their tensors on the CPU and find results and changes there."""
 
     on_gpu = False
+    decisions: tuple[str, ...] = ("same_launch",)  # where a step's decision may be made
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    @contextlib.contextmanager
+    def cut(self, most: int, min_rows: int = 16) -> Iterator[None]:
+        """Cuts the attention inside into ``most`` splits at most of ``min_rows`` rows at least, where a test can say so."""
+        yield
+
+    @contextlib.contextmanager
+    def decided(self, where: str) -> Iterator[None]:
+        """Lets a step inside decide as one of ``decisions`` says."""
+        yield
 
     def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
         """``ops.<operator>``: in-place operators and ``new_key`` change their arguments, nothing else does."""
@@ -79,15 +93,36 @@ class Reference(Backend):
 class Interpreter(Backend):
     """The Triton kernels in the interpreter: twice, with poisoned memory and small launches; see ``tests/interpreter/harness.py``."""
 
+    decisions = ("same_launch", "second_launch", "two_launches")
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._decision = "same_launch"
+
+    @contextlib.contextmanager
+    def decided(self, where: str) -> Iterator[None]:
+        self._decision = where
+        try:
+            yield
+        finally:
+            self._decision = "same_launch"
+
     def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
         from tests.interpreter import harness
 
-        with harness.settings():
+        with harness.settings(dataclasses.replace(harness.SMALL, decision=self._decision)):
             return harness.run(operator, *args, **kwargs)
 
 
 class Emulated(Backend):
     """The CUDA C++ kernels on the CPU: several orders of threads, guarded and poisoned memory; see ``tests/emulated/harness.py``."""
+
+    @contextlib.contextmanager
+    def cut(self, most: int, min_rows: int = 16) -> Iterator[None]:
+        from tests.emulated import harness
+
+        with harness.splits(most, min_rows):
+            yield
 
     def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
         from tests.emulated import harness
