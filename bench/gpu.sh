@@ -134,7 +134,7 @@ part environment environment.log $([ -n "$toy" ] && echo 60 || of 30) "$python" 
 ran='"$@" | tee "$work/tests"; status=${PIPESTATUS[0]}; grep -q " passed" "$work/tests" || { echo "no test ran"; exit 1; }; exit $status'
 pytest=("$python" -m pytest tests/gpu tests/ops tests/patching/graph -m gpu -q -p no:cacheprovider --maxfail=40)
 if [ -n "$toy" ]; then
-  part tests tests.log 600 bash -c "$ran" _ "${pytest[@]}" -k "test_shapes or test_select_tokens or test_compact or test_reorder or test_captured or test_llava_7b"
+  part tests tests.log 600 bash -c "$ran" _ "${pytest[@]}" -k "test_shapes or test_select_tokens_of_rows or test_compact or test_reorder or test_captured or test_llava_7b"
 else
   if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n "$(nproc | awk '{ print ($1 < 12) ? $1 : 12 }')"); fi
   # meanwhile the kernels of the benchmarks are built: compiling them is most of that part's time
