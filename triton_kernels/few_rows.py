@@ -21,7 +21,7 @@ from torch import Tensor
 from dyrate_kernels.ops import workspace
 from dyrate_kernels.ops.forms import stream_of
 from dyrate_kernels.ops.layer_settings import Tile
-from dyrate_kernels.ops.layers import ACTIVATIONS
+from dyrate_kernels.ops.layers import activation_number
 
 from .attention import _finished
 from .dependent import fetch_ahead, follow
@@ -181,7 +181,7 @@ def few_rows(
     lines = max(triton.next_power_of_2(block_k * stages * x.element_size() // 128), 1)
     rest = (
         rows, size, *counts, *zeros, *(weight.stride(0) for weight in weights), *zeros, *(blocks + zeros)[:2],
-        biases[0] is not None, 1 if gated else len(weights), gated, ACTIVATIONS.index(activation) if activation else 0,
+        biases[0] is not None, 1 if gated else len(weights), gated, activation_number(activation) if activation else 0,
         size % block_k == 0, splits, block_m, block_n, block_k, stages, lines,
     )  # fmt: skip
     part = counters = None

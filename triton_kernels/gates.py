@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyrate_kernels.ops.layers import ACTIVATIONS
+from dyrate_kernels.ops.layers import ACTIVATIONS, activation_number
 
 from .dependent import follow
 from .launch import start
@@ -49,6 +49,6 @@ def gate_mul(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     output = torch.empty_like(gate)
     count, block = gate.numel(), 1024
     if count:
-        rest = (count, ACTIVATIONS.index(activation), block)
+        rest = (count, activation_number(activation), block)
         start(gate_mul_kernel, gate.device, (triton.cdiv(count, block), 1, 1), rest, 4, (gate, up, output), gate.dtype)
     return output

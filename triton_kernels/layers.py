@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from dyrate_kernels.ops import layers as reference
 from dyrate_kernels.ops.layer_settings import settings
 
 from . import products
@@ -23,8 +25,15 @@ from .rotary import rotate
 __all__ = ["gate_mul", "gated", "linears", "norm_gated", "norm_linears", "residual_norm", "rms_norm", "rotate"]
 
 
+def _for_reference(x: Tensor) -> bool:
+    """No kernel multiplies in float64, and a row that is not there cannot be read."""
+    return x.dtype == torch.float64 or not x.numel()
+
+
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """See ``dyrate_kernels.ops.layers.linears``: x has at most ``MOST_ROWS`` rows, and at most three weights share the launch."""
+    if _for_reference(x):
+        return reference.linears(x, weights, biases)
     size = x.shape[-1]
     rows = x.numel() // size
     if rows == 1:
@@ -35,6 +44,8 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
 
 def gated(x: Tensor, gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """See ``dyrate_kernels.ops.layers.gated``: x has at most ``MOST_ROWS`` rows."""
+    if _for_reference(x):
+        return reference.gated(x, gate, up, activation)
     count, size = gate.shape
     rows = x.numel() // size
     if rows == 1:
@@ -47,6 +58,8 @@ def norm_linears(
     one_plus: bool = False, total: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """See ``dyrate_kernels.ops.layers.norm_linears``: x is one row."""
+    if _for_reference(x):
+        return reference.norm_linears(x, residual, norm, eps, weights, biases, one_plus, total)
     return products.linears(x, weights, biases, products.Norm(residual, norm, eps, one_plus, total))
 
 
@@ -55,4 +68,6 @@ def norm_gated(
     one_plus: bool = False, total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``dyrate_kernels.ops.layers.norm_gated``: x is one row."""
+    if _for_reference(x):
+        return reference.norm_gated(x, residual, norm, eps, gate, up, activation, one_plus, total)
     return products.gated(x, gate, up, activation, products.Norm(residual, norm, eps, one_plus, total))

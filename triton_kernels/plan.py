@@ -98,7 +98,7 @@ class Settings:
 
 
 KINDS = ("plain", "list", "score")  # all rows; the rows of a kept list; with importance
-_PROBLEM = re.compile(rf"g[1n]-d\d+-b[24]-({'|'.join(KINDS)})")
+_PROBLEM = re.compile(rf"g[1n]-d(\d+)-b[24]-({'|'.join(KINDS)})")
 
 
 def problem(group: int, dim: int, itemsize: int, kind: str) -> str:
@@ -111,8 +111,10 @@ def _measured(device_name: str) -> dict[str, Settings]:
     content = devices.measured(device_name).get("settings", {})
     with devices.named(device_name):
         for name in content:
-            if _PROBLEM.fullmatch(name) is None:
-                raise ValueError(f"settings: expected names like 'g1-d128-b2-score' (kinds: {', '.join(KINDS)}), got {name!r}")
+            found = _PROBLEM.fullmatch(name)
+            if found is None or int(found[1]) < 16 or int(found[1]) & (int(found[1]) - 1):
+                known = f"(kinds: {', '.join(KINDS)}; head dims: powers of two from 16 on)"
+                raise ValueError(f"settings: expected names like 'g1-d128-b2-score' {known}, got {name!r}")
         return {name: devices.build(f"settings: {name}", Settings, entry) for name, entry in content.items()}
 
 

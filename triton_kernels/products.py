@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyrate_kernels.ops.layers import ACTIVATIONS
+from dyrate_kernels.ops.layers import activation_number
 
 from .dependent import fetch_ahead, follow
 from .gates import apply_gate
@@ -218,7 +218,7 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, activation: str, norm: Norm | Non
     before, eps, flags, total = _before(x, norm)
     output = torch.empty(*x.shape[:-1], count, dtype=x.dtype, device=x.device)
     rest = (
-        size, count, gate.stride(0), up.stride(0), eps, ACTIVATIONS.index(activation), *flags, GATED.rows, columns, GATED.stages, lines,
+        size, count, gate.stride(0), up.stride(0), eps, activation_number(activation), *flags, GATED.rows, columns, GATED.stages, lines,
     )  # fmt: skip
     grid = (triton.cdiv(count, GATED.rows), 1, 1)
     start(gated_kernel, x.device, grid, rest, GATED.warps, (*before, gate, up, output), x.dtype)

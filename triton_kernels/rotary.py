@@ -106,7 +106,7 @@ def rotate(
         torch.empty(batch, columns, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2),
         torch.empty(batch, columns, kv_heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2),
     )
-    if query.numel() == 0:
+    if query.numel() == key.numel() == 0:
         return rotated
     query, key, cos, sin = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, cos, sin))
     block = max(triton.next_power_of_2(dim // 2), 16)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _Made = TypeVar("_Made", bound="DataclassInstance")
 _KINDS = {"settings": dict, "cuda": dict, "backend": dict, "layers": dict, "dependent_launch": bool}
+_BACKENDS = ("triton", "cuda", "reference")
 
 FOLDER = Path(__file__).parent
 
@@ -42,7 +43,8 @@ def named(device_name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{FOLDER / file_name(device_name)}: {error}") from None
+        path = f"{FOLDER / file_name(device_name)}: "
+        raise ValueError(f"{path}{str(error).removeprefix(path)}") from None
 
 
 @functools.cache
@@ -59,6 +61,9 @@ def measured(device_name: str) -> dict[str, Any]:
             if name in content and not isinstance(content[name], kind):
                 expected = "an object" if kind is dict else "true or false"
                 raise ValueError(f"{name}: expected {expected}, got {content[name]!r}")
+        for operator, name in content.get("backend", {}).items():
+            if name not in _BACKENDS:
+                raise ValueError(f"backend: {operator}: expected one of {', '.join(_BACKENDS)}; got {name!r}")
     return content
 
 

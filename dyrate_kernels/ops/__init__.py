@@ -233,7 +233,7 @@ def keep_count(n_visual: Tensor, rate: Tensor) -> Tensor:
     Returns:
         int32 ``[B]``.
     """
-    checks.int32("n_visual", n_visual, ("B",), n_visual.device)
+    checks.tensor("n_visual", n_visual, ("B",), (torch.int32,), getattr(n_visual, "device", None))
     checks.floating("rate", rate, (n_visual.shape[0],), n_visual.device)
     return reference.keep_count(n_visual, rate)
 
@@ -283,6 +283,7 @@ def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor,
     for number, tensor in enumerate(rows):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"rows[{number}]: expected a tensor, got {type(tensor).__name__}")
+        checks.dense(f"rows[{number}]", tensor)
         if tensor.dim() not in (2, 4) or tensor.shape[0] != batch:
             raise ValueError(f"rows[{number}]: expected shape [{batch}, H, C, D] or [{batch}, C], got {list(tensor.shape)}")
         if tensor.device != kept.device:
@@ -304,6 +305,7 @@ def reorder_(rows: list[Tensor], index: Tensor, *, backend: str = "auto") -> Non
     for number, tensor in enumerate(rows):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"rows[{number}]: expected a tensor, got {type(tensor).__name__}")
+        checks.dense(f"rows[{number}]", tensor)
         if tensor.dim() < 1 or tensor.shape[0] != index.shape[0]:
             raise ValueError(f"rows[{number}]: expected shape [{index.shape[0]}, ...], got {list(tensor.shape)}")
         if tensor.device != index.device:

@@ -26,9 +26,16 @@ def tensor(
         raise TypeError(
             f"{name}: expected {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {value.dtype}; convert it first"
         )
+    dense(name, value)
     if value.device != device:
         raise ValueError(f"{name}: expected it on {device}, where the first argument is, got {value.device}; move it there")
     return value
+
+
+def dense(name: str, value: Tensor) -> None:
+    """A tensor with an address and strides."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}; call to_dense() first")
 
 
 def whole(name: str, value: object) -> None:
@@ -51,8 +58,17 @@ def int32(name: str, value: object, shape: tuple[int | str | None, ...], device:
 
 def scale(value: float | None, query: object, unit: str = "B") -> float:
     """Checks the query; returns the factor of the logits, ``D ** -0.5`` for None."""
-    dim = floating("query", query, (unit, "Hq", "D")).shape[-1]
-    return dim**-0.5 if value is None else float(value)
+    _, heads, dim = floating("query", query, (unit, "Hq", "D")).shape
+    if heads == 0 or dim == 0:
+        raise ValueError(f"query: expected at least one head of at least one element, got {heads} of {dim}")
+    if value is None:
+        return dim**-0.5
+    try:
+        if not isinstance(value, Tensor):  # which would be read on the host
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise TypeError(f"scale: expected a number or None, which is D ** -0.5, got {value!r}")
 
 
 def rows(given: Rows) -> None:
@@ -86,13 +102,18 @@ def _window(given: Rows) -> None:
     size, position, query_position, key = given.window, given.position, given.query_position, given.key
     if size is None:
         return
-    whole("window", size)
+    _window_size(size)
     if position is None or query_position is None:
         raise ValueError("window: expected position and query_position beside it, got none; pass both, or window=None")
-    if size < 1:
-        raise ValueError(f"window: expected at least 1, got {size}")
     int32("position", position, (key.shape[0], key.shape[2]), key.device)
     int32("query_position", query_position, (key.shape[0],), key.device)
+
+
+def _window_size(size: int) -> None:
+    """Positions are int32, and a comparison with what no int32 holds wraps around."""
+    whole("window", size)
+    if not 1 <= size < 2**31:
+        raise ValueError(f"window: expected 1 .. {2**31 - 1}, as positions are int32, got {size}; None is no window")
 
 
 def _kept(given: Rows | PagedRows, units: int, width: str) -> None:
@@ -149,9 +170,7 @@ def paged(given: PagedRows, mass: bool, importance: bool) -> int:
             f"sequence: expected int32 [{rows}], the line of block_table of each query row, as block_table has {sequences} lines, got None"
         )
     if given.window is not None:
-        whole("window", given.window)
-        if given.window < 1:
-            raise ValueError(f"window: expected at least 1, got {given.window}")
+        _window_size(given.window)
     bound("row_bound", given.row_bound)
     _kept(given, rows, "W")
     if given.kept is None and not (mass or importance):
@@ -176,7 +195,7 @@ def bound(name: str, value: int | None) -> None:
     if value is None:
         return
     whole(name, value)
-    if value < 0:
+    if not 0 <= value < 2**63:
         raise ValueError(f"{name}: expected a number of rows >= 0 or None, got {value}")
 
 

@@ -52,7 +52,7 @@ def _ordinary(value: Any) -> bool:
 
 def _harmless(value: Any) -> bool:
     """A bound or ``clean`` that needs no check."""
-    return value is None or value is True or value is False or (value.__class__ is int and value >= 0)
+    return value is None or value is True or value is False or (value.__class__ is int and 0 <= value < 2**63)
 
 
 def _short(name: str, bundle: Bundle | None, scaled: bool, args: tuple, named: dict[str, Any], result: type) -> Callable[..., Any]:

@@ -21,6 +21,13 @@ MOST_ROWS = 64  # of a product that a backend fuses
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
+def activation_number(activation: str) -> int:
+    """Returns its place in ``ACTIVATIONS``."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    return ACTIVATIONS.index(activation)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool = False) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
 
@@ -62,6 +69,7 @@ def gate_mul(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
 
     activation: of ``ACTIVATIONS``.
     """
+    activation_number(activation)
     if activation == "silu":
         return torch.nn.functional.silu(gate) * up
     return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up

@@ -283,6 +283,7 @@ def gather(paged: PagedRows, mass: bool, statistics: bool) -> tuple[Rows, Tensor
     device, rows = key.device, n_rows.shape[0]
     size = key.shape[1]
     capacity = paged.block_table.shape[1] * size
+    table = paged.block_table if capacity else paged.block_table.new_zeros(paged.block_table.shape[0], 1)
     text_capacity = capacity if paged.row_bound is None else min(paged.row_bound, capacity)
     owner = torch.arange(rows, device=device) if paged.sequence is None else paged.sequence.long()
     text = torch.arange(text_capacity, dtype=torch.int32, device=device).expand(rows, -1)
@@ -306,7 +307,7 @@ def gather(paged: PagedRows, mass: bool, statistics: bool) -> tuple[Rows, Tensor
     live = torch.cat([torch.arange(visual.shape[1], device=device) < n_read[:, None], text < n_text[:, None]], 1)
     position = torch.where(live, torch.cat([visual, text_places], 1), 0)
     # a place that is not read may point anywhere: block 0 is there
-    block = torch.where(live, paged.block_table.index_select(0, owner).gather(1, (position // size).long()), 0).long()
+    block = torch.where(live, table.index_select(0, owner).gather(1, (position // size).long()), 0).long()
     row = (position % size).long()
     return Rows(
         paged.query, key[block, row].transpose(1, 2), paged.value[block, row].transpose(1, 2), n_read, n_text, visual.shape[1], paged.scale,

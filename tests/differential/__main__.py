@@ -26,6 +26,8 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the number of the first call")
     parser.add_argument("--stop", action="store_true", help="at the first miss")
     given = parser.parse_args()
+    if given.calls < 1:
+        parser.error(f"--calls: expected at least 1, got {given.calls}")
     if given.backend == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"
     import torch

@@ -71,6 +71,9 @@ def test_a_right_file_is_read(file):
         ({"cuda": {"stage": 3}}, "cuda: unknown stage; known: bulk, stages, tensor_cores"),
         ({"cuda": {"stages": 5}}, "cuda: stages: expected a whole number from 0 to 4, got 5"),
         ({"backend": "triton"}, "backend: expected an object, got 'triton'"),
+        ({"backend": {"reorder_": "cudda"}}, "backend: reorder_: expected one of triton, cuda, reference; got 'cudda'"),
+        ({"backend": {"reorder_": ["cuda"]}}, r"backend: reorder_: expected one of triton, cuda, reference; got \['cuda'\]"),
+        ({"settings": {"g1-d80-b2-list": {}}}, "head dims: powers of two from 16 on.*got 'g1-d80-b2-list'"),
         ({"dependent_launch": "true"}, "dependent_launch: expected true or false, got 'true'"),
         ({"layers": {"residual_norm": "yes"}}, "layers: residual_norm: expected true or false, got 'yes'"),
         ({"layers": {"products": []}}, r"layers: products: expected an object, got \[\]"),
@@ -87,5 +90,7 @@ def test_a_right_file_is_read(file):
 )
 def test_a_wrong_file_is_named_with_the_entry(file, content, why):
     file(content)
-    with pytest.raises(ValueError, match=f"{re.escape(str(devices.FOLDER / 'ACME.json'))}: .*{why}"):
+    path = str(devices.FOLDER / "ACME.json")
+    with pytest.raises(ValueError, match=f"{re.escape(path)}: .*{why}") as error:
         read()
+    assert str(error.value).count(path) == 1

@@ -181,7 +181,7 @@ def test_auto_on_cuda_takes_the_first_that_can_run_and_warns_when_none_is_fast(m
 
 
 def test_auto_takes_the_backend_that_was_measured_to_be_faster(tmp_path, monkeypatch):
-    (tmp_path / devices.file_name("ACME GPU")).write_text('{"backend": {"compact_": "cuda", "decode_step": "triton", "reorder_": "gone"}}')
+    (tmp_path / devices.file_name("ACME GPU")).write_text('{"backend": {"compact_": "cuda", "decode_step": "triton"}}')
     monkeypatch.setattr(devices, "FOLDER", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "ACME GPU")
     able = {"triton", "cuda", "reference"}
