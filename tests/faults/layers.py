@@ -13,7 +13,7 @@ FAULTS = (
     Fault(GATES, "x * 0.7071067811865476", "x * 1.4142135623730951"),
     Fault(GATES, "_activate(gate, ACTIVATION).to(kind).to(tl.float32) * up", "_activate(up, ACTIVATION).to(kind).to(tl.float32) * gate"),
     Fault(GATES, "inside = place < count", "inside = place < count - 1"),
-    Fault(GATES, "ACTIVATIONS.index(activation), block)", "0, block)"),
+    Fault(GATES, "activation_number(activation), block)", "0, block)"),
     Fault(GATES, "gate, up = gate.contiguous(), up.contiguous()", "gate, up = gate.contiguous(), up"),
     # norms
     Fault(NORMS, "tl.sum(x * x, 0) / size + eps)", "tl.sum(x * x, 0) / size)"),
