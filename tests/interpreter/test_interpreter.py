@@ -14,7 +14,7 @@ from tests.ops import backends
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FILES = [*sorted(HERE.glob("cases_*.py")), *(ROOT / name for name in backends.FILES)]
+FILES = sorted([*HERE.glob("cases_*.py"), *(ROOT / name for name in backends.FILES)], key=lambda file: file.stem.partition("_")[2])
 PROCESSES = 4  # each starts for longer than most cases run; two workers share them more evenly than two
 
 
