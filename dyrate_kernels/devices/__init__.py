@@ -7,8 +7,8 @@
     layers      which products and fusions of decoder layers are used (``ops/layer_settings.py`` reads it)
     dependent_launch    true: a kernel gets on its way while the one before it still runs (``triton_kernels/dependent.py``)
 
-and facts on the measurement: versions, commit, times. A device without a file gets heuristics, and Triton first. An entry that cannot be
-what it says is a ValueError that names the file.
+and facts on the measurement (``_FACTS``): versions, commit, times. A device without a file gets heuristics, and Triton first. An entry that
+is unknown or cannot be what it says is a ValueError that names the file.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _Made = TypeVar("_Made", bound="DataclassInstance")
 _KINDS = {"settings": dict, "cuda": dict, "backend": dict, "layers": dict, "dependent_launch": bool}
+_FACTS = ("device", "torch", "triton", "driver", "commit", "measurement", "made_by", "times", "figures", "backend_measured")
 _BACKENDS = ("triton", "cuda", "reference")
 
 FOLDER = Path(__file__).parent
@@ -57,6 +58,9 @@ def measured(device_name: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"expected an object, got {content!r}")
+        unknown = sorted(set(content) - {*_KINDS, *_FACTS})
+        if unknown:
+            raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(_KINDS)}, and as facts {', '.join(_FACTS)}")
         for name, kind in _KINDS.items():
             if name in content and not isinstance(content[name], kind):
                 expected = "an object" if kind is dict else "true or false"

@@ -57,6 +57,7 @@ def test_a_right_file_is_read(file):
     [
         ("{", "Expecting property name"),
         ([], r"expected an object, got \[\]"),
+        ({"setings": {}}, "unknown setings; known: settings, cuda, backend, layers, dependent_launch, and as facts device, "),
         ({"settings": []}, r"settings: expected an object, got \[\]"),
         ({"settings": {"g7-d128-b2-list": {}}}, "settings: expected names like 'g1-d128-b2-score' .kinds: plain, .*got 'g7-d128-b2-list'"),
         ({"settings": {KEY: 3}}, f"settings: {KEY}: expected an object, got 3"),
