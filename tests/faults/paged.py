@@ -52,4 +52,4 @@ FAULTS = (
     fault("written = tl.load(places_ptr + index,", "written = tl.load(places_ptr + target,", DECISION),
 )  # fmt: skip
 
-FAMILY = Family("interpreter", ("paged_attention", "paged_step"), 250, ("tests/interpreter/cases_paged.py",), FAULTS)
+FAMILY = Family("interpreter", ("paged_attention", "paged_step"), 250, ("tests/ops/test_paged.py",), FAULTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
@@ -25,6 +26,14 @@ APART = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=8, decision="two
 ONE_SPLIT = plan.Settings(block_n=32, min_blocks=64)
 # 20 programs: no power of two a pair; combined a split or two at a time
 THREE_SPLITS = plan.Settings(block_n=16, min_blocks=1, programs_per_sm=5, combined=32, decision="second_launch")
+LAUNCHES = {
+    "splits": SMALL,
+    "one split": ONE_SPLIT,
+    "two launches": TWO_LAUNCHES,
+    "three splits": THREE_SPLITS,
+    "apart": APART,
+    "rows of each warp": dataclasses.replace(SMALL, num_warps=2, warp_rows=True, tensor_cores=True),
+}
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
 FULL = os.environ.get("DYRATE_INTERPRETER") == "full"
 
@@ -55,10 +64,10 @@ def _scratch() -> list[tuple[str, Tensor]]:
 
 def run(name: str, *args: Any, **kwargs: Any) -> Any:
     """``ops.<name>`` with the Triton backend, twice, with poisoned scratch memory: both results (and both changes of an argument) must
-    agree bit for bit, the counters must be back at zero, and nothing but in-place operators and ``new_key`` may change an argument.
+    agree bit for bit, the counters must be back at zero, and in-place operators, ``new_key`` and ``out`` alone may change an argument.
     ``compact_`` and ``reorder_`` run once: they keep nothing from call to call.
     """
-    in_place = name.endswith("_") or kwargs.get("new_key") is not None
+    in_place = name.endswith("_") or kwargs.get("new_key") is not None or kwargs.get("out") is not None
     tensors = tensors_in([args, kwargs])
     before = [t.clone() for t in tensors]
     seen: list[list[Any]] = []

@@ -27,7 +27,7 @@ from dyrate_kernels import ops
 from tests.gpu import kit
 from tests.ops.compare import same, tensors_in
 
-FILES = ("tests/ops/test_decision.py", "tests/ops/test_rows.py")  # those whose tests take the fixture ``backend``
+FILES = tuple(f"tests/ops/test_{name}.py" for name in ("decision", "paged", "rows"))  # those whose tests take the fixture ``backend``
 
 VARIANT = os.environ.get("DYRATE_EMULATED")
 INTERPRETED = VARIANT is None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,6 +54,20 @@ def some(cases: list[Any], *, interpreter: int | None = None, detector: int = 1)
     return cases[:interpreter] if INTERPRETED and not FULL else cases
 
 
+def each(*, reference: Any = (), interpreter: Any = (), full: Any = None, triton: Any = ()) -> list[Any]:
+    """Returns the cases of each backend of this process that has them, where the grids differ: a call costs a thousand times as much in
+    the interpreter as on a GPU. full: the interpreter's with ``DYRATE_INTERPRETER=full``."""
+    if kit.REHEARSAL:
+        return [_param(case, "triton") for case in triton]
+    if INTERPRETED:
+        return [_param(case, "interpreter") for case in (full if FULL and full is not None else interpreter)]
+    return [_param(case, "reference") for case in reference] + [_param(case, "triton") for case in triton if kit.ON_GPU]
+
+
+def _param(case: Any, name: str) -> Any:
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.backends(name))
+
+
 class Backend:
     """A backend, and how an operator is run on it. Tests make their tensors on the CPU and find results and changes there."""
 
@@ -73,8 +87,13 @@ class Backend:
         """Lets a step inside decide as one of ``decisions`` says."""
         yield
 
+    @contextlib.contextmanager
+    def launched(self, how: str) -> Iterator[None]:
+        """Starts the kernels inside as the launch of a name says, where a test can say so."""
+        yield
+
     def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
-        """``ops.<operator>``: in-place operators and ``new_key`` change their arguments, nothing else does."""
+        """``ops.<operator>``: in-place operators, ``new_key`` and ``out`` change their arguments, nothing else does."""
         raise NotImplementedError
 
 
@@ -97,20 +116,35 @@ class Interpreter(Backend):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._decision = "same_launch"
+        from tests.interpreter import harness
+
+        self._settings = harness.SMALL
 
     @contextlib.contextmanager
     def decided(self, where: str) -> Iterator[None]:
-        self._decision = where
+        with self._set(dataclasses.replace(self._settings, decision=where)):
+            yield
+
+    @contextlib.contextmanager
+    def launched(self, how: str) -> Iterator[None]:
+        """One of ``harness.LAUNCHES``."""
+        from tests.interpreter import harness
+
+        with self._set(harness.LAUNCHES[how]):
+            yield
+
+    @contextlib.contextmanager
+    def _set(self, settings: Any) -> Iterator[None]:
+        before, self._settings = self._settings, settings
         try:
             yield
         finally:
-            self._decision = "same_launch"
+            self._settings = before
 
     def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
         from tests.interpreter import harness
 
-        with harness.settings(dataclasses.replace(harness.SMALL, decision=self._decision)):
+        with harness.settings(self._settings):
             return harness.run(operator, *args, **kwargs)
 
 
@@ -168,7 +202,7 @@ class Device(Backend):
 
 def changes(operator: str, kwargs: dict[str, Any]) -> bool:
     """Whether an operator is one that changes an argument."""
-    return operator.endswith("_") or kwargs.get("new_key") is not None
+    return operator.endswith("_") or kwargs.get("new_key") is not None or kwargs.get("out") is not None
 
 
 def _moved(arguments: Any, device: torch.device, storages: dict[int, tuple[Tensor, Tensor]]) -> Any:

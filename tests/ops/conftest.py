@@ -33,3 +33,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def backend(request: pytest.FixtureRequest) -> backends.Backend:
     """A backend under test."""
     return backends.make(request.param)
+
+
+@pytest.fixture
+def chunks_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Selection in chunks of 16 tokens, so that the interpreter can follow."""
+    from dyrate_kernels.triton_kernels import backend as triton
+    from dyrate_kernels.triton_kernels import plan
+
+    whole = plan.select
+    monkeypatch.setattr(triton.plan, "select", lambda tokens, largest=0: whole(tokens, 16))
+    monkeypatch.setattr(triton, "_attentions", {})

@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.ops import spec
 
 GARBAGE = 2**31 - 7
+PLAIN = ("query", "key", "value", "block_table", "n_rows", "sequence", "scale")  # all that a layer without list and statistics takes
 
 
 @dataclass(frozen=True)
@@ -173,3 +174,8 @@ SHAPES = [
     # no image at all beside one, G = 1, more text than one program sums the mass of
     Shape(2, 2, 4, 8, ("150i", "3s 40v 2i"), (9, 90), ((0, -1), (1, -1), (1, -4))),
 ]
+LARGE = [  # of real models, for a GPU
+    Shape(28, 4, 128, 16, ("35s 1200v 11i 1680v 60i", "20s 576v 40i", "90i"), (77, 200, 3),
+          ((0, -1), (1, -4), (1, -3), (1, -2), (1, -1), (2, -1), (0, 0))),
+    Shape(8, 8, 128, 48, ("35s 2880v 60i", "20s 576v 40i"), (128, 1), ((0, -1), (1, -1)), plain=True),
+]  # fmt: skip

@@ -175,17 +175,6 @@ def test_select_tokens_of_every_count(backend):
     check_selection(backend, score, list(range(36)), [35] * 36)
 
 
-@pytest.fixture
-def chunks_of_16(monkeypatch):
-    """Selection in chunks of 16 tokens, so that the interpreter can follow."""
-    from dyrate_kernels.triton_kernels import backend as triton
-    from dyrate_kernels.triton_kernels import plan
-
-    whole = plan.select
-    monkeypatch.setattr(triton.plan, "select", lambda tokens, largest=0: whole(tokens, 16))
-    monkeypatch.setattr(triton, "_attentions", {})
-
-
 @pytest.mark.backends("interpreter")
 def test_select_tokens_in_chunks(backend, chunks_of_16):
     """Rows longer than what one pass holds."""
