@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dyrate_kernels.ops import layers as reference
 from dyrate_kernels.ops.layers import ACTIVATIONS, activation_number
 
 from .dependent import follow
@@ -45,6 +46,8 @@ def gate_mul_kernel(gate_ptr, up_ptr, output_ptr, count, ACTIVATION: tl.constexp
 
 def gate_mul(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """See ``dyrate_kernels.ops.layers.gate_mul``."""
+    if gate.dtype == torch.float64:
+        return reference.gate_mul(gate, up, activation)
     gate, up = gate.contiguous(), up.contiguous()
     output = torch.empty_like(gate)
     count, block = gate.numel(), 1024

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dyrate_kernels.ops import layers as reference
+
 from .dependent import follow
 from .launch import start
 
@@ -77,6 +79,8 @@ def _block(size: int) -> tuple[int, int]:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool = False) -> Tensor:
     """See ``dyrate_kernels.ops.layers.rms_norm``."""
+    if x.dtype == torch.float64:
+        return reference.rms_norm(x, weight, eps, one_plus)
     size = x.shape[-1]
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if output.numel():
@@ -91,6 +95,8 @@ def residual_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, one_plus: bool = False, before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See ``dyrate_kernels.ops.layers.residual_norm``."""
+    if x.dtype == torch.float64:
+        return reference.residual_norm(x, residual, weight, eps, one_plus, before)
     size = x.shape[-1]
     total, output = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     if output.numel():

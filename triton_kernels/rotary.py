@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dyrate_kernels.ops import layers as reference
+
 from .dependent import follow
 from .launch import start
 from .norms import scale_row
@@ -100,6 +102,8 @@ def rotate(
     sections: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``dyrate_kernels.ops.layers.rotate``."""
+    if query.dtype == torch.float64:
+        return reference.rotate(query, key, cos, sin, query_norm, key_norm, eps, one_plus, sections)
     batch, heads, columns, dim = query.shape
     kv_heads = key.shape[1]
     rotated = (

@@ -129,3 +129,18 @@ def test_a_differential_run_of_no_calls_is_refused():
     command = [sys.executable, "-m", "tests.differential", "--calls", "0", "--backend", "reference"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "--calls: expected at least 1, got 0" in done.stderr
+
+
+def test_norms_gates_and_rotations_of_float64_are_the_references():
+    fused = pytest.importorskip("dyrate_kernels.triton_kernels.layers")
+    x, weight = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    query, key, angle = (torch.randn(2, heads, 3, 8, dtype=torch.float64) for heads in (4, 2, 1))
+    for name, given in {
+        "rms_norm": (x, weight, 1e-6, True),
+        "residual_norm": (x, x + 1, weight, 1e-6, False, weight),
+        "gate_mul": (x, x + 1, "gelu_tanh"),
+        "rotate": (query, key, angle[:, 0].cos(), angle[:, 0].sin(), weight, weight, 1e-6),
+    }.items():
+        want, got = getattr(layers, name)(*given), getattr(fused, name)(*given)
+        pairs = [(want, got)] if isinstance(want, torch.Tensor) else zip(want, got, strict=True)
+        assert all(a.dtype == b.dtype == torch.float64 and torch.equal(a, b) for a, b in pairs), name
