@@ -69,5 +69,5 @@ FAULTS = (
 
 FAMILY = Family(
     "interpreter", ("rms_norm", "residual_norm", "gate_mul", "rotate", "linears", "gated", "norm_linears", "norm_gated"), 300,
-    ("tests/interpreter/cases_layers.py",), FAULTS,
+    ("tests/ops/test_layers.py", "tests/interpreter/cases_layers.py"), FAULTS,
 )  # fmt: skip

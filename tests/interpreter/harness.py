@@ -58,7 +58,8 @@ def settings(chosen: plan.Settings = SMALL) -> Iterator[None]:
         plan.override(None)
 
 
-def _scratch() -> list[tuple[str, Tensor]]:
+def scratch() -> list[tuple[str, Tensor]]:
+    """(name, buffer) of what is kept from call to call."""
     return [item for space in workspace.living() for item in space.buffers().items()]
 
 
@@ -76,11 +77,11 @@ def run(name: str, *args: Any, **kwargs: Any) -> Any:
             for tensor, old in zip(tensors, before, strict=True):
                 if not same(tensor, old):
                     tensor.copy_(old)
-        for buffer, content in _scratch():
+        for buffer, content in scratch():
             if buffer != "counters":
                 content.fill_(float("nan"))
         result = getattr(ops, name)(*args, **kwargs, backend="triton")
-        for buffer, content in _scratch():
+        for buffer, content in scratch():
             if buffer == "counters":
                 assert not content.any(), "a counter was left above zero"
         if not in_place:

@@ -14,14 +14,22 @@ from tests.ops import backends
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FILES = sorted([*HERE.glob("cases_*.py"), *(ROOT / name for name in backends.FILES)], key=lambda file: file.stem.partition("_")[2])
+
+
+def subject(file: Path) -> str:
+    return file.stem.partition("_")[2]
+
+
+FILES = sorted([*HERE.glob("cases_*.py"), *(ROOT / name for name in backends.FILES)], key=subject)
+SUBJECTS = sorted(set(map(subject, FILES)))
 PROCESSES = 4  # each starts for longer than most cases run; two workers share them more evenly than two
+SHARES = [[file for file in FILES if SUBJECTS.index(subject(file)) % PROCESSES == first] for first in range(PROCESSES)]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("files", [FILES[first::PROCESSES] for first in range(PROCESSES)], ids=lambda files: files[0].stem)
+@pytest.mark.parametrize("files", SHARES, ids=lambda files: files[0].stem)
 def test_cases(files: list[Path]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     named = [str(file.relative_to(ROOT)) for file in files]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from dyrate_kernels import ops
+from dyrate_kernels.ops import layers
 from tests.gpu import kit
 from tests.ops.compare import same, tensors_in
 
-FILES = tuple(f"tests/ops/test_{name}.py" for name in ("decision", "paged", "rows"))  # those whose tests take the fixture ``backend``
+# those whose tests take the fixture ``backend``
+FILES = tuple(f"tests/ops/test_{name}.py" for name in ("decision", "layers", "paged", "rows"))
 
 VARIANT = os.environ.get("DYRATE_EMULATED")
 INTERPRETED = VARIANT is None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,6 +74,7 @@ class Backend:
     """A backend, and how an operator is run on it. Tests make their tensors on the CPU and find results and changes there."""
 
     on_gpu = False
+    device = torch.device("cpu")
     decisions: tuple[str, ...] = ("same_launch",)  # where a step's decision may be made
 
     def __init__(self, name: str) -> None:
@@ -94,6 +97,10 @@ class Backend:
 
     def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
         """``ops.<operator>``: in-place operators, ``new_key`` and ``out`` change their arguments, nothing else does."""
+        raise NotImplementedError
+
+    def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A function of ``triton_kernels.layers``. Its tensors, some of them a whole model's weights, lie on ``device``, as do results."""
         raise NotImplementedError
 
 
@@ -147,6 +154,20 @@ class Interpreter(Backend):
         with harness.settings(self._settings):
             return harness.run(operator, *args, **kwargs)
 
+    def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        from dyrate_kernels.triton_kernels import layers as triton
+        from tests.interpreter import harness
+
+        def poison() -> None:
+            for buffer, content in harness.scratch():
+                if buffer == "counters":
+                    assert not content.any(), "a counter was left above zero"
+                else:
+                    content.fill_(float("nan"))
+
+        with harness.settings(self._settings):
+            return repeated(getattr(triton, name), args, kwargs, poison, 2 if has_scratch(name, args) else 1)
+
 
 class Emulated(Backend):
     """The CUDA C++ kernels on the CPU: several orders of threads, guarded and poisoned memory; see ``tests/emulated/harness.py``."""
@@ -172,7 +193,8 @@ class Device(Backend):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.kit = kit.Kit(torch.device("cuda", torch.cuda.current_device()) if kit.ON_GPU else torch.device("cpu"), name)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if kit.ON_GPU else torch.device("cpu")
+        self.kit = kit.Kit(self.device, name)
 
     def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
         in_place = changes(operator, kwargs)
@@ -198,6 +220,37 @@ class Device(Backend):
             return None
         found = seen[-1][: len(result)]
         return type(result)(*found) if hasattr(result, "_fields") else type(result)(found)
+
+
+    def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        module = layers.fused(self.name, self.device)
+        assert module is not None, f"backend {self.name} fuses nothing"
+
+        def poison() -> None:
+            self.kit.assert_counters_at_zero()
+            self.kit.poison()
+
+        return repeated(getattr(module, name), args, kwargs, poison, 2 if self.on_gpu or has_scratch(name, args) else 1)
+
+
+def has_scratch(name: str, args: Any) -> bool:
+    """Whether a function of ``triton_kernels.layers`` keeps memory from call to call: products of several rows do."""
+    return name in ("linears", "gated") and args[0].numel() > args[0].shape[-1]
+
+
+def repeated(call: Callable[..., Any], args: Any, kwargs: Any, poison: Callable[[], None], times: int) -> Any:
+    """Returns what ``call`` gives so many times, each time bit for bit, with arguments that stay as they are."""
+    tensors = tensors_in([args, kwargs])
+    before = [tensor.clone() for tensor in tensors]
+    results = []
+    for _ in range(times):
+        poison()
+        results.append(call(*args, **kwargs))
+    poison()
+    assert all(same(tensor, old) for tensor, old in zip(tensors, before, strict=True)), "an argument was changed"
+    first, last = tensors_in(results[0]), tensors_in(results[-1])
+    assert all(same(one, other) for one, other in zip(first, last, strict=True)), "two runs differ"
+    return results[-1]
 
 
 def changes(operator: str, kwargs: dict[str, Any]) -> bool:
