@@ -15,7 +15,7 @@ from tests.ops import backends
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FILES = [*sorted(HERE.glob("cases_*.py")), *(ROOT / name for name in backends.FILES)]
+FILES = [*sorted(HERE.glob("cases_*.py")), *(ROOT / name for name in backends.files("emulated"))]
 
 
 @pytest.mark.slow

@@ -84,5 +84,5 @@ FAULTS = (
 
 FAMILY = Family(
     "interpreter", ("decode_attention", "decode_step", "score_last_query"), 250,
-    (*(f"tests/interpreter/cases_{name}.py" for name in ("attention", "attention_forms")), "tests/ops/test_decision.py"), FAULTS,
+    tuple(f"tests/ops/test_{name}.py" for name in ("attention_interpreted", "attention_settings", "decision")), FAULTS,
 )  # fmt: skip

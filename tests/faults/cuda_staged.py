@@ -58,6 +58,6 @@ FAULTS = (
 )  # fmt: skip
 
 FAMILY = Family(
-    "emulated", ("decode_attention", "decode_step", "score_last_query"), 400, ("tests/emulated/cases_staged.py",), FAULTS,
+    "emulated", ("decode_attention", "decode_step", "score_last_query"), 400, ("tests/ops/test_attention_staged.py",), FAULTS,
     ("attention_float16.cu",),
 )  # fmt: skip

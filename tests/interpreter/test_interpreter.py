@@ -20,7 +20,7 @@ def subject(file: Path) -> str:
     return file.stem.partition("_")[2]
 
 
-FILES = sorted([*HERE.glob("cases_*.py"), *(ROOT / name for name in backends.FILES)], key=subject)
+FILES = sorted([*HERE.glob("cases_*.py"), *(ROOT / name for name in backends.files("interpreter"))], key=subject)
 SUBJECTS = sorted(set(map(subject, FILES)))
 PROCESSES = 4  # each starts for longer than most cases run; two workers share them more evenly than two
 SHARES = [[file for file in FILES if SUBJECTS.index(subject(file)) % PROCESSES == first] for first in range(PROCESSES)]

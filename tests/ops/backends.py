@@ -8,7 +8,7 @@ takes the place of the compiled one:
     ``DYRATE_EMULATED=<variant>``   ``emulated``: the CUDA C++ kernels compiled for the CPU (``tests/emulated/build.py``)
 
 ``DYRATE_GPU_TESTS_ON_CPU=1`` with ``TRITON_INTERPRET=1`` rehearses what a GPU runs (``tests/gpu/kit.py``). ``tests/interpreter`` and
-``tests/emulated`` start the other processes, with the files of :data:`FILES`.
+``tests/emulated`` start the other processes, with the files that :func:`files` gives.
 """
 
 from __future__ import annotations
@@ -29,12 +29,27 @@ from tests.gpu import kit
 from tests.ops.compare import same, tensors_in
 
 # those whose tests take the fixture ``backend``
-FILES = tuple(f"tests/ops/test_{name}.py" for name in ("decision", "layers", "paged", "rows"))
+SHARED = ("decision", "layers", "paged", "rows")  # files whose tests take the fixture ``backend``
+ALONE = {  # and those of one technique, that load what no other process may
+    "interpreter": ("attention_interpreted", "attention_settings"),
+    "emulated": ("attention_emulated", "attention_staged"),
+}
 
 VARIANT = os.environ.get("DYRATE_EMULATED")
 INTERPRETED = VARIANT is None and os.environ.get("TRITON_INTERPRET") == "1"
 DETECTOR = VARIANT not in (None, "plain")
 FULL = os.environ.get("DYRATE_EMULATION" if VARIANT else "DYRATE_INTERPRETER") == "full"
+
+
+def files(technique: str) -> tuple[str, ...]:
+    """Returns the files of this folder that a process of ``"interpreter"`` or ``"emulated"`` runs."""
+    return tuple(f"tests/ops/test_{name}.py" for name in sorted((*SHARED, *ALONE[technique])))
+
+
+def of_others() -> list[str]:
+    """Returns the names of the files that this process does not read."""
+    mine = "emulated" if VARIANT is not None else "interpreter" if INTERPRETED else None
+    return [f"test_{name}.py" for technique, names in ALONE.items() for name in names if technique != mine]
 
 
 def names() -> tuple[str, ...]:

@@ -7,6 +7,8 @@ import pytest
 from tests.gpu import kit
 from tests.ops import backends
 
+collect_ignore = backends.of_others()
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:

@@ -14,8 +14,10 @@ import torch
 from dyrate_kernels import ops
 from dyrate_kernels.ops import cuda
 from tests.emulated import harness
-from tests.emulated.cases_attention import check, problem, unlisted
 from tests.ops import spec
+from tests.ops.test_attention_emulated import check, problem, unlisted
+
+pytestmark = [pytest.mark.backends("emulated"), pytest.mark.usefixtures("backend")]
 
 # (tensor_cores, stages, bulk) and the query heads of a unit that follow from 1, 2, 7, 8, 12 and 20 heads a key/value head
 HALVES = [torch.float16, torch.bfloat16]

@@ -10,6 +10,8 @@ from dyrate_kernels.ops import layers
 from tests.emulated import harness
 from tests.ops import spec
 
+pytestmark = [pytest.mark.backends("emulated"), pytest.mark.usefixtures("backend")]
+
 # batch, heads, kv_heads, dim, visual capacity, text capacity, visual lengths, text lengths
 LENGTHS = [
     (3, 2, 2, 16, 24, 9, [24, 7, 0], [9, 1, 5]),  # unequal rows, no visual token

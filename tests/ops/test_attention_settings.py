@@ -12,8 +12,10 @@ from dyrate_kernels import ops
 from dyrate_kernels.ops import workspace
 from dyrate_kernels.triton_kernels import backend, plan
 from tests.interpreter import harness
-from tests.interpreter.cases_attention import SHAPES, check, problem
 from tests.ops import spec
+from tests.ops.test_attention_interpreted import SHAPES, check, problem
+
+pytestmark = [pytest.mark.backends("interpreter"), pytest.mark.usefixtures("backend")]
 
 TWO_WARPS = dataclasses.replace(harness.SMALL, num_warps=2, warp_rows=True)  # blocks of 32 rows, each warp's are 16
 FOUR_WARPS = dataclasses.replace(harness.TWO_LAUNCHES, num_warps=4, warp_rows=True)

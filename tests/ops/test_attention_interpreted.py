@@ -13,6 +13,8 @@ from dyrate_kernels.triton_kernels import backend, plan
 from tests.interpreter import harness
 from tests.ops import spec
 
+pytestmark = [pytest.mark.backends("interpreter"), pytest.mark.usefixtures("backend")]
+
 SHAPES = [
     # batch, heads, kv_heads, dim, visual capacity, text capacity, visual lengths, text lengths
     (1, 1, 1, 1, 1, 1, [1], [1]),
