@@ -375,6 +375,9 @@ def decode_attention_kernel(  # noqa: C901 - its branches are constants of a com
     if HAS_LIST:
         n_read = tl.load(n_list_ptr + b)
         region_list = list_ptr + (sequence if SHARED_LIST else b) * stride_lb
+    if PAGED and HAS_MASS:  # more rows than the bound: there is no room for the logits of those past it
+        n_read = tl.minimum(n_read, logit_capacity)
+        n_text = tl.minimum(n_text, logit_capacity - n_read)
     total = n_read + n_text  # places: visual rows, or those of the list, then text rows
     blocks = tl.cdiv(total, BLOCK_N)
     splits = live_splits(total, tl.num_programs(0), min_blocks, BLOCK_N)
@@ -580,6 +583,8 @@ def decode_attention_kernel(  # noqa: C901 - its branches are constants of a com
         n_read = n_visual
         if HAS_LIST:
             n_read = tl.load(n_list_ptr + b)
+        if PAGED and HAS_MASS:
+            n_read = tl.minimum(n_read, logit_capacity)
         if G > 1:  # probabilities of this head's queries, summed at the place of the first one's logits
             tl.debug_barrier()
             offset_i = tl.arange(0, BLOCK_I)
@@ -678,6 +683,8 @@ def decide_kernel(
     b = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * BLOCK_I
     n = tl.load(n_visual_ptr + b)
+    if PAGED:
+        n = tl.minimum(n, logit_capacity)
     if DECIDE and HAS_PREDICTOR:
         if start == 0:  # meanwhile the others sum: the rate is there when the last of them decides
             chosen = predict_class(

@@ -99,7 +99,8 @@ def paged_attention(
         mass: also sum the probability per head and token type. Needs all lists, as importance does.
         importance: also average the probability of each visual token over the ``Hq`` heads; ``[R, N]``, with a kept list ``[R, W]``.
         row_bound: no query row reads more rows; None: ``M * block_size``. The grid and the scratch memory are made for it: with
-            statistics float32 ``[R, Hq, row_bound]``. Does not change the result.
+            statistics float32 ``[R, Hq, row_bound]``. Does not change the result, unless a query row reads more after all: then some of its
+            last rows are left out.
         out: ``[R, Hq, Dv]``, contiguous, in the query's dtype: the output is **written there**, and is this tensor.
         backend: ``auto | triton | reference`` (CUDA C++ has no paged form).
 

@@ -173,6 +173,23 @@ def test_a_bound_on_rows_changes_nothing(backend, number):
             assert torch.allclose(a, b, atol=1e-13 if backend.name == "reference" else 2e-5, rtol=0)
 
 
+@pytest.mark.backends("interpreter", "triton")
+@pytest.mark.parametrize("launch", ["one split", "splits", "two launches", "apart"])
+@pytest.mark.parametrize("number", [2, 4])
+def test_rows_past_a_bound_that_is_too_small_are_left_out(backend, number, launch):
+    """There is no room for their logits."""
+    arguments = paged_spec.problem(SHAPES[number], F32)
+    visual, rows, room = arguments["n_visual"], arguments["n_rows"], 16
+    assert (rows > room).any()
+    few = visual.clamp(max=room)
+    fitting = arguments | {"n_visual": few, "n_rows": few + torch.minimum(rows - visual, room - few)}
+    want = ops.paged_attention(**fitting, mass=True, importance=True, backend="reference")
+    with backend.launched(launch):
+        got = backend.run("paged_attention", **arguments, mass=True, importance=True, row_bound=9)
+    for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=True):
+        close(value, expected.double(), 2e-5, what)
+
+
 def test_the_output_goes_where_it_is_asked_for(backend):
     shape = SHAPES[0 if backend.name == "interpreter" else 2]
     arguments = paged_spec.problem(shape, usual(backend))
