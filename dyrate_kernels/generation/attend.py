@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot, scaled_dot_product_attention
 from dyrate_kernels import ops
 from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.generation.layout import KeyRows
+from dyrate_kernels.ops.contract import accumulator
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -162,11 +163,6 @@ def last_row_statistics(store: RowStore, layer: int, query: Tensor, scale: float
         visual_capacity=group.capacity, scale=scale, text_type=store.text_type.to(device),
         visual_bound=group.bound, text_bound=store.text_bound, backend=store.backend,
     )  # fmt: skip
-
-
-def accumulator(tensor: Tensor) -> torch.dtype:
-    """Returns the dtype in which sums over rows of this tensor's dtype are made."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def per_query_head(query: Tensor, tensor: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from dyrate_kernels import ops
-from dyrate_kernels.generation.attend import OperatorStep, accumulator
+from dyrate_kernels.generation.attend import OperatorStep
 from dyrate_kernels.generation.kv_store import BufferViews, RowGroup, RowStore
+from dyrate_kernels.ops.contract import accumulator
 
 enabled = True  # False: the reference operators do it, e.g. to compare with them
 

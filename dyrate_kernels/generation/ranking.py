@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyrate_kernels.generation.attend import Seen, accumulator, attention_weights, by_token, per_query_head, seen_softmax
+from dyrate_kernels.generation.attend import Seen, attention_weights, by_token, per_query_head, seen_softmax
 from dyrate_kernels.generation.heads import HeadShards
 from dyrate_kernels.generation.index import joined, marked, numbered, resized, scattered
 from dyrate_kernels.generation.layout import KeyRows, SlotMapping, visibility
 from dyrate_kernels.generation.passes import MultiTokenPass
 from dyrate_kernels.generation.turn import Turn
+from dyrate_kernels.ops.contract import accumulator
 from dyrate_kernels.ops.reference import INSTRUCTION
 from dyrate_kernels.policies.base import Policy
 

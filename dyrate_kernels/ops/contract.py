@@ -10,6 +10,7 @@ A backend is a module with these functions::
     paged_step(rows: PagedRows, decide: Decide) -> as decode_step
     predict_rate, keep_count, select_tokens, compact_, reorder_: the public signatures without ``backend``
 
+A score layer reads every visual row: ``score_last_query`` and ``decode_step`` are given no kept list, the former no new row either.
 Arguments are valid there: the public functions have checked them, or ``ops.trusted``'s caller vouches for them.
 """
 
@@ -18,7 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+
+def accumulator(tensor: Tensor) -> torch.dtype:
+    """Returns the dtype of sums over a tensor of this dtype, and of statistics: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 class Rows(NamedTuple):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .contract import accumulator
 
 MOST_ROWS = 64  # of a product that a backend fuses
 # of a gate: SiLU, and GELU by tanh or by the error function (Hendrycks and Gimpel, arXiv 1606.08415)
@@ -40,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool = False) -> T
     Returns:
         ``[.., d]``; the normalised value is rounded to the dtype before it is multiplied by ``weight``, Gemma's after it.
     """
-    exact = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    exact = x.to(accumulator(x))
     normal = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return (normal * (1.0 + weight.to(exact.dtype))).to(x.dtype) if one_plus else weight * normal.to(x.dtype)
 

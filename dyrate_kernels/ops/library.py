@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from .contract import Decide, PagedRows, Rows
+from .contract import Decide, PagedRows, Rows, accumulator
 from .dispatch import resolve
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -52,10 +52,6 @@ for _schema in (
     _library.define(_schema)
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _implementation(*names: str) -> Callable[[_Function], _Function]:
     """Registers the decorated function for every device."""
 
@@ -80,14 +76,14 @@ def _fake(*names: str) -> Callable[[_Function], _Function]:
 
 def _statistics_or_empty(query: Tensor, made: tuple[Tensor, Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     """A statistic that was not asked for as an empty tensor."""
-    kind = _statistics_dtype(query.dtype)
+    kind = accumulator(query)
     output, mass, importance = made
     mass = query.new_empty(0, dtype=kind) if mass is None else mass
     return output, mass, query.new_empty(0, dtype=kind) if importance is None else importance
 
 
 def _empty_statistics(query: Tensor, tokens: int, mass: bool = True, importance: bool = True) -> tuple[Tensor, Tensor]:
-    kind = _statistics_dtype(query.dtype)
+    kind = accumulator(query)
     units, heads, _ = query.shape
     return (
         query.new_empty((units, heads, 4) if mass else (0,), dtype=kind),
@@ -113,8 +109,21 @@ def _empty_decision(query: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]
 _N_ROWS, _N_PAGED = len(Rows._fields), len(PagedRows._fields)
 
 
-@_implementation("decode_attention", "append_decode_attention")
+def _refuse(rows: Rows, *names: str, instead: str) -> None:
+    """Refuses arguments that the schema lists with the others and that the operator does not take."""
+    for name in names:
+        if getattr(rows, name) is not None:
+            raise ValueError(f"{name}: expected None, got a tensor; {instead}")
+
+
+@_implementation("decode_attention")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _refuse(Rows(*arguments[:_N_ROWS]), "new_key", "new_value", instead="append_decode_attention writes a new row")
+    return _attention(*arguments)
+
+
+@_implementation("append_decode_attention")
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows, (mass, importance, backend) = Rows(*arguments[:_N_ROWS]), arguments[_N_ROWS:]
     attention = resolve(backend, rows.query.device, "decode_attention").decode_attention
     return _statistics_or_empty(rows.query, attention(rows, mass=mass, importance=importance))
@@ -129,6 +138,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 @_implementation("score_last_query")
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     rows, backend = Rows(*arguments[:_N_ROWS]), arguments[_N_ROWS]
+    _refuse(rows, "kept", "n_kept", "new_key", "new_value", "cos", "sin", instead="the rows of a prompt are there, and all are read")
     return resolve(backend, rows.query.device, "score_last_query").score_last_query(rows)
 
 
@@ -138,9 +148,16 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _empty_statistics(rows.query, rows.visual_capacity)
 
 
-@_implementation("decode_step", "append_decode_step")
+@_implementation("decode_step")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
+    _refuse(Rows(*arguments[:_N_ROWS]), "new_key", "new_value", instead="append_decode_step writes a new row")
+    return _step(*arguments)
+
+
+@_implementation("append_decode_step")
+def _step(*arguments: Any) -> tuple[Tensor, ...]:
     rows, (*decide, backend) = Rows(*arguments[:_N_ROWS]), arguments[_N_ROWS:]
+    _refuse(rows, "kept", "n_kept", instead="a score layer reads every visual row")
     return resolve(backend, rows.query.device, "decode_step").decode_step(rows, Decide(*decide))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import layers
-from .contract import Decide, PagedRows, Rows
+from .contract import Decide, PagedRows, Rows, accumulator
 
 SYSTEM, IMAGE, INSTRUCTION, RESPONSE = 0, 1, 2, 3  # token types
 TYPES = 4
@@ -29,10 +29,6 @@ class _Regions(NamedTuple):
     @property
     def visual_rows(self) -> int:
         return self.keys[0].shape[2]
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _gather_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -143,7 +139,7 @@ def _grouped(rows: Rows) -> Tensor:
     """The query as ``[B, Hkv, G, D]``, in the dtype of sums."""
     batch, heads, dim = rows.query.shape
     kv_heads = rows.key.shape[1]
-    return rows.query.to(_accumulator(rows.query.dtype)).reshape(batch, kv_heads, heads // kv_heads, dim)
+    return rows.query.to(accumulator(rows.query)).reshape(batch, kv_heads, heads // kv_heads, dim)
 
 
 def decode_attention(rows: Rows, *, mass: bool, importance: bool) -> tuple[Tensor, Any, Any]:
@@ -177,7 +173,7 @@ def _order_key(values: Tensor) -> Tensor:
 
 def predict_rate(mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
     """See ``dyrate_kernels.ops.predict_rate``."""
-    dtype = _accumulator(mass.dtype)
+    dtype = accumulator(mass)
     logits = torch.matmul(mass.flatten(1).to(dtype), weight.to(dtype).t()) + bias.to(dtype)
     index = _order_key(logits).argmax(-1)  # the first of equal ones
     return rates.double().index_select(0, index), index

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyrate_kernels.generation.attend import accumulator
+from dyrate_kernels.ops.contract import accumulator
 
 CHUNK_BYTES = 64 << 20  # of one temporary [B, Hq, rows, S]; a handful of them live at a time
 _MOST = 60.0  # of s - max for a token that was left out: exp of it must stay finite in float32

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dyrate_kernels import families, ops
-from dyrate_kernels.generation.attend import accumulator
+from dyrate_kernels.ops.contract import accumulator
 from dyrate_kernels.ops.reference import IMAGE, INSTRUCTION, RESPONSE, SYSTEM, TYPES
 from dyrate_kernels.patching import attention
 from dyrate_kernels.patching.lookup import (

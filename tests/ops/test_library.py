@@ -83,6 +83,24 @@ def test_only_what_changes_rows_declares_mutation():
         assert schema.is_mutable == (name in changing), name
 
 
+def test_what_a_schema_lists_and_its_operator_does_not_take_is_refused():
+    """An operator whose schema says that it writes nothing writes nothing."""
+    rows, call = attention_rows(), torch.ops.dyrate
+    new = rows._replace(new_key=torch.randn(2, 2, 8), new_value=torch.randn(2, 2, 8))
+    listed, before = attention_rows(kept=True), rows.key.clone()
+    decide = ops.Decide(count=torch.ones(2, dtype=torch.int32))
+    for name, asked in {
+        "new_key: .*append_decode_attention": lambda: call.decode_attention(*new, True, True, "auto"),
+        "new_key: .*append_decode_step": lambda: call.decode_step(*new, *decide, "auto"),
+        "new_key: .*a prompt": lambda: call.score_last_query(*new, "auto"),
+        "kept: .*a prompt": lambda: call.score_last_query(*listed, "auto"),
+        "kept: .*a score layer": lambda: call.decode_step(*listed, *decide, "auto"),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            asked()
+    assert torch.equal(rows.key, before)
+
+
 def test_public_operators_and_schemas_list_the_arguments_of_the_contract():
     every = {"mass", "importance", "backend"}
     for name, fields, more in (
