@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from dyrate_kernels.patching import leaving
+from dyrate_kernels.patching.api import Handle
+
 OVERRIDDEN: dict[str, Any] = {
     # one answer a prompt, as token ids
     "num_return_sequences": 1, "return_dict_in_generate": False, "output_scores": False, "output_logits": False,
@@ -23,6 +26,7 @@ OVERRIDDEN: dict[str, Any] = {
 """Generation defaults of a checkpoint that no command follows, and what holds instead; every other one (end tokens, stop strings,
 penalties, suppressed tokens, the least number of tokens) is followed."""
 
+EVERY = 8  # tokens between two looks at which sequences have ended
 _TAIL = 8  # tokens beyond those that a stop string may take
 
 
@@ -71,7 +75,7 @@ def until_end(row: Sequence[int], ends: Collection[int]) -> list[int]:
 
 def generate(
     model: Any, processor: Any, inputs: dict[str, Tensor], max_new_tokens: int, *, sample: bool = False, stop: Sequence[str] = (),
-    stopping_criteria: Sequence[Any] = (), **options: Any,
+    stopping_criteria: Sequence[Any] = (), handle: Handle | None = None, **options: Any,
 ) -> list[list[int]]:  # fmt: skip
     """Each prompt's answer as token ids, its end included: the same whatever batch it is in.
 
@@ -79,6 +83,8 @@ def generate(
         inputs: of :func:`chat.encode`, on the model's device.
         sample: sample as the checkpoint has it, instead of taking the likeliest token.
         stop: strings that end an answer, beside those of the checkpoint's generation defaults.
+        handle: of the patched model: sequences that have ended leave its batch while the others go on (:class:`Leave`).
+            ``handle.stats`` then tells of one sequence at a time, and hidden states are of those that stay. None: all stay to the end.
         stopping_criteria, options: more for ``model.generate``.
     """
     ends = end_ids(model, processor.tokenizer)
@@ -94,12 +100,38 @@ def generate(
     if watch is not None:
         criteria.insert(0, watch)
         given["stop_strings"] = None  # transformers' own would see the prompt, too
+    if handle is not None:
+        criteria.append(Leave(handle, start, ends, watch))
     if criteria:
         given["stopping_criteria"] = StoppingCriteriaList(criteria)
     with torch.no_grad():
         output = model.generate(**inputs, **given, **options)
     stopped = {} if watch is None else watch.stopped
     return [until_end(row[: stopped.get(index)], ends) for index, row in enumerate(output[:, start:].tolist())]
+
+
+class Leave(StoppingCriteria):
+    """Ends nothing itself. Every ``EVERY`` tokens, sequences that have ended leave the passes of the patched model
+    (``leaving.dismiss``), where that makes the batch smaller by a quarter or more. Those that stay go on as they would beside them.
+
+    Args:
+        handle: of the model.
+        start: columns of the prompt.
+        ends: tokens that end an answer.
+        watch: stop strings that do.
+    """
+
+    def __init__(self, handle: Handle, start: int, ends: Collection[int], watch: StopStrings | None = None) -> None:
+        self.handle, self.start, self.ends, self.watch = handle, start, list(ends), watch
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        answers = input_ids[:, self.start :]
+        if answers.shape[1] % EVERY == 0:
+            ended = torch.isin(answers, torch.tensor(self.ends, dtype=answers.dtype, device=answers.device)).any(1)
+            for index in () if self.watch is None else self.watch.stopped:
+                ended[index] = True
+            leaving.dismiss(self.handle, ended)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class StopStrings(StoppingCriteria):

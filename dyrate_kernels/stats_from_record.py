@@ -21,9 +21,10 @@ def stats_from_record(source: Snapshot, sequence: int | None = None, new_tokens:
         new_tokens: only its first steps: an answer that ended before others of its batch. None: all.
 
     Raises:
-        RuntimeError: nothing was generated yet.
+        RuntimeError: nothing was generated yet; or ``sequence`` is None, and some left the batch before the others.
         ValueError: there is no such sequence or step.
     """
+    source, sequence = source.of(sequence)
     record, policy = source.record, source.policy
     if record is None or record.steps == 0:
         raise RuntimeError("nothing was generated yet: call model.generate(...) on the patched model, then stats()")

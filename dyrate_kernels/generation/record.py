@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -267,6 +267,7 @@ class Snapshot:
         text_asked, most_visual: int32 ``[B]``, the latter by group: what the room of each sequence alone follows from.
         text_column, token_column: int32 ``[B, ..]``, of text rows and visual tokens, where layers have windows; else None.
         vision, visual_in, visual_place: of ``turn.Reduction``.
+        roster: the sequences that the figures above are of, and those that left before.
     """
 
     policy: Policy
@@ -287,3 +288,45 @@ class Snapshot:
     vision: str | None
     visual_in: Tensor | None
     visual_place: Tensor | None
+    roster: Roster = field(default_factory=lambda: Roster())
+
+    def of(self, sequence: int | None) -> tuple[Snapshot, int | None]:
+        """Returns the snapshot that tells of one sequence of the batch that the turn began with, and its number there.
+
+        Raises:
+            RuntimeError: ``sequence`` is None, all of them, and some left before the others.
+            ValueError: there is no such sequence.
+        """
+        roster = self.roster
+        if roster.present is None:
+            return self, sequence
+        if sequence is None:
+            raise RuntimeError(
+                f"{len(roster.left)} of {roster.batch} sequences left the batch when they had ended, so no step is of all: "
+                "ask for one of them, stats(sequence, new_tokens)"
+            )
+        if not 0 <= sequence < roster.batch:
+            raise ValueError(f"sequence must be in [0, {roster.batch - 1}], got {sequence}")
+        return roster.left[sequence] if sequence in roster.left else (self, roster.present.index(sequence))
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The sequences of a turn's batch that are still in its passes; the others have ended and left.
+
+    Attributes:
+        batch: how many the turn began with; 0: nobody left.
+        present: numbers of those that stay, ascending; None: all do.
+        left: by number, what was recorded of a sequence when it left, and its number in that.
+    """
+
+    batch: int = 0
+    present: list[int] | None = None
+    left: dict[int, tuple[Snapshot, int]] = field(default_factory=dict)
+
+    def without(self, stays: Sequence[int], snapshot: Snapshot, batch: int) -> Roster:
+        """The roster once only the sequences ``stays`` are left of the ``batch`` that are present, which ``snapshot`` is of."""
+        present = list(range(batch)) if self.present is None else self.present
+        staying = set(stays)
+        gone = {number: (snapshot, place) for place, number in enumerate(present) if place not in staying}
+        return Roster(self.batch or batch, [present[place] for place in stays], self.left | gone)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.generation.layout import Blocks, look, restrict, rows_of, visibility
 from dyrate_kernels.generation.passes import DecodePass, MultiTokenPass
 from dyrate_kernels.generation.ranking import Ranker
-from dyrate_kernels.generation.record import Record, Snapshot
+from dyrate_kernels.generation.record import Record, Roster, Snapshot
 from dyrate_kernels.generation.score_layer import Scoring
 from dyrate_kernels.generation.turn import EarlyChunk, Reduction, Turn
 from dyrate_kernels.policies.base import ModelShape, Policy
@@ -83,6 +84,7 @@ class Session:
         step, column: int64 and int32 ``[1]``, step and column of the next token.
         in_forward: a pass is under way.
         windows: sliding windows of the layers seen so far.
+        roster: the sequences of the turn that are still in its passes.
     """
 
     bounds_at_capacity: bool = False
@@ -108,6 +110,7 @@ class Session:
         self.passing: DecodePass | MultiTokenPass | None = None
         self.in_forward = self.unpruned = False
         self.windows: set[int] = set()
+        self.roster = Roster()
         self._staged = Staged(None, None, None)
         self._unread: int | None = None  # layer whose rows no attention has read yet
 
@@ -144,6 +147,7 @@ class Session:
             return
         end = -1 if prompt_length is None else prompt_length
         self.turn = Turn(turn.number + 1, length, end, max_length, frozen, mask, before=turn.before)
+        self.roster = Roster()
         self.ranker.forget()
         self.scoring.begin_turn()
 
@@ -355,7 +359,10 @@ class Session:
         record, store = self.record, self.store
         if record is None or store.full.bound == 0:
             return 0
-        return 0 if bool((record.kept[: record.steps] < store.full.n_visual).any()) else record.steps
+        told = [(record, store.full.n_visual)]
+        told += [(left.record, left.n_visual[0]) for left, _ in self.roster.left.values() if left.record is not None]
+        dropped = any(bool((each.kept[: each.steps] < n_visual).any()) for each, n_visual in told)
+        return 0 if dropped else record.steps
 
     def snapshot(self) -> Snapshot:
         """Returns what ``stats()`` needs: copies of small tensors. Reads nothing on the host."""
@@ -381,6 +388,7 @@ class Session:
             vision=reduction.names,
             visual_in=None if reduction.visual_in is None else reduction.visual_in.clone(),
             visual_place=reduction.visual_place,
+            roster=self.roster,
         )
 
     # ---- sequences and columns that go ------------------------------------------------------------------------------------------
@@ -391,6 +399,15 @@ class Session:
             for owner in (self.store, self.decider, self.reduction, self.record):
                 if owner is not None:
                     owner.select(index)
+
+    def dismiss(self, stays: Sequence[int]) -> None:
+        """Leaves only the sequences ``stays`` (ascending numbers in the present batch) in the passes of this turn: the others have ended.
+        Their rows go; what was recorded of them stays in ``roster``. Reads nothing on the host.
+        """
+        self._check_whole()
+        snapshot = replace(self.snapshot(), roster=Roster())
+        self.roster = self.roster.without(stays, snapshot, self.store.batch)
+        self.select(torch.tensor(stays, dtype=torch.int64).to(self.store.device, non_blocking=True))
 
     @property
     def croppable(self) -> bool:

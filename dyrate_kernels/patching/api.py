@@ -289,7 +289,7 @@ class Handle:
             new_tokens: of its first tokens, where it ended before others of its batch; None: of all steps.
 
         Raises:
-            RuntimeError: nothing was generated yet.
+            RuntimeError: nothing was generated yet; or ``sequence`` is None, and some left the batch before the others (``leaving``).
             ValueError: there is no such sequence or step.
         """
         session = self.session

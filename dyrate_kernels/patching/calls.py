@@ -65,6 +65,9 @@ class Call:
         asks_features: ``generate`` itself asks for these now, before it prepares its cache.
         passes: of the base model under way in this call's thread, the innermost last: whether it asks for these features now.
         graph: what ``StepGraph`` keeps for this call.
+        plain: each sequence goes on by itself, a token at a time. prepares: the patch prepares the inputs of its passes.
+        present: int64 ``[b]``, numbers of the sequences that are still in its passes (``leaving.dismiss``); None: all. widens: what to call
+            ``remove()`` of then.
         thread: identifier of the thread that it runs in.
     """
 
@@ -80,6 +83,10 @@ class Call:
     asks_features: bool = False
     passes: list[bool] = field(default_factory=list)
     graph: Any = None
+    plain: bool = False
+    prepares: bool = False
+    present: Tensor | None = None
+    widens: Any = None
     thread: int = field(default_factory=threading.get_ident)
 
     @property

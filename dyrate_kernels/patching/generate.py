@@ -10,7 +10,7 @@ from transformers.generation import GenerationMode
 
 from dyrate_kernels.generation.record import Snapshot
 from dyrate_kernels.generation.session import Session
-from dyrate_kernels.patching import calls
+from dyrate_kernels.patching import calls, leaving
 from dyrate_kernels.patching.assisted import NoDrafts, of_this_turn, one_at_a_time
 from dyrate_kernels.patching.cache import VisualCache, why_unpruned
 from dyrate_kernels.patching.calls import Call, PatchOwner
@@ -57,7 +57,9 @@ class Generations:
                     self.owner.fused.off()
                 if call.graph is not None:
                     call.graph.end()
-                call.session = call.features = call.graph = None
+                if call.widens is not None:
+                    call.widens.remove()
+                call.session = call.features = call.graph = call.present = call.widens = None
 
     def answer_prepare_cache(
         self,
@@ -118,7 +120,7 @@ class Generations:
             cache.session.reduced_by(names, call is not None and call.reduced, call is not None and call.keeps_width)
         cache.session.begin_turn(prompt, max_cache_length + 1, frozen=assisted or assistant, assistant=assistant, mask=mask)
         if call is not None:
-            call.session = cache.session
+            call.session, call.plain = cache.session, generation_mode in leaving.PLAIN
         return None
 
     def answer_refuse_batching(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +133,12 @@ class Generations:
         cache = cache_in(kwargs)
         if "next_sequence_length" in kwargs and isinstance(cache, VisualCache):
             kwargs = of_this_turn(cache.session, input_ids.shape[1], kwargs)
-        return original(input_ids, *args, **kwargs)
+        inputs = original(input_ids, *args, **kwargs)
+        call = calls.current(self.owner)
+        if call is None or call.session is None or not isinstance(cache, VisualCache) or cache.session is not call.session:
+            return inputs
+        call.prepares = True
+        return leaving.narrowed(call, inputs)
 
     def answer_candidates(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns what drafts tokens in assisted decoding: nothing does for a policy whose steps come one at a time."""
