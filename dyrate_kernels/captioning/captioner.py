@@ -32,6 +32,7 @@ class Task:
         column: of Parquet files that holds the pictures; None: the pictures are files.
         id_column: of Parquet files that names their rows; None: file and number do.
         max_pixels: of a picture.
+        early_leave: captions that have ended leave their batch (``answering.Leave``), which changes none of them; None: on a CPU.
     """
 
     model: str | None = None
@@ -49,6 +50,7 @@ class Task:
     column: str | None = None
     id_column: str | None = None
     max_pixels: int = MAX_PIXELS
+    early_leave: bool | None = None
 
     def setting(self) -> dict[str, str]:
         """Returns the setting that captions depend on: those of another do not belong into one file."""
@@ -110,6 +112,7 @@ class Captioner:
         self.model, self.processor = load_model(task.model, task.device, task.dtype, task.quantize)
         warnings.filterwarnings("ignore", message="nothing was dropped")
         on_gpu = self.model.device.type == "cuda"
+        self.early_leave = self.model.device.type == "cpu" if task.early_leave is None else task.early_leave
         self.handle = dk.patch(
             self.model, task.policy, retention=task.retention, backend=task.backend, vision=task.vision or None,
             cuda_graph=on_gpu and task.quantize is None, fuse=on_gpu and fuses(self.model, task.backend),
@@ -169,7 +172,8 @@ class Captioner:
         started = time.perf_counter()
         text = chat.render(self.processor, [chat.user(self.task.prompt, images=1)])
         inputs = chat.encode(self.processor, [text] * len(names), [[picture] for picture in pictures], self.model)
-        rows = answering.generate(self.model, self.processor, inputs, self.task.max_new_tokens)
+        leaving = self.handle if self.early_leave else None
+        rows = answering.generate(self.model, self.processor, inputs, self.task.max_new_tokens, handle=leaving)
         captions = []
         for sequence, (name, row) in enumerate(zip(names, rows, strict=True)):
             stats = self.handle.stats(sequence, len(row))

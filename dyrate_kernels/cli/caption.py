@@ -50,6 +50,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--max-pixels", type=common.positive, default=MAX_PIXELS, metavar="N", help=f"larger pictures are failures; default: {MAX_PIXELS}"
     )
+    parser.add_argument(
+        "--early-leave",
+        action=argparse.BooleanOptionalAction,
+        help="captions that have ended leave their batch while the others go on; none changes; default: on a CPU (on a GPU not timed yet)",
+    )
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N pictures")
     parser.add_argument("--retry-failed", action="store_true", help="ask again for pictures that failed in an earlier run")
     parser.set_defaults(run=run)
@@ -82,7 +87,7 @@ def run(given: argparse.Namespace) -> int:
         model, given.device, given.dtype, given.quantize, policy_from(given), given.retention, given.backend,
         vision.chain(given.vision), given.prompt, given.max_new_tokens, given.batch_size,
         str(Path(given.images).expanduser().resolve()), sources.column,
-        given.id_column if sources.column else None, given.max_pixels,
+        given.id_column if sources.column else None, given.max_pixels, given.early_leave,
     )  # fmt: skip
     check_folder("--out", given.out, inputs.OUTPUTS)
     say = _Say(quiet=given.json)

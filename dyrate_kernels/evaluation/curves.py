@@ -65,7 +65,9 @@ def measure(
         with patch(model, KeepAll(k=layer + 1), record_importance=True) as handle:
             for start in range(0, len(suite), batch_size):
                 items = [suite[index] for index in range(start, min(start + batch_size, len(suite)))]
-                rows = answering.generate(model, processor, encode(processor, items, model), max(item.most for item in items))
+                rows = answering.generate(
+                    model, processor, encode(processor, items, model), max(item.most for item in items), handle=handle
+                )
                 for sequence, row in enumerate(rows):
                     stats = handle.stats(sequence, len(row))
                     if stats.visual_tokens[0]:
