@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dyrate_kernels.captioning.batching import Lengths, batches, detail, key
 from dyrate_kernels.captioning.inputs import Source, payloads
 from dyrate_kernels.files import printable
 from dyrate_kernels.loading import full_name
@@ -108,7 +109,7 @@ class Captioner:
         from dyrate_kernels.loading import load_model
         from dyrate_kernels.patching.fused import fuses
 
-        self.task = task
+        self.task, self.lengths = task, Lengths()
         self.model, self.processor = load_model(task.model, task.device, task.dtype, task.quantize)
         warnings.filterwarnings("ignore", message="nothing was dropped")
         on_gpu = self.model.device.type == "cuda"
@@ -119,7 +120,9 @@ class Captioner:
         )  # fmt: skip
 
     def __call__(self, sources: Sequence[Source]) -> list[Caption]:
-        """A caption or a failure for each, in order. Pictures of like numbers of visual tokens are generated together."""
+        """A caption or a failure for each, in order. Pictures of like numbers of visual tokens, whose captions will be of like length by
+        those made so far, are generated together (``batching``).
+        """
         found: dict[int, Caption] = {}
         pictures: dict[int, Any] = {}
         with ThreadPoolExecutor(_READERS) as pool:
@@ -128,9 +131,15 @@ class Captioner:
                     found[index] = Caption(sources[index].name, error=str(outcome), kind=outcome.kind)
                 else:
                     pictures[index] = outcome
-        for part in batches(pictures, self._visual_tokens, self.task.batch_size):
+            details = dict(zip(pictures, pool.map(detail, pictures.values()), strict=True))
+        keys = {index: key(self._visual_tokens(picture), details[index], self.lengths) for index, picture in pictures.items()}
+        for part in batches(pictures, keys.__getitem__, self.task.batch_size):
             names = [sources[index].name for index in part]
-            found.update(zip(part, self._generate(names, [pictures.pop(index) for index in part]), strict=True))
+            captions = self._generate(names, [pictures.pop(index) for index in part])
+            for index, caption in zip(part, captions, strict=True):
+                found[index] = caption
+                if caption.error is None:
+                    self.lengths.see(details[index], caption.tokens)
         return [found[index] for index in range(len(sources))]
 
     def _read(self, payload: Any) -> Any:
@@ -185,10 +194,3 @@ class Captioner:
         for caption in captions:
             caption.seconds = each
         return captions
-
-
-def batches(pictures: dict[int, Any], visual_tokens: Callable[[Any], int], size: int) -> Iterator[list[int]]:
-    """The keys of ``pictures``, at most ``size`` at a time: equal numbers of visual tokens together, so that little is padded."""
-    order = sorted(pictures, key=lambda index: (visual_tokens(pictures[index]), index))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]

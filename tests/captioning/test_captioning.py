@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from dyrate_kernels import chat, load_demo, patch, shapes
-from dyrate_kernels.captioning import captioner, engines, inputs
+from dyrate_kernels.captioning import engines, inputs
 from dyrate_kernels.captioning.captioner import Captioner, Task
 from dyrate_kernels.cli.main import main
 from dyrate_kernels.pictures import UnreadableError, read_picture
@@ -410,12 +410,6 @@ def test_a_damaged_line_is_named(capsys, tmp_path, change):
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def test_batches_hold_pictures_of_like_size():
-    sizes = {0: 9, 1: 3, 2: 9, 3: 3, 4: 5}
-    assert list(captioner.batches(sizes, lambda size: size, 2)) == [[1, 3], [4, 0], [2]]
-    assert list(captioner.batches({}, lambda size: size, 2)) == []
 
 
 def test_a_batch_that_fails_is_halved_and_one_picture_is_its_own_failure(folder, monkeypatch):
