@@ -100,21 +100,26 @@ class Caption:
 class Captioner:
     """A model, patched once, that captions pictures as long as it lives.
 
+    Args:
+        task: what it does.
+        loaded: model and processor; None: they are loaded.
+        patched: False: the model generates as it is, and nothing is told of what it reads.
+
     Raises:
         Whatever loading the model or patching it raises.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, loaded: tuple[Any, Any] | None = None, patched: bool = True) -> None:
         import dyrate_kernels as dk
         from dyrate_kernels.loading import load_model
         from dyrate_kernels.patching.fused import fuses
 
         self.task, self.lengths = task, Lengths()
-        self.model, self.processor = load_model(task.model, task.device, task.dtype, task.quantize)
+        self.model, self.processor = loaded or load_model(task.model, task.device, task.dtype, task.quantize)
         warnings.filterwarnings("ignore", message="nothing was dropped")
         on_gpu = self.model.device.type == "cuda"
         self.early_leave = self.model.device.type == "cpu" if task.early_leave is None else task.early_leave
-        self.handle = dk.patch(
+        self.handle = None if not patched else dk.patch(
             self.model, task.policy, retention=task.retention, backend=task.backend, vision=task.vision or None,
             cuda_graph=on_gpu and task.quantize is None, fuse=on_gpu and fuses(self.model, task.backend),
         )  # fmt: skip
@@ -185,11 +190,12 @@ class Captioner:
         rows = answering.generate(self.model, self.processor, inputs, self.task.max_new_tokens, handle=leaving)
         captions = []
         for sequence, (name, row) in enumerate(zip(names, rows, strict=True)):
-            stats = self.handle.stats(sequence, len(row))
-            captions.append(Caption(
-                name, self.processor.decode(row, skip_special_tokens=True).strip(), visual_tokens=stats.visual_tokens_in[0],
-                read=stats.visual_tokens_in[0] * stats.received * stats.visual_share, tokens=len(row),
-            ))  # fmt: skip
+            caption = Caption(name, self.processor.decode(row, skip_special_tokens=True).strip(), tokens=len(row))
+            if self.handle is not None:
+                stats = self.handle.stats(sequence, len(row))
+                caption.visual_tokens = stats.visual_tokens_in[0]
+                caption.read = stats.visual_tokens_in[0] * stats.received * stats.visual_share
+            captions.append(caption)
         each = (time.perf_counter() - started) / len(names)
         for caption in captions:
             caption.seconds = each

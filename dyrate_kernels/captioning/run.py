@@ -11,6 +11,7 @@ from typing import Any
 
 from dyrate_kernels.captioning import engines
 from dyrate_kernels.captioning.captioner import Caption, Task
+from dyrate_kernels.captioning.compare import compare
 from dyrate_kernels.captioning.inputs import LINES, REPORT, TABLE, Sources
 from dyrate_kernels.files import locked, write_json
 from dyrate_kernels.journal import Journal
@@ -35,12 +36,16 @@ class Progress:
 
 def run(
     task: Task, sources: Sources, out: Path, *, engine: str = "local", workers: int | None = None, address: str | None = None,
-    retry_failed: bool = False, progress: Callable[[Progress], None] | None = None,
+    retry_failed: bool = False, progress: Callable[[Progress], None] | None = None, compare_dense: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Captions everything that ``out`` does not hold yet; returns the report.
 
     ``out/captions.jsonl`` gets a line a picture as it comes, written by this process alone, so a killed worker, or a killed run that is
     started again, leaves each picture there once. ``captions.parquet`` (with pyarrow) and ``report.json`` are written at the end.
+
+    Args:
+        compare_dense: the first so many captioned pictures are captioned again by this process, in turns with the unpruned model, for the
+            speed of both (``compare``); 0: none are.
 
     Raises:
         ValueError: ``out`` holds captions of another setting, lines that are no captions, or files of others that would be overwritten.
@@ -75,6 +80,9 @@ def run(
             raise RuntimeError(f"{len(lost)} pictures got no answer, the first is {lost[0]!r}; start the run again, it goes on")
         ordered = [known[source.name] for source in sources.sources]
         found = report(ordered, sources, new, time.perf_counter() - started)
+        like = [source for source in sources.sources if known[source.name]["error"] is None][:compare_dense]
+        if like:
+            found["dense"] = compare(task, like)
         write_table(out / TABLE, ordered)
         write_json(out / REPORT, {"setting": task.setting(), **found})
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dyrate_kernels.cli.generate import add_policy, policy_from
 from dyrate_kernels.files import check_folder, printable
 from dyrate_kernels.pictures import MAX_PIXELS
 
+_RECENT = 60  # seconds that the newest speed is of
 _EVERY = 15  # seconds between two lines of progress where they cannot overwrite each other
 
 
@@ -55,6 +57,16 @@ def add_parser(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="captions that have ended leave their batch while the others go on; none changes; default: on a CPU (on a GPU not timed yet)",
     )
+    parser.add_argument(
+        "--compare-dense",
+        type=common.positive,
+        nargs="?",
+        const=32,
+        default=0,
+        metavar="N",
+        help="at the end the first N captioned pictures (default: 32) are captioned again in this process, in turns with the unpruned "
+        "model, and the speeds are told; off without it, as it takes the time of three such runs",
+    )
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N pictures")
     parser.add_argument("--retry-failed", action="store_true", help="ask again for pictures that failed in an earlier run")
     parser.set_defaults(run=run)
@@ -76,6 +88,8 @@ def run(given: argparse.Namespace) -> int:
         raise ValueError(
             "--workers and --address go with --engine ray" + ("" if engines.has_ray() else ": pip install 'dyrate-kernels[caption]'")
         )
+    if given.address and given.compare_dense:
+        raise ValueError("--compare-dense measures in this process, not on the cluster of --address; run it without --address")
     out = Path(given.out)
     sources = inputs.find(given.images, given.image_column, given.id_column)
     if given.limit:
@@ -103,6 +117,7 @@ def run(given: argparse.Namespace) -> int:
         address=given.address,
         retry_failed=given.retry_failed,
         progress=say.progress,
+        compare_dense=given.compare_dense,
     )
     say.end()
     if given.json:
@@ -126,8 +141,24 @@ def _print(found: dict[str, Any], out: Path) -> None:
     if found["closed_folders"]:
         print(f"{'not listed:':<12}{len(found['closed_folders'])} folders, the first is {found['closed_folders'][0]}")
     print(f"{'read:':<12}{100 * found['visual_rows_read']:.1f} % of the visual rows, mean over steps and layers")
+    if found["pictures_per_second"] is not None:
+        print(f"{'speed:':<12}{found['pictures_per_second']:.2f} pictures/s, from the start to the last caption")
+    if "dense" in found:
+        _print_dense(found["dense"])
     written = [name for name in (runs.LINES, runs.TABLE, runs.REPORT) if (out / name).exists()]
     print(f"{'written:':<12}{printable(str(out))}: {', '.join(written)}")
+
+
+def _print_dense(dense: dict[str, Any]) -> None:
+    rows, to = dense["rows"], dense["speed_to_unpruned"]
+    where = "a CPU" if dense["device"] == "cpu" else dense["environment"]["gpu"]
+    print(
+        f"{'dense:':<12}the first {dense['pictures']} captioned pictures again, in turns, {dense['rounds']} rounds after a warm-up; "
+        f"batches of {dense['batch_size']}, {dense['dtype']}, {where}"
+    )
+    for name, row in rows.items():
+        ratio = "" if to.get(name) is None else f"; this run's speed is {to[name]:.2f} times that"
+        print(f"{'':<12}{name:<18}{row['pictures_per_second']:.2f} pictures/s, {row['generated_tokens']} tokens{ratio}")
 
 
 class _Say:
@@ -135,17 +166,26 @@ class _Say:
 
     def __init__(self, quiet: bool) -> None:
         self.quiet, self.tty, self.last = quiet, sys.stderr.isatty(), time.monotonic()
+        self.seen: deque[tuple[float, int]] = deque([(0.0, 0)])  # (seconds, pictures of this run): now and a minute back
 
     def line(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
     def progress(self, at: Any) -> None:
-        text = f"{at.done} of {at.total} ({at.failed} failed), {at.new / max(at.seconds, 1e-9):.1f} pictures/s"
         if self.quiet:
             return
+        self.seen.append((at.seconds, at.new))
+        while len(self.seen) > 2 and self.seen[1][0] <= at.seconds - _RECENT:
+            self.seen.popleft()
+        (since, before), speed = self.seen[0], at.new / max(at.seconds, 1e-9)
+        recent = (at.new - before) / max(at.seconds - since, 1e-9)
+        text = f"{at.done} of {at.total} ({at.failed} failed), {speed:.1f} pictures/s, {recent:.1f} in the last minute"
+        if recent:
+            left = (at.total - at.done) / recent
+            text += f", {left:.0f} s left" if left < 120 else f", {left / 60:.0f} min left"
         if self.tty:
-            print(f"\r{text:<78}", end="", file=sys.stderr, flush=True)
+            print(f"\r{text:<100}", end="", file=sys.stderr, flush=True)
         elif time.monotonic() - self.last >= _EVERY:
             self.last = time.monotonic()
             self.line(text)

@@ -48,7 +48,7 @@ def test_visual_tokens_come_first_then_lengths():
 @pytest.fixture
 def sources(tmp_path):
     found = []
-    for seed in range(20):
+    for seed in range(12):
         shapes.draw(shapes.make_scene(seed)).save(tmp_path / f"{seed}.png")
         found.append(Source(str(seed), str(tmp_path / f"{seed}.png")))
     (tmp_path / "words.png").write_bytes(b"words")
@@ -62,14 +62,14 @@ def test_a_worker_learns_lengths_and_answers_in_order(sources, monkeypatch):
     runs = []
     for _ in range(2):
         asked.append([])
-        worker = Captioner(Task(max_new_tokens=60, batch_size=4))
-        runs.append([caption for start in (0, 12) for caption in worker(sources[start : start + 12])])
+        worker = Captioner(Task(max_new_tokens=50, batch_size=4))
+        runs.append([caption for start in (0, 8) for caption in worker(sources[start : start + 8])])
         assert [caption.name for caption in runs[-1]] == [source.name for source in sources]
         seen = [caption for caption in runs[-1] if caption.error is None]
-        assert sum(worker.lengths._counts.values()) == len(seen) == 20
+        assert sum(worker.lengths._counts.values()) == len(seen) == 12
         assert sum(worker.lengths._sums.values()) == sum(caption.tokens for caption in seen)
     assert asked[0] == asked[1] and [each.caption for each in runs[0]] == [each.caption for each in runs[1]]
-    alone = Captioner(Task(max_new_tokens=60, batch_size=1))
+    alone = Captioner(Task(max_new_tokens=50, batch_size=1))
     assert [caption.caption for caption in alone(sources[:6])] == [caption.caption for caption in runs[0][:6]]
 
 
