@@ -136,10 +136,13 @@ def test_processors_see_all_sequences(make_model, monkeypatch):
 
 
 @RETENTION
-@pytest.mark.parametrize("method", ["none", "dyrate", "fastv", "depth", "st3"])
-def test_captured_steps(make_model, monkeypatch, method, retention):
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llava", "none"), ("llava", "dyrate"), ("llava", "fastv"), ("llava", "depth"), ("llava", "st3"), ("qwen2_vl", "fixed")],
+)
+def test_captured_steps(make_model, monkeypatch, family, method, retention):
     """A step is captured anew for each size of the batch, and serves until the next one."""
-    model = make_model()
+    model = make_model(family, "llama" if family == "llava" else "own")
     recorder = TapeRecorder()
     monkeypatch.setattr(graph, "recorder_for", lambda device: recorder)
     monkeypatch.setattr(answering, "EVERY", 4)
