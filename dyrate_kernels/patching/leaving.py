@@ -34,7 +34,7 @@ def dismiss(owner: PatchOwner, ended: Tensor) -> bool:
     """Lets sequences leave the passes of the ``generate()`` under way in this thread, where it is ``worth`` it. One host read.
 
     Nothing happens where each sequence does not go on by itself (beams, assisted decoding), where the model's inputs are prepared past the
-    patch (PEFT does that), or where its heads are shared among processes.
+    patch (its method was replaced), or where its heads are shared among processes.
 
     Args:
         owner: the ``Handle`` of the model.

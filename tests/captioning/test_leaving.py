@@ -285,3 +285,31 @@ def test_a_workers_captions_leave_their_batch_on_a_cpu(tmp_path):
         passes[leave] = sum(sizes.of_passes)
     assert found[None] == found[True] == found[False]
     assert passes[None] == passes[True] < passes[False]
+
+
+def left(wrapped, handle):
+    """Asks without and with leaving for the same answers; returns whether some left."""
+    model = handle.model
+    fields, processor = models.inputs(model, EIGHT), SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=None))
+    model.generation_config.eos_token_id = some_ends(answering.generate(wrapped, processor, fields, MOST))
+    want = answering.generate(wrapped, processor, fields, MOST)
+    with Sizes(handle) as sizes:
+        assert answering.generate(wrapped, processor, fields, MOST, handle=handle) == want
+    assert len(set(map(len, want))) > 2
+    return sizes.of_passes[-1] < len(EIGHT)
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_adapters(task):
+    peft = pytest.importorskip("peft")
+    model = models.build("llava")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type=task)).eval()
+    with patched(wrapped, METHODS["fixed"]) as handle:
+        assert left(wrapped, handle)
+
+
+def test_inputs_that_are_prepared_past_the_patch_keep_their_batch():
+    model = models.build("llava")
+    with patched(model, METHODS["fixed"]) as handle:
+        vars(model)["prepare_inputs_for_generation"] = type(model).prepare_inputs_for_generation.__get__(model)
+        assert not left(model, handle)
