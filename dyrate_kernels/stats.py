@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -25,6 +25,30 @@ class Step:
     mass: list[list[float]]
     importance: list[list[float]] | None = None
     kept_tokens: list[list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a generation ran.
+
+    Attributes:
+        steps: decode steps were ``"captured"`` once and replayed, or all of them ``"eager"``.
+        replayed: how many of them were replayed.
+        layers: decoder layers were ``"fused"`` or the model's ``"own"`` chain of operations.
+        why_not: for ``"steps"`` and ``"layers"``, in words, what kept each from the faster way; no entry where nothing did.
+    """
+
+    steps: str
+    replayed: int
+    layers: str
+    why_not: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """``captured steps, fused layers``, with the reasons where it was another way."""
+        found = []
+        for name, word in (("steps", self.steps), ("layers", self.layers)):
+            found.append(f"{word} {name}" + (f" ({self.why_not[name]})" if name in self.why_not else ""))
+        return ", ".join(found)
 
 
 @dataclass(frozen=True)
@@ -52,6 +76,7 @@ class Stats:
             reducers too; docs/costs.md, axis 1).
         exact_cost: the same with the real layer in place of FastV's formula, whose MLP lacks the gate. Neither knows sliding windows.
         bytes_read, bytes_read_unpruned: weights, as the model holds them, and key/value rows inside the windows that the decode steps read.
+        path: how the generation ran; None where that is not known.
     """
 
     policy: str
@@ -77,6 +102,7 @@ class Stats:
     bytes_read: float
     bytes_read_unpruned: float
     bytes_read_unreduced: float
+    path: Path | None = None
 
     @property
     def received(self) -> float:
@@ -89,8 +115,9 @@ class Stats:
 
 
 def _without_none_extras(stats: dict[str, Any]) -> dict[str, Any]:
-    if stats["visual_places"] is None:
-        del stats["visual_places"]
+    for name in ("visual_places", "path"):
+        if stats[name] is None:
+            del stats[name]
     for step in stats["steps"]:
         for name in ("importance", "kept_tokens"):
             if step[name] is None:

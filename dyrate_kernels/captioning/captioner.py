@@ -112,16 +112,13 @@ class Captioner:
     def __init__(self, task: Task, loaded: tuple[Any, Any] | None = None, patched: bool = True) -> None:
         import dyrate_kernels as dk
         from dyrate_kernels.loading import load_model
-        from dyrate_kernels.patching.fused import fuses
 
         self.task, self.lengths = task, Lengths()
         self.model, self.processor = loaded or load_model(task.model, task.device, task.dtype, task.quantize)
         warnings.filterwarnings("ignore", message="nothing was dropped")
-        on_gpu = self.model.device.type == "cuda"
         self.early_leave = self.model.device.type == "cpu" if task.early_leave is None else task.early_leave
         self.handle = None if not patched else dk.patch(
-            self.model, task.policy, retention=task.retention, backend=task.backend, vision=task.vision or None,
-            cuda_graph=on_gpu and task.quantize is None, fuse=on_gpu and fuses(self.model, task.backend),
+            self.model, task.policy, retention=task.retention, backend=task.backend, vision=task.vision or None
         )  # fmt: skip
 
     def __call__(self, sources: Sequence[Source]) -> list[Caption]:

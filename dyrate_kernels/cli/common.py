@@ -86,10 +86,24 @@ def add_input(parser: argparse.ArgumentParser) -> None:
         "--vision", metavar="NAME[:OPTIONS][+NAME..]",
         help="reducers before the language model, e.g. aim:keep=0.5 or tome+aim; `dyrate info` lists them; default: none",
     )  # fmt: skip
-    parser.add_argument("--cuda-graph", action="store_true", help="capture a decode step once and replay it (on one CUDA device)")
-    parser.add_argument("--fuse", action="store_true", help="fewer launches a decoder layer (backend triton)")
+    add_path(parser)
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     add_seed(parser)
+
+
+def add_path(parser: argparse.ArgumentParser) -> None:
+    """Switches of the path that a generation takes; without any the fastest one is chosen."""
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--cuda-graph", action=switch, help="capture a decode step once and replay it; default: where it can be and pays")
+    parser.add_argument("--fuse", action=switch, help="fewer launches a decoder layer; default: where the weights are float16 or bfloat16")
+    parser.add_argument("--exact", action="store_true", help="the model's own chain of operations in every layer: nothing is fused")
+
+
+def path_from(given: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``patch`` that :func:`add_path` asked for."""
+    if given.exact and given.fuse:
+        raise ValueError("--exact keeps the model's own chain of operations, which --fuse replaces: leave one of them out")
+    return {"cuda_graph": given.cuda_graph, "fuse": given.fuse, "exact": given.exact}
 
 
 def positive(text: str) -> int:

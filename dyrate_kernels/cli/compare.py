@@ -64,7 +64,7 @@ def _row(
             n_visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
             inputs = thin(dict(inputs), model.config.image_token_id, n_visual, contender.side)
             stack.enter_context(downsampled(model, contender.side))
-        handle = stack.enter_context(contender.patch(model, given.backend, cuda_graph=given.cuda_graph, fuse=given.fuse))
+        handle = stack.enter_context(contender.patch(model, given.backend, **common.path_from(given)))
         started = time.perf_counter()
         tokens = common.answer(model, processor, inputs, given)
         seconds = time.perf_counter() - started
@@ -87,6 +87,7 @@ def _row(
         "agreement": same,
         "new_tokens": len(tokens),
         "seconds": seconds,
+        "path": str(stats.path),
         "text": processor.decode(tokens, skip_special_tokens=True).strip(),
     }
     if contender.side is not None:

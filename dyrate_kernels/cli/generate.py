@@ -69,9 +69,8 @@ def run(given: argparse.Namespace) -> int:
         retention=given.retention,
         backend=given.backend,
         record_importance=bool(given.plot),
-        cuda_graph=given.cuda_graph,
-        fuse=given.fuse,
         vision=reducers,
+        **common.path_from(given),
     ) as handle:
         if not given.json:
             print(f"{'with:':<12}{contenders.words(settings)}", *([f"{'but:':<12}{odd}"] if odd else []), sep="\n", flush=True)
@@ -138,6 +137,7 @@ def _print_totals(stats: Any, new_tokens: int, seconds: float) -> None:
         ("FLOPs", f"{flops_text(stats.flops)}; unpruned {flops_text(stats.flops_unpruned)} ({saved:.1f} % saved)"),
         ("read", f"{bytes_text(stats.bytes_read)} by the decode steps; unpruned {bytes_text(stats.bytes_read_unpruned)}"),
         ("paper cost", f"{100 * stats.paper_cost:.1f} % (FastV's formula on the whole sequence, mean over steps)"),
+        ("path", str(stats.path)),
         ("time", f"{new_tokens} tokens in {seconds:.2f} s ({speed:.1f} tokens/s), backend {stats.backend}, {stats.retention}"),
     ]  # fmt: skip
     for name, text in lines:

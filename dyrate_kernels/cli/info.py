@@ -31,6 +31,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
 
     import dyrate_kernels as dk
     from dyrate_kernels import families, native
+    from dyrate_kernels.patching.path import of_machine
 
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -53,6 +54,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
             "architectures": list(build.architectures),
             "probe": None if probe is None else probe.to_dict(),
         },
+        "path": of_machine(),
         "policies": dk.policies.names(),
         "reducers": dk.vision.names(),
         "families": families.names(),
@@ -101,6 +103,7 @@ def run(given: argparse.Namespace) -> int:
         print(f"  {name:<10} {state}")
     native = found["native"]
     print(f"native:    {_native_text(native)}")
+    print(f"path:      {_path_text(found['path'])}")
     print("policies:  " + ", ".join(found["policies"]))
     print("reducers:  " + ", ".join(found["reducers"]))
     print("families:  " + ", ".join(found["families"]))
@@ -118,6 +121,12 @@ def run(given: argparse.Namespace) -> int:
             f"with no visual KV at all {bytes_text(row['bytes_pruned'])}: at most {row['bound']:.2f}x faster{floor}"
         )
     return 0
+
+
+def _path_text(path: dict[str, Any]) -> str:
+    from dyrate_kernels.stats import Path
+
+    return f"{Path(path['steps'], 0, path['layers'], path['why_not'])}, of a model in half precision on the first device"
 
 
 def _native_text(native: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@
     cuda        settings of the CUDA attention (``ops/cuda.py``: ``Settings``)
     backend     operator -> "triton" or "cuda", whichever was faster (``bench/choose_backend.py`` writes, ``ops/dispatch.py`` reads it)
     layers      which products and fusions of decoder layers are used (``ops/layer_settings.py`` reads it)
+    capture_from    from how many new tokens on the capture of a decode step pays (``patching/graph.py`` reads it)
     dependent_launch    true: a kernel gets on its way while the one before it still runs (``triton_kernels/dependent.py``)
 
 and facts on the measurement (``_FACTS``): versions, commit, times. A device without a file gets heuristics, and Triton first. An entry that
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _Made = TypeVar("_Made", bound="DataclassInstance")
-_KINDS = {"settings": dict, "cuda": dict, "backend": dict, "layers": dict, "dependent_launch": bool}
+_KINDS = {"settings": dict, "cuda": dict, "backend": dict, "layers": dict, "dependent_launch": bool, "capture_from": int}
 _FACTS = ("device", "torch", "triton", "driver", "commit", "measurement", "made_by", "times", "figures", "backend_measured")
 _BACKENDS = ("triton", "cuda", "reference")
 
@@ -62,9 +63,11 @@ def measured(device_name: str) -> dict[str, Any]:
         if unknown:
             raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(_KINDS)}, and as facts {', '.join(_FACTS)}")
         for name, kind in _KINDS.items():
-            if name in content and not isinstance(content[name], kind):
-                expected = "an object" if kind is dict else "true or false"
+            if name in content and type(content[name]) is not kind:
+                expected = {dict: "an object", bool: "true or false", int: "a whole number"}[kind]
                 raise ValueError(f"{name}: expected {expected}, got {content[name]!r}")
+        if content.get("capture_from", 1) < 1:
+            raise ValueError(f"capture_from: expected a whole number from 1 on, got {content['capture_from']}")
         for operator, name in content.get("backend", {}).items():
             if name not in _BACKENDS:
                 raise ValueError(f"backend: {operator}: expected one of {', '.join(_BACKENDS)}; got {name!r}")

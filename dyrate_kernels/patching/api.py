@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dyrate_kernels import policies
@@ -15,7 +16,7 @@ from dyrate_kernels.ops import dispatch
 from dyrate_kernels.patching import attention, calls
 from dyrate_kernels.patching.assisted import one_at_a_time
 from dyrate_kernels.patching.calls import Call
-from dyrate_kernels.patching.fused import Fused, check_fusable
+from dyrate_kernels.patching.fused import Fused, unknown_layers
 from dyrate_kernels.patching.generate import Generations
 from dyrate_kernels.patching.graph import StepGraph
 from dyrate_kernels.patching.hooks import PassHooks
@@ -28,13 +29,14 @@ from dyrate_kernels.patching.lookup import (
 )
 from dyrate_kernels.patching.overrides import Override
 from dyrate_kernels.patching.parallel import head_shards
+from dyrate_kernels.patching.path import path_of
 from dyrate_kernels.patching.reduction import ReducedPrompts
 from dyrate_kernels.patching.shrink import ShrinkHooks
 from dyrate_kernels.patching.vision import PIXELS, check_reducers
 from dyrate_kernels.patching.wrapped import unwrapped
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.specs import RETENTIONS
-from dyrate_kernels.stats import Stats
+from dyrate_kernels.stats import Path, Stats
 from dyrate_kernels.stats_from_record import stats_from_record
 from dyrate_kernels.vision import Reducer
 
@@ -53,11 +55,13 @@ def patch(
     predictor: Any = None,
     k: int | None = None,
     record_importance: bool = False,
-    cuda_graph: bool = False,
-    fuse: bool = False,
+    cuda_graph: bool | None = None,
+    fuse: bool | None = None,
+    exact: bool = False,
     vision: str | Reducer | Sequence[str | Reducer] | None = None,
 ) -> Handle:
-    """Makes ``model.generate`` drop visual tokens while it generates. Works on this instance only; ``unpatch`` undoes it.
+    """Makes ``model.generate`` drop visual tokens while it generates, on the fastest path there is. Works on this instance only;
+    ``unpatch`` undoes it. The path is chosen in each generation; ``stats().path`` says which it was, and what kept it from a faster one.
 
     Args:
         model: a supported vision-language model (``families.FAMILIES``), or what ``torch.compile`` or PEFT made of one: then the
@@ -71,11 +75,13 @@ def patch(
             one in the model's own folder (with retention ``recoverable``, which it was trained for), else the closed form.
         k: for a policy given by name: first layer that sees the pruned set, 1 .. L-1.
         record_importance: keep importance and kept tokens of every step for ``stats()`` (costs ``5 * N`` bytes a step and sequence).
-        cuda_graph: capture a decode step once in every ``generate()`` and replay it for the tokens that follow (``patching.graph``). Needs
-            the model on one CUDA device; where a step cannot be captured it runs eagerly, and a warning says why, once.
-        fuse: RMSNorm, rotary embedding and gate of the decoder layers in one launch each (``patching.fused``), for text models of Llama,
-            Mistral, Qwen2, Qwen3, Gemma, Gemma 3 and Qwen-VL on backend ``triton``. Results differ by rounding. Elsewhere it has no effect,
-            and says so.
+        cuda_graph: a decode step is captured once in a ``generate()`` and replayed for the tokens that follow (``patching.graph``), with
+            the same results. None: on one CUDA device, where enough new tokens may come for that to pay. True: however few may come, and
+            a warning says why where it cannot be, once. False: never.
+        fuse: RMSNorm, rotary embedding and gate of the decoder layers are one launch each (``patching.fused``) on backend ``triton``;
+            results differ by rounding. None: where the weights are float16 or bfloat16. True: in float32, too, and a warning says why where
+            it cannot be, once. False: never.
+        exact: the model's own chain of operations in every layer: nothing is fused. Steps are captured all the same.
         vision: reducers that leave fewer visual tokens before the language model: a name of ``dyrate_kernels.vision.names()``, with options
             (``"aim:keep=0.5"``), several (``"tome+aim"``), a ``Reducer``, or a list of these; None: none. They work in ``generate``;
             those that look into the vision tower (``Reducer.reads_tower``) need a LLaVA or PaliGemma with CLIP or SigLIP.
@@ -94,11 +100,7 @@ def patch(
         raise RuntimeError("model is patched already; call dyrate_kernels.unpatch(model) first, then patch it with the new settings")
     if retention not in RETENTIONS:
         raise ValueError(f"retention must be one of {', '.join(RETENTIONS)}; got {retention!r}")
-    for name, value in (("cuda_graph", cuda_graph), ("fuse", fuse)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
-    if fuse:
-        check_fusable(model)
+    switches = _Switches(cuda_graph, fuse, exact)
     if isinstance(policy, str):
         options = {name: value for name, value in (("k", k), ("predictor", predictor)) if value is not None}
         policy = policies.parse(policy, **options)
@@ -125,7 +127,7 @@ def patch(
             "patch with retention='evict', or set recycle=0",
             stacklevel=2,
         )
-    handle = Handle(model, family, bound, retention, backend, record_importance, cuda_graph, chain, fuse)
+    handle = Handle(model, family, bound, retention, backend, record_importance, switches, chain)
     logger.info("%s", handle)
     return handle
 
@@ -149,6 +151,36 @@ def shape_for(model: Any, retention: str) -> ModelShape:
     return ModelShape.from_config(model.config).replace(trained_by_default=retention == "recoverable")
 
 
+@dataclass(frozen=True)
+class _Switches:
+    """The arguments of ``patch`` that choose a path."""
+
+    cuda_graph: bool | None = None
+    fuse: bool | None = None
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("cuda_graph", "fuse"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise TypeError(f"{name} must be None (automatic), True or False, got {value!r}")
+        if not isinstance(self.exact, bool):
+            raise TypeError(f"exact must be True or False, got {self.exact!r}")
+        if self.exact and self.fuse:
+            raise ValueError("exact=True keeps the model's own chain of operations, which fuse=True replaces: leave one of them out")
+
+    @property
+    def unfused(self) -> str:
+        """Returns the words for why nothing is fused where it is switched off."""
+        return "exact=True" if self.exact else "fuse=False"
+
+    def __str__(self) -> str:
+        """What differs from ``patch(model)``, as it would be written there."""
+        given = ((name, getattr(self, name)) for name in ("cuda_graph", "fuse"))
+        found = [f"{name}={value}" for name, value in given if value is not None] + (["exact=True"] if self.exact else [])
+        return "".join(f", {each}" for each in found)
+
+
 class Handle:
     """A patched model's controls. Made by ``patch``; usable as a context manager.
 
@@ -156,8 +188,8 @@ class Handle:
         model: the patched model.
         policy: the policy, bound to the model.
         retention: as asked for.
-        fused: with ``fuse=True`` what turns the fused modules on and off; else None.
-        graph: with ``cuda_graph=True`` what captures and replays decode steps, and counts them; else None.
+        fused: what turns fused modules on and off; None with ``fuse=False`` and ``exact=True``. unfused: which of these.
+        graph: what captures and replays decode steps, and counts them; None with ``cuda_graph=False``.
         vision: the reducers before the language model, in order; empty: none.
         running: the calls of ``generate()`` under way, in all threads, the newest last.
     """
@@ -170,23 +202,29 @@ class Handle:
         retention: str,
         backend: str,
         record_importance: bool,
-        cuda_graph: bool = False,
+        switches: _Switches = _Switches(),
         vision: Sequence[Reducer] = (),
-        fuse: bool = False,
     ) -> None:
         self.model, self.family, self.policy, self.retention = model, family, policy, retention
         self.vision = tuple(vision)
         self._asked_backend = backend
         self.record_importance = record_importance
         self.heads = head_shards(model)
-        if cuda_graph and self.heads is not None:
-            raise ValueError("cuda_graph=True is not available for a model whose heads are shared among processes; leave it out")
+        self._switches, self.unfused = switches, switches.unfused
+        if switches.cuda_graph and self.heads is not None:
+            warnings.warn(
+                "cuda_graph=True has no effect: the model's heads are shared among processes. "
+                "Decode steps run eagerly, with the same results.",
+                stacklevel=3,
+            )
         self.running: list[Call] = []
         self._active = True
         self._overrides: list[Override] = []
         self._shrink: ShrinkHooks | None = None
-        self.graph = StepGraph(self) if cuda_graph else None
-        self.fused = Fused() if fuse else None
+        captures = switches.cuda_graph is not False and self.heads is None
+        self.graph = StepGraph(self, automatic=switches.cuda_graph is None) if captures else None
+        fuses = switches.fuse is not False and not switches.exact
+        self.fused = Fused(automatic=switches.fuse is None) if fuses else None
         self._hooks, self._reduced = PassHooks(self), ReducedPrompts(self)
         self._generations = Generations(self, self._reduced)
         try:
@@ -213,7 +251,10 @@ class Handle:
         deciding = {start - 1 for start in self.policy.layer_groups(layers)} if reads else set()
         for index, module in enumerate(_attention_modules(model)):
             attention.swap(module, shows_hidden=index in deciding)
-        if self.fused is not None:
+        if self.fused is not None and not self.fused.automatic:
+            unknown = unknown_layers(model)
+            if unknown is not None:
+                self.fused.tell(unknown)
             self.fused.install(decoder_of(model))
         self._hooks.install()
         if self.retention == "evict" and self.policy.at_prefill:
@@ -272,14 +313,19 @@ class Handle:
         self.unpatch()
 
     def __repr__(self) -> str:
-        layers = decoder_layers(self.model)
+        layers, path = decoder_layers(self.model), self.path
         state = "patched" if self._active else "no longer patched"
         return (
             f"Handle({type(self.model).__name__} {state}: {len(layers)} text attention modules "
             f"({type(layers[0].self_attn).__name__}), policy={self.policy}, retention={self.retention}, backend={self.backend}"
-            f"{f', vision={list(self.vision)}' if self.vision else ''}{', cuda_graph=True' if self.graph is not None else ''}"
-            f"{', fuse=True' if self.fused is not None else ''})"
+            f"{f', vision={list(self.vision)}' if self.vision else ''}{self._switches}{'' if path is None else f'; last: {path}'})"
         )
+
+    @property
+    def path(self) -> Path | None:
+        """How the generation under way runs, or else how the last one ran; None: there was none. Reads nothing on a device."""
+        call = calls.current(self) or next((call for call in reversed([*self.running]) if call.session is not None), None)
+        return self._generations.path if call is None or call.session is None else path_of(self, call)
 
     def stats(self, sequence: int | None = None, new_tokens: int | None = None) -> Stats:
         """Returns what the last generation really did. Reads the device once.
@@ -298,7 +344,7 @@ class Handle:
             raise RuntimeError("nothing was generated yet: call model.generate(...) on the patched model, then stats()")
         if isinstance(last, str):
             raise RuntimeError(f"stats() has nothing of the last generate(): {last}")
-        return stats_from_record(last, sequence, new_tokens)
+        return replace(stats_from_record(last, sequence, new_tokens), path=self.path)
 
     @property
     def session(self) -> Session | None:

@@ -40,6 +40,7 @@ class PatchOwner(Protocol):
     vision: tuple[Reducer, ...]
     graph: Any
     fused: Any
+    unfused: str
     running: list[Call]
 
     @property
@@ -68,6 +69,7 @@ class Call:
         plain: each sequence goes on by itself, a token at a time. prepares: the patch prepares the inputs of its passes.
         present: int64 ``[b]``, numbers of the sequences that are still in its passes (``leaving.dismiss``); None: all. widens: what to call
             ``remove()`` of then.
+        layers: why its decoder layers are not fused, in words; None: they are.
         thread: identifier of the thread that it runs in.
     """
 
@@ -83,6 +85,7 @@ class Call:
     asks_features: bool = False
     passes: list[bool] = field(default_factory=list)
     graph: Any = None
+    layers: str | None = None
     plain: bool = False
     prepares: bool = False
     present: Tensor | None = None

@@ -1,5 +1,8 @@
-"""``patch(model, fuse=True)``: RMSNorm, rotary embedding and the gate of the decoder layers, one launch each instead of about twenty, and
-at batch 1 matrix products that read their weights faster.
+"""Fused layers: RMSNorm, rotary embedding and the gate of the decoder layers, one launch each instead of about twenty, and at batch 1
+matrix products that read their weights faster.
+
+``patch(model)`` decides in each ``generate()`` whether layers are fused (``fuse=None``): where the backend has such kernels and the weights
+are float16 or bfloat16. ``fuse=True`` fuses in float32, too, and warns where it cannot.
 
 Around attention a decoder layer of ``transformers`` launches its arithmetic operation by operation. On a GPU that is a third of a decode
 step at batch 1 (bench/results/README.md), so pruning cannot win it back. A module keeps its parameters, hooks and state_dict keys; only its
@@ -29,7 +32,7 @@ from dyrate_kernels.ops import layer_settings
 from dyrate_kernels.ops import layers as ops
 from dyrate_kernels.patching.attention import CARRIER, sliding_window
 from dyrate_kernels.patching.cache import VisualCache
-from dyrate_kernels.patching.lookup import decoder_layers
+from dyrate_kernels.patching.lookup import decoder_layers, decoder_of
 from dyrate_kernels.patching.modules import Decoder, Norm
 
 KNOWN = {module_of(name): row for name, row in TEXT_MODELS.items() if row.fusable}  # by the module that defines them
@@ -70,13 +73,39 @@ _PASS = _Pass()
 
 
 class Fused:
-    """The fused modules of one patched model. Whether they fuse is a matter of the pass under way in each thread."""
+    """The fused modules of one patched model. Whether they fuse is a matter of the pass under way in each thread.
 
-    def __init__(self) -> None:
-        self._told = False
+    Args:
+        automatic: layers are fused where that is faster, and nobody is warned where they cannot be.
+
+    Attributes:
+        installed: classes were swapped.
+    """
+
+    def __init__(self, automatic: bool = False) -> None:
+        self.automatic = automatic
+        self.installed = False
+        self._told: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fused:
+        """Of a copied model."""
+        twin = memo[id(self)] = type(self)(self.automatic)
+        twin.installed = self.installed
+        return twin
+
+    def begin(self, model: Any, backend: str, device: torch.device) -> str | None:
+        """A generation begins whose passes may be fused; automatic ones are installed now. Returns why they will not be, in words."""
+        reason = why_unfused(model, backend, device, half_alone=self.automatic)
+        if reason is None:
+            with self._lock:
+                if not self.installed:
+                    self.install(decoder_of(model))
+        return reason
 
     def install(self, decoder: Decoder) -> None:
         """Swaps the classes of a text model whose attention is swapped already."""
+        self.installed = True
         on = layer_settings.settings(next(decoder.parameters()).device)
         for module, make in list(_modules(decoder, on.residual_norm or on.norm_prologue)):
             kind: type = type(module)
@@ -90,6 +119,7 @@ class Fused:
     def remove(self, decoder: nn.Module) -> None:
         """Undoes it; before the attention modules get their own class back."""
         self.off()
+        self.installed = False
         for module in decoder.modules():
             if _is_fused(module):
                 module.__class__ = vars(type(module))["_dyrate_fused"]
@@ -102,12 +132,14 @@ class Fused:
             return
         _PASS.of, _PASS.kernels = self, ops.fused(backend, device)
         _PASS.settings, _PASS.ready, _PASS.pending = layer_settings.settings(device), None, None
-        if _PASS.kernels is None and not self._told:
-            self._told = True
-            warnings.warn(
-                f"fuse=True has no effect: the backend is {backend!r} and only 'triton' has such kernels. Results are the same.",
-                stacklevel=2,
-            )
+        if _PASS.kernels is None and not self.automatic:
+            self.tell(_no_kernels(backend))
+
+    def tell(self, reason: str) -> None:
+        """Warns once that nothing is fused."""
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(f"fuse=True has no effect: {reason}. Results are the same.", stacklevel=2)
 
     def off(self) -> None:
         """The pass that begins is the model's own."""
@@ -420,18 +452,34 @@ def _activation(module: Any) -> str | None:
 
 def fuses(model: Any, backend: str) -> bool:
     """``patch(model, fuse=True)`` has an effect: its layers are known, and the backend has kernels for where the model is."""
-    try:
-        check_fusable(model)
-    except TypeError:
-        return False
-    return ops.fused(backend, next(model.parameters()).device) is not None
+    return why_unfused(model, backend, next(model.parameters()).device) is None
 
 
-def check_fusable(model: Any) -> None:
-    """Raises TypeError where ``fuse=True`` does not know the model's decoder layers."""
-    kinds = {type(layer.self_attn) for layer in decoder_layers(model)}
-    known_by_kind = {kind: KNOWN.get(kind.__module__) for kind in kinds}
-    unknown = sorted(kind.__name__ for kind, text in known_by_kind.items() if text is None or kind.__name__ != text.attention)
-    if unknown:
-        known = ", ".join(text.attention for text in KNOWN.values())
-        raise TypeError(f"fuse=True knows decoder layers with {known}; this model's have {', '.join(unknown)}: leave fuse out")
+def why_unfused(model: Any, backend: str, device: torch.device, half_alone: bool = False) -> str | None:
+    """Returns why nothing of a model's layers can be fused, in words; None: something can.
+
+    Args:
+        half_alone: only weights in float16 or bfloat16, whose own operations round as coarsely, are fused.
+    """
+    if ops.fused(backend, device) is None:
+        return _no_kernels(backend)
+    dtype = decoder_of(model).dtype
+    if half_alone and dtype not in (torch.float16, torch.bfloat16):
+        return f"the weights are {str(dtype).removeprefix('torch.')}, and fused layers differ from their own by rounding; fuse=True does it"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    return unknown_layers(model)
+
+
+def unknown_layers(model: Any) -> str | None:
+    """Returns in words that no part of a model's decoder layers is known here; None: some part is."""
+    decoder = decoder_of(model)
+    if any(map(_is_fused, decoder.modules())) or any(True for _ in _modules(decoder, layers=False)):
+        return None
+    known = ", ".join(text.title for text in KNOWN.values())
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in decoder_layers(model)}))
+    return f"the decoder layers are {kinds}; known are those of {known}"
+
+
+def _no_kernels(backend: str) -> str:
+    return f"the backend is {backend!r} and only 'triton' has such kernels"

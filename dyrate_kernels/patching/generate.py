@@ -15,7 +15,9 @@ from dyrate_kernels.patching.assisted import NoDrafts, of_this_turn, one_at_a_ti
 from dyrate_kernels.patching.cache import VisualCache, why_unpruned
 from dyrate_kernels.patching.calls import Call, PatchOwner
 from dyrate_kernels.patching.lookup import cache_in, cache_name
+from dyrate_kernels.patching.path import path_of
 from dyrate_kernels.patching.reduction import ReducedPrompts
+from dyrate_kernels.stats import Path
 
 
 class Generations:
@@ -27,11 +29,13 @@ class Generations:
 
     Attributes:
         last: what ``stats()`` tells of the last generation; a str: why it cannot; None: there was none.
+        path: of the last generation.
     """
 
     def __init__(self, owner: PatchOwner, reduced: ReducedPrompts) -> None:
         self.owner, self.reduced = owner, reduced
         self.last: Snapshot | str | None = None
+        self.path: Path | None = None
         self._told = self._told_undrafted = self._told_round = False
 
     def answer_generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -45,6 +49,7 @@ class Generations:
                 output = original(*args, **kwargs)
                 if not call.nested:
                     self.last = call.unpruned if call.session is None else call.session.snapshot()
+                    self.path = path_of(self.owner, call)
                     self._tell_if_nothing_dropped(call)
                 return output
             except BaseException as error:
@@ -121,7 +126,15 @@ class Generations:
         cache.session.begin_turn(prompt, max_cache_length + 1, frozen=assisted or assistant, assistant=assistant, mask=mask)
         if call is not None:
             call.session, call.plain = cache.session, generation_mode in leaving.PLAIN
+            self._choose_path(call, cache.session)
         return None
+
+    def _choose_path(self, call: Call, session: Session) -> None:
+        """Decides for the generation that begins whether its steps are captured and its layers fused."""
+        owner, device = self.owner, next(self.owner.model.parameters()).device
+        call.layers = owner.unfused if owner.fused is None else owner.fused.begin(owner.model, session.backend, device)
+        if owner.graph is not None:
+            owner.graph.begin(call)
 
     def answer_refuse_batching(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(

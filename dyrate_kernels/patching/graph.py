@@ -1,4 +1,8 @@
-"""``patch(model, cuda_graph=True)``: one decode step is captured as a CUDA graph and replayed for the steps that follow.
+"""Captured steps: one decode step is captured as a CUDA graph and replayed for the steps that follow.
+
+``patch(model)`` decides in each ``generate()`` whether it does that (``cuda_graph=None``): on one CUDA device, where enough tokens may
+come for the capture to pay. What keeps it from it is told by ``stats().path``. ``cuda_graph=True`` captures however few may come, and warns
+where it cannot.
 
 A decode step reads nothing on the host and depends on no host number that changes from step to step (docs/design.md, section 6), so a
 capture of it stays valid while lengths, rates and kept sets change. What a capture does bake in is compared before every replay
@@ -7,8 +11,9 @@ are full. Where one of them changed (a text region that grew, a window that was 
 
 The life of a graph is one ``generate()`` call: its first decode step runs eagerly on the capture stream (it compiles kernels and allocates
 workspaces), the second is captured and replayed at once, all others are replayed. A capture costs the host about what an eager step costs,
-plus the instantiation, so it pays from a few tokens on. The memory of a graph (the results of one step, the kernels' scratch memory) is
-its own and is given back with it: a pool shared between graphs would let a replay of one overwrite the kept list that another left behind.
+plus the instantiation, so it pays from a few tokens on (``capture_from`` of a device's file). The memory of a graph (the results of one
+step, the kernels' scratch memory) is its own and is given back with it: a pool shared between graphs would let a replay of one overwrite
+the kept list that another left behind.
 
 Every other pass (prompts, chunks, drafts, steps outside of ``generate()``, ``output_hidden_states``, assisted decoding) runs as it would
 without this file.
@@ -30,6 +35,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from dyrate_kernels import devices
 from dyrate_kernels.generation.session import Session, StepState
 from dyrate_kernels.ops import workspace
 from dyrate_kernels.patching import calls
@@ -43,6 +49,7 @@ _CACHE = object()  # stands for the cache in the outline of a step's output
 _NOT_IN_A_STEP = ("labels", "mm_encoder_outputs")  # arguments that make a pass something else than a plain step, as does any pixel_values*
 _IGNORED = (*CACHE_NAMES, "attention_mask")  # the cache knows its rows: a decode step reads no mask
 _FOR_POSITIONS = ("mm_token_type_ids",)  # what positions would follow from; it grows with every step in older versions of transformers
+CAPTURE_FROM = 8  # new tokens, where no file of the device says otherwise: a guess, two replays more than three eager steps cost
 _MOST_WARM_UPS = 3  # in a row: then every step changes what a capture must find unchanged
 _REPLACED = "a step replaces tensors that the next step reads (a policy writes its state in place, tensor.copy_(..))"
 _QUIET_HOOKS = ("dyrate_kernels.", "transformers.")  # modules whose hooks a replay may leave out: they act in other passes only
@@ -188,10 +195,15 @@ class _Captured:
 
 @dataclass
 class _Run:
-    """The state of one ``generate()``. ``recorder`` None: it runs eagerly. scratch: the kernels', of this run's graphs alone."""
+    """The state of one ``generate()``. ``recorder`` None: it runs eagerly, reason: why. scratch: the kernels', of this run's graphs alone.
+
+    replays: steps that were replayed, the captured ones included.
+    """
 
     session: Session
     recorder: Recorder | None
+    reason: str | None = None
+    replays: int = 0
     warmed: tuple | None = None  # key of the last warm-up step
     warm_ups: int = 0  # since the last capture
     captured: _Captured | None = None
@@ -209,14 +221,15 @@ class StepGraph:
 
     Args:
         owner: the ``Handle`` of the patched model.
+        automatic: steps are captured where that pays, and nobody is warned where they cannot be.
 
     Attributes:
         captures, replays: how many steps were captured (each is also replayed once) and how many replayed in all.
         off: why this handle captures nothing any more; None while it may.
     """
 
-    def __init__(self, owner: PatchOwner) -> None:
-        self.owner = owner
+    def __init__(self, owner: PatchOwner, automatic: bool = False) -> None:
+        self.owner, self.automatic = owner, automatic
         self.captures = self.replays = 0
         self.off: str | None = None
         self._told: set[str] = set()
@@ -236,8 +249,14 @@ class StepGraph:
         return type(model).forward.__get__(model)
 
     def install(self) -> None:
-        """Takes the place of the instance's ``forward``."""
+        """Takes the place of the instance's ``forward``; an automatic one not before the first generation that it captures in."""
+        if not self.automatic:
+            self._take_place()
+
+    def _take_place(self) -> None:
         attributes = vars(self.owner.model)
+        if attributes.get("forward") is self:
+            return
         if "forward" in attributes:
             self.off = "the forward of this model instance was replaced before dyrate_kernels.patch() (accelerate's hooks do that)"
             self._tell(self.off)
@@ -252,21 +271,51 @@ class StepGraph:
         if attributes.get("_old_forward") is self:
             attributes["_old_forward"] = self.eager
 
+    def begin(self, call: Call) -> None:
+        """Decides whether steps of the turn that has begun are captured."""
+        if call.graph is not None:
+            call.graph.end()
+        assert call.session is not None, "its cache is prepared"
+        call.graph = None  # so that it does not count among those under way
+        call.graph = self._run(call, call.session)
+        if call.graph.recorder is not None:
+            self._take_place()
+
+    def _run(self, call: Call, session: Session) -> _Run:
+        turn = session.turn
+        if self.off is not None or turn.frozen:
+            return _Run(session, None, self.off)
+        if any(other.thread != call.thread and getattr(other.graph, "recorder", None) is not None for other in self.owner.running):
+            # of the same stream and the same scratch memory: this one runs eagerly beside it
+            return _Run(session, None, "another thread's generation is captured on this model")
+        try:
+            if self.automatic:
+                self._check_worth_it(turn.max_length - max(turn.end, session.store.length))
+            return _Run(session, self._checked_recorder())
+        except CannotCapture as reason:
+            self._tell(str(reason))
+            return _Run(session, None, str(reason))
+
+    def _check_worth_it(self, new_tokens: int) -> None:
+        """Raises CannotCapture where a capture does not pay, or where nobody has seen it succeed."""
+        model = self.owner.model
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise CannotCapture("the weights are quantised by kernels that may wait for the host; cuda_graph=True tries it all the same")
+        least = _capture_from(next(model.parameters()).device)
+        if new_tokens < least:
+            raise CannotCapture(f"at most {new_tokens} new tokens may come, and a capture pays from {least} on")
+
     # ---- forward ----------------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = calls.current(self.owner)
-        session = None if call is None else self._session_of_step(call, args, kwargs)
-        inputs = None if session is None else _split(kwargs)
-        if call is None or session is None or inputs is None:
+        run = None if call is None else call.graph
+        if call is None or run is None or run.recorder is None:
             return self.eager(*args, **kwargs)
-        run = call.graph
-        if run is None or run.session is not session:
-            if run is not None:
-                run.end()
-            run = call.graph = _Run(session, self._recorder(call))
-        if run.recorder is None:
-            return self.eager(**kwargs)
+        session = self._session_of_step(call, args, kwargs)
+        inputs = None if session is None or run.session is not session else self._inputs(run, kwargs)
+        if session is None or inputs is None:
+            return self.eager(*args, **kwargs)
         session.reserve_step()
         state = session.step_state()
         key = (inputs.key, state.sizes, state.lasting)
@@ -297,6 +346,15 @@ class StepGraph:
             return None
         return None if session.turn.frozen or session.in_forward else session
 
+    @staticmethod
+    def _inputs(run: _Run, kwargs: dict) -> _Inputs | None:
+        """The arguments of a plain step, else None; the run notes why."""
+        try:
+            return _split(kwargs)
+        except CannotCapture as reason:
+            run.reason = str(reason)
+            return None
+
     def _step(self, run: _Run, inputs: _Inputs, cache: VisualCache) -> Any:
         """The model's own forward on the buffers."""
         given = {**inputs.constants, **run.buffers, cache_name(): cache}
@@ -307,7 +365,7 @@ class StepGraph:
     def _replay(self, run: _Run, captured: _Captured, inputs: _Inputs, cache: VisualCache) -> Any:
         _fill(run.buffers, inputs)
         run.session.replay(captured.replay, captured.made)
-        self.replays += 1
+        self._count(run)
         return captured.result(cache)
 
     def _capture(self, run: _Run, key: tuple, before: StepState, inputs: _Inputs, kwargs: dict) -> Any:
@@ -332,24 +390,20 @@ class StepGraph:
         run.warm_ups = 0
         self.captures += 1
         session.carry_out(replay)  # so far nothing has run: the step that was captured takes place now
-        self.replays += 1
+        self._count(run)
         return captured.result(cache)
 
     # ---- where it does not go ---------------------------------------------------------------------------------------------------
 
-    def _recorder(self, call: Call) -> Recorder | None:
-        """The recorder for this generation; None, and a word to the user, where the model cannot be captured."""
-        if any(other.thread != call.thread and getattr(other.graph, "recorder", None) is not None for other in self.owner.running):
-            return None  # of the same stream and the same scratch memory: this one runs eagerly beside it
-        try:
-            return self._checked_recorder()
-        except CannotCapture as reason:
-            self._tell(str(reason))
-            return None
+    def _count(self, run: _Run) -> None:
+        self.replays += 1
+        run.replays += 1
 
     def _checked_recorder(self) -> Recorder:
-        """The handle's own."""
+        """The recorder for a generation that begins now."""
         model = self.owner.model
+        if self.automatic:  # the least time, and the plainest word, where the model is not on a GPU at all
+            self._recorder(next(model.parameters()).device)
         for name, module in model.named_modules():
             if hasattr(module, "_hf_hook"):
                 raise CannotCapture(f"accelerate's hooks are on the model ({name or type(model).__name__})")
@@ -359,45 +413,63 @@ class StepGraph:
         if len(devices) > 1:
             raise CannotCapture(f"the model is spread over {len(devices)} devices ({', '.join(sorted(map(str, devices)))})")
         device = devices.pop()
-        if device not in self._recorders:
-            self._recorders[device] = recorder_for(device)
+        recorder = self._recorder(device)
         if model.training:
             raise CannotCapture("the model is in training mode; call model.eval()")
         if torch.is_autocast_enabled(device.type):
             raise CannotCapture("autocast is on, whose cache of cast weights a captured step cannot keep; load the model in half precision")
+        return recorder
+
+    def _recorder(self, device: torch.device) -> Recorder:
+        if device not in self._recorders:
+            self._recorders[device] = recorder_for(device)
         return self._recorders[device]
 
     def _give_up(self, run: _Run, error: Exception) -> None:
         run.recorder = run.captured = None
         what = str(error) if isinstance(error, CannotCapture) else f"{type(error).__name__}: {error}"
-        self.off = f"a decode step could not be captured: {what}"
+        self.off = run.reason = f"a decode step could not be captured: {what}"
         logger.debug("capture failed", exc_info=error)
         self._tell(self.off)
 
     def _tell(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
+        if reason in self._told:
+            return
+        self._told.add(reason)
+        if self.automatic:
+            logger.info("decode steps run eagerly: %s", reason)
+        else:
             warnings.warn(f"cuda_graph=True has no effect: {reason}. Decode steps run eagerly, with the same results.", stacklevel=2)
 
 
-def _split(kwargs: dict[str, Any]) -> _Inputs | None:
-    """The arguments of a plain step; None for a pass that asks for more."""
+def _split(kwargs: dict[str, Any]) -> _Inputs:
+    """The arguments of a plain step.
+
+    Raises:
+        CannotCapture: the pass asks for more.
+    """
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name in _IGNORED or (name in _FOR_POSITIONS and kwargs.get("position_ids") is not None):
             continue
-        if value is not None and (name in _NOT_IN_A_STEP or name.startswith("pixel_values")):
-            return None
-        if name in ("output_attentions", "output_hidden_states") and value:
-            return None
+        more = value is not None and (name in _NOT_IN_A_STEP or name.startswith("pixel_values"))
+        if more or (name in ("output_attentions", "output_hidden_states") and value):
+            raise CannotCapture(f"a step is asked for more than the next token ({name})")
         if isinstance(value, Tensor):
             tensors[name] = value
         elif value is None or isinstance(value, bool | int | float | str):
             constants[name] = value
         else:
-            return None
+            raise CannotCapture(f"a step is given {name} as a {type(value).__name__}")
     return _Inputs(tensors, constants)
+
+
+def _capture_from(device: torch.device) -> int:
+    """From how many new tokens on a capture pays on this device."""
+    if device.type != "cuda":
+        return CAPTURE_FROM
+    return int(devices.measured(torch.cuda.get_device_properties(device).name).get("capture_from", CAPTURE_FROM))
 
 
 def _fill(buffers: dict[str, Tensor], inputs: _Inputs) -> None:

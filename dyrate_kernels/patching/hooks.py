@@ -12,7 +12,7 @@ from dyrate_kernels.generation.passes import MultiTokenPass
 from dyrate_kernels.generation.session import Session
 from dyrate_kernels.patching import attention, calls
 from dyrate_kernels.patching.cache import VisualCache
-from dyrate_kernels.patching.calls import PatchOwner
+from dyrate_kernels.patching.calls import Call, PatchOwner
 from dyrate_kernels.patching.lookup import blocks_ahead, by_name, cache_in, decoder_of, positional_names, visual_columns
 from dyrate_kernels.patching.shrink import gather_columns
 
@@ -79,8 +79,10 @@ class PassHooks:
         call = calls.current(self.owner) if self.owner.vision else None
         if call is not None and call.passes:
             call.passes[-1] = False  # the base model has its features
-        if self.owner.fused is not None:
-            self.owner.fused.off()
+        fused = self.owner.fused
+        fused = None if fused is None or not fused.installed else fused
+        if fused is not None:
+            fused.off()
         if not isinstance(cache, VisualCache):
             return None
         if bound.get("output_attentions"):
@@ -97,15 +99,15 @@ class PassHooks:
         # a 4D mask passes transformers' mask creation untouched, which saves its time and its host sync
         bound["attention_mask"] = torch.zeros(1, 1, 1, 1, device=hidden.device)
         bound[attention.CARRIER] = cache
-        if self.owner.fused is not None:
-            self.owner.fused.on(session.backend, hidden.device)
+        if fused is not None and (not fused.automatic or _fuses(calls.current(self.owner), session)):
+            fused.on(session.backend, hidden.device)
         return (), bound
 
     def after_decoder(self, module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
         cache = kwargs.get(attention.CARRIER)
         if cache is None:
             return None
-        if self.owner.fused is not None:
+        if self.owner.fused is not None and self.owner.fused.installed:
             self.owner.fused.off()
         passing = cache.session.passing
         cache.session.finish_forward()
@@ -151,6 +153,11 @@ def _widened(output: Any, source: Tensor, filled: Tensor, length: int) -> Any:
         return (full, *output[1:])
     output.last_hidden_state = full
     return output
+
+
+def _fuses(call: Call | None, session: Session) -> bool:
+    """This pass is one of a generation that fuses."""
+    return call is not None and call.session is session and call.layers is None
 
 
 def _is_step(session: Session, bound: dict[str, Any]) -> bool:

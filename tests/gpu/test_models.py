@@ -63,11 +63,12 @@ def test_bundled_model(kit, demo, method, retention):
     images = [sample.image(size) for sample in samples]
     fields = processor(images=images, text=[prompt] * len(samples), padding=True, return_tensors="pt").to(kit.device)
     options = greedy(32 if ON_GPU else 3)
-    want, want_stats, _ = generated(model, fields, options, policy=method, retention=retention, backend="reference")
-    ways = [{}, {"cuda_graph": True}, {"fuse": True}, {"cuda_graph": True, "fuse": True}] if ON_GPU else [{}]
+    want, want_stats, _ = generated(model, fields, options, policy=method, retention=retention, backend="reference", cuda_graph=False)
+    eager = {"cuda_graph": False}
+    ways = [eager, {}, {**eager, "fuse": True}, {"fuse": True}] if ON_GPU else [{}]
     for way in [way for way in ways if kit.backend == "triton" or "fuse" not in way]:
         got, stats, handle = generated(model, fields, options, policy=method, retention=retention, backend=kit.backend, **way)
-        assert handle.graph is None or handle.graph.replays > 0
+        assert handle.graph is None or not ON_GPU or handle.graph.replays > 0
         assert stats.backend == kit.backend
         assert_same(got, want, tolerance=1e-3)
         assert [step.kept for step in stats.steps] == [step.kept for step in want_stats.steps]
@@ -95,8 +96,8 @@ def test_captured_steps_give_the_tokens_of_eager_ones(cuda, kit, text, method, m
     fields = {name: value.to(cuda) for name, value in models.inputs(model, rows_for_beams(ROWS)).items()}
     options = greedy(20) | MODES[mode]
     patching = {"policy": policy(METHODS[method]), "retention": retention, "backend": kit.backend}
-    want, want_stats, _ = generated(model, fields, options, **patching)
-    got, stats, handle = generated(model, fields, options, **patching, cuda_graph=True)
+    want, want_stats, _ = generated(model, fields, options, **patching, cuda_graph=False)
+    got, stats, handle = generated(model, fields, options, **patching)
     assert handle.graph.off is None and handle.graph.replays >= 15
     assert_same(got, want)
     assert [step.kept for step in stats.steps] == [step.kept for step in want_stats.steps]
@@ -110,7 +111,7 @@ def test_backend_gives_the_tokens_of_the_reference(kit, method, retention):
     fields = {name: value.to(kit.device) for name, value in models.inputs(model, rows).items()}
     options = greedy(20 if ON_GPU else 3)
     patching = {"policy": policy(METHODS[method]), "retention": retention}
-    want, want_stats, _ = generated(model, fields, options, **patching, backend="reference")
+    want, want_stats, _ = generated(model, fields, options, **patching, backend="reference", cuda_graph=False)
     got, stats, _ = generated(model, fields, options, **patching, backend=kit.backend)
     assert_same(got, want, tolerance=1e-4)
     assert [step.kept for step in stats.steps] == [step.kept for step in want_stats.steps]
@@ -145,9 +146,13 @@ def test_llava_7b(cuda, kit, seven_billion):
         everything, _, _ = generated(model, fields, options, policy="none", retention=retention, backend=kit.backend)
         assert_same_tokens(everything, plain, slack=5e-2)
         fixed = {"policy": dk.policies.Fixed(k=3, rate=0.875), "retention": retention, "backend": kit.backend}
-        want, want_stats, _ = generated(model, fields, options, **fixed)
-        got, stats, handle = generated(model, fields, options, **fixed, cuda_graph=True)
+        want, want_stats, _ = generated(model, fields, options, **fixed, cuda_graph=False, exact=True)
+        got, stats, handle = generated(model, fields, options, **fixed, exact=True)
         assert handle.graph.captures == 1 and handle.graph.off is None
         assert_same_tokens(got, want, slack=2e-2)
         assert [step.kept for step in stats.steps] == [step.kept for step in want_stats.steps]
         assert stats.steps[-1].kept == [72, 72]
+        got, stats, handle = generated(model, fields, options, **fixed)
+        layers = "fused" if kit.backend == "triton" else "own"
+        assert stats.path is not None and (stats.path.steps, stats.path.layers) == ("captured", layers)
+        assert_same_tokens(got, want, slack=5e-2)

@@ -64,8 +64,9 @@ def test_without_the_exchange_it_would_show(found, alone):
     assert kept[0] != kept[1] and want["kept"] not in kept
 
 
-def test_graphs_are_refused(found):
+def test_nothing_is_captured_and_that_is_said(found):
     assert all("heads are shared among processes" in each["cuda_graph"] for each in found)
+    assert all("heads are shared among processes" in each["path"] for each in found)
 
 
 # -- without processes ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ def tape(monkeypatch):
     """Captures on the CPU."""
     recorder = TapeRecorder()
     monkeypatch.setattr(graph, "recorder_for", lambda device: recorder)
+    monkeypatch.setattr(graph, "CAPTURE_FROM", 1)
     return recorder
 
 

@@ -1,4 +1,4 @@
-"""``patch(model, cuda_graph=True)``: captured decode steps give the answers of eager ones. Without a GPU a tape stands in for the graph."""
+"""``patch(model)``: captured decode steps give the answers of eager ones. Without a GPU a tape stands in for the graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dyrate_kernels.generation import kv_store
 from dyrate_kernels.generation.session import Session
 from tests import models
 from tests.checks import METHODS, ROWS, greedy, logits, policy, rows_for_beams
-from tests.patching.graph.kit import RETENTION, STEPS, both, run
+from tests.patching.graph.kit import RETENTION, STEPS, assert_same_stats, both, run
 
 
 @RETENTION
@@ -37,12 +37,12 @@ def test_bit_for_bit(make_model, tape, monkeypatch, method, retention):
     model = make_model()
     options = {"policy": policy(METHODS[method]), "retention": retention, "record_importance": True}
     fields = models.inputs(model, ROWS)
-    want, want_stats, _ = run(model, fields, greedy(STEPS), options)
-    got, got_stats, handle = run(model, fields, greedy(STEPS), {**options, "cuda_graph": True})
+    want, want_stats, _ = run(model, fields, greedy(STEPS), {**options, "cuda_graph": False})
+    got, got_stats, handle = run(model, fields, greedy(STEPS), options)
     assert handle.graph.replays == STEPS - 2
     assert torch.equal(got.sequences, want.sequences)
     assert torch.equal(logits(got), logits(want))
-    assert got_stats.to_dict() == want_stats.to_dict()
+    assert_same_stats(got_stats, want_stats, tolerance=0.0)
     for a, b in zip(got.past_key_values.store.keys, want.past_key_values.store.keys, strict=True):
         assert torch.equal(a, b)
 

@@ -1,4 +1,4 @@
-"""What ``cuda_graph=True`` leaves on a model and in memory: nothing, when it is over."""
+"""What captured steps leave on a model and in memory: nothing, when it is over."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.checks import METHODS, ROWS, assert_same, fingerprint, greedy, logits
 from tests.patching.graph.kit import RETENTION, STEPS, TOLD
 
 
-@pytest.mark.parametrize("argument", ["yes", 1, None])
+@pytest.mark.parametrize("argument", ["yes", 1, 0.0])
 def test_argument(make_model, argument):
-    with pytest.raises(TypeError, match="cuda_graph must be True or False"):
+    with pytest.raises(TypeError, match=r"cuda_graph must be None \(automatic\), True or False"):
         dk.patch(make_model(), cuda_graph=argument)
 
 
@@ -35,7 +35,10 @@ def test_signature_and_repr(make_model):
         with pytest.raises(ValueError, match="model_kwargs"):  # generate() still knows which arguments forward takes
             model.generate(**models.inputs(model, ROWS[:1]), no_such_argument=1, max_new_tokens=2)
     with dk.patch(model) as handle:
-        assert handle.graph is None
+        assert "cuda_graph" not in repr(handle) and "captures=0" in repr(handle.graph)
+        assert "forward" not in vars(model)
+    with dk.patch(model, cuda_graph=False) as handle:
+        assert "cuda_graph=False" in repr(handle) and handle.graph is None
         assert "forward" not in vars(model)
 
 
@@ -43,10 +46,10 @@ def test_signature_and_repr(make_model):
 def test_unpatch_leaves_nothing(tape, retention):
     model = models.build("llava")
     fields = models.inputs(model, ROWS)
-    dk.patch(model, "fixed", retention=retention)
+    dk.patch(model, "fixed", retention=retention, cuda_graph=False)
     dk.unpatch(model)
     before, want = fingerprint(model), model.generate(**fields, **greedy(6))
-    dk.patch(model, "fixed", retention=retention, cuda_graph=True)
+    dk.patch(model, "fixed", retention=retention)
     model.generate(**fields, **greedy(6))
     dk.unpatch(model)
     assert fingerprint(model) == before
@@ -58,7 +61,7 @@ def test_deepcopy(tape, retention):
     model = models.build("llava")
     fields = models.inputs(model, ROWS)
     want = model.generate(**fields, **greedy(6))
-    handle = dk.patch(model, "fixed", retention=retention, cuda_graph=True)
+    handle = dk.patch(model, "fixed", retention=retention)
     pruned = model.generate(**fields, **greedy(6))
     twin = copy.deepcopy(model)
     assert_same(twin.generate(**fields, **greedy(6)), pruned)
@@ -77,7 +80,7 @@ def test_a_copy_made_in_the_middle_of_a_generation(tape):
     model = models.build("llava")
     fields = models.inputs(model, ROWS[:1])
     twins = []
-    with dk.patch(model, "fixed", cuda_graph=True) as handle:
+    with dk.patch(model, "fixed") as handle:
         want = model.generate(**fields, **greedy(STEPS))
         hook = model.register_forward_hook(lambda *args: twins.append(copy.deepcopy(handle.graph)) if len(twins) < 6 else None)
         assert_same(model.generate(**fields, **greedy(STEPS)), want)
@@ -94,7 +97,7 @@ def test_accelerate_hooks(tape, retention, first):
 
     model = models.build("llava")
     fields = models.inputs(model, ROWS)
-    with dk.patch(model, "fixed", retention=retention):
+    with dk.patch(model, "fixed", retention=retention, cuda_graph=False):
         want = model.generate(**fields, **greedy(6))
     plain = model.generate(**fields, **greedy(6))
     if first == "accelerate":
@@ -117,7 +120,7 @@ def test_accelerate_hooks(tape, retention, first):
 @RETENTION
 def test_a_graph_ends_with_its_generation(make_model, tape, retention):
     model = make_model()
-    with patched(model, METHODS["dyrate"], retention, cuda_graph=True) as handle:
+    with patched(model, METHODS["dyrate"], retention) as handle:
         output = model.generate(**models.inputs(model, ROWS), **greedy(STEPS))
         last = weakref.ref(tape.tapes.pop())
         gc.collect()
@@ -156,19 +159,19 @@ def test_each_captured_step_owns_its_scratch_memory(make_model, tape, monkeypatc
         return made
 
     monkeypatch.setattr(tape, "record", record)
-    for cuda_graph in (True, True, False):
+    for cuda_graph in (True, None, False):
         SPACES.clear()
         with dk.patch(model, policy=UsesScratchMemory(), cuda_graph=cuda_graph):
             model.generate(**fields, **greedy(5))
         gc.collect()
         gone = [space() is None for space in SPACES]
-        assert gone == [False, True, True] if cuda_graph else not any(gone)
+        assert gone == [False, True, True] if cuda_graph is not False else not any(gone)
     assert captures == [True, True]
 
 
 def test_a_patched_model_can_be_collected(tape):
     model = models.build("llava")
-    dk.patch(model, "fixed", cuda_graph=True)
+    dk.patch(model, "fixed")
     model.generate(**models.inputs(model, ROWS[:1]), **greedy(STEPS))
     gone = weakref.ref(model)
     del model
@@ -188,7 +191,7 @@ def test_no_host_sync_in_a_replay(make_model, tape, host_sync, monkeypatch, meth
             return original(self, *args)
 
     monkeypatch.setattr(graph.StepGraph, "_replay", counted)
-    with patched(model, METHODS[method], retention, cuda_graph=True) as handle:
+    with patched(model, METHODS[method], retention) as handle:
         model.generate(**models.inputs(model, ROWS), **greedy(STEPS, num_beams=2))
     assert handle.graph.replays == STEPS - 2
     assert not mode.found
