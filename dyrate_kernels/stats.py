@@ -29,7 +29,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Path:
-    """How a generation ran.
+    """The way in which a generation ran.
 
     Attributes:
         steps: decode steps were ``"captured"`` once and replayed, or all of them ``"eager"``.

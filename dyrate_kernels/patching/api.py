@@ -175,7 +175,7 @@ class _Switches:
         return "exact=True" if self.exact else "fuse=False"
 
     def __str__(self) -> str:
-        """What differs from ``patch(model)``, as it would be written there."""
+        """Returns what differs from ``patch(model)``, as it would be written there."""
         given = ((name, getattr(self, name)) for name in ("cuda_graph", "fuse"))
         found = [f"{name}={value}" for name, value in given if value is not None] + (["exact=True"] if self.exact else [])
         return "".join(f", {each}" for each in found)
@@ -323,7 +323,7 @@ class Handle:
 
     @property
     def path(self) -> Path | None:
-        """How the generation under way runs, or else how the last one ran; None: there was none. Reads nothing on a device."""
+        """The path of the generation under way, or else of the last one; None: there was none. Reads nothing on a device."""
         call = calls.current(self) or next((call for call in reversed([*self.running]) if call.session is not None), None)
         return self._generations.path if call is None or call.session is None else path_of(self, call)
 

@@ -282,9 +282,16 @@ class StepGraph:
             self._take_place()
 
     def _run(self, call: Call, session: Session) -> _Run:
-        turn = session.turn
-        if self.off is not None or turn.frozen:
+        turn, model = session.turn, self.owner.model
+        if self.off is not None:
             return _Run(session, None, self.off)
+        if self.automatic:  # what the machine lacks is said first, and costs nothing
+            try:
+                self._recorder(next(model.parameters()).device)
+            except CannotCapture as reason:
+                return _Run(session, None, str(reason))
+        if turn.frozen:
+            return _Run(session, None, "draft tokens come several at a time")
         if any(other.thread != call.thread and getattr(other.graph, "recorder", None) is not None for other in self.owner.running):
             # of the same stream and the same scratch memory: this one runs eagerly beside it
             return _Run(session, None, "another thread's generation is captured on this model")
@@ -402,8 +409,6 @@ class StepGraph:
     def _checked_recorder(self) -> Recorder:
         """The recorder for a generation that begins now."""
         model = self.owner.model
-        if self.automatic:  # the least time, and the plainest word, where the model is not on a GPU at all
-            self._recorder(next(model.parameters()).device)
         for name, module in model.named_modules():
             if hasattr(module, "_hf_hook"):
                 raise CannotCapture(f"accelerate's hooks are on the model ({name or type(model).__name__})")

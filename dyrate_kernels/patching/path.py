@@ -35,8 +35,6 @@ def _why_eager(owner: PatchOwner, call: Call) -> str:
         return call.unpruned or "it has no cache of this patch"
     if call.graph is not None and call.graph.reason is not None:
         return str(call.graph.reason)
-    if call.session.turn.frozen:
-        return "draft tokens come several at a time"
     return str(owner.graph.off or "it ended before a step was captured")
 
 
