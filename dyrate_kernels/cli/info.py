@@ -1,4 +1,6 @@
-"""``dyrate info``: versions, devices, which backends run and why the others do not, and what pruning can gain at most."""
+"""``dyrate info``: versions, devices, which backends run and why the others do not, what pruning can gain at most, and what a whole request
+takes at least: encode, prefill and decode, predicted from shapes alone (docs/costs.md).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from dyrate_kernels.cli import common
+from dyrate_kernels.cli import common, predicted
 from dyrate_kernels.units import bytes_text
 
 PACKAGES = ("dyrate-kernels", "torch", "transformers", "triton", "accelerate", "safetensors", "numpy", "pillow")
@@ -21,7 +23,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], metavar="B", help="default: 1 8 32")
     parser.add_argument("--visual", type=int, metavar="N", help="visual tokens; default: what the named model makes of one picture")
     parser.add_argument("--text", type=int, default=128, metavar="N", help="text tokens; default: 128")
-    parser.add_argument("--measure", action="store_true", help="also the copy bandwidth, and how long a step takes at least")
+    parser.add_argument("--measure", action="store_true", help="measure the copy bandwidth and the rate of a matrix product here")
+    predicted.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -59,6 +62,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
         "reducers": dk.vision.names(),
         "families": families.names(),
         "bound": bound(given),
+        "requests": predicted.collect(given),
     }
 
 
@@ -120,6 +124,7 @@ def run(given: argparse.Namespace) -> int:
             f"  batch {row['batch']:<4} a decode step reads {bytes_text(row['bytes'])}; "
             f"with no visual KV at all {bytes_text(row['bytes_pruned'])}: at most {row['bound']:.2f}x faster{floor}"
         )
+    predicted.show(found["requests"])
     return 0
 
 

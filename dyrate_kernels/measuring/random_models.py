@@ -7,7 +7,6 @@ not depend on what the weights are, only on how many rows are read.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dyrate_kernels import flops
 from dyrate_kernels.policies.base import ModelShape
+from dyrate_kernels.request_model import nearest_square
 
 CLIP_336: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768,
@@ -156,12 +156,6 @@ def pictures(model: Any, visual_tokens: int) -> int:
     return visual_tokens // (tokens_per_picture(model) or visual_tokens)
 
 
-def _sides(tokens: int) -> tuple[int, int]:
-    """The rectangle of so many tokens that is nearest to a square."""
-    low = max(side for side in range(1, math.isqrt(tokens) + 1) if tokens % side == 0)
-    return low, tokens // low
-
-
 _USUAL = 20  # visual tokens of a picture that can have any number of them
 
 
@@ -197,7 +191,7 @@ def inputs(model: Any, batch: int, visual_tokens: int | None = None, text_tokens
     shape: tuple[int, ...]
     if per_picture is None:
         merged, area = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        grid = [1, *(side * merged for side in _sides(visual_tokens))]
+        grid = [1, *(side * merged for side in nearest_square(visual_tokens))]
         fields["image_grid_thw"] = torch.tensor([grid] * batch, device=parameter.device)
         fields["mm_token_type_ids"] = (ids == image).int()
         shape = (batch * visual_tokens * merged**2, area)

@@ -245,6 +245,28 @@ def copy_bandwidth(size: int | None = None, device: torch.device | None = None) 
     return 2 * size / times.median, times
 
 
+@functools.cache
+def product_rate(dtype: torch.dtype | None = None, device: torch.device | None = None, size: int | None = None) -> tuple[float, Times]:
+    """FLOPs a second of a product of two square matrices, and the times behind it. Measured once in a process.
+
+    Args:
+        dtype: None: bfloat16 on a CUDA device, else float32.
+        device: None: :func:`here`.
+        size: rows; None: 8192 on a CUDA device, else 1024.
+    """
+    device = here() if device is None else device
+    cuda = device.type == "cuda"
+    dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
+    size = size or (8192 if cuda else 1024)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    multiply = [lambda: torch.mm(left, right, out=product)]
+    times = time_launched(multiply, budget=1.0) if cuda else _time_on_host(multiply, 5)
+    if not relative(product[:4], left[:4].double() @ right.double()) < 0.1:
+        raise RuntimeError("the product is wrong")
+    return 2.0 * size**3 / times.median, times
+
+
 def row(
     name: str,
     times: Times | None,

@@ -1,0 +1,128 @@
+"""The part of ``dyrate info`` that predicts whole requests (``request_model``)."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dyrate_kernels import specs
+from dyrate_kernels.cli import common
+from dyrate_kernels.units import bytes_text
+
+DEVICE = "h200"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dyrate info`` that concern whole requests."""
+    from dyrate_kernels import request_model
+
+    parser.add_argument(
+        "--new-tokens", type=common.positive, nargs="+", default=[256], metavar="T", help="of each answer, one or several; default: 256"
+    )
+    parser.add_argument("--policy", default="dyrate", metavar="NAME[:OPTION=VALUE..]", help="default: dyrate")
+    parser.add_argument("--retention", choices=specs.RETENTIONS, nargs="+", help="default: all that the policy has")
+    parser.add_argument(
+        "--kept", type=float, metavar="SHARE",
+        help="of the visual tokens that layers from k on read; default: the policy's own, or "
+        f"{request_model.ASSUMED_KEPT} where that depends on what it sees",
+    )  # fmt: skip
+    parser.add_argument("--pool", type=float, metavar="SHARE", help=f"of them that retention pool holds; default: {request_model.POOL}")
+    names = ", ".join(request_model.DEVICES)
+    parser.add_argument("--device", metavar="NAME", help=f"whose rates are taken: {names}; default: {DEVICE}")
+    parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="of memory, in place of the device's")
+    parser.add_argument("--tflops", type=float, metavar="TFLOP/S", help="of matrix products, in place of the device's")
+
+
+def collect(given: argparse.Namespace) -> dict[str, Any]:
+    """Predictions of every batch and length, dense and under each retention.
+
+    Raises:
+        ValueError: an option names nothing, or is out of range.
+    """
+    from dyrate_kernels import flops, policies, request_model
+    from dyrate_kernels.request_model import DENSE, Plan
+
+    rates = _rates(given)
+    policy = policies.parse(given.policy)
+    model = flops.named_model(given.config)
+    visual = model.visual_tokens if given.visual is None else given.visual
+    for name in ("kept", "pool"):
+        share = getattr(given, name)
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"--{name} must be in [0, 1], got {share}")
+    kept, assumed = request_model.kept_of(policy, visual, max(given.new_tokens))
+    if given.kept is not None:
+        kept, assumed = (given.kept,), False
+    asked = given.retention or specs.RETENTIONS
+    retentions = [name for name in asked if name == "recoverable" or not policy.needs_recoverable]
+    if not retentions:
+        raise ValueError(f"--retention {' '.join(asked)}: policy {policy.name} needs recoverable")
+    k = min(policy.k or 3, model.shape.num_layers - 1)
+    plans = {DENSE: Plan()} | {name: Plan(name, k, kept, request_model.POOL if given.pool is None else given.pool) for name in retentions}
+    rows = []
+    for batch in given.batch:
+        for new_tokens in given.new_tokens:
+            request = request_model.named_request(given.config, batch, new_tokens, visual, given.text)
+            for name, plan in plans.items():
+                found = request_model.predict(request, plan, rates)
+                facts = {"retention": name, "batch": batch, "new_tokens": new_tokens}
+                rows.append(facts | found.to_dict() | {"largest_batch": request_model.largest_batch(request, plan, rates)})
+    return {
+        "prediction": True, "config": given.config, "visual_tokens": visual, "text_tokens": given.text, "policy": given.policy, "k": k,
+        "kept": list(kept) if len(set(kept)) > 1 else kept[0], "kept_is_assumed": assumed, "bandwidth": rates.bandwidth,
+        "flops_per_s": rates.flops, "rates": rates.source, "rows": rows,
+    }  # fmt: skip
+
+
+def _rates(given: argparse.Namespace) -> Any:
+    from dyrate_kernels import request_model
+    from dyrate_kernels.request_model import Rates
+
+    if given.measure:
+        if given.device is not None:
+            raise ValueError("--measure takes the rates of this machine, --device those of another one; leave one of them out")
+        from dyrate_kernels.measuring import timing
+
+        memory = timing.environment().get("memory_bytes")
+        rates = Rates(
+            timing.copy_bandwidth()[0], timing.product_rate()[0], memory, "bandwidth of a copy and a matrix product, measured here"
+        )
+    else:
+        name = given.device or DEVICE
+        rates = request_model.named_rates(name)
+        rates = Rates(rates.bandwidth, rates.flops, rates.memory, f"{name}: {rates.source}")
+    for option, factor in (("bandwidth", 1e9), ("tflops", 1e12)):
+        value = getattr(given, option)
+        if value is None:
+            continue
+        if not value > 0:
+            raise ValueError(f"--{option} must be above 0, got {value}")
+        both = given.bandwidth is not None and given.tflops is not None
+        source = "given" if both else f"{rates.source}; {option} given"
+        changed = {"bandwidth": value * factor} if option == "bandwidth" else {"flops": value * factor}
+        rates = Rates(**{"bandwidth": rates.bandwidth, "flops": rates.flops, "memory": rates.memory, "source": source} | changed)
+    return rates
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints :func:`collect`."""
+    from rich.table import Table
+
+    share = f"{100 * found['kept']:.1f} %" if isinstance(found["kept"], float) else "a falling share"
+    assumed = " (assumed, --kept says another)" if found["kept_is_assumed"] else ""
+    print(
+        f"requests:  predicted, not measured: what {found['policy']} takes at least, k={found['k']}, {share} kept{assumed}\n"
+        f"  {found['bandwidth'] / 1e9:.0f} GB/s, {found['flops_per_s'] / 1e12:.0f} TFLOP/s; {found['rates']}"
+    )
+    table = Table()
+    heads = ("retention", "B", "new tokens", "encode ms", "prefill ms", "decode ms", "request s", "images/s", "tokens/s", "weights + KV")
+    for head in (*heads, "largest B", "waits for"):
+        table.add_column(head, justify="left" if head in ("retention", "waits for") else "right", no_wrap=True)
+    for row in found["rows"]:
+        phases = [row[name] for name in ("encode", "prefill", "decode")]
+        table.add_row(
+            row["retention"], str(row["batch"]), str(row["new_tokens"]), *(f"{1e3 * phase['seconds']:.1f}" for phase in phases),
+            f"{row['seconds']:.3f}", f"{row['images_per_s']:.2f}", f"{row['tokens_per_s']:.0f}", bytes_text(row["peak_bytes"]),
+            "" if row["largest_batch"] is None else str(row["largest_batch"]), ", ".join(phase["bound"] for phase in phases),
+        )  # fmt: skip
+    common.console(wide=True).print(table)
