@@ -36,6 +36,13 @@ class Guarded:
         assert (self.behind == _FILL).all(), "bytes behind a tensor were written"
 
 
+def guarded(tensor: Tensor, shift: int = 0) -> tuple[Tensor, Guarded]:
+    """A contiguous copy in guarded memory, ``shift`` elements past a multiple of 64 bytes."""
+    made = Guarded(tuple(tensor.shape), tensor.dtype, shift)
+    made.tensor.copy_(tensor)
+    return made.tensor, made
+
+
 class GuardedAllocations(TorchDispatchMode):
     """Every uninitialised tensor made inside is a :class:`Guarded` one."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -38,12 +37,6 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
 FULL = os.environ.get("DYRATE_INTERPRETER") == "full"
 
 np.seterr(all="ignore")  # NaN and infinity are part of the cases
-
-
-def cells(first: list[Any], others: list[Any]) -> list[tuple[Any, Any]]:
-    """Of the pairs of two lists all with the first of ``others`` and every second one of the rest; ``DYRATE_INTERPRETER=full``: all."""
-    pairs = itertools.product(enumerate(first), enumerate(others))
-    return [(one, other) for (row, one), (column, other) in pairs if FULL or column == 0 or (row + column) % 2 == 0]
 
 
 @contextlib.contextmanager

@@ -28,12 +28,11 @@ from dyrate_kernels.ops import layers
 from tests.gpu import kit
 from tests.ops.compare import same, tensors_in
 
-# those whose tests take the fixture ``backend``
-SHARED = ("decision", "layers", "paged", "rows")  # files whose tests take the fixture ``backend``
-ALONE = {  # and those of one technique, that load what no other process may
-    "interpreter": ("attention_interpreted", "attention_settings"),
-    "emulated": ("attention_emulated", "attention_staged"),
-}
+SHARED = ("attention", "decision", "layers", "paged", "rows")  # files whose tests take the fixture ``backend``
+ALONE = {
+    "interpreter": ("attention_settings",),
+    "emulated": ("attention_staged",),
+}  # and of one technique, that load what no other process may
 
 VARIANT = os.environ.get("DYRATE_EMULATED")
 INTERPRETED = VARIANT is None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -71,24 +70,46 @@ def some(cases: list[Any], *, interpreter: int | None = None, detector: int = 1)
     return cases[:interpreter] if INTERPRETED and not FULL else cases
 
 
-def each(*, reference: Any = (), interpreter: Any = (), full: Any = None, triton: Any = ()) -> list[Any]:
+def each(
+    *,
+    reference: Any = (),
+    interpreter: Any = (),
+    full: Any = None,
+    emulated: Any = (),
+    detector: Any = 1,
+    device: Any = (),
+    triton: Any = (),
+) -> list[Any]:
     """Returns the cases of each backend of this process that has them, where the grids differ: a call costs a thousand times as much in
-    the interpreter as on a GPU. full: the interpreter's with ``DYRATE_INTERPRETER=full``."""
+    the interpreter as on a GPU.
+
+    full: the interpreter's with ``DYRATE_INTERPRETER=full``. detector: those of the emulation under a detector, or how many of the
+    first. device: of either backend of a GPU, and of the rehearsal. triton: of that one alone.
+    """
+    if VARIANT is not None:
+        if DETECTOR:
+            emulated = list(emulated)[:detector] if isinstance(detector, int) else detector
+        return [_param(case, "emulated") for case in emulated]
     if kit.REHEARSAL:
-        return [_param(case, "triton") for case in triton]
+        return _on_device(device, triton)
     if INTERPRETED:
         return [_param(case, "interpreter") for case in (full if FULL and full is not None else interpreter)]
-    return [_param(case, "reference") for case in reference] + [_param(case, "triton") for case in triton if kit.ON_GPU]
+    return [_param(case, "reference") for case in reference] + (_on_device(device, triton) if kit.ON_GPU else [])
 
 
-def _param(case: Any, name: str) -> Any:
-    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.backends(name))
+def _on_device(device: Any, triton: Any) -> list[Any]:
+    return [_param(case, *kit.BACKENDS) for case in device] + [_param(case, "triton") for case in triton]
+
+
+def _param(case: Any, *names: str) -> Any:
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.backends(*names))
 
 
 class Backend:
     """A backend, and how an operator is run on it. Tests make their tensors on the CPU and find results and changes there."""
 
     on_gpu = False
+    exact = False  # the same rows in another layout, launch or batch give the same bits
     device = torch.device("cpu")
     decisions: tuple[str, ...] = ("same_launch",)  # where a step's decision may be made
 
@@ -134,6 +155,7 @@ class Reference(Backend):
 class Interpreter(Backend):
     """The Triton kernels in the interpreter: twice, with poisoned memory and small launches; see ``tests/interpreter/harness.py``."""
 
+    exact = True
     decisions = ("same_launch", "second_launch", "two_launches")
 
     def __init__(self, name: str) -> None:
@@ -187,11 +209,21 @@ class Interpreter(Backend):
 class Emulated(Backend):
     """The CUDA C++ kernels on the CPU: several orders of threads, guarded and poisoned memory; see ``tests/emulated/harness.py``."""
 
+    exact = True
+
     @contextlib.contextmanager
     def cut(self, most: int, min_rows: int = 16) -> Iterator[None]:
         from tests.emulated import harness
 
         with harness.splits(most, min_rows):
+            yield
+
+    @contextlib.contextmanager
+    def launched(self, how: str) -> Iterator[None]:
+        """One of ``harness.LAUNCHES``."""
+        from tests.emulated import harness
+
+        with harness.splits(*harness.LAUNCHES[how]):
             yield
 
     def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
@@ -210,6 +242,17 @@ class Device(Backend):
         super().__init__(name)
         self.device = torch.device("cuda", torch.cuda.current_device()) if kit.ON_GPU else torch.device("cpu")
         self.kit = kit.Kit(self.device, name)
+        self._decision: str | None = None
+        if name == "triton":
+            self.decisions = ("same_launch", "second_launch", *(("two_launches",) if kit.ON_GPU else ()))
+
+    @contextlib.contextmanager
+    def decided(self, where: str) -> Iterator[None]:
+        self._decision = where
+        try:
+            yield
+        finally:
+            self._decision = None
 
     def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
         in_place = changes(operator, kwargs)
@@ -218,7 +261,8 @@ class Device(Backend):
             storages: dict[int, tuple[Tensor, Tensor]] = {}
             moved = _moved([args, kwargs], self.kit.device, storages)
             self.kit.poison()
-            result = getattr(ops, operator)(*moved[0], **moved[1], backend=self.name)
+            with self.kit.decision(self._decision, moved[1]) if self._decision else contextlib.nullcontext():
+                result = getattr(ops, operator)(*moved[0], **moved[1], backend=self.name)
             self.kit.assert_counters_at_zero()
             after = [there.cpu() for _, there in storages.values()]
             if not in_place:
@@ -235,7 +279,6 @@ class Device(Backend):
             return None
         found = seen[-1][: len(result)]
         return type(result)(*found) if hasattr(result, "_fields") else type(result)(found)
-
 
     def fused(self, name: str, *args: Any, **kwargs: Any) -> Any:
         module = layers.fused(self.name, self.device)
@@ -301,4 +344,3 @@ def make(name: str) -> Backend:
             pytest.skip(f"backend {name} is {backends()[name]}")
         return Device(name)
     return {"reference": Reference, "interpreter": Interpreter, "emulated": Emulated}[name](name)
-

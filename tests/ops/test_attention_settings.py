@@ -13,7 +13,7 @@ from dyrate_kernels.ops import workspace
 from dyrate_kernels.triton_kernels import backend, plan
 from tests.interpreter import harness
 from tests.ops import spec
-from tests.ops.test_attention_interpreted import SHAPES, check, problem
+from tests.ops.attention_problems import SHAPES, assert_close, lists, new_row, problem, unlisted
 
 pytestmark = [pytest.mark.backends("interpreter"), pytest.mark.usefixtures("backend")]
 
@@ -25,6 +25,11 @@ BOTH = dataclasses.replace(harness.TWO_LAUNCHES, tensor_cores=True, num_warps=2,
 GROUPS = (2, 3, 4, 5, 6, 7, 8, 16)
 DIMS = (64, 80, 96, 128, 256)
 FULL = harness.FULL
+
+
+def check(arguments, window=None, **lists):
+    got = harness.run("decode_attention", **arguments, window=window, mass=True, importance=True, **lists)
+    assert_close(got, spec.attention(**arguments, window=window, **lists), arguments["query"].dtype)
 
 
 def test_settings_choose_the_form():
@@ -39,63 +44,63 @@ def test_settings_choose_the_form():
 
 
 @pytest.mark.parametrize(
-    "case, chosen",
-    [(SHAPES[n], how) for n in (2, 5, 9) for how in (TWO_WARPS, FOUR_WARPS, ONE_SPLIT) if n != 9 or how is ONE_SPLIT or FULL],
+    "name, chosen",
+    [
+        (name, how)
+        for name in ("pairs", "longer", "much text of threes")
+        for how in (TWO_WARPS, FOUR_WARPS, ONE_SPLIT)
+        if name != "much text of threes" or how is ONE_SPLIT or FULL
+    ],
     ids=str,
 )
-def test_rows_of_each_warp(case, chosen):
+def test_rows_of_each_warp(name, chosen):
     for dtype in (torch.float32, torch.float16):
-        arguments, _ = problem(case, dtype)
+        arguments = problem(name, dtype)
         with harness.settings(chosen):
-            check(arguments, dtype)
+            check(arguments)
 
 
 @pytest.mark.parametrize("chosen", [TENSOR_CORES, BOTH], ids=["shared rows", "rows of each warp"])
-@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[8]], ids=str)
-def test_one_head_through_the_tensor_cores(case, chosen):
+@pytest.mark.parametrize("name", ["heads", "much text"], ids=str)
+def test_one_head_through_the_tensor_cores(name, chosen):
     for dtype in (torch.float32, torch.float16):
-        arguments, _ = problem(case, dtype)
+        arguments = problem(name, dtype)
         with harness.settings(chosen):
-            check(arguments, dtype)
+            check(arguments)
 
 
 @pytest.mark.parametrize(
-    "case, chosen",
-    [(SHAPES[1], BOTH), (SHAPES[1], TENSOR_CORES), (SHAPES[5], TWO_WARPS)],
+    "name, chosen",
+    [("heads", BOTH), ("heads", TENSOR_CORES), ("longer", TWO_WARPS)],
     ids=["both", "tensor cores", "rows of each warp"],
 )
-def test_lists_and_windows(case, chosen):
+def test_lists_and_windows(name, chosen):
     """Rows that are not listed hold NaN, and so do those past a length."""
-    _, arguments = problem(case, torch.float32)
-    counts = [n // 2 for n in case[6]]
-    kept, n_kept = spec.lists(case[6], counts, max(counts))
+    arguments = problem(name, torch.float32, window=True)
+    how = lists(arguments, 0.5)
     with harness.settings(chosen):
-        check(arguments, torch.float32, window=20)
-        for b, n in enumerate(case[6]):
-            others = sorted({*range(n)} - {*kept[b, : counts[b]].tolist()})
-            arguments["key"][b, :, others] = arguments["value"][b, :, others] = float("nan")
-        check(arguments, torch.float32, kept=kept, n_kept=n_kept)
-        check(arguments, torch.float32, window=17, kept=kept, n_kept=n_kept)
+        check(arguments, window=20)
+        unlisted(arguments, **how)
+        check(arguments, **how)
+        check(arguments, window=17, **how)
 
 
-@pytest.mark.parametrize("case, chosen", [(SHAPES[1], BOTH), (SHAPES[5], TWO_WARPS)], ids=["both", "rows of each warp"])
-def test_new_row(case, chosen):
-    arguments, _ = problem(case, torch.float32)
-    batch, _, kv_heads, dim = case[:4]
-    new = {name: torch.randn(batch, kv_heads, dim) for name in ("new_key", "new_value")}
+@pytest.mark.parametrize("name, chosen", [("heads", BOTH), ("longer", TWO_WARPS)], ids=["both", "rows of each warp"])
+def test_new_row(name, chosen):
+    arguments = problem(name, torch.float32)
+    new = new_row(arguments)
     with harness.settings(chosen):
         got = harness.run("decode_attention", **arguments, mass=True, importance=True, **new)
-    for b, n in enumerate(case[7]):
-        for name in ("key", "value"):
-            assert n == 0 or torch.equal(arguments[name][b, :, case[4] + n - 1], new[f"new_{name}"][b])
-    for value, expected in zip(got, spec.attention(**arguments), strict=True):
-        harness.close(value, expected, 3e-6, "result")
+    for b, n in enumerate(SHAPES[name][7]):
+        for part in ("key", "value"):
+            assert n == 0 or torch.equal(arguments[part][b, :, SHAPES[name][4] + n - 1], new[f"new_{part}"][b])
+    assert_close(got, spec.attention(**arguments), torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "all -inf"])
 @pytest.mark.parametrize("group, chosen", [(1, TENSOR_CORES), (2, TWO_WARPS)], ids=["tensor cores", "rows of each warp"])
 def test_special_logits(kind, group, chosen):
-    arguments, _ = problem((2, 2 * group, 2, 4, 20, 5, [20, 9], [5, 3]), torch.float32)
+    arguments = problem((2, 2 * group, 2, 4, 20, 5, [20, 9], [5, 3]), torch.float32)
     arguments["query"].abs_()
     number = {"nan": float("nan"), "inf": float("inf")}.get(kind, -float("inf"))
     if kind == "all -inf":
@@ -104,9 +109,7 @@ def test_special_logits(kind, group, chosen):
         arguments["key"][0, 0, 3] = arguments["key"][1, 1, 22] = number
     with harness.settings(chosen):
         got = harness.run("decode_attention", **arguments, mass=True, importance=True)
-    want = ops.decode_attention(**arguments, mass=True, importance=True, backend="reference")
-    for value, expected, what in zip(got, want, ("output", "mass", "importance"), strict=True):
-        harness.close(value, expected, 3e-6, what)
+    assert_close(got, spec.attention(**arguments), torch.float32)
 
 
 COMBINED_APART = {
@@ -118,25 +121,27 @@ COMBINED_APART = {
 
 
 @pytest.mark.parametrize(
-    "number, chosen",
-    [(1, "all"), (2, "a few at a time"), (5, "apart"), (3, "one launch decides"), *[(9, "all")] * FULL],
+    "name, chosen",
+    [
+        ("heads", "all"),
+        ("pairs", "a few at a time"),
+        ("longer", "apart"),
+        ("sevens", "one launch decides"),
+        *[("much text of threes", "all")] * FULL,
+    ],
 )
-def test_splits_combined_in_a_launch_of_their_own(number, chosen, monkeypatch):
+def test_splits_combined_in_a_launch_of_their_own(name, chosen, monkeypatch):
     """With all statistics, with each alone and with none, through a list, with a decision."""
-    case = SHAPES[number]
+    case = SHAPES[name]
     monkeypatch.setattr(plan, "COMBINED_APART", 32)
     monkeypatch.setattr(backend, "_attentions", {})
-    arguments, _ = problem(case, torch.float32)
-    counts = [n // 2 for n in case[6]]
-    # room for all rows: a launch has more splits than the lists fill
-    lists = dict(zip(("kept", "n_kept"), spec.lists(case[6], counts, case[4]), strict=True))
+    arguments = problem(name, torch.float32)
+    listed = lists(arguments, 0.5, case[4])  # room for all rows: a launch has more splits than the lists fill
     with harness.settings(COMBINED_APART[chosen]):
-        check(arguments, torch.float32)
-        for given, asked in (({}, {}), ({}, {"mass": True}), (lists, {"mass": True})):
+        check(arguments)
+        for given, asked in (({}, {}), ({}, {"mass": True}), (listed, {"mass": True})):
             got = harness.run("decode_attention", **arguments, **given, **asked)
-            for name, value, expected in zip(got._fields, got, spec.attention(**arguments, **given), strict=True):
-                if value is not None:
-                    harness.close(value, expected, 3e-6, name)
+            assert_close(got, spec.attention(**arguments, **given), torch.float32)
         count = {"count": torch.full((case[0],), 2, dtype=torch.int32)}
         step = harness.run("decode_step", **arguments, **count)
         want = ops.decode_step(**arguments, **count, backend="reference")
@@ -153,11 +158,18 @@ HALF_LOGITS = {
 
 
 @pytest.mark.parametrize(
-    "case, chosen", [(SHAPES[n], how) for n in (1, 6, 9) for how in HALF_LOGITS if n != 9 or how == "one split" or FULL], ids=str
+    "name, chosen",
+    [
+        (name, how)
+        for name in ("heads", "nothing", "much text of threes")
+        for how in HALF_LOGITS
+        if name != "much text of threes" or how == "one split" or FULL
+    ],
 )
-def test_logits_in_float16(case, chosen):
+def test_logits_in_float16(name, chosen):
     """Every importance and mass is off by 2^-11 |z| ln 2 of itself at most, z being a logit in base 2; the output knows nothing of it."""
-    arguments, _ = problem(case, torch.float32)
+    arguments = problem(name, torch.float32)
+    case = SHAPES[name]
     arguments["query"] *= 3
     with harness.settings(dataclasses.replace(HALF_LOGITS[chosen], logit_bytes=4)):
         exact = harness.run("decode_attention", **arguments, mass=True, importance=True)
@@ -183,7 +195,7 @@ def test_logits_in_float16(case, chosen):
 @pytest.mark.parametrize("group, chosen", [(1, "same launch"), (1, "one split"), (2, "same launch"), (2, "rows of each warp")])
 def test_special_logits_in_float16(kind, group, chosen):
     """Logits that are no number, dead rows, and logits that float16 does not hold."""
-    arguments, _ = problem((2, 2 * group, 2, 4, 20, 5, [20, 9], [5, 3]), torch.float32)
+    arguments = problem((2, 2 * group, 2, 4, 20, 5, [20, 9], [5, 3]), torch.float32)
     arguments["query"].abs_()
     number = {"nan": float("nan"), "inf": float("inf"), "large": -1e6}.get(kind, -float("inf"))
     if kind == "all -inf":
@@ -199,7 +211,7 @@ def test_special_logits_in_float16(kind, group, chosen):
 
 def test_scratch_memory_of_logits_in_float16(monkeypatch):
     monkeypatch.setattr(workspace, "_workspaces", {})
-    arguments, _ = problem(SHAPES[1], torch.float32)
+    arguments = problem("heads", torch.float32)
     with harness.settings(HALF_LOGITS["same launch"]):
         ops.decode_attention(**arguments, mass=True, importance=True, backend="triton")
     (space,) = workspace._workspaces.values()
@@ -220,6 +232,6 @@ def grid():
 
 @pytest.mark.parametrize("group, dim, dtype, chosen", [*grid()])
 def test_groups_and_head_dims(group, dim, dtype, chosen):
-    arguments, _ = problem((1, group, 1, dim, 20, 13, [19], [13]), dtype)
+    arguments = problem((1, group, 1, dim, 20, 13, [19], [13]), dtype)
     with harness.settings(chosen):
-        check(arguments, dtype)
+        check(arguments)

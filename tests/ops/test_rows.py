@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyrate_kernels import ops
-from tests.guarded import Guarded
+from tests.guarded import guarded
 from tests.ops import spec
 from tests.ops.backends import DETECTOR, INTERPRETED, some
 from tests.ops.compare import same
@@ -28,13 +28,6 @@ def tensors(batch, capacity, dtypes=DTYPES, dims=(5, 16, 1)):
     if not INTERPRETED:
         made += [torch.randint(0, 100, (batch, capacity), generator=g).to(dtype) for dtype in dtypes]
     return [*made, torch.randint(0, 10**12, (batch, capacity), generator=g)]
-
-
-def guarded(tensor, shift=0):
-    """A contiguous copy in guarded memory, ``shift`` elements past a multiple of 64 bytes."""
-    made = Guarded(tuple(tensor.shape), tensor.dtype, shift)
-    made.tensor.copy_(tensor)
-    return made.tensor, made
 
 
 def compacted(rows, kept, counts):
