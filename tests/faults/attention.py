@@ -84,5 +84,5 @@ FAULTS = (
 
 FAMILY = Family(
     "interpreter", ("decode_attention", "decode_step", "score_last_query"), 250,
-    tuple(f"tests/ops/test_{name}.py" for name in ("attention_interpreted", "attention_settings", "decision")), FAULTS,
+    tuple(f"tests/ops/test_{name}.py" for name in ("attention", "attention_settings", "decision")), FAULTS,
 )  # fmt: skip

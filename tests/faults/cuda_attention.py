@@ -72,5 +72,5 @@ FAULTS = (
 
 FAMILY = Family(
     "emulated", ("decode_attention", "score_last_query", "decode_step"), 400,
-    ("tests/ops/test_attention_staged.py", "tests/ops/test_attention_emulated.py"), FAULTS, ("attention_float16.cu",),
+    ("tests/ops/test_attention_staged.py", "tests/ops/test_attention.py"), FAULTS, ("attention_float16.cu",),
 )  # fmt: skip

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyrate_kernels import ops
 from tests.ops import spec
 
 BACKENDS = ("triton", "cuda")  # backends under test; each runs every test that takes the fixture ``kit``
@@ -27,24 +26,11 @@ STATISTICS = 2e-5  # absolute, of mass and importance, which are float32 whateve
 
 # batch, heads, kv_heads, dim, visual capacity, text capacity, visual lengths, text lengths
 Case = tuple[int, int, int, int, int, int, list[int], list[int]]
-SMALL: list[Case] = [
-    (1, 1, 1, 16, 1, 1, [1], [1]),
-    (3, 4, 4, 16, 24, 9, [24, 7, 0], [9, 1, 5]),
-    (2, 4, 2, 20, 13, 6, [13, 1], [3, 6]),
-    (2, 8, 2, 8, 33, 17, [20, 33], [17, 2]),
-    (2, 7, 1, 5, 40, 3, [0, 39], [1, 0]),
-    (2, 8, 1, 12, 6, 30, [3, 6], [30, 12]),
-    (3, 2, 2, 4, 5, 4, [0, 5, 0], [0, 0, 3]),
-    (2, 2, 1, 16, 0, 5, [0, 0], [5, 2]),
-]
 LARGE: list[Case] = [
     (5, 8, 8, 128, 640, 160, [576, 0, 1, 577, 131], [97, 33, 1, 160, 0]),
     (3, 28, 4, 128, 3008, 256, [2880, 1441, 63], [128, 255, 7]),
     (2, 32, 32, 128, 2900, 130, [2880, 2879], [128, 1]),
 ]
-CASES = SMALL + LARGE if ON_GPU else SMALL
-GROUPS = (1, 2, 4, 7, 8) if ON_GPU else (1, 7)
-DIMS = (16, 32, 64, 80, 96, 128, 256) if ON_GPU else (16, 80, 256)
 
 
 @dataclass(frozen=True)
@@ -141,12 +127,6 @@ def assert_statistics(got: Tensor, want: Tensor) -> None:
     assert torch.allclose(got, want.double(), atol=STATISTICS, rtol=0, equal_nan=True), float((got - want).abs().max())
 
 
-def assert_attention(got: ops.DecodeAttention, want: ops.DecodeAttention, dtype: torch.dtype) -> None:
-    assert_output(got.output, want.output, dtype)
-    assert_statistics(got.mass, want.mass)
-    assert_statistics(got.importance, want.importance)
-
-
 def assert_kept(kept: Tensor, n_kept: Tensor, score: Tensor, counts: list[int], n_visual: list[int], alive: Tensor | None = None) -> None:
     """The kept list is the one that a loop over ``score``, the kernel's own, gives."""
     kept, n_kept, score = kept.cpu(), n_kept.cpu(), score.detach().cpu()
@@ -165,15 +145,6 @@ def predictor(heads: int, classes: int = 5, seed: int = 3) -> dict[str, Tensor]:
         "bias": torch.randn(classes, generator=g) * 0.1,
         "rates": torch.linspace(0, 1, classes + 1, dtype=torch.float64)[:classes],
     }
-
-
-def guarded(tensor: Tensor, rows: int = 3) -> tuple[Tensor, Tensor]:
-    """(a view with the content of ``tensor`` ``[B, H, C, D]``, the larger buffer around it): ``rows`` sentinel rows follow each head's."""
-    batch, heads, capacity, dim = tensor.shape
-    buffer = torch.full((batch, heads, capacity + rows, dim), 77.0, dtype=torch.float64).to(tensor.dtype)
-    buffer = buffer.to(tensor.device)
-    buffer[:, :, :capacity] = tensor
-    return buffer[:, :, :capacity], buffer
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
