@@ -233,7 +233,7 @@ class Emulated(Backend):
 
 
 class Device(Backend):
-    """The kernels on a GPU (or its rehearsal), twice, with poisoned memory. What a tensor is a view of goes along, so that a test sees
+    """The kernels on a GPU, twice (in the rehearsal once), with poisoned memory. What a tensor is a view of goes along, so that a test sees
     what was written around it."""
 
     on_gpu = kit.ON_GPU
@@ -257,7 +257,7 @@ class Device(Backend):
     def run(self, operator: str, *args: Any, **kwargs: Any) -> Any:
         in_place = changes(operator, kwargs)
         seen = []
-        for _ in range(1 if in_place and not self.on_gpu else 2):
+        for _ in range(2 if self.on_gpu else 1):
             storages: dict[int, tuple[Tensor, Tensor]] = {}
             moved = _moved([args, kwargs], self.kit.device, storages)
             self.kit.poison()
