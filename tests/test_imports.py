@@ -18,7 +18,7 @@ FOLDERS = {"dyrate_kernels": ROOT / "dyrate_kernels", "dyrate_kernels.triton_ker
 LAYERS = ("ops", "policies", "generation", "patching")
 GENERATION = (
     *("index", "heads", "kv_store", "layout", "attend", "cpu_step", "turn", "passes", "ranking", "decide", "apply", "record"),
-    *("score_layer", "session"),
+    *("aside", "score_layer", "session"),
 )
 CIRCLES: list[set[str]] = []
 UPWARDS: set[tuple[str, str]] = set()

@@ -6,6 +6,7 @@
     backend     operator -> "triton" or "cuda", whichever was faster (``bench/choose_backend.py`` writes, ``ops/dispatch.py`` reads it)
     layers      which products and fusions of decoder layers are used (``ops/layer_settings.py`` reads it)
     capture_from    from how many new tokens on the capture of a decode step pays (``patching/graph.py`` reads it)
+    decision_aside    true: in a captured step what follows from a decision runs on a second stream (``patching/aside.py``)
     dependent_launch    true: a kernel gets on its way while the one before it still runs (``triton_kernels/dependent.py``)
 
 and facts on the measurement (``_FACTS``): versions, commit, times. A device without a file gets heuristics, and Triton first. An entry that
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _Made = TypeVar("_Made", bound="DataclassInstance")
-_KINDS = {"settings": dict, "cuda": dict, "backend": dict, "layers": dict, "dependent_launch": bool, "capture_from": int}
+_KINDS = {
+    "settings": dict, "cuda": dict, "backend": dict, "layers": dict, "dependent_launch": bool, "decision_aside": bool, "capture_from": int,
+}  # fmt: skip
 _FACTS = ("device", "torch", "triton", "driver", "commit", "measurement", "made_by", "times", "figures", "backend_measured")
 _BACKENDS = ("triton", "cuda", "reference")
 

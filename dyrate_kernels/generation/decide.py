@@ -232,11 +232,16 @@ class Decider:
             )
             return output, Measured(mass, importance), Choice(rate, [(kept, n_kept)])
         output, mass, importance = attention.score(layer, query, scale, window, True)
-        rate, _ = ops.predict_rate(mass, weight, bias, rates, backend=self.backend)
+        measured = Measured(mass, importance)
+        return output, measured, self.select_linear(measured, n_visual, linear, scope)
+
+    def select_linear(self, measured: Measured, n_visual: Tensor, linear: tuple[Tensor, Tensor, Tensor], scope: Scope) -> Choice:
+        """The decision of a step by ``linear``, of what was measured."""
+        weight, bias, rates = linear
+        rate, _ = ops.predict_rate(measured.mass, weight, bias, rates, backend=self.backend)
         count = ops.keep_count(n_visual, rate)
-        count = count if most is None else torch.minimum(count, most)
-        listed = ops.select_tokens(importance, count, n_visual, alive=able, backend=self.backend)
-        return output, Measured(mass, importance), Choice(rate, [listed])
+        count = count if scope.most is None else torch.minimum(count, scope.most[0])
+        return Choice(rate, [ops.select_tokens(measured.importance, count, n_visual, alive=scope.able[0], backend=self.backend)])
 
     def decide_drafts(self, stage: Stage, first: int, measured: Measured, n_visual: Tensor, alive: Tensor | None) -> Choice:
         """Draft tokens, each exactly as if it had come alone.

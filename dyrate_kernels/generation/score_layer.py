@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dyrate_kernels.generation import apply
 from dyrate_kernels.generation.apply import Effects
+from dyrate_kernels.generation.aside import Branch
 from dyrate_kernels.generation.attend import Seen, last_row_statistics, row_statistics
-from dyrate_kernels.generation.decide import Decider, Measured, Pending, Stage, importance_by_token
+from dyrate_kernels.generation.decide import Choice, Decider, Measured, Pending, Stage, importance_by_token
 from dyrate_kernels.generation.heads import HeadShards
 from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.generation.layout import SlotMapping
@@ -30,7 +31,7 @@ class Scoring:
         evict: retention.
         record_importance: keep importance and kept tokens of every step.
         heads: the processes among which the model's heads are shared out; None: all are here.
-        store, decider, ranker: the conversation's.
+        store, decider, ranker, branch: the conversation's.
 
     Attributes:
         effects: of the decisions of the newest multi-token pass.
@@ -40,10 +41,10 @@ class Scoring:
 
     def __init__(
         self, policy: Policy, shape: ModelShape, evict: bool, record_importance: bool, heads: HeadShards | None, store: RowStore,
-        decider: Decider, ranker: Ranker,
+        decider: Decider, ranker: Ranker, branch: Branch,
     ) -> None:  # fmt: skip
         self.policy, self.shape, self.evict, self.record_importance, self.heads = policy, shape, evict, record_importance, heads
-        self.store, self.decider, self.ranker = store, decider, ranker
+        self.store, self.decider, self.ranker, self.branch = store, decider, ranker, branch
         self.forget()
 
     def forget(self) -> None:
@@ -85,33 +86,53 @@ class Scoring:
                 return attention.attend(layer, query, scale, window)
             output, mass, importance = attention.score(layer, query, scale, window, self.record_importance)
             mass, importance = self._of_all_heads(mass, importance)
-            self._recording(turn).write(store, number, mass, importance, decider.rate, counters=counters, unpruned=unpruned)
+            with self.branch.fork(None, mass, importance):
+                self._recording(turn).write(store, number, mass, importance, decider.rate, counters=counters, unpruned=unpruned)
             return output[:, None]
         hidden = self._hidden(slice(-1, None))
         hidden = None if hidden is None else hidden[:, 0]
-        scope = decider.scope_of_step(store, stage)
-        linear = decider.linear(hidden) if self.heads is None else None
+        linear = decider.linear(hidden) if self.heads is None and not self.branch.apart else None
         if linear is not None:
+            scope = decider.scope_of_step(store, stage)
             output, measured, choice = decider.decide_linear(attention, layer, query, scale, window, linear, scope)
-        else:
-            output, mass, importance = attention.score(layer, query, scale, window, True)
-            mass, importance = (each.to(store.device) for each in self._of_all_heads(mass, importance))
-            if stage.index:
-                importance = importance_by_token(store, store.groups[stage.index], importance)
-            measured = Measured(mass, importance, hidden)
-            choice = decider.decide(stage, counters[0].expand(store.batch), measured, store.full.n_visual, scope)
+            self._take_effect(passing, stage, measured, choice, turn, counters)
+            return output[:, None]
+        output, mass, importance = attention.score(layer, query, scale, window, True)
+        mass, importance = (each.to(store.device) for each in self._of_all_heads(mass, importance))
+        before = store.groups[stage.groups[0]].first if stage.groups else None
+        with self.branch.fork(before, mass, importance, hidden, *(() if self._first is None else self._first.measured)):
+            measured, choice = self._decide_step(stage, Measured(mass, importance, hidden), counters)
+            self._take_effect(passing, stage, measured, choice, turn, counters)
+        return output[:, None]
+
+    def _decide_step(self, stage: Stage, measured: Measured, counters: tuple[Tensor, Tensor]) -> tuple[Measured, Choice]:
+        """A decision of a decode step by what an attention measured, which may be of rows; returns it of tokens, too."""
+        store, decider = self.store, self.decider
+        scope, n_visual = decider.scope_of_step(store, stage), store.full.n_visual
+        linear = decider.linear(measured.hidden) if self.heads is None else None
+        if linear is not None:
+            return measured, decider.select_linear(measured, n_visual, linear, scope)
+        if stage.index:
+            measured = measured._replace(importance=importance_by_token(store, store.groups[stage.index], measured.importance))
+        return measured, decider.decide(stage, counters[0].expand(store.batch), measured, n_visual, scope)
+
+    def _take_effect(
+        self, passing: DecodePass, stage: Stage, measured: Measured, choice: Choice, turn: Turn, counters: tuple[Tensor, Tensor]
+    ) -> None:  # fmt: skip
+        """Makes a stage's choice of a decode step true, and writes the record after the last."""
+        store, decider = self.store, self.decider
         apply.of_step(store, stage, choice, self.policy.kept_bound(store.full.bound))
         if self.evict:
             turn.evict()
-        attention.changed()
+        passing.attention.changed()
         if self._first is None:
             self._first = Pending(measured)
         self._first.rates.append(choice.rate)
         if stage.last:
             decider.finish(decider.mean_rate(self._first.rates))
             mass, importance, _ = self._first.measured
+            number = turn.step_of(passing.start)
             self._recording(turn).write(store, number, mass, importance, decider.rate, counters=counters)
-        return output[:, None]
 
     def _of_all_heads(self, mass: Tensor, importance: Tensor) -> tuple[Tensor, Any]:
         """Statistics of the heads of this process -> of all."""

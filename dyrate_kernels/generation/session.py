@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dyrate_kernels.generation import passes
 from dyrate_kernels.generation.apply import Effects
+from dyrate_kernels.generation.aside import Aside, Branch
 from dyrate_kernels.generation.attend import Seen, attend_many
 from dyrate_kernels.generation.decide import Decider, Stage
 from dyrate_kernels.generation.heads import HeadShards
@@ -79,7 +80,7 @@ class Session:
 
     Attributes:
         bounds_at_capacity: decode steps tell the operators no bound of the text rows, which changes from step to step.
-        store, decider, ranker, scoring, turn, reduction, blocks: what it owns.
+        store, decider, ranker, scoring, turn, reduction, blocks, branch: what it owns.
         passing: the newest pass.
         step, column: int64 and int32 ``[1]``, step and column of the next token.
         in_forward: a pass is under way.
@@ -102,7 +103,8 @@ class Session:
         self.decider = Decider(policy, shape.num_layers, self.evict, backend)
         self.ranker = Ranker(policy, merges, heads)
         self.store = RowStore(shape.num_layers, self.decider.starts, shared_rows=not self.evict, backend=backend)
-        self.scoring = Scoring(policy, shape, self.evict, record_importance, heads, self.store, self.decider, self.ranker)
+        self.branch = Branch()
+        self.scoring = Scoring(policy, shape, self.evict, record_importance, heads, self.store, self.decider, self.ranker, self.branch)
         self._begin_conversation()
 
     def _begin_conversation(self) -> None:
@@ -197,6 +199,7 @@ class Session:
         """The pass came to its end: the new columns count from now on."""
         passing, store = self.passing, self.store
         assert passing is not None, "no forward pass is under way on this cache"
+        self.branch.join()
         store.length += passing.length
         if passing.decodes:
             self.step.add_(1)
@@ -290,6 +293,7 @@ class Session:
             )
         self._unread = layer
         if isinstance(passing, DecodePass):
+            self.branch.reach(layer)
             passing.attention.write(layer, key, value)
             return
         assert passing is not None, "no forward pass is under way on this cache"
@@ -507,6 +511,19 @@ class Session:
             yield
         finally:
             self.bounds_at_capacity = before
+
+    @contextlib.contextmanager
+    def decides_aside(self, aside: Aside | None) -> Iterator[None]:
+        """Within: what follows from the decision of a decode step runs on ``aside``; None: in its place."""
+        self.branch.aside = aside
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # within a broken capture nothing can be joined
+                self.branch.join()
+            raise
+        finally:
+            self.branch.aside = None
 
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:

@@ -79,20 +79,22 @@ class Workspace:
 
 
 class Owner:
-    """The memory of one captured step: its launches write their intermediate results to it and read their tables from it.
+    """The memory of one captured step: its launches write their intermediate results to it and read their tables from it. Those on a
+    second stream have a workspace of their own.
 
     Its memory is given back with it. Make the step's eager calls and its capture inside of :func:`owned`.
     """
 
     def __init__(self) -> None:
-        self._spaces: dict[torch.device, Workspace] = {}
+        self._spaces: dict[tuple[torch.device, bool], Workspace] = {}
         self._tables: dict[Hashable, Tensor] = {}
 
     def workspace(self, device: torch.device) -> Workspace:
-        """Its workspace on a device."""
-        if device not in self._spaces:
-            self._spaces[device] = Workspace(device)
-        return self._spaces[device]
+        """Its workspace on a device; within :func:`beside` another one."""
+        key = (device, _beside.get())
+        if key not in self._spaces:
+            self._spaces[key] = Workspace(device)
+        return self._spaces[key]
 
     def release(self) -> None:
         """Lets go of everything. What the current streams were given before may still read it: the allocator waits for that."""
@@ -108,6 +110,7 @@ _living: weakref.WeakSet[Workspace] = weakref.WeakSet()
 _workspaces: dict[tuple[torch.device, int, int], Workspace] = {}  # by device, stream and thread
 _tables: dict[Hashable, Tensor] = {}  # of captures without an owner, whose end nobody tells
 _owner: ContextVar[Owner | None] = ContextVar("dyrate_kernels_scratch_owner", default=None)
+_beside: ContextVar[bool] = ContextVar("dyrate_kernels_scratch_beside", default=False)
 
 
 @contextlib.contextmanager
@@ -118,6 +121,16 @@ def owned(owner: Owner) -> Iterator[None]:
         yield
     finally:
         _owner.reset(before)
+
+
+@contextlib.contextmanager
+def beside() -> Iterator[None]:
+    """Inside, this thread's launches use scratch memory of their owner that those outside do not: both may run at the same time."""
+    before = _beside.set(True)
+    try:
+        yield
+    finally:
+        _beside.reset(before)
 
 
 def for_stream(device: torch.device, stream: int) -> Workspace:

@@ -36,9 +36,10 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from dyrate_kernels import devices
+from dyrate_kernels.generation.aside import Aside
 from dyrate_kernels.generation.session import Session, StepState
 from dyrate_kernels.ops import workspace
-from dyrate_kernels.patching import calls
+from dyrate_kernels.patching import aside, calls
 from dyrate_kernels.patching.cache import VisualCache
 from dyrate_kernels.patching.calls import Call, PatchOwner
 from dyrate_kernels.patching.lookup import CACHE_NAMES, cache_in, cache_name
@@ -60,7 +61,14 @@ class CannotCapture(RuntimeError):
 
 
 class Recorder(Protocol):
-    """Recorder of a step, which can then be replayed. One seam, so that tests can record without a GPU."""
+    """Recorder of a step, which can then be replayed. One seam, so that tests can record without a GPU.
+
+    Attributes:
+        aside: where part of a step can run beside the rest, in a warm-up as in the record.
+    """
+
+    @property
+    def aside(self) -> Aside: ...
 
     def warm_up(self) -> AbstractContextManager[Any]:
         """Where the steps before a capture run."""
@@ -79,6 +87,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        self.aside = aside.SideStream(device)
 
     @contextlib.contextmanager
     def warm_up(self) -> Iterator[None]:
@@ -197,12 +206,13 @@ class _Captured:
 class _Run:
     """The state of one ``generate()``. ``recorder`` None: it runs eagerly, reason: why. scratch: the kernels', of this run's graphs alone.
 
-    replays: steps that were replayed, the captured ones included.
+    replays: steps that were replayed, the captured ones included. aside: where their decisions run; None: in their place.
     """
 
     session: Session
     recorder: Recorder | None
     reason: str | None = None
+    aside: Aside | None = None
     replays: int = 0
     warmed: tuple | None = None  # key of the last warm-up step
     warm_ups: int = 0  # since the last capture
@@ -298,7 +308,9 @@ class StepGraph:
         try:
             if self.automatic:
                 self._check_worth_it(turn.max_length - max(turn.end, session.store.length))
-            return _Run(session, self._checked_recorder())
+            recorder = self._checked_recorder()
+            device = next(self.owner.model.parameters()).device
+            return _Run(session, recorder, aside=recorder.aside if aside.wanted(device) else None)
         except CannotCapture as reason:
             self._tell(str(reason))
             return _Run(session, None, str(reason))
@@ -337,7 +349,7 @@ class StepGraph:
             return self.eager(**kwargs)
         run.warm_ups += 1
         run.warmed, run.buffers = key, {name: value.clone() for name, value in inputs.tensors.items()}
-        with run.recorder.warm_up(), session.whole_regions(), workspace.owned(run.scratch):
+        with run.recorder.warm_up():
             return self._step(run, inputs, cache_in(kwargs))
 
     def _session_of_step(self, call: Call, args: tuple, kwargs: dict) -> Session | None:
@@ -363,11 +375,12 @@ class StepGraph:
             return None
 
     def _step(self, run: _Run, inputs: _Inputs, cache: VisualCache) -> Any:
-        """The model's own forward on the buffers."""
+        """The model's own forward on the buffers, as it is captured."""
         given = {**inputs.constants, **run.buffers, cache_name(): cache}
         if given.get("position_ids") is None:  # the model would count on the host
             given["position_ids"] = run.session.column.long()[None]
-        return self.eager(**given)
+        with run.session.whole_regions(), run.session.decides_aside(run.aside), workspace.owned(run.scratch):
+            return self.eager(**given)
 
     def _replay(self, run: _Run, captured: _Captured, inputs: _Inputs, cache: VisualCache) -> Any:
         _fill(run.buffers, inputs)
@@ -382,8 +395,7 @@ class StepGraph:
         _fill(run.buffers, inputs)
         try:
             with session.undone_on_error():  # nothing happened on the device
-                with session.whole_regions(), workspace.owned(run.scratch):
-                    replay, output = recorder.record(lambda: self._step(run, inputs, cache))
+                replay, output = recorder.record(lambda: self._step(run, inputs, cache))
                 items, make = _outline(output, cache)
                 after = session.step_state()
                 if after.lasting != before.lasting:

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from dyrate_kernels import devices
 from dyrate_kernels.ops import cuda, dispatch, layer_settings
+from dyrate_kernels.patching import aside
 from dyrate_kernels.triton_kernels import plan
 
 KEY = "gn-d128-b2-list"
@@ -45,11 +46,13 @@ def test_a_right_file_is_read(file):
     products = {"linear 96x64": [{"rows": [2, 8], "tile": {"rows": 64}}]}
     file({
         "settings": {KEY: {"waves": 2, "max_registers": None}}, "cuda": {"stages": 3}, "backend": {"decode_step": "cuda"},
-        "layers": {"products": products, "norm_prologue": True}, "dependent_launch": True, "commit": "abc", "figures": {"any": "thing"},
+        "layers": {"products": products, "norm_prologue": True}, "dependent_launch": True, "decision_aside": True,
+        "commit": "abc", "figures": {"any": "thing"},
     })  # fmt: skip
     read()
     assert plan.settings("ACME", 7, 128, 2, "list").waves == 2 and cuda.settings("ACME").stages == 3
     assert layer_settings.settings(torch.device("cuda", 0)).norm_prologue
+    assert aside.wanted(torch.device("cuda", 0)) and not aside.wanted(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,7 @@ def test_a_right_file_is_read(file):
     [
         ("{", "Expecting property name"),
         ([], r"expected an object, got \[\]"),
-        ({"setings": {}}, "unknown setings; known: settings, cuda, backend, layers, dependent_launch, and as facts device, "),
+        ({"setings": {}}, "unknown setings; known: settings, .* dependent_launch, decision_aside, capture_from, and as facts device, "),
         ({"settings": []}, r"settings: expected an object, got \[\]"),
         ({"settings": {"g7-d128-b2-list": {}}}, "settings: expected names like 'g1-d128-b2-score' .kinds: plain, .*got 'g7-d128-b2-list'"),
         ({"settings": {KEY: 3}}, f"settings: {KEY}: expected an object, got 3"),
@@ -76,6 +79,7 @@ def test_a_right_file_is_read(file):
         ({"backend": {"reorder_": ["cuda"]}}, r"backend: reorder_: expected one of triton, cuda, reference; got \['cuda'\]"),
         ({"settings": {"g1-d80-b2-list": {}}}, "head dims: powers of two from 16 on.*got 'g1-d80-b2-list'"),
         ({"dependent_launch": "true"}, "dependent_launch: expected true or false, got 'true'"),
+        ({"decision_aside": 1}, "decision_aside: expected true or false, got 1"),
         ({"layers": {"residual_norm": "yes"}}, "layers: residual_norm: expected true or false, got 'yes'"),
         ({"layers": {"products": []}}, r"layers: products: expected an object, got \[\]"),
         ({"layers": {"products": {"linear x": []}}}, "expected names like 'linear 4096x4096'.*got 'linear x'"),

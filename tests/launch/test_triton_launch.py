@@ -365,6 +365,21 @@ def test_a_captured_step_has_its_own_scratch_whatever_its_stream():
     assert buffer() is None
 
 
+def test_what_runs_beside_a_captured_step_has_scratch_memory_of_its_own():
+    owner = workspace.Owner()
+    with workspace.owned(owner):
+        mine = workspace.for_stream(DEVICE, 1)
+        with workspace.beside():
+            other = workspace.for_stream(DEVICE, 2)
+            assert other is not mine and workspace.for_stream(DEVICE, 3) is other
+        assert workspace.for_stream(DEVICE, 2) is mine
+    buffer = weakref.ref(other.buffers_for({"part": 4})[0])
+    owner.release()
+    del other
+    gc.collect()
+    assert buffer() is None
+
+
 def test_tables_of_a_capture_go_with_its_owner(monkeypatch):
     monkeypatch.setattr(workspace, "capturing", lambda device: True)
     described = ((4096, 64, 32, 8, 2, 8, 2),)

@@ -6,17 +6,20 @@ import warnings
 
 import pytest
 
-from dyrate_kernels.patching import graph
+from dyrate_kernels.patching import aside, graph
 from tests.fake_graph import TapeRecorder
 
 
 @pytest.fixture
-def tape(monkeypatch):
-    """Captures on the CPU."""
-    recorder = TapeRecorder()
+def tape(monkeypatch, request):
+    """Captures on the CPU; with ``LINES`` or ``ASIDE`` of the kit also with decisions that run aside."""
+    where = getattr(request, "param", "in line")
+    recorder = TapeRecorder(late=where == "aside, late")
     monkeypatch.setattr(graph, "recorder_for", lambda device: recorder)
     monkeypatch.setattr(graph, "CAPTURE_FROM", 1)
-    return recorder
+    aside.override(where != "in line")
+    yield recorder
+    aside.override(None)
 
 
 @pytest.fixture

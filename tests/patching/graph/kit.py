@@ -12,6 +12,8 @@ from dyrate_kernels.policies.fixed import Fixed
 from tests.checks import RETENTIONS, assert_same
 
 RETENTION = pytest.mark.parametrize("retention", RETENTIONS)
+LINES = pytest.mark.parametrize("tape", ["in line", "aside, at once", "aside, late"], indirect=True)  # where a step's decision runs
+ASIDE = pytest.mark.parametrize("tape", ["in line", "aside, late"], indirect=True)
 STEPS = 8  # tokens: the first comes of the prompt, the second of the warm-up step, the third of the captured one
 TOLD = pytest.mark.usefixtures("told")
 

@@ -10,9 +10,10 @@ from dyrate_kernels.patching import graph
 from dyrate_kernels.patching.lookup import cache_name
 from tests import models
 from tests.checks import METHODS, ROWS, assert_same, greedy, logits, patched, policy, single
-from tests.patching.graph.kit import RETENTION, STEPS, assert_same_stats, both, run
+from tests.patching.graph.kit import ASIDE, RETENTION, STEPS, assert_same_stats, both, run
 
 
+@ASIDE
 @RETENTION
 def test_several_generations_in_a_row(make_model, tape, retention):
     model = make_model()
@@ -28,6 +29,7 @@ def test_several_generations_in_a_row(make_model, tape, retention):
         assert_same_stats(stats, want_stats)
 
 
+@ASIDE
 @RETENTION
 @pytest.mark.parametrize("method", ["none", "dyrate", "fixed", "fastv", "depth"])
 def test_chat(make_model, tape, method, retention):
@@ -57,6 +59,7 @@ def test_chat(make_model, tape, method, retention):
         assert_same_stats(stats, wanted_stats)
 
 
+@ASIDE
 @RETENTION
 def test_a_second_picture_in_the_chat(make_model, tape, retention):
     model = make_model()
@@ -77,6 +80,7 @@ def test_a_second_picture_in_the_chat(make_model, tape, retention):
     assert_same(talk(), talk(cuda_graph=False))
 
 
+@ASIDE
 @RETENTION
 def test_an_eager_step_by_hand_after_captured_ones(make_model, tape, retention):
     """The cache that generate() returns is whole: a forward by the user goes on from it."""
@@ -113,6 +117,7 @@ def test_results_of_a_step_are_not_overwritten(make_model, tape, retention):
     assert torch.equal(torch.stack([each.logits[:, -1].float() for each in seen]), logits(output))
 
 
+@ASIDE
 @RETENTION
 def test_without_position_ids(make_model, tape, retention):
     """The model then counts on the host, which a replay would not."""
@@ -130,6 +135,7 @@ def test_without_position_ids(make_model, tape, retention):
     assert used.replays == STEPS - 2
 
 
+@ASIDE
 @pytest.mark.parametrize("method", ["fastv", "depth"])
 def test_a_kept_list_that_someone_replaces(make_model, tape, method):
     """A list that steps only read is looked up again before every replay."""
@@ -160,6 +166,7 @@ def test_a_kept_list_that_someone_replaces(make_model, tape, method):
     assert handle.graph.captures == 2
 
 
+@ASIDE
 def test_an_eager_step_between_replays(make_model, tape, monkeypatch):
     """The kept list of the last step is the one that the cache names, whoever made it."""
     model = make_model()

@@ -16,7 +16,7 @@ from dyrate_kernels.policies.fixed import Fixed
 from tests import models
 from tests.checks import METHODS, ROWS, assert_same, greedy, patched, policy
 from tests.fake_graph import Tape
-from tests.patching.graph.kit import RETENTION, STEPS, TOLD, ReadsTheHost, assert_same_stats, run, warned
+from tests.patching.graph.kit import ASIDE, RETENTION, STEPS, TOLD, ReadsTheHost, assert_same_stats, run, warned
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ReplacesItsState(Fixed):
         return Decision(decision.rate, fewer)
 
 
+@ASIDE
 @TOLD
 @RETENTION
 @pytest.mark.parametrize(
@@ -60,6 +61,7 @@ def test_a_step_that_cannot_be_captured(make_model, tape, retention, broken, wor
     assert_same_stats(stats, want_stats)
 
 
+@ASIDE
 @TOLD
 @RETENTION
 @pytest.mark.parametrize("layer", [0, 1, 3, models.LAYERS - 1])

@@ -7,8 +7,9 @@ import contextlib
 import pytest
 import torch
 
+from dyrate_kernels.ops import workspace
 from dyrate_kernels.patching import graph
-from tests.fake_graph import Tape
+from tests.fake_graph import Race, Tape, TapeRecorder
 
 
 def test_the_tape_is_a_graph():
@@ -35,6 +36,83 @@ def test_the_tape_is_a_graph():
             forbidden()
 
 
+def forked(main=lambda: None, forked=lambda: None, joins=True, late=False):
+    """Records a step of a fork, what the main line does beside it, and the join."""
+    recorder = TapeRecorder(late)
+
+    def step():
+        with recorder.aside.fork():
+            forked()
+        main()
+        if joins:
+            recorder.aside.join()
+
+    return recorder.record(step)[0]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+def test_the_second_line_of_a_tape_runs_at_once_or_late(late):
+    mine, source, made = torch.zeros(1), torch.zeros(1), torch.zeros(1)
+    replay = forked(lambda: mine.add_(1), lambda: made.copy_(source + 1), late=late)
+    ran = []
+    with Listed(ran):
+        replay()
+    assert made.item() == mine.item() == 1
+    names = [name for name in ran if name in ("aten::add_.Tensor", "aten::add.Tensor")]
+    assert names == ["aten::add_.Tensor", "aten::add.Tensor"][:: 1 if late else -1]
+
+
+class Listed(torch.utils._python_dispatch.TorchDispatchMode):
+    """Lists what is called."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_tape_tells_of_two_lines_in_each_others_way():
+    mine, other, made = torch.zeros(3), torch.zeros(3), {}
+    with pytest.raises(Race, match=r"aten::add.Tensor of the main line touches what aten::mul_.Tensor of the second line, .*wrote"):
+        forked(lambda: mine + 1, lambda: mine.mul_(2))
+    with pytest.raises(Race, match=r"touches what aten::mul_.Tensor"):
+        forked(lambda: mine[:1].zero_(), lambda: mine[1:].mul_(2))
+    with pytest.raises(Race, match=r"aten::add.Tensor of the main line touches what aten::mul.Tensor of the second line, .*wrote"):
+        forked(lambda: made["it"] + 1, lambda: made.update(it=mine * 2))
+    with pytest.raises(Race, match=r"aten::zero_ of the main line writes what aten::add.Tensor of the second line, .*reads"):
+        forked(lambda: mine.zero_(), lambda: other + mine)
+    with pytest.raises(Race, match="not joined"):
+        forked(lambda: None, lambda: other + mine, joins=False)
+    forked(lambda: (mine + 1, other.zero_()), lambda: mine + 1)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_tape_tells_of_a_tensor_that_dies_before_the_join(held):
+    recorder, weight = TapeRecorder(), torch.ones(3)
+
+    def step():
+        read = weight * 2
+        view = read[1:]
+        with recorder.aside.fork():
+            made = view + 1
+        if not held:
+            del read, view
+        weight + 1
+        recorder.aside.join()
+        return made
+
+    if held:
+        replay, result = recorder.record(step)
+        replay()
+        assert result.tolist() == [3, 3]
+    else:
+        with pytest.raises(Race, match=r"nothing refers any more to what aten::add.Tensor"):
+            recorder.record(step)
+
+
 class FakeCuda:
     """Notes what a ``CudaRecorder`` asks ``torch.cuda`` for."""
 
@@ -43,8 +121,10 @@ class FakeCuda:
         self.broken = False
 
         class Stream:
+            names = iter(["side", "aside"] * 9)
+
             def __init__(self, device):
-                self.name = "side"
+                self.name = next(self.names)
 
             def wait_stream(self, other):
                 log.append(f"{self.name} waits for {other.name}")
@@ -76,8 +156,8 @@ class FakeCuda:
             finally:
                 log.append("back")
 
-        main = Stream(None)
-        main.name = "main"
+        main = self.main = Stream(None)
+        main.name, Stream.names = "main", iter(["side", "aside"] * 9)
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             monkeypatch.setattr(torch._C, name, lambda index, pool, name=name: log.append(f"{name} {index} {pool}"), raising=False)
         for name, value in {
@@ -109,6 +189,17 @@ def test_what_the_cuda_recorder_does(fake_cuda):
     assert fake_cuda.log == ["synchronize", "on side", "begin thread_local in a pool", "step", "end", "back"]
     replay()
     assert fake_cuda.log[-1] == "replay"
+
+
+def test_what_the_cuda_recorder_does_aside(fake_cuda):
+    recorder, owner = graph.recorder_for(torch.device("cuda", 0)), workspace.Owner()
+    with workspace.owned(owner):
+        mine = workspace.for_stream(torch.device("cuda", 0), 0)
+        with recorder.aside.fork():
+            fake_cuda.log.append("decide")
+            assert workspace.for_stream(torch.device("cuda", 0), 0) is not mine
+        recorder.aside.join()
+    assert fake_cuda.log == ["aside waits for main", "on aside", "decide", "back", "main waits for aside"]
 
 
 def test_a_broken_cuda_capture_names_its_cause(fake_cuda):

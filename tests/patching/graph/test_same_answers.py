@@ -10,9 +10,10 @@ from dyrate_kernels.generation import kv_store
 from dyrate_kernels.generation.session import Session
 from tests import models
 from tests.checks import METHODS, ROWS, greedy, logits, policy, rows_for_beams
-from tests.patching.graph.kit import RETENTION, STEPS, assert_same_stats, both, run
+from tests.patching.graph.kit import ASIDE, LINES, RETENTION, STEPS, assert_same_stats, both, run
 
 
+@LINES
 @RETENTION
 @pytest.mark.parametrize("method", METHODS)
 def test_method(make_model, tape, method, retention):
@@ -21,6 +22,7 @@ def test_method(make_model, tape, method, retention):
     assert (used.captures, used.replays, tape.steps) == (1, STEPS - 2, 1)
 
 
+@ASIDE
 @RETENTION
 @pytest.mark.parametrize("name", ["random", "uniform", "fixed"])
 def test_kept_tokens(make_model, tape, name, retention):
@@ -29,6 +31,7 @@ def test_kept_tokens(make_model, tape, name, retention):
     both(model, models.inputs(model, ROWS[:2]), greedy(STEPS), policy=chosen, retention=retention, record_importance=True)
 
 
+@LINES
 @RETENTION
 @pytest.mark.parametrize("method", ["dyrate", "dyrate-trained", "fixed", "fastv", "depth", "schedule"])
 def test_bit_for_bit(make_model, tape, monkeypatch, method, retention):
@@ -57,6 +60,7 @@ MODES = {
 }
 
 
+@ASIDE
 @RETENTION
 @pytest.mark.parametrize("method", ["dyrate", "fixed", "fastv", "depth"])
 @pytest.mark.parametrize("mode", MODES)
@@ -70,6 +74,7 @@ def test_mode(make_model, tape, method, retention, mode):
         assert (used.captures, used.replays) == (1, STEPS - 2)
 
 
+@ASIDE
 @RETENTION
 @pytest.mark.parametrize(("family", "text"), models.VARIANTS, ids=["-".join(each) for each in models.VARIANTS])
 def test_family(make_model, tape, family, text, retention):
@@ -79,6 +84,7 @@ def test_family(make_model, tape, family, text, retention):
     assert used.captures == 1
 
 
+@ASIDE
 @RETENTION
 @pytest.mark.parametrize("method", ["dyrate", "fastv"])
 def test_a_sliding_window_is_reached_in_the_middle(tape, method, retention):
@@ -90,6 +96,7 @@ def test_a_sliding_window_is_reached_in_the_middle(tape, method, retention):
     assert used.replays == 13 - 2
 
 
+@ASIDE
 @RETENTION
 @pytest.mark.parametrize("method", ["dyrate", "fixed"])
 def test_text_region_and_record_grow_in_the_middle(make_model, tape, monkeypatch, method, retention):
@@ -104,6 +111,7 @@ def test_text_region_and_record_grow_in_the_middle(make_model, tape, monkeypatch
     assert used.replays == 39 - used.captures
 
 
+@ASIDE
 @RETENTION
 def test_no_picture(make_model, tape, retention):
     model = make_model()
@@ -111,6 +119,7 @@ def test_no_picture(make_model, tape, retention):
     assert used.captures == 1
 
 
+@ASIDE
 @RETENTION
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
 def test_short_answers(make_model, tape, length, retention):

@@ -17,7 +17,7 @@ from dyrate_kernels.patching import graph
 from dyrate_kernels.policies.fixed import Fixed
 from tests import models
 from tests.checks import METHODS, ROWS, assert_same, fingerprint, greedy, logits, patched
-from tests.patching.graph.kit import RETENTION, STEPS, TOLD
+from tests.patching.graph.kit import ASIDE, RETENTION, STEPS, TOLD
 
 
 @pytest.mark.parametrize("argument", ["yes", 1, 0.0])
@@ -56,6 +56,7 @@ def test_unpatch_leaves_nothing(tape, retention):
     assert torch.equal(logits(model.generate(**fields, **greedy(6))), logits(want))
 
 
+@ASIDE
 @RETENTION
 def test_deepcopy(tape, retention):
     model = models.build("llava")
@@ -117,6 +118,7 @@ def test_accelerate_hooks(tape, retention, first):
         assert_same(model.generate(**fields, **greedy(6)), plain)
 
 
+@ASIDE
 @RETENTION
 def test_a_graph_ends_with_its_generation(make_model, tape, retention):
     model = make_model()
@@ -179,6 +181,7 @@ def test_a_patched_model_can_be_collected(tape):
     assert gone() is None
 
 
+@ASIDE
 @RETENTION
 @pytest.mark.parametrize("method", ["dyrate", "fastv", "depth"])
 def test_no_host_sync_in_a_replay(make_model, tape, host_sync, monkeypatch, method, retention):

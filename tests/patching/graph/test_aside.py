@@ -1,0 +1,132 @@
+"""The decision of a captured step beside the score layer's products: who reads it, who wraps it, and what a broken rule does."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+import dyrate_kernels as dk
+from dyrate_kernels.generation.aside import Branch
+from dyrate_kernels.generation.score_layer import Scoring
+from dyrate_kernels.generation.session import Session
+from tests import models
+from tests.checks import METHODS, ROWS, assert_same, greedy, patched, policy
+from tests.patching.graph.kit import RETENTION, STEPS, TOLD, both, warned
+
+LATE = pytest.mark.parametrize("tape", ["aside, late"], indirect=True)
+
+
+@RETENTION
+@LATE
+@pytest.mark.parametrize(("method", "forks"), [("none", 1), ("fixed", 1), ("dyrate", 1), ("pyramiddrop-k2", 1), ("layerwise", 3)])
+def test_how_often_a_step_forks(make_model, tape, method, forks, retention):
+    """Once a stage that decides, or for the record alone, in the warm-up as in the capture; never in a pass that nobody captures."""
+    model = make_model()
+    both(model, models.inputs(model, ROWS), greedy(STEPS), policy=policy(METHODS[method]), retention=retention)
+    assert tape.aside.forks == tape.aside.joins == 2 * forks
+    tape.aside.forks = 0
+    with patched(model, METHODS[method], retention, cuda_graph=False):
+        model.generate(**models.inputs(model, ROWS), **greedy(STEPS))
+    assert tape.aside.forks == 0
+
+
+@RETENTION
+@LATE
+def test_a_predictor_that_reads_hidden_states(make_model, tape, retention):
+    model = make_model()
+    shape = dk.patch(model).shape
+    dk.unpatch(model)
+    predictor = dk.DyRatePredictor.for_model(shape, (0.0, 0.3, 0.6, 0.9), k=3, text=True)
+    with torch.no_grad():
+        for parameter in predictor.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    used = both(model, models.inputs(model, ROWS), greedy(STEPS), policy=dk.policies.DyRate(predictor=predictor), retention=retention)
+    assert used.captures == 1 and tape.aside.forks == 2
+
+
+@LATE
+@pytest.mark.parametrize(("name", "options"), [("recycle", {"entropy": 2.0}), ("klguard", {"every": 4, "limit": 1e-4})])
+@pytest.mark.parametrize("inner", ["fixed", "layerwise"])
+def test_steps_that_run_again(make_model, tape, name, options, inner):
+    model = make_model()
+    made = dk.policies.get(name, policy=policy(METHODS[inner]), **options)
+    used = both(model, models.inputs(model, ROWS), greedy(14), policy=made)
+    assert used.replays > 5 and tape.aside.forks
+
+
+def joins_never(monkeypatch):
+    monkeypatch.setattr(Branch, "join", lambda self: None)
+
+
+def joins_at_the_end(monkeypatch):
+    monkeypatch.setattr(Branch, "reach", lambda self, layer: None)
+
+
+def holds_nothing(monkeypatch):
+    monkeypatch.setattr(Branch, "fork", lambda self, before, *read, original=Branch.fork: original(self, before))
+
+
+def attends_within(monkeypatch):
+    """The layer before the one that waits writes what the record reads."""
+    write = Session.write
+
+    def writes_too(self, layer, *rows):
+        if layer == 2:
+            self.step.add_(0)
+        write(self, layer, *rows)
+
+    @contextlib.contextmanager
+    def fork(self, before, *read, original=Branch.fork):
+        with original(self, before + 1, *read):
+            yield
+
+    monkeypatch.setattr(Branch, "fork", fork)
+    monkeypatch.setattr(Session, "write", writes_too)
+
+
+@TOLD
+@LATE
+@pytest.mark.parametrize(
+    ("breaks", "method", "word"),
+    [
+        (joins_at_the_end, "dyrate", "of the main line touches what"),
+        (joins_never, "none-decides", "of the main line writes what"),
+        (attends_within, "fixed", "aten::add_.Tensor of the main line writes what"),
+        (holds_nothing, "layerwise", "nothing refers any more to what"),
+    ],
+)
+def test_a_broken_rule_is_seen(make_model, tape, monkeypatch, breaks, method, word):
+    """By the tape; on a GPU nothing would tell. The generation goes on eagerly."""
+    model = make_model()
+    fields, retention = models.inputs(model, ROWS), "recoverable"
+    if method == "none-decides":
+        method, retention = "fixed", "evict"
+    with patched(model, METHODS[method], retention, cuda_graph=False):
+        want = model.generate(**fields, **greedy(STEPS))
+    breaks(monkeypatch)
+    with patched(model, METHODS[method], retention, cuda_graph=True) as handle:
+        with pytest.warns(UserWarning, match="could not be captured") as caught:
+            got = model.generate(**fields, **greedy(STEPS))
+        assert "Race" in handle.graph.off and word in handle.graph.off and len(warned(caught)) == 1
+    assert_same(got, want)
+
+
+@RETENTION
+@LATE
+def test_a_warm_up_that_fails_is_joined(make_model, tape, monkeypatch, retention):
+    """What runs aside may still write rows: nobody may use their memory before."""
+    model = make_model()
+    original = Scoring._take_effect
+
+    def failing(self, *args):
+        original(self, *args)
+        if self.branch.apart:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(Scoring, "_take_effect", failing)
+    with patched(model, METHODS["dyrate"], retention, cuda_graph=True) as handle:
+        with pytest.raises(ZeroDivisionError):
+            model.generate(**models.inputs(model, ROWS), **greedy(STEPS))
+        assert handle.session is None and tape.aside.forks == tape.aside.joins == 1
