@@ -15,7 +15,7 @@ Each module imports only those above it, and nobody points back (``tests/test_im
 ``decide``      the only caller of ``Policy.decide`` and of the selection by rank
 ``apply``       what a decision does: a list to read through, rows that move, a shrunk prompt, a mask for draft tokens
 ``record``      what ``stats()`` reads
-``aside``       what follows from a decision, beside the layers that do not wait for it
+``aside``       a second line of calls for what follows from a decision
 ``score_layer`` what happens in a score layer: measure, decide, apply, record
 ``session``     the order of events
 ==============  =====================================================================================================

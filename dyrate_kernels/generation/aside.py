@@ -1,4 +1,4 @@
-"""What follows from a decode step's decision, beside the layers that do not wait for it.
+"""A second line of calls for what follows from a decode step's decision, beside the layers that do not wait for it.
 
 A score layer itself needs its attention's output alone: rate, count, selection, effect and record are for the layers after it. Whoever runs
 a step may lend an :class:`Aside`, on which all of that then runs (a captured step: a second stream), while the score layer goes on with its
@@ -22,7 +22,7 @@ class Aside(Protocol):
         """Within: calls run in the second line, behind what either line was given before, and beside what the main line is given next."""
 
     def join(self) -> None:
-        """What the main line is given from now on waits for the second line."""
+        """Makes what the main line is given from now on wait for the second line."""
 
 
 class Branch:
@@ -43,7 +43,7 @@ class Branch:
 
     @property
     def apart(self) -> bool:
-        """What is forked really runs aside."""
+        """Returns whether what is forked really runs aside."""
         return self.aside is not None
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Whether the decision of a captured step runs on a second stream (``decision_aside`` of a device file), and that stream."""
+"""The second stream on which decisions of captured steps run, where ``decision_aside`` of a device file says so."""
 
 from __future__ import annotations
 
