@@ -18,6 +18,15 @@ def evenly_spaced(count: Tensor, able: Tensor) -> Tensor:
     rank = able.cumsum(1)  # 1-based among those that can be chosen
     total = rank[:, -1:] if rank.shape[1] else rank.new_zeros(rank.shape[0], 1)
     wanted = count[:, None].long().minimum(total)
+    return spaced(rank, wanted, total) & able
+
+
+def spaced(rank: Tensor, count: Tensor, total: Tensor) -> Tensor:
+    """Says which are among the ``count`` evenly spaced of ``total``; shapes that broadcast.
+
+    Args:
+        rank: int64, from 1.
+        count, total: int64, count at most total.
+    """
     total = total.clamp(min=1)
-    chosen = (rank * wanted).div(total, rounding_mode="floor") > ((rank - 1) * wanted).div(total, rounding_mode="floor")
-    return chosen & able
+    return (rank * count).div(total, rounding_mode="floor") > ((rank - 1) * count).div(total, rounding_mode="floor")

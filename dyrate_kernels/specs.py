@@ -2,10 +2,11 @@
 
 ::
 
-    rows     = row {"," row}
-    row      = policy {"+" reducer} ["@" retention] [" as " label]
-    policy   = name {":" option "=" value}                    a reducer is written likewise
-    value    = a Python literal | "(" policy ")" for the option ``policy`` | any other text
+    rows      = row {"," row}
+    row       = policy {"+" reducer} ["@" retention] [" as " label]
+    policy    = name {":" option "=" value}                    a reducer is written likewise
+    retention = "recoverable" | "evict" | "pool" ["=" fraction] [":by=" ranking]
+    value     = a Python literal | "(" policy ")" for the option ``policy`` | any other text
 
 Marks inside of brackets or quotes part nothing: ``schedule:kept=[(0, 60), (3, 20)]``, ``dyrate:predictor='runs/a@b'``. A ``+`` without
 quotes parts where the name of a reducer follows; else it is part of the value in front of it, so that a folder may be named ``a+b``.
@@ -17,11 +18,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-RETENTIONS = ("recoverable", "evict")
+from dyrate_kernels.retention import RETENTIONS, Retention
+
 _OPEN, _CLOSE, _QUOTES = "([{", ")]}", "'\""
 _MARKS = ",+@:="
 
@@ -49,7 +52,7 @@ class Row:
     Attributes:
         policy: what decides.
         reducers: before the language model, in order; empty: none is named.
-        retention: None: none is named.
+        retention: as ``str(Retention)`` writes it; None: none is named.
         label: behind ``as``; None: none.
         written: policy, reducers and retention as they were written.
     """
@@ -116,6 +119,44 @@ def pair(text: str, subject: str, place: str = "") -> tuple[str, Any]:
     return option, call(written[1:-1], "policy") if nested else value(written)
 
 
+def retention(text: Any, pool: Any = None, pool_by: Any = None) -> Retention:
+    """``evict``, ``pool``, ``pool=0.5`` or ``pool=0.5:by=uniform`` -> a retention.
+
+    Args:
+        text: such a text, or a retention already.
+        pool, pool_by: ``Retention``'s, where the text does not say them.
+
+    Raises:
+        TypeError, ValueError: a text that cannot be read, or a value that does not fit; an option that is given twice.
+    """
+    if isinstance(text, Retention):
+        found: dict[str, Any] = {"name": text.name, "pool": text.pool, "pool_by": text.pool_by}
+    elif isinstance(text, str):
+        first, *pairs = (part.strip() for part in _split(text, ":"))
+        name, mark, written = (part.strip() for part in first.partition("="))
+        if name not in RETENTIONS or (mark and not (written and name == "pool")):
+            raise ValueError(f"retention must be {_or(RETENTIONS)}, got {text!r}; a pool is written pool=0.25 or pool=0.25:by=uniform")
+        found = {"name": name, "pool": value(written) if mark else None, "pool_by": None}
+        for each in pairs:
+            option, held = pair(each, "retention options are", f" in {text!r}")
+            if option != "by" or found["pool_by"] is not None:
+                raise ValueError(f"retention options are by=RANKING, once, got {option!r} in {text!r}")
+            found["pool_by"] = held
+    else:
+        raise ValueError(f"retention must be one of {', '.join(RETENTIONS)}; got {text!r}")
+    for option, given in (("pool", pool), ("pool_by", pool_by)):
+        if given is not None and found[option] is not None:
+            raise ValueError(f"{option} must be given once, got retention={str(text)!r} and {option}={given!r}; leave one of them out")
+        found[option] = given if found[option] is None else found[option]
+    return Retention(**found)
+
+
+def _or(names: Collection[str]) -> str:
+    """``a, b or c``."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}"
+
+
 def calls(text: str, kind: str = "reducer") -> list[Call]:
     """``tome:keep=0.5+aim`` -> calls, in order.
 
@@ -169,13 +210,16 @@ def _row(text: str, reducers: Collection[str]) -> Row:
     if len(labels) > 1:
         raise ValueError(f"one name stands behind ' as ', got {text!r}")
     written, *retentions = (part.strip() for part in _split(made, "@"))
-    if len(retentions) > 1 or (retentions and retentions[0] not in RETENTIONS):
+    if len(retentions) > 1 or (retentions and re.split("[=:]", retentions[0])[0].strip() not in RETENTIONS):
         asked = "@".join(retentions)
         hint = "" if "=" not in made.split("@")[0] else "; put a value that holds '@' in quotes"
-        raise ValueError(f"retention must be {' or '.join(RETENTIONS)}, got {asked!r} in {made!r}{hint}")
+        raise ValueError(f"retention must be {_or(RETENTIONS)}, got {asked!r} in {made!r}{hint}")
     policy, chain = _reducers_apart(written, reducers)
-    retention, label = retentions[0] if retentions else None, labels[0] if labels else None
-    return Row(call(policy, "policy"), tuple(chain), retention, label, made)
+    try:
+        held = str(retention(retentions[0])) if retentions else None
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return Row(call(policy, "policy"), tuple(chain), held, labels[0] if labels else None, made)
 
 
 def _reducers_apart(text: str, names: Collection[str]) -> tuple[str, list[Call]]:

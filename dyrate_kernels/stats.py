@@ -75,6 +75,7 @@ class Stats:
         paper_cost: FastV's formula over the whole sequence, mean over steps, as a fraction of the model with every visual token (before
             reducers too; docs/costs.md, axis 1).
         exact_cost: the same with the real layer in place of FastV's formula, whose MLP lacks the gate. Neither knows sliding windows.
+        pool, pool_by: of retention ``pool``: the fraction that layers >= k hold, and by what it was chosen; else None.
         bytes_read, bytes_read_unpruned: weights, as the model holds them, and key/value rows inside the windows that the decode steps read.
         path: how the generation ran; None where that is not known.
     """
@@ -103,6 +104,8 @@ class Stats:
     bytes_read_unpruned: float
     bytes_read_unreduced: float
     path: Path | None = None
+    pool: float | None = None
+    pool_by: str | float | None = None
 
     @property
     def received(self) -> float:
@@ -115,7 +118,7 @@ class Stats:
 
 
 def _without_none_extras(stats: dict[str, Any]) -> dict[str, Any]:
-    for name in ("visual_places", "path"):
+    for name in ("visual_places", "path", "pool", "pool_by"):
         if stats[name] is None:
             del stats[name]
     for step in stats["steps"]:

@@ -54,7 +54,7 @@ def stats_from_record(source: Snapshot, sequence: int | None = None, new_tokens:
         whole += ((1.0 - pruned + pruned * read_again) * checked).sum(0).mean().item() / steps
     groups, parts = len(source.group_layers), parts_of(source.group_layers, source.shape.windows)
     kept, again = _by_group(kept, visual, groups), _by_group(again, visual, groups)
-    held = kept[-1] if source.retention == "evict" else visual.expand(groups, -1)
+    held = kept[-1] if source.retention.moves else torch.stack([count[of].cpu() for count in source.n_visual])
     live, reserved = _bytes_held(source, of, held, text)
     arguments = _cost_arguments(source, of, parts, kept, again, visual, text)
     cost = flops.generation_cost(source.shape, **arguments)
@@ -63,7 +63,7 @@ def stats_from_record(source: Snapshot, sequence: int | None = None, new_tokens:
         policy=policy.name,
         predictor=policy.predictor_name,
         backend=source.backend,
-        retention=source.retention,
+        retention=source.retention.name,
         k=policy.k,
         vision=source.vision,
         visual_tokens_in=visual.tolist() if source.visual_in is None else source.visual_in[of].tolist(),
@@ -83,6 +83,8 @@ def stats_from_record(source: Snapshot, sequence: int | None = None, new_tokens:
         bytes_read=cost.bytes_read,
         bytes_read_unpruned=cost.bytes_read_unpruned,
         bytes_read_unreduced=whole_cost.bytes_read_unpruned,
+        pool=source.retention.pool,
+        pool_by=source.retention.pool_by,
     )
 
 
@@ -112,7 +114,7 @@ def _cost_arguments(
         "group_layers": [len(part.layers) for part in parts],
         "kept": kept[:, by_part].numpy(),
         "again": again[:, by_part].numpy() if record.again is not None else None,
-        "prefill_shrunk": source.retention == "evict",
+        "prefill_shrunk": source.retention.shrinks,
         "bytes_per_row": [source.bytes_per_row[part.layers[0]] for part in parts],
         "cached_visual": record.before.visual[of].tolist(),
         "cached_text": record.before.text[of].tolist(),

@@ -88,14 +88,18 @@ def draw_rows(pick: random.Random, family: str, mode: str) -> list[list[str]]:
     return rows
 
 
-def draw(number: int, seed: int) -> Case:
-    """Configuration ``number`` of this seed."""
+def draw(number: int, seed: int, pools: bool = False) -> Case:
+    """Configuration ``number`` of this seed; ``pools``: with retention ``pool`` wherever the method can."""
     pick = random.Random(f"{seed} {number}")
     family, text = pick.choice(VARIANTS)
     modes = [mode for mode in MODES if mode != "chunked" or family not in SEES_AHEAD]
     mode = pick.choice([mode for mode in modes if mode != "assistant" or family == "llava"])  # others give arguments that it does not take
     rule, retention = draw_rule(pick), pick.choice(["recoverable", "evict"])
-    if family in NEVER_SHRINKS and retention == "evict" and rule.stage_starts(models.LAYERS)[0] < 3:
+    other = random.Random(f"{seed} {number} pool")  # of its own, so that numbers draw what they drew before
+    if rule.decides_while_decoding and (pools or other.random() < 1 / 3):
+        by = other.choice(["policy", "uniform", round(other.random(), 2)])
+        retention = f"pool={other.choice([0.1, 0.25, 0.5, 0.75, 1.0, round(other.uniform(0.01, 1), 2)])}:by={by}"
+    if family in NEVER_SHRINKS and retention != "recoverable" and rule.stage_starts(models.LAYERS)[0] < 3:
         retention = "recoverable"
     length = pick.randint(2, 8)
     options: dict[str, Any] = {
@@ -150,13 +154,13 @@ def check(case: Case, made: dict[Any, Any]) -> None:
         assert_same_decisions(stats, oracle)
 
 
-def run(configurations: int, seed: int, only: int | None = None) -> int:
+def run(configurations: int, seed: int, only: int | None = None, pools: bool = False) -> int:
     """Checks them all and prints the misses. Returns how many there were."""
     made: dict[Any, Any] = {}
     numbers = range(configurations) if only is None else [only]
     missed, start = 0, time.monotonic()
     for number in numbers:
-        case = draw(number, seed)
+        case = draw(number, seed, pools)
         try:
             check(case, made)
         except Exception as error:
@@ -174,9 +178,10 @@ def main() -> int:
     parser.add_argument("--configurations", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one configuration")
+    parser.add_argument("--pools", action="store_true", help="retention pool wherever the method can")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    missed = run(given.configurations, given.seed, given.only)
+    missed = run(given.configurations, given.seed, given.only, given.pools)
     print(f"{missed} missed")
     return int(missed > 0)
 

@@ -189,18 +189,37 @@ def evenly(columns: Sequence[int], count: int) -> list[int]:
     return [c for i, c in enumerate(columns) if (i + 1) * count // total > i * count // total]
 
 
+def runs(columns: Sequence[int]) -> list[list[int]]:
+    """Columns that follow each other, together."""
+    found: list[list[int]] = []
+    for column in columns:
+        if found and found[-1][-1] == column - 1:
+            found[-1].append(column)
+        else:
+            found.append([column])
+    return found
+
+
+def pool_options(retention: str) -> tuple[str, float, float]:
+    """``pool=0.5:by=uniform`` -> its name, the fraction and the share that is evenly spaced."""
+    name, _, by = retention.partition(":by=")
+    name, _, fraction = name.partition("=")
+    return name, float(fraction or 0.25), {"": 0.0, "policy": 0.0, "uniform": 1.0}[by] if by.isalpha() or not by else float(by)
+
+
 class Oracle:
     """A pruned model by masks.
 
     Args:
         model: an unpatched model; it is copied.
         rule: the method.
-        retention: ``recoverable`` or ``evict``.
+        retention: ``recoverable``, ``evict`` or ``pool``, the last one with options if wanted: ``pool=0.5:by=uniform``.
         frozen: evict only at the prompt (what assisted decoding does).
     """
 
     def __init__(self, model: Any, rule: Rule, retention: str = "recoverable", *, frozen: bool = False) -> None:
-        assert retention in ("recoverable", "evict")
+        retention, self.pool, self.evenly_share = pool_options(retention)
+        assert retention in ("recoverable", "evict", "pool")
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, eager_mask)
         self.rule, self.retention, self.frozen = rule, retention, frozen
@@ -282,6 +301,7 @@ class Oracle:
         if layer == self.k - 1:
             self.hidden = {each: torch.zeros(batch, length, length, dtype=torch.bool) for each in range(self.k, self.num_layers)}
             self.decided: list[list[list[Step]]] = [[[] for _ in self.turns] for _ in range(batch)]
+            self.pools: list[list[int]] = [[] for _ in range(batch)]
         for b in range(batch):
             state = _Sequence()
             for i, turn in enumerate(self.turns):
@@ -312,7 +332,9 @@ class Oracle:
             rows = self._raters(b, turn, visual) or rows
         ranked = self._page_rank(b, turn, probabilities, visual, candidates[layers[0]]) if self.rule.name == "aim" else None
         at_prompt = self._choose(b, 0, turn, probabilities, rows, visual, candidates, state, ranked)
-        if self.retention == "evict":
+        if self.retention == "pool":
+            at_prompt = self._pooled(b, at_prompt, visual, new, candidates[layers[0]], before)
+        if self.retention != "recoverable":
             self._hide(b, range(turn.start, turn.end), visual, at_prompt)
             state.survivors = at_prompt.kept
         steps = [at_prompt]
@@ -331,6 +353,30 @@ class Oracle:
             self._hide(b, [row], visual, chosen)
             steps.append(chosen)
         return steps
+
+    def _pooled(self, b: int, asked: Step, visual: Sequence[int], new: list[int], able: Sequence[int], before: list[Step]) -> Step:
+        """Step 0 of a prompt that keeps, in all pruned layers, what it held before and a part of each new picture."""
+        if not before:  # the first stage chooses for all
+            score = self._scores(asked, visual, able)
+            for picture in runs(new):
+                size = min(max(math.floor(self.pool * len(picture) + 0.5 + 1e-6), 1), len(picture))
+                spaced = evenly(picture, math.floor(self.evenly_share * size + 1e-6))
+                rest = [c for c in picture if c not in spaced]
+                self.pools[b] += spaced + top(rest, [score[c] for c in rest], size - len(spaced))
+        pool = [c for c in visual if c in self.pools[b]]
+        rates = dict.fromkeys(asked.rates, 1 - len(pool) / len(visual))
+        return replace(asked, rates=rates, kept={layer: pool for layer in asked.kept})
+
+    def _scores(self, asked: Step, visual: Sequence[int], able: Sequence[int]) -> dict[int, float]:
+        """What the method ranks a prompt's tokens by."""
+        score = dict(zip(visual, asked.importance.tolist(), strict=True))
+        if self.rule.name == "uniform":
+            spaced = evenly(able, min(keep_count(len(visual), asked.rates[self.k]), len(able)))
+            return {c: float(c in spaced) for c in visual}
+        if self.rule.spread:
+            count = min(keep_count(len(visual), asked.rates[self.k]), len(able))
+            return score | dict.fromkeys(evenly(able, math.floor(self.rule.spread * count + 1e-6)), 2.0)
+        return score
 
     @staticmethod
     def _within(candidates: dict[int, Sequence[int]], before: list[Step], step: int) -> dict[int, Sequence[int]]:

@@ -9,6 +9,7 @@ Each module imports only those above it, and nobody points back (``tests/test_im
 ``layout``      which column sits in which row, its token type, what may see what
 ``attend``      attention and statistics of both kinds of pass; knows no policy
 ``cpu_step``    the same of a decode step on a CPU
+``pool``        which tokens of each picture make the pool of retention ``pool``
 ``turn``        one ``generate()``: its bounds, what was there before it; reduced prompts
 ``passes``      ``DecodePass``, ``MultiTokenPass``: complete when made
 ``ranking``     by which prompt rows visual tokens are ranked

@@ -73,7 +73,7 @@ class Effects:
         fresh = turn.start == 0
         for index, listed, keep, stay, (size, least, real) in zip(groups, kept, keeps, stays, torch.stack(sizes).tolist(), strict=True):
             group = store.groups[index]
-            if not fresh:
+            if not fresh and store.moves_rows:  # else what it holds stays
                 store.evict(group, listed)
             source, filled = right_aligned(stay, size)
             plain = fresh and passing.blocks is None and least == size == real
@@ -92,23 +92,25 @@ class Effects:
         """Draft tokens read what was chosen for each; the last one's choice is left behind for what comes after them."""
         for index, (kept, n_kept) in zip(stage.groups, choice.lists, strict=True):
             self.allowed[index] = marked(kept.flatten(0, 1), store.full.capacity).view(kept.shape)
-            read_list(store.groups[index], kept[:, -1, :width].contiguous(), n_kept[:, -1].contiguous())
+            group = store.groups[index]
+            read_list(group, store.rows_of(group, kept[:, -1, :width].contiguous()), n_kept[:, -1].contiguous())
 
     def allow_kept(self, store: RowStore, stage: Stage, drafted: int) -> None:
         """Draft tokens read what the groups keep."""
         for index in stage.groups:
-            kept = store.groups[index].kept
+            kept = store.tokens_kept(store.groups[index])
             if kept is not None:
-                self.allowed[index] = marked(kept, store.full.capacity)[:, None].expand(-1, drafted, -1)
+                self.allowed[index] = kept[:, None].expand(-1, drafted, -1)
 
 
 def of_step(store: RowStore, stage: Stage, choice: Choice, width: int) -> None:
     """A decode step's choice: lists, at most ``width`` long, to read through, or rows that move."""
     for index, (kept, n_kept) in zip(stage.groups, choice.lists, strict=True):
-        if store.shared_rows:
-            read_list(store.groups[index], kept[:, :width], n_kept)
+        group = store.groups[index]
+        if store.moves_rows:
+            store.evict(group, kept)
         else:
-            store.evict(store.groups[index], kept)
+            read_list(group, store.rows_of(group, kept[:, : min(width, max(group.bound, 1))]), n_kept)
 
 
 def list_of_prompt(store: RowStore, stage: Stage, choice: Choice, width: int, fresh: Tensor | None) -> None:

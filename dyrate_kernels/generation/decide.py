@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from dyrate_kernels import ops
+from dyrate_kernels.generation import pool
 from dyrate_kernels.generation.attend import OperatorStep
-from dyrate_kernels.generation.index import below, marked, picked, scattered
+from dyrate_kernels.generation.index import below, picked, scattered
 from dyrate_kernels.generation.kv_store import RowGroup, RowStore
 from dyrate_kernels.generation.turn import Reduction, Turn
 from dyrate_kernels.policies.base import Policy, View
+from dyrate_kernels.retention import Retention
 
 
 class Choice(NamedTuple):
@@ -30,11 +32,13 @@ class Choice(NamedTuple):
         rate: float64 ``[B]``, the fraction removed that the policy asked for.
         lists: of each group, its kept tokens: int32 ``[B, N]`` ascending, -1 past the end, and how many they are, int32 ``[B]``.
         merge: ``Decision.merge``.
+        score: ``[B, N]``, by which tokens ranked; None where an operator ranked them.
     """
 
     rate: Tensor
     lists: list[tuple[Tensor, Tensor]]
     merge: Tensor | None = None
+    score: Tensor | None = None
 
 
 class Scope(NamedTuple):
@@ -44,11 +48,13 @@ class Scope(NamedTuple):
         alive: ``View.alive``.
         able: of each group, bool ``[B, N]``: what it may keep, or None: all. No entry: nothing is selected, the policy is asked alone.
         most: of each group, int32 ``[B]``: no more than that; None: any number.
+        pictures: of a prompt that a pool is made from, int64 ``[B, N]``: the picture of each new token, -1 for others (``pool.pictures``).
     """
 
     alive: Tensor | None
     able: Sequence[Tensor | None]
     most: Sequence[Tensor] | None = None
+    pictures: Tensor | None = None
 
 
 class Measured(NamedTuple):
@@ -79,7 +85,7 @@ def choose(policy: Policy, view: View, scope: Scope, backend: str = "auto") -> C
             if scope.most is not None:
                 count = torch.minimum(count, scope.most[number])
             lists.append(ops.select_tokens(score, count, view.n_visual, alive=able, backend=backend))
-    return Choice(decision.rate, lists, decision.merge)
+    return Choice(decision.rate, lists, decision.merge, score)
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class Decider:
     Args:
         policy: bound to the model.
         num_layers: L.
-        evict: retention.
+        retention: what becomes of tokens that are not kept.
         backend: name of the operator backend.
 
     Attributes:
@@ -131,8 +137,8 @@ class Decider:
             the prefill that is under way.
     """
 
-    def __init__(self, policy: Policy, num_layers: int, evict: bool, backend: str) -> None:
-        self.policy, self.evict, self.backend = policy, evict, backend
+    def __init__(self, policy: Policy, num_layers: int, retention: Retention, backend: str) -> None:
+        self.policy, self.retention, self.backend = policy, retention, backend
         self.starts = policy.layer_groups(num_layers)
         edges = [*self.starts, num_layers]
         self._layers = [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
@@ -164,7 +170,7 @@ class Decider:
 
     def at_decode(self, frozen: bool) -> bool:
         """A decode step chooses."""
-        return self.policy.at_decode and not (self.evict and (frozen or self.policy.constant))
+        return self.policy.at_decode and not (self.retention.moves and (frozen or self.policy.constant))
 
     def begin_prompt(self, n_visual: Tensor, turn: Turn) -> None:
         """A prompt's end is decided about now."""
@@ -176,9 +182,9 @@ class Decider:
 
     def scope_of_step(self, store: RowStore, stage: Stage) -> Scope:
         """Of a decode step."""
-        if not self.evict:
-            alive = marked(_kept(store.groups[stage.index]), store.full.capacity) if stage.index else None
-            return Scope(alive, [alive] * len(stage.groups))
+        if not self.retention.moves:
+            inside = _kept(store, store.groups[stage.index]) if stage.index else self.pool(store)
+            return Scope(inside, [inside] * len(stage.groups))
         alive, able, most = store.alive(store.groups[stage.index]) if stage.index else None, [], []
         for index in stage.groups:
             group = store.groups[index]
@@ -186,10 +192,21 @@ class Decider:
             most.append(group.n_visual)
         return Scope(alive if stage.index else able[0], able, most)
 
+    @staticmethod
+    def pool(store: RowStore) -> Tensor | None:
+        """bool ``[B, N]``: what all pruned groups hold where rows stay while decoding, the same in each; None: every token."""
+        return store.alive(store.groups[-1])
+
     def scope_of_prompt(self, store: RowStore, stage: Stage, turn: Turn, reduction: Reduction) -> Scope:
         """Of a prompt's end."""
         groups, before = [store.groups[index] for index in stage.groups], store.groups[stage.index]
-        if self.evict:
+        if self.retention.pool is not None:
+            if stage.index:
+                return Scope(self.pool(store), [])
+            there, held = candidates(store, groups[0], turn, reduction), store.alive(groups[0])
+            new = there if held is None else there & ~held
+            return Scope(there, [], pictures=pool.pictures(store.token_column[:, : store.full.capacity], new))
+        if self.retention.moves:
             able = [candidates(store, group, turn, reduction) for group in groups]
             if not stage.index:
                 return Scope(able[0], able)
@@ -197,8 +214,8 @@ class Decider:
             return Scope(alive, [alive])
         if self.policy.at_decode:
             return Scope(None, [])
-        alive = marked(before.kept, store.full.capacity) if stage.index and before.kept is not None else None
-        return Scope(alive, [alive] * len(groups))
+        inside = store.tokens_kept(before) if stage.index else None
+        return Scope(inside, [inside] * len(groups))
 
     # ---- what -------------------------------------------------------------------------------------------------------------------
 
@@ -213,7 +230,17 @@ class Decider:
         """
         mass, importance, hidden = measured
         view = View(step, mass, importance, n_visual, scope.alive, self.state, hidden, stage.index, *(states or ()))
-        return choose(self.policy, view, scope, self.backend)
+        choice = choose(self.policy, view, scope, self.backend)
+        return choice if scope.pictures is None else self._with_pool(choice, scope, n_visual)
+
+    def _with_pool(self, choice: Choice, scope: Scope, n_visual: Tensor) -> Choice:
+        """The prompt's choice where all pruned groups keep a pool: what they held before, and a part of each new picture."""
+        assert choice.score is not None and scope.alive is not None and scope.pictures is not None and self.retention.pool is not None
+        chosen = pool.members(choice.score, scope.pictures, self.retention.pool, self.retention.spaced)
+        chosen |= scope.alive & (scope.pictures < 0)
+        listed = ops.select_tokens(chosen.float(), chosen.sum(1, dtype=torch.int32), n_visual, backend=self.backend)
+        rate = 1.0 - listed[1].double() / n_visual.clamp(min=1)
+        return Choice(rate.masked_fill(n_visual == 0, 0.0), [listed] * len(self.starts))
 
     def linear(self, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
         """Weight, bias and rates if a decode step of this policy is a linear predictor's (``Policy.predictor_tensors``), else None."""
@@ -255,14 +282,14 @@ class Decider:
         """
         mass, importance, hidden = measured
         batch, drafted = mass.shape[:2]
-        able: list[Tensor | None] = [None] * len(stage.groups)
         if self.policy.remembers and len(self.stages) == 1:  # each changes the state for the next one
             self._after = [_copy(self.state)]
             found = []
             for row in range(drafted):
                 step = torch.full((batch,), first + row, dtype=torch.int64, device=n_visual.device)
-                view = View(step, mass[:, row], importance[:, row], n_visual, None, self.state, None if hidden is None else hidden[:, row])
-                found.append(choose(self.policy, view, Scope(None, able), self.backend))
+                there = None if alive is None else alive[:, row]
+                view = View(step, mass[:, row], importance[:, row], n_visual, there, self.state, None if hidden is None else hidden[:, row])
+                found.append(choose(self.policy, view, Scope(there, [there] * len(stage.groups)), self.backend))
                 self._after.append(_copy(self.state))
             of_groups = zip(*(choice.lists for choice in found), strict=True)
             lists = [(torch.stack([kept for kept, _ in group], 1), torch.stack([n_kept for _, n_kept in group], 1)) for group in of_groups]
@@ -274,7 +301,7 @@ class Decider:
             steps, mass.flatten(0, 1), importance.flatten(0, 1), n_visual.repeat_interleave(drafted), flat, state,
             None if hidden is None else hidden.flatten(0, 1), stage.index,
         )  # fmt: skip
-        choice = choose(self.policy, view, Scope(flat, [flat] * len(able)), self.backend)
+        choice = choose(self.policy, view, Scope(flat, [flat] * len(stage.groups)), self.backend)
         lists = [(kept.view(batch, drafted, -1), n_kept.view(batch, drafted)) for kept, n_kept in choice.lists]
         return Choice(choice.rate.view(batch, drafted), lists)
 
@@ -311,7 +338,7 @@ class Decider:
 
 
 def candidates(store: RowStore, group: RowGroup, turn: Turn, reduction: Reduction) -> Tensor:
-    """bool ``[B, N]``: tokens that a group which evicts holds already or would receive in this turn."""
+    """bool ``[B, N]``: tokens that a group with rows of its own holds already or would receive in this turn."""
     columns = store.token_column[:, : store.full.capacity]
     token = torch.arange(columns.shape[1], device=columns.device)
     assert turn.before is not None
@@ -321,7 +348,7 @@ def candidates(store: RowStore, group: RowGroup, turn: Turn, reduction: Reductio
 
 
 def importance_by_token(store: RowStore, group: RowGroup, importance: Tensor) -> Tensor:
-    """Importance of rows -> ``[B, N]`` of tokens: in a group that evicts, a row is no token."""
+    """Importance of rows -> ``[B, N]`` of tokens: in a group with rows of its own, a row is no token."""
     if store.shared_rows:
         return importance
     held = importance.shape[1]
@@ -332,9 +359,10 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a & b
 
 
-def _kept(group: RowGroup) -> Tensor:
-    assert group.kept is not None, "the group before it has decided"
-    return group.kept
+def _kept(store: RowStore, group: RowGroup) -> Tensor:
+    kept = store.tokens_kept(group)
+    assert kept is not None, "the group before it has decided"
+    return kept
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

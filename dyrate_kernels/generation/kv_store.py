@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dyrate_kernels import ops
-from dyrate_kernels.generation.index import below, marked, picked, resized, scatter_
+from dyrate_kernels.generation.index import below, marked, picked, resized, scatter_, scattered
 
 ROUND = 64  # capacities are rounded up, so that small differences in length do not reallocate
 
@@ -36,9 +36,11 @@ class RowGroup:
         n_visual: int32 ``[B]``, live visual rows.
         most: int32 ``[B]``, the most visual rows that each sequence ever had.
         token: int64 ``[B, capacity]``, which visual token (0..N-1, in prompt order) a row holds.
-        alive: bool ``[B, N]``, tokens this group still holds (retention ``evict``), else None.
-        kept, n_kept: the list of rows to read, int32 ``[B, M]`` ascending, and its length int32 ``[B]`` (retention ``recoverable``),
-        else None.
+        alive: bool ``[B, N]``, tokens this group holds, where it holds rows of its own (retentions ``evict`` and ``pool``), else None.
+        row: int32 ``[B, N]``, the row of each token, -1 of those that it does not hold, where its rows stay while decoding (retention
+            ``pool``); rows ascend with tokens. Else None.
+        kept, n_kept: the list of rows to read, int32 ``[B, M]`` ascending, -1 past its length, and that, int32 ``[B]`` (retentions
+            ``recoverable`` and ``pool``), else None.
     """
 
     n_visual: Tensor
@@ -50,6 +52,7 @@ class RowGroup:
         self.capacity = 0
         self.bound = 0
         self.alive: Tensor | None = None
+        self.row: Tensor | None = None
         self.kept: Tensor | None = None
         self.n_kept: Tensor | None = None
 
@@ -88,7 +91,8 @@ class RowStore:
     Args:
         num_layers: decoder layers ``L``.
         group_starts: first layer of each pruned group, ascending, e.g. ``[k]``; layers before the first hold every row.
-        shared_rows: True when every group holds every row (retention ``recoverable``), False when pruned groups hold fewer (``evict``).
+        shared_rows: True when every group holds every row (retention ``recoverable``), False when pruned groups hold fewer.
+        moves_rows: where they hold fewer: what a decode step drops leaves (``evict``); else steps read through lists (``pool``).
         backend: name of the operator backend.
 
     Attributes:
@@ -106,13 +110,16 @@ class RowStore:
     text_column: Tensor
     token_column: Tensor
 
-    def __init__(self, num_layers: int, group_starts: Sequence[int] = (), shared_rows: bool = True, backend: str = "auto") -> None:
+    def __init__(
+        self, num_layers: int, group_starts: Sequence[int] = (), shared_rows: bool = True, backend: str = "auto", moves_rows: bool = True
+    ) -> None:  # fmt: skip
         edges = [0, *group_starts, num_layers]
         self.groups = [RowGroup(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True)]
         self.group_of = [group for group in self.groups for _ in group.layers]
         self.index_of = [index for index, group in enumerate(self.groups) for _ in group.layers]
         self.full = self.groups[0]  # of the first layers, which always hold every row
         self.shared_rows, self.num_layers, self.backend = shared_rows, num_layers, backend
+        self.moves_rows = moves_rows and not shared_rows
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
         self.batch = -1  # sequences; -1 before the first pass
@@ -147,6 +154,7 @@ class RowStore:
             group.token = torch.zeros(batch, 0, dtype=torch.int64, device=device)
             if group is not self.full:
                 group.alive = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+                group.row = None if self.moves_rows else zeros(batch, 0)
 
     @property
     def device(self) -> torch.device:
@@ -170,6 +178,8 @@ class RowStore:
             for group in self.groups:
                 if group.alive is not None:
                     group.alive = resized(group.alive, self.token_column.shape[1])
+                if group.row is not None:
+                    group.row = resized(group.row, self.token_column.shape[1], -1)
         for group in self.groups if self.shared_rows else self.groups[:1]:
             self.reserve_visual(group, tokens)
 
@@ -265,8 +275,23 @@ class RowStore:
         return torch.cat([visual, self.text_column[:, :text_rows]], dim=1)
 
     def alive(self, group: RowGroup) -> Tensor | None:
-        """bool ``[B, N]``: the tokens that a group which evicts still holds; None: all."""
+        """bool ``[B, N]``: the tokens that a group with rows of its own holds; None: all."""
         return None if group.alive is None else group.alive[:, : self.full.capacity]
+
+    def rows_of(self, group: RowGroup, kept: Tensor) -> Tensor:
+        """Visual tokens that ``group`` holds -> their rows in it: int32 ``[B, M]`` ascending, -1 past the end, both."""
+        if group.row is None:
+            return kept
+        return torch.where(kept < 0, kept, group.row.gather(1, kept.clamp(min=0).long()))
+
+    def tokens_kept(self, group: RowGroup) -> Tensor | None:
+        """bool ``[B, N]``: the tokens whose rows a group's list names; None: it reads all that it holds."""
+        if group.kept is None:
+            return None
+        kept = group.kept
+        if group.row is not None:
+            kept = torch.where(kept < 0, -1, group.token.gather(1, kept.clamp(min=0).long()))
+        return marked(kept, self.full.capacity)
 
     def _buffers_by_device(self, layers: Iterable[int]) -> list[list[Tensor]]:
         """The key and value buffers of ``layers``, one list a device."""
@@ -305,7 +330,15 @@ class RowStore:
         assert group.alive is not None, "only a group that holds rows of its own is appended to"
         group.alive |= marked(torch.where(visual, token, -1), self.token_column.shape[1])
         group.n_visual += added
+        self._note_rows(group)
         return row
+
+    def _note_rows(self, group: RowGroup) -> None:
+        """Writes ``RowGroup.row``, where the group has it, from its tokens."""
+        if group.row is not None:
+            place = torch.arange(group.capacity, dtype=torch.int32, device=self.device).expand(self.batch, -1)
+            token = torch.where(below(group.n_visual, group.capacity), group.token, -1)
+            group.row.copy_(scattered(token, place, group.row.shape[1], -1))
 
     def evict(self, group: RowGroup, kept: Tensor) -> None:
         """Drops every visual token of ``group`` but ``kept``: moves the kept rows to the front of each layer's buffers, in place.
@@ -327,6 +360,7 @@ class RowStore:
             ops.compact_(buffers, rows.to(device), count.to(device), group.n_visual.to(device), backend=self.backend)
         ops.compact_([group.token], rows, count, group.n_visual, backend=self.backend)
         group.n_visual.copy_(count)
+        self._note_rows(group)
 
     # ---- sequences and columns that go ------------------------------------------------------------------------------------------
 
@@ -352,7 +386,7 @@ class RowStore:
         """(owner, attribute) of every per-sequence tensor, shared ones once."""
         seen: set[int] = set()
         owners: list[tuple[Any, str]] = [(self, n) for n in ("n_text", "text_asked", "text_type", "text_column", "token_column")]
-        owners += [(group, n) for group in self.groups for n in ("n_visual", "most", "token", "alive", "kept", "n_kept")]
+        owners += [(group, n) for group in self.groups for n in ("n_visual", "most", "token", "alive", "row", "kept", "n_kept")]
         for owner, name in owners:
             tensor = getattr(owner, name)
             if tensor is not None and id(tensor) not in seen:
@@ -393,6 +427,8 @@ class RowStore:
             group.kept = group.n_kept = None
             if group.alive is not None:
                 group.alive.zero_()
+            if group.row is not None:
+                group.row.fill_(-1)
         for buffer in (*self.keys, *self.values):
             if buffer is not None:
                 buffer.zero_()  # a NaN of an earlier use must not reach the next one (see _regrow)
@@ -402,5 +438,5 @@ class RowStore:
         """Returns the tensors that last from step to step and are written in place."""
         lasting = [*self.keys, *self.values, self.n_text, self.text_type, self.text_column, self.token_column]
         for group in self.groups:
-            lasting += [group.n_visual, group.token, group.alive]
+            lasting += [group.n_visual, group.token, group.alive, group.row]
         return lasting

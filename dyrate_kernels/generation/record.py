@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyrate_kernels.generation.index import below, marked, picked
+from dyrate_kernels.generation.index import below, picked
 from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.generation.turn import Before
 from dyrate_kernels.policies.base import ModelShape, Policy
+from dyrate_kernels.retention import Retention
 
 _BY_STEP = ("rate", "mass", "kept", "again", "near", "near_again", "importance", "chosen")
 _BY_GROUP = ("kept", "again", "near", "near_again")  # their sequences are the third dimension
@@ -173,7 +174,7 @@ class Record:
         self.note(step)
         allowed = allowed or {}
         index = torch.full((1,), step, dtype=torch.int64, device=self.device) if counters is None else counters[0]
-        reads_all = unpruned or (step == 0 and store.shared_rows)
+        reads_all = unpruned or step == 0  # of what it holds
         if kept is None:
             groups = store.groups[1:] or store.groups
             kept = torch.stack([group.n_visual if group.n_kept is None or reads_all else group.n_kept for group in groups])
@@ -187,7 +188,8 @@ class Record:
         if computed is not None:
             self.computed = computed
         if rate is not None:
-            self._put("rate", index, (torch.zeros_like(rate) if reads_all else rate).to(torch.float64)[None])
+            removes_none = unpruned or (step == 0 and store.shared_rows)
+            self._put("rate", index, (torch.zeros_like(rate) if removes_none else rate).to(torch.float64)[None])
         self._put("mass", index, mass.to(self.device, torch.float32).mean(1)[None])
         self._put("kept", index, kept[None])
         if self.keep_importance and importance is not None:
@@ -222,10 +224,11 @@ class Record:
             columns, live = store.token_column, None
             if part.group in allowed:
                 live = allowed[part.group]
-            elif not store.shared_rows:
-                columns = columns.gather(1, group.token)
-            elif group.kept is not None and not reads_all:
-                columns, live = columns.gather(1, group.kept.clamp(min=0).long()), group.kept >= 0
+            else:
+                if not store.shared_rows:
+                    columns = columns.gather(1, group.token)
+                if group.kept is not None and not reads_all:
+                    columns, live = columns.gather(1, group.kept.clamp(min=0).long()), group.kept >= 0
             if live is None:
                 live = below(group.n_visual, columns.shape[1])
             columns = columns[:, : live.shape[1]]
@@ -234,11 +237,10 @@ class Record:
 
     def _chosen(self, store: RowStore, all_tokens: bool) -> Tensor:
         group = (store.groups[1:] or store.groups)[0]
-        if group.alive is not None:
-            return group.alive
-        if group.kept is None or all_tokens:
-            return below(store.full.n_visual, self.tokens)
-        return marked(group.kept, self.tokens)
+        kept = None if all_tokens else store.tokens_kept(group)
+        if kept is not None:
+            return kept
+        return below(store.full.n_visual, self.tokens) if group.alive is None else group.alive
 
     def select(self, index: Tensor) -> None:
         """Sequences were reordered: their records follow, in place where the batch keeps its size."""
@@ -273,7 +275,7 @@ class Snapshot:
     policy: Policy
     shape: ModelShape
     backend: str
-    retention: str
+    retention: Retention
     record: Record | None
     n_text: Tensor | None
     n_visual: list[Tensor]

@@ -20,6 +20,7 @@ from dyrate_kernels.generation.ranking import Ranker
 from dyrate_kernels.generation.record import Record
 from dyrate_kernels.generation.turn import Reduction, Turn
 from dyrate_kernels.policies.base import ModelShape, Policy
+from dyrate_kernels.retention import Retention
 
 
 class Scoring:
@@ -28,7 +29,7 @@ class Scoring:
     Args:
         policy: bound to the model.
         shape: the text model's shape.
-        evict: retention.
+        retention: what becomes of tokens that are not kept.
         record_importance: keep importance and kept tokens of every step.
         heads: the processes among which the model's heads are shared out; None: all are here.
         store, decider, ranker, branch: the conversation's.
@@ -40,10 +41,10 @@ class Scoring:
     """
 
     def __init__(
-        self, policy: Policy, shape: ModelShape, evict: bool, record_importance: bool, heads: HeadShards | None, store: RowStore,
+        self, policy: Policy, shape: ModelShape, retention: Retention, record_importance: bool, heads: HeadShards | None, store: RowStore,
         decider: Decider, ranker: Ranker, branch: Branch,
     ) -> None:  # fmt: skip
-        self.policy, self.shape, self.evict, self.record_importance, self.heads = policy, shape, evict, record_importance, heads
+        self.policy, self.shape, self.retention, self.record_importance, self.heads = policy, shape, retention, record_importance, heads
         self.store, self.decider, self.ranker, self.branch = store, decider, ranker, branch
         self.forget()
 
@@ -122,7 +123,7 @@ class Scoring:
         """Makes a stage's choice of a decode step true, and writes the record after the last."""
         store, decider = self.store, self.decider
         apply.of_step(store, stage, choice, self.policy.kept_bound(store.full.bound))
-        if self.evict:
+        if self.retention.moves:
             turn.evict()
         passing.attention.changed()
         if self._first is None:
@@ -194,38 +195,43 @@ class Scoring:
         step = torch.zeros(store.batch, dtype=torch.int64, device=store.device)
         states = ranker.states(stage.layer, importance.shape[1], store.device)
         choice = decider.decide(stage, step, measured, store.full.n_visual, scope, states)
-        self._first.rates.append(choice.rate)
-        if self.evict:
-            self.effects.shrink(store, turn, passing, stage.groups, [kept for kept, _ in choice.lists], choice.merge)
+        pooled = stage.index > 0 and self.retention.pool is not None  # the first stage has chosen for all
+        self._first.rates.append(self._first.rates[0] if pooled else choice.rate)
+        if self.retention.shrinks:
+            if choice.lists:
+                groups = range(stage.groups.start, stage.groups.start + len(choice.lists))
+                self.effects.shrink(store, turn, passing, groups, [kept for kept, _ in choice.lists], choice.merge)
         elif choice.lists:
             fresh = (passing.slots[0].token >= 0).any(1) if decider.had_decided else None
             apply.list_of_prompt(store, stage, choice, self.policy.kept_bound(store.full.bound), fresh)
 
     def _score_drafts(self, passing: MultiTokenPass, stage: Stage, seen: Seen, of: slice, turn: Turn) -> None:
-        """Draft tokens: each decides for itself (recoverable); under evict the kept set stays as it is (compaction is frozen)."""
+        """Draft tokens: each decides for itself; where rows move the kept set stays as it is (compaction is frozen)."""
         store = self.store
-        decides = not self.evict and self.policy.at_decode and store.full.bound > 0
+        decides = not self.retention.moves and self.policy.at_decode and store.full.bound > 0
         if decides or not stage.index:
             measured = Measured(*self._statistics(seen, of), self._hidden(of))
             if self._drafts is None:
                 self._drafts = Pending(measured)
         if decides and self._drafts is not None:
             first = turn.step_of(passing.start + passing.length - passing.drafted)
-            alive = self.effects.allowed[stage.index] if stage.index else None
+            alive = self.decider.pool(store)
+            alive = None if alive is None else alive[:, None].expand(-1, passing.drafted, -1)
+            alive = self.effects.allowed[stage.index] if stage.index else alive
             choice = self.decider.decide_drafts(stage, first, measured, store.full.n_visual, alive)
             self._drafts.rates.append(choice.rate)
             self._drafts.kept += [n_kept for _, n_kept in choice.lists]
             self.effects.allow(store, stage, choice, self.policy.kept_bound(store.full.bound))
-        elif not self.evict and store.full.bound > 0:
+        elif not self.retention.moves and store.full.bound > 0:
             self.effects.allow_kept(store, stage, passing.drafted)
 
     def _write_many(self, passing: MultiTokenPass, turn: Turn) -> None:
         store, decider = self.store, self.decider
         if self._first is not None:
             measured, rates = self._first.measured, self._first.rates
-            if rates and (self.evict or not self.policy.at_decode):
+            if rates and (self.retention.shrinks or not self.policy.at_decode):
                 decider.finish(decider.mean_rate(rates))
-            computed = self.effects.computed(store, turn) if self.evict else None
+            computed = self.effects.computed(store, turn) if self.retention.shrinks else None
             self._recording(turn).write(store, 0, measured.mass, measured.importance, decider.rate, computed=computed)
         if self._drafts is not None:
             measured, rates = self._drafts.measured, self._drafts.rates

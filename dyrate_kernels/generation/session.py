@@ -9,7 +9,7 @@ The flow of one forward pass (docs/design.md, section 5):
 
 A pass of one token after the prompt is a *decode step* and reads no device value on the host. Every other one is a *pass of several
 tokens*: prompts, chunks of prompts, the next turn of a chat, draft tokens. In it each draft token decides for itself, exactly as if it had
-come alone, so assisted decoding with retention ``recoverable`` gives the tokens of plain decoding.
+come alone, so assisted decoding gives the tokens of plain decoding, but for retention ``evict``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dyrate_kernels import specs
 from dyrate_kernels.generation import passes
 from dyrate_kernels.generation.apply import Effects
 from dyrate_kernels.generation.aside import Aside, Branch
@@ -37,6 +38,7 @@ from dyrate_kernels.generation.record import Record, Roster, Snapshot
 from dyrate_kernels.generation.score_layer import Scoring
 from dyrate_kernels.generation.turn import EarlyChunk, Reduction, Turn
 from dyrate_kernels.policies.base import ModelShape, Policy
+from dyrate_kernels.retention import Retention
 
 
 class Staged(NamedTuple):
@@ -73,7 +75,7 @@ class Session:
     Args:
         policy: a policy bound to the model (``Policy.bind``).
         shape: the text model's shape.
-        retention: ``"recoverable"`` or ``"evict"``.
+        retention: what becomes of tokens that are not kept; a text as ``specs.retention`` reads it, or what it gives.
         backend: name of the operator backend.
         record_importance: keep importance and kept tokens of every step for ``stats()``.
         heads: the processes among which the model's heads are shared out; None: all are here.
@@ -93,18 +95,21 @@ class Session:
     column: Tensor
 
     def __init__(
-        self, policy: Policy, shape: ModelShape, retention: str, backend: str, record_importance: bool = False,
+        self, policy: Policy, shape: ModelShape, retention: str | Retention, backend: str, record_importance: bool = False,
         heads: HeadShards | None = None,
     ) -> None:  # fmt: skip
-        self.policy, self.shape, self.retention, self.backend, self.heads = policy, shape, retention, backend, heads
-        self.evict = retention == "evict"
-        merges = self.evict and policy.merges
+        self.policy, self.shape, self.backend, self.heads = policy, shape, backend, heads
+        self.retention = specs.retention(retention)
+        merges = self.retention.shrinks and policy.merges
         self.keeps_hidden = policy.reads_hidden or merges
-        self.decider = Decider(policy, shape.num_layers, self.evict, backend)
+        self.decider = Decider(policy, shape.num_layers, self.retention, backend)
         self.ranker = Ranker(policy, merges, heads)
-        self.store = RowStore(shape.num_layers, self.decider.starts, shared_rows=not self.evict, backend=backend)
+        shared, moves = not self.retention.shrinks, self.retention.moves
+        self.store = RowStore(shape.num_layers, self.decider.starts, shared, backend, moves)
         self.branch = Branch()
-        self.scoring = Scoring(policy, shape, self.evict, record_importance, heads, self.store, self.decider, self.ranker, self.branch)
+        self.scoring = Scoring(
+            policy, shape, self.retention, record_importance, heads, self.store, self.decider, self.ranker, self.branch
+        )
         self._begin_conversation()
 
     def _begin_conversation(self) -> None:
@@ -189,7 +194,7 @@ class Session:
             mask = staged.mask if attention_mask is None else attention_mask
             new = look(store, store.length, length, end, mask, staged.visual, device, turn.frozen)
             turn.note(new, store, self.reduction)
-            prunes = self.evict and self.decider.at_prefill(turn) and store.length < turn.end
+            prunes = self.retention.shrinks and self.decider.at_prefill(turn) and store.length < turn.end
             self.passing = passes.many(store, turn, self.reduction, self.blocks, new, staged.blocks, prunes)
             if self.passing.moved is not None:
                 self.ranker.move(self.passing.moved)
@@ -434,7 +439,7 @@ class Session:
         into = f"crop() to {length} columns reaches into a prompt (which ends at {turn.end})"
         if self.reduction.active and length < turn.end and not (turn.frozen and self.reduction.all_valid_from(length)):
             raise RuntimeError(f"{into} that vision reducers have shortened. Start again without this cache.")
-        if self.evict and length < turn.end and store.holds_visual_from(length):
+        if self.retention.shrinks and length < turn.end and store.holds_visual_from(length):
             if not turn.frozen:
                 raise RuntimeError(
                     f"{into} whose visual tokens were evicted. Use retention='recoverable', or start again without this cache."

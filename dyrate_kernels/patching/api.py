@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dyrate_kernels import policies
+from dyrate_kernels import policies, specs
 from dyrate_kernels import vision as reducers
 from dyrate_kernels.generation.session import Session
 from dyrate_kernels.ops import dispatch
@@ -35,7 +35,7 @@ from dyrate_kernels.patching.shrink import ShrinkHooks
 from dyrate_kernels.patching.vision import PIXELS, check_reducers
 from dyrate_kernels.patching.wrapped import unwrapped
 from dyrate_kernels.policies.base import ModelShape, Policy
-from dyrate_kernels.specs import RETENTIONS
+from dyrate_kernels.retention import Retention
 from dyrate_kernels.stats import Path, Stats
 from dyrate_kernels.stats_from_record import stats_from_record
 from dyrate_kernels.vision import Reducer
@@ -51,6 +51,8 @@ def patch(
     policy: str | Policy = "dyrate",
     *,
     retention: str = "recoverable",
+    pool: float | None = None,
+    pool_by: str | float | None = None,
     backend: str = "auto",
     predictor: Any = None,
     k: int | None = None,
@@ -68,8 +70,12 @@ def patch(
             model inside is patched.
         policy: a name of ``dyrate_kernels.policies.names()``, with options if wanted (``"fastv:rate=0.5"``), or a policy object, e.g.
             ``policies.FastV(k=3, rate=0.5)``.
-        retention: ``"recoverable"`` (every row stays; layers >= k read only the chosen ones, which may come back) or ``"evict"`` (dropped
-            rows are gone, the prompt is shrunk in layers >= k).
+        retention: ``"recoverable"`` (every row stays; layers >= k read only the chosen ones, which may come back), ``"evict"`` (dropped
+            rows are gone, the prompt is shrunk in layers >= k) or ``"pool"`` (layers >= k hold a part of each picture, to which the
+            prompt is shrunk; within it steps choose as under ``recoverable``). Also a text with options: ``"pool=0.5:by=uniform"``.
+        pool: of ``"pool"``: that part, in (0, 1]; None: 0.25. Every picture keeps one token at least.
+        pool_by: of ``"pool"``: which tokens: ``"policy"`` (the highest by the policy's ranking at the prompt's last row; as None),
+            ``"uniform"`` (evenly spaced over each picture), or the share of the pool, in [0, 1], that is evenly spaced.
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``; see ``dyrate_kernels.backends()``.
         predictor: for the policy name ``"dyrate"``: a ``DyRatePredictor``, a folder or a hub id; None is the
             one in the model's own folder (with retention ``recoverable``, which it was trained for), else the closed form.
@@ -98,8 +104,7 @@ def patch(
     family = check_supported(model)
     if _HANDLE in vars(model):
         raise RuntimeError("model is patched already; call dyrate_kernels.unpatch(model) first, then patch it with the new settings")
-    if retention not in RETENTIONS:
-        raise ValueError(f"retention must be one of {', '.join(RETENTIONS)}; got {retention!r}")
+    held = specs.retention(retention, pool, pool_by)
     switches = _Switches(cuda_graph, fuse, exact)
     if isinstance(policy, str):
         options = {name: value for name, value in (("k", k), ("predictor", predictor)) if value is not None}
@@ -108,26 +113,26 @@ def patch(
         raise TypeError(f"policy must be a name ({', '.join(policies.names())}) or a Policy object, got {type(policy).__name__}")
     elif predictor is not None or k is not None:
         raise ValueError("k and predictor go with a policy given by name; this policy object holds its own: set them there")
-    if policy.needs_recoverable and retention != "recoverable":
-        raise ValueError(f"policy {policy.name!r} brings tokens back, which retention={retention!r} cannot; use retention='recoverable'")
+    held.check(policy)
     chain = reducers.chain(vision)
     check_reducers(model, chain)
-    bound = policy.bind(shape_for(model, retention))
+    bound = policy.bind(shape_for(model, held))
+    held.check(bound)
     deepstack = deepstack_layers(model)
     first = bound.layer_groups(len(decoder_layers(model)))[0]
-    if retention == "evict" and bound.at_prefill and first < deepstack:
+    if held.shrinks and bound.at_prefill and first < deepstack:
         raise ValueError(
-            f"k must be at least {deepstack} for this {model.config.model_type} with retention='evict', got {first}: visual features are "
-            f"added to the hidden states after its first {deepstack} layers, so no token can leave before; raise k, or use 'recoverable'"
+            f"k must be at least {deepstack} for this {model.config.model_type} with retention={held.name!r}, got {first}: visual features "
+            f"are added to the hidden states after its first {deepstack} layers: no token can leave before; raise k, or use 'recoverable'"
         )
     dispatch.name_for(backend, next(model.parameters()).device)  # raises now, not in the middle of a generation
-    if bound.merges and retention == "recoverable":
+    if bound.merges and not held.shrinks:
         warnings.warn(
             f"policy {bound.name!r} merges dropped tokens into others, but retention='recoverable' drops none, so nothing is merged; "
             "patch with retention='evict', or set recycle=0",
             stacklevel=2,
         )
-    handle = Handle(model, family, bound, retention, backend, record_importance, switches, chain)
+    handle = Handle(model, family, bound, held, backend, record_importance, switches, chain)
     logger.info("%s", handle)
     return handle
 
@@ -144,11 +149,11 @@ def unpatch(model: Any) -> None:
     handle.unpatch()
 
 
-def shape_for(model: Any, retention: str) -> ModelShape:
+def shape_for(model: Any, retention: str | Retention) -> ModelShape:
     """Returns the shape that policies are bound to. Under ``evict`` the predictor in the model's folder is no default: it was trained for
     tokens that can come back, and here its boldest step would be the last word.
     """
-    return ModelShape.from_config(model.config).replace(trained_by_default=retention == "recoverable")
+    return ModelShape.from_config(model.config).replace(trained_by_default=not specs.retention(retention).moves)
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ class Handle:
     Attributes:
         model: the patched model.
         policy: the policy, bound to the model.
-        retention: as asked for.
+        retention: as asked for, as ``str(Retention)`` writes it.
         fused: what turns fused modules on and off; None with ``fuse=False`` and ``exact=True``. unfused: which of these.
         graph: what captures and replays decode steps, and counts them; None with ``cuda_graph=False``.
         vision: the reducers before the language model, in order; empty: none.
@@ -199,13 +204,14 @@ class Handle:
         model: Any,
         family: Any,
         policy: Policy,
-        retention: str,
+        retention: Retention,
         backend: str,
         record_importance: bool,
         switches: _Switches = _Switches(),
         vision: Sequence[Reducer] = (),
     ) -> None:
-        self.model, self.family, self.policy, self.retention = model, family, policy, retention
+        self.model, self.family, self.policy, self.retention = model, family, policy, str(retention)
+        self._shrinks = retention.shrinks and policy.at_prefill
         self.vision = tuple(vision)
         self._asked_backend = backend
         self.record_importance = record_importance
@@ -247,7 +253,7 @@ class Handle:
     def _install(self) -> None:
         model, layers = self.model, len(decoder_layers(self.model))
         vars(model)[_HANDLE] = self
-        reads = self.policy.reads_hidden or (self.retention == "evict" and self.policy.merges)
+        reads = self.policy.reads_hidden or (self._shrinks and self.policy.merges)
         deciding = {start - 1 for start in self.policy.layer_groups(layers)} if reads else set()
         for index, module in enumerate(_attention_modules(model)):
             attention.swap(module, shows_hidden=index in deciding)
@@ -257,7 +263,7 @@ class Handle:
                 self.fused.tell(unknown)
             self.fused.install(decoder_of(model))
         self._hooks.install()
-        if self.retention == "evict" and self.policy.at_prefill:
+        if self._shrinks:
             self._shrink = ShrinkHooks(decoder_layers(model), self.policy.layer_groups(layers))
         answered = {
             "generate": "generate",

@@ -99,9 +99,10 @@ class Generations:
                 "use patch(..., record_importance=True) and handle.stats(), or unpatch the model first"
             )
         if ours:
-            if cache.session.policy != self.owner.policy or cache.session.retention != self.owner.retention:
+            if cache.session.policy != self.owner.policy or str(cache.session.retention) != self.owner.retention:
                 raise ValueError(
-                    f"{cache_name()} was made under another policy or retention than this model is patched with; "
+                    f"{cache_name()} was made under another policy or retention ({cache.session.retention}) than this model is patched "
+                    f"with ({self.owner.retention}); "
                     f"start again without {cache_name()}"
                 )
             original(generation_config, model_kwargs, *rest)
