@@ -365,7 +365,7 @@ class Oracle:
                 self.pools[b] += spaced + top(rest, [score[c] for c in rest], size - len(spaced))
         pool = [c for c in visual if c in self.pools[b]]
         rates = dict.fromkeys(asked.rates, 1 - len(pool) / len(visual))
-        return replace(asked, rates=rates, kept={layer: pool for layer in asked.kept})
+        return replace(asked, rates=rates, kept=dict.fromkeys(asked.kept, pool))
 
     def _scores(self, asked: Step, visual: Sequence[int], able: Sequence[int]) -> dict[int, float]:
         """What the method ranks a prompt's tokens by."""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dyrate_kernels import specs
 from dyrate_kernels.captioning.batching import Lengths, batches, detail, key
 from dyrate_kernels.captioning.inputs import Source, payloads
 from dyrate_kernels.files import printable
@@ -59,7 +60,7 @@ class Task:
         model = "bundled" if self.model is None else full_name(self.model)
         given = {"images": self.images, "column": self.column, "id_column": self.id_column, "max_pixels": self.max_pixels,
                  "model": model, "dtype": self.dtype, "quantize": self.quantize, "policy": self.policy,
-                 "retention": self.retention, "vision": reducers, "prompt": self.prompt, "max_new_tokens": self.max_new_tokens}  # fmt: skip
+                 "retention": specs.retention(self.retention), "vision": reducers, "prompt": self.prompt, "max_new_tokens": self.max_new_tokens}  # fmt: skip
         return {name: str(value) for name, value in given.items()}
 
 

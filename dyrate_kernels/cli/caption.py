@@ -9,7 +9,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from dyrate_kernels import specs
 from dyrate_kernels.cli import common, contenders
 from dyrate_kernels.cli.generate import add_policy, policy_from
 from dyrate_kernels.files import check_folder, printable
@@ -33,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--prompt", default=common.DEFAULT_PROMPT, help=f"default: {common.DEFAULT_PROMPT!r}")
     common.add_model(parser)
     parser.add_argument("--max-new-tokens", type=common.positive, default=160, metavar="N", help="default: 160")
-    parser.add_argument("--retention", choices=specs.RETENTIONS, default="recoverable", help="default: recoverable")
+    common.add_retention(parser)
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     parser.add_argument("--vision", metavar="NAME[:OPTIONS][+NAME..]", help="reducers before the language model; default: none")
     add_policy(parser)
@@ -98,7 +97,7 @@ def run(given: argparse.Namespace) -> int:
         given.model if given.model is None or not Path(given.model).expanduser().is_dir() else str(Path(given.model).expanduser().resolve())
     )
     task = Task(
-        model, given.device, given.dtype, given.quantize, policy_from(given), given.retention, given.backend,
+        model, given.device, given.dtype, given.quantize, policy_from(given), common.retention_from(given), given.backend,
         vision.chain(given.vision), given.prompt, given.max_new_tokens, given.batch_size,
         str(Path(given.images).expanduser().resolve()), sources.column,
         given.id_column if sources.column else None, given.max_pixels, given.early_leave,

@@ -74,13 +74,40 @@ def add_policies(parser: argparse.ArgumentParser, default: str, more: str = "") 
     parser.add_argument("--policies", default=default, metavar="A,B,..", help=f"{contenders.HELP}{more}; default: {default}")
 
 
+def add_retention(parser: argparse.ArgumentParser) -> None:
+    """What becomes of tokens that are not kept; :func:`retention_from` reads it."""
+    parser.add_argument(
+        "--retention", default="recoverable", metavar="NAME",
+        help=f"{', '.join(specs.RETENTIONS)}, also pool=0.5 or pool=0.5:by=uniform; default: recoverable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pool", type=float, metavar="FRACTION", help="of --retention pool: the part of each picture that layers >= k hold; default: 0.25"
+    )
+    parser.add_argument(
+        "--pool-by", metavar="RANKING",
+        help="of --retention pool: policy, uniform, or the share of the pool, 0 .. 1, that is evenly spaced; default: policy",
+    )  # fmt: skip
+
+
+def retention_from(given: argparse.Namespace) -> str:
+    """The retention that the options ask for, as ``patch`` takes it.
+
+    Raises:
+        ValueError: they contradict each other, or hold a wrong value.
+    """
+    try:
+        return str(specs.retention(given.retention, given.pool, None if given.pool_by is None else specs.value(given.pool_by)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--retention, --pool, --pool-by: {error}") from None
+
+
 def add_input(parser: argparse.ArgumentParser) -> None:
     """Options that name the model and what it is shown."""
     parser.add_argument("--image", required=True, metavar="FILE", help="a picture in any format that Pillow reads")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help=f"default: {DEFAULT_PROMPT!r}")
     add_model(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=160, metavar="N", help="default: 160")
-    parser.add_argument("--retention", choices=specs.RETENTIONS, default="recoverable", help="default: recoverable")
+    add_retention(parser)
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     parser.add_argument(
         "--vision", metavar="NAME[:OPTIONS][+NAME..]",

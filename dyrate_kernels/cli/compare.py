@@ -8,10 +8,12 @@ import sys
 import time
 from typing import Any
 
+from dyrate_kernels import specs
 from dyrate_kernels.cli import common, contenders
 from dyrate_kernels.units import bytes_text
 
 DEFAULT_POLICIES = "none,dyrate,fastv,fixed,random,uniform,vtw,depth"
+POOLED_POLICIES = "none,dyrate,fastv@evict,fixed,random,uniform,vtw@evict,depth@evict"  # what decides once has no use for a pool
 
 
 def add_parser(commands: Any) -> None:
@@ -20,13 +22,16 @@ def add_parser(commands: Any) -> None:
     common.add_common(parser)
     common.add_input(parser)
     common.add_policies(parser, DEFAULT_POLICIES, "; those that name none have --retention and --vision")
+    parser.set_defaults(policies=None)
     parser.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
     """Asks every contender and prints the table."""
     image = common.load_image(given.image)
-    chosen = contenders.parse(given.policies, given.retention, given.vision)
+    retention = common.retention_from(given)
+    default = DEFAULT_POLICIES if specs.retention(retention).pool is None else POOLED_POLICIES
+    chosen = contenders.parse(default if given.policies is None else given.policies, retention, given.vision)
     model, processor = common.load_model(given)
     inputs = common.prepare(processor, image, given.prompt, model.device, model.dtype)
     settings = {
@@ -47,7 +52,7 @@ def run(given: argparse.Namespace) -> int:
         print(f"\r{'':<60}\r", end="", file=sys.stderr)
     if given.json:
         more = {"not_followed": odd} if odd else {}
-        common.print_json({"prompt": given.prompt, "retention": given.retention, "policies": rows, "settings": settings} | more)
+        common.print_json({"prompt": given.prompt, "retention": retention, "policies": rows, "settings": settings} | more)
         return 0
     _print_table(rows)
     return 0

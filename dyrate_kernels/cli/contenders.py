@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from dyrate_kernels.evaluation.runner import Contender
 
 HELP = (
-    "names, with options, reducers and retention if wanted: fastv:k=2:rate=0.75@evict, none+hired:keep=0.5, dyrate+aim@evict; "
-    "also coarse:side=7, a coarser picture; ' as NAME' names a row"
+    "names, with options, reducers and retention if wanted: fastv:k=2:rate=0.75@evict, none+hired:keep=0.5, dyrate+aim@evict, "
+    "dyrate@pool=0.5; also coarse:side=7, a coarser picture; ' as NAME' names a row"
 )
 COARSE = ("coarse", "downsample")  # a row's control of picture size; the second name is its older one
 
@@ -44,7 +44,12 @@ def parse(text: str, retention: str = "recoverable", vision: str | None = None, 
             found.append(Contender(label, policies.KeepAll(), side=_side(row)))
             continue
         chain = reducers.chain(row.reducers or vision)
-        found.append(Contender(label, policies.make(row.policy), row.retention or retention, vision=chain))
+        policy, held = policies.make(row.policy), row.retention or retention
+        try:
+            specs.retention(held).check(policy)
+        except ValueError as error:
+            raise ValueError(f"--policies: {row.written}: {error}") from None
+        found.append(Contender(label, policy, held, vision=chain))
     if not found:
         raise ValueError("--policies is empty; name at least one, e.g. dyrate,fastv")
     if len({contender.label for contender in found}) < len(found):
@@ -72,7 +77,7 @@ def settings(
     from dyrate_kernels.ops import dispatch
     from dyrate_kernels.policies.base import ModelShape
 
-    shape = ModelShape.from_config(config).replace(trained_by_default=retention == "recoverable")
+    shape = ModelShape.from_config(config).replace(trained_by_default=not specs.retention(retention).moves)
     bound = policy.bind(shape)
     return {
         "policy": policy.name,

@@ -53,9 +53,9 @@ def run(given: argparse.Namespace) -> int:
 
     image = common.load_image(given.image)
     common.check_plot("--plot", given.plot)
-    policy, reducers = policy_from(given), vision.chain(given.vision)
+    policy, reducers, retention = policy_from(given), vision.chain(given.vision), common.retention_from(given)
     model, processor = common.load_model(given)
-    settings = contenders.settings(model.config, policy, given.retention, given.backend, model.device, reducers)
+    settings = contenders.settings(model.config, policy, retention, given.backend, model.device, reducers)
     odd = contenders.not_followed(model, given.sample)
 
     from transformers import TextStreamer
@@ -66,7 +66,7 @@ def run(given: argparse.Namespace) -> int:
     with dk.patch(
         model,
         policy,
-        retention=given.retention,
+        retention=retention,
         backend=given.backend,
         record_importance=bool(given.plot),
         vision=reducers,

@@ -58,7 +58,8 @@ def build(engine: Engine, at_once: int = 2) -> gr.Blocks:
                 )
                 retention = gr.Radio(
                     [*RETENTIONS], value="recoverable", label="Retention", elem_id="retention",
-                    info="recoverable: a dropped token may come back; evict: it is gone, and memory with it",
+                    info="recoverable: a dropped token may come back; evict: it is gone, and memory with it; "
+                    "pool: a quarter of the picture stays, and may come back",
                 )  # fmt: skip
                 names = engine.reducers()
                 reducer = gr.Dropdown(

@@ -33,7 +33,7 @@ class Wish:
         question: about the picture.
         policy: a name of ``policies.names()``.
         strength: how much to prune, 0 .. 1 (``Policy.at_strength``).
-        retention: ``"recoverable"`` or ``"evict"``.
+        retention: as ``patch`` takes it.
         vision: a reducer before the language model, or None.
         max_new_tokens: of each answer.
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dyrate_kernels import specs
 from dyrate_kernels.evaluation.runner import Contender, ask_all
 from dyrate_kernels.evaluation.suite import Suite
 from dyrate_kernels.policies.base import ModelShape
@@ -89,7 +90,8 @@ def check_reachable(model: Any, contender: Contender, target: float) -> int:
     layers = ModelShape.from_config(model.config).num_layers
     first = contender.bound(model).at_strength(1.0, layers).layer_groups(layers)[0]
     if not contender.vision and first / layers > target + WITHIN:
-        spared = _PREFILL if contender.retention == "recoverable" else 0.0
+        held = specs.retention(contender.retention)
+        spared = _PREFILL * (held.pool if held.pool is not None else not held.shrinks)
         raise ValueError(_refusal(contender, target, first, layers, f"{100 * first / layers:.1f} to 100.0", spared))
     return first
 

@@ -20,7 +20,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from dyrate_kernels.journal import Journal
 from dyrate_kernels.json_files import read_json
 from dyrate_kernels.loading import load_model, model_name
 from dyrate_kernels.pictures import UnreadableError, read_picture, whole_pictures
-from dyrate_kernels.specs import RETENTIONS
 from dyrate_kernels.vision import chain
 
 OPTIONS = ("pretrained", "policy", "retention", "vision", "backend", "batch_size", "device", "dtype", "stats")
@@ -145,8 +144,7 @@ class PatchedModel(lmms):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-        if contender.retention not in RETENTIONS:
-            raise ValueError(f"retention must be one of {', '.join(RETENTIONS)}, got {contender.retention!r}")
+        contender = replace(contender, retention=str(specs.retention(contender.retention)))
         self.model, self.processor, self.contender = model, processor, contender
         self.batch_size, self.backend, self.device = int(batch_size), backend, model.device
         with contender.patch(model, backend):

@@ -32,7 +32,7 @@ class Contender:
     Attributes:
         label: its row in the table; also its file's name.
         policy: what runs; ``policies.KeepAll()`` is the unpruned model.
-        retention: ``"recoverable"`` or ``"evict"``.
+        retention: as ``patch`` takes it, options in the text: ``"pool=0.5:by=uniform"``.
         side: the picture is first averaged to ``side`` x ``side`` tokens (``evaluation.coarse``); None: not.
         vision: reducers before the language model (``vision.chain``).
     """

@@ -78,7 +78,7 @@ def patch(
             ``"uniform"`` (evenly spaced over each picture), or the share of the pool, in [0, 1], that is evenly spaced.
         backend: ``"auto"``, ``"triton"``, ``"cuda"`` or ``"reference"``; see ``dyrate_kernels.backends()``.
         predictor: for the policy name ``"dyrate"``: a ``DyRatePredictor``, a folder or a hub id; None is the
-            one in the model's own folder (with retention ``recoverable``, which it was trained for), else the closed form.
+            one in the model's own folder (but with retention ``evict``: it was trained for tokens that come back), else the closed form.
         k: for a policy given by name: first layer that sees the pruned set, 1 .. L-1.
         record_importance: keep importance and kept tokens of every step for ``stats()`` (costs ``5 * N`` bytes a step and sequence).
         cuda_graph: a decode step is captured once in a ``generate()`` and replayed for the tokens that follow (``patching.graph``), with

@@ -42,7 +42,7 @@ class DyRate(Policy):
         k: first pruned layer; mass and importance come from layer k-1. None: the predictor's own, else 3.
         predictor: a :class:`~dyrate_kernels.DyRatePredictor`, a folder or hub id to load one from, ``"closed-form"``
             for the one that needs no training (:class:`~dyrate_kernels.predictor.ClosedForm`), ``"trained"`` for the one saved in the
-            model's own folder, or None: that one with retention ``recoverable``, if there is one (and, where k is given, for this k),
+            model's own folder, or None: that one, if there is one (and, where k is given, for this k) and the retention is not ``evict``,
             else the closed form.
         rates: fractions removed to choose from: ``"half_open"``: i/K (0, .2, .4, .6, .8: never blinds the model);
             ``"closed"``: linspace(0, 1, K); or an ascending list. A trained predictor has its own rates, and these

@@ -128,7 +128,7 @@ def test_policies_have_one_grammar(capsys, tmp_path, picture, command):
         "eval", "--out", str(tmp_path), "--limit", "1", "--tasks", "colour")  # fmt: skip
     for text, words in (
         ("", "--policies is empty; name at least one"), ("fixed,fixed", "--policies names one twice: fixed,fixed"),
-        ("fixed@never", "--policies: retention must be recoverable or evict, got 'never'"), ("poem", "policy must be one of"),
+        ("fixed@never", "--policies: retention must be recoverable, evict or pool, got 'never'"), ("poem", "policy must be one of"),
         ("downsample:side=0", "downsample takes one option, side"), ("fixed:rate", "policy options are NAME=VALUE, got 'rate'"),
         ("none+poem", "reducer must be one of"), ("fixed as none", "'none' is the unpruned model's row; give 'fixed' another name"),
         ("none+random as none", "'none' is the unpruned model's row"), ("downsample as none", "'none' is the unpruned model's row"),

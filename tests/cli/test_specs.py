@@ -52,8 +52,8 @@ def test_rows_stand_between_commas():
 
 
 MISTAKES = [
-    ("fixed@never", "--policies: retention must be recoverable or evict, got 'never' in 'fixed@never'"),
-    ("fixed@evict@evict", "retention must be recoverable or evict, got 'evict@evict' in"),
+    ("fixed@never", "--policies: retention must be recoverable, evict or pool, got 'never' in 'fixed@never'"),
+    ("fixed@evict@evict", "retention must be recoverable, evict or pool, got 'evict@evict' in"),
     ("dyrate:predictor=a@b", "got 'b' in 'dyrate:predictor=a@b'; put a value that holds '@' in quotes"),
     ("none+bogus:keep=1", "--policies: reducer must be one of hired, .*got 'bogus:keep=1' in 'none"),
     ("none+bogus+aim", "reducer must be one of hired, .*got 'bogus' in 'none"),

@@ -58,8 +58,8 @@ def is_text(*texts: str) -> Callable[[ast.AST], bool]:
             lambda node: calls("os.environ.get", "os.getenv")(node) and is_text("TRITON_INTERPRET")(node.args[0]),
             {"triton_kernels/__init__.py"},
         ),
-        ("the kinds of retention", lambda node: isinstance(node, ast.Tuple) and ast.unparse(node) == "('recoverable', 'evict')",
-         {"dyrate_kernels/specs.py"}),
+        ("the kinds of retention", lambda node: isinstance(node, ast.Tuple) and ast.unparse(node) == "('recoverable', 'evict', 'pool')",
+         {"dyrate_kernels/retention.py"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

@@ -195,7 +195,7 @@ def test_options_as_the_command_line_gives_them(plugin):
         ({"rat": 0.5}, TypeError, "dyrate has no option 'rat'; it has pretrained, policy"),
         ({"policy": "poem"}, ValueError, "policy must be one of"),
         ({"policy": "fastv", "rate": 2}, ValueError, "rate must be in"),
-        ({"retention": "never"}, ValueError, "retention must be one of recoverable, evict"),
+        ({"retention": "never"}, ValueError, "retention must be recoverable, evict or pool"),
         ({"batch_size": "auto"}, ValueError, "batch_size must be an integer"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer"),
         ({"policy": "vtw", "k": 99}, ValueError, "k"),

@@ -54,7 +54,7 @@ CASES = [
     ({"policy": P.FastV}, TypeError, "policy must be a name"),
     ({"policy": P.Fixed(), "k": 2}, ValueError, "k and predictor"),
     ({"backend": "cudnn"}, ValueError, "auto, triton, cuda, reference"),
-    ({"retention": "drop"}, ValueError, "recoverable, evict"),
+    ({"retention": "drop"}, ValueError, "recoverable, evict or pool"),
     ({"k": 0}, ValueError, "k must be at least 1"),
     ({"k": 5}, ValueError, r"k must be in \[1, 4\]"),
     ({"k": 1.5}, TypeError, "k must be an integer"),

@@ -9,6 +9,7 @@ from dyrate_kernels import policies
 from dyrate_kernels.generation.decide import Decider, Measured, Scope, choose
 from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.policies.base import ModelShape, View
+from dyrate_kernels.retention import Retention
 
 SHAPE = ModelShape(6, 4, 2, 8, 32, 64, 100)
 TOKENS = torch.tensor([10, 7], dtype=torch.int32)
@@ -70,7 +71,7 @@ def test_nothing_is_selected_where_nothing_is_asked_for():
     [(policies.Fixed(k=2, rate=0.5), [1]), (policies.Depth(k=2), [1]), (policies.PyramidDrop(k=2, stages=3), [1, 2, 4])],
 )
 def test_stages_are_where_a_policy_measures(policy, layers):
-    decider = Decider(policy.bind(SHAPE), SHAPE.num_layers, False, "reference")
+    decider = Decider(policy.bind(SHAPE), SHAPE.num_layers, Retention(), "reference")
     starts = decider.starts
     expected = [start - 1 for start in starts] if policy.rescores else [starts[0] - 1]
     assert [*decider.stages] == expected and len(expected) == len(layers)
@@ -80,7 +81,7 @@ def test_stages_are_where_a_policy_measures(policy, layers):
 
 @pytest.mark.parametrize("evict", [False, True])
 def test_a_later_stage_chooses_among_what_the_one_before_kept(evict):
-    decider = Decider(policies.PyramidDrop(k=2, stages=2).bind(SHAPE), SHAPE.num_layers, evict, "reference")
+    decider = Decider(policies.PyramidDrop(k=2, stages=2).bind(SHAPE), SHAPE.num_layers, Retention("evict" if evict else "recoverable"), "reference")
     store = RowStore(SHAPE.num_layers, decider.starts, shared_rows=not evict, backend="reference")
     store.start(2, torch.device("cpu"))
     store.reserve_tokens(10)
@@ -104,7 +105,7 @@ def test_a_later_stage_chooses_among_what_the_one_before_kept(evict):
 def test_drafts_decide_as_if_each_had_come_alone():
     """Also for a policy that remembers: rewound, the state is what it was before the drafts that were refused."""
     for policy in (policies.Fixed(k=2, rate=0.5), policies.DyCoke(k=2), policies.Recycle(policy=policies.FastV(k=2, rate=0.5))):
-        decider = Decider(policy.bind(SHAPE), SHAPE.num_layers, False, "reference")
+        decider = Decider(policy.bind(SHAPE), SHAPE.num_layers, Retention(), "reference")
         (stage,) = decider.stages.values()
         each = [measured(seed=seed) for seed in range(3)]
         drafts = Measured(*(torch.stack([getattr(one, name) for one in each], 1) for name in ("mass", "importance")))
