@@ -274,7 +274,7 @@ def generation_cost(
         group_layers: ``[G]`` layers in each group; they sum to L.
         kept: ``[T, G, B]`` visual tokens that the layers of a group read in a step.
         again: ``[T, G, B]``, likewise of a first pass of a decode step that ran twice; -1 where it did not. None: none did.
-        prefill_shrunk: the prompt itself was shrunk to ``kept[0]`` in each group (else it ran unpruned).
+        prefill_shrunk: the prompt itself was shrunk to ``kept[0]`` in each group (``evict``; ``pool``: to the pool). Else it ran unpruned.
         bytes_per_row: ``[G]`` bytes of one token's key and value in one layer; by default from ``shape``.
         cached_text, cached_visual: ``[B]`` how many of the tokens were in the cache before this prompt (earlier
             turns of a chat).

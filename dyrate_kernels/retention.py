@@ -1,4 +1,4 @@
-"""What becomes of visual tokens that are not kept, as a value: whoever asks whether prompts shrink or rows move asks it, not a name."""
+"""The kinds of retention as values: whoever asks whether prompts shrink or rows move asks one of these, not a name."""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ class Task:
         model = "bundled" if self.model is None else full_name(self.model)
         given = {"images": self.images, "column": self.column, "id_column": self.id_column, "max_pixels": self.max_pixels,
                  "model": model, "dtype": self.dtype, "quantize": self.quantize, "policy": self.policy,
-                 "retention": specs.retention(self.retention), "vision": reducers, "prompt": self.prompt, "max_new_tokens": self.max_new_tokens}  # fmt: skip
+                 "retention": specs.retention(self.retention), "vision": reducers, "prompt": self.prompt,
+                 "max_new_tokens": self.max_new_tokens}  # fmt: skip
         return {name: str(value) for name, value in given.items()}
 
 

@@ -75,7 +75,7 @@ def add_policies(parser: argparse.ArgumentParser, default: str, more: str = "") 
 
 
 def add_retention(parser: argparse.ArgumentParser) -> None:
-    """What becomes of tokens that are not kept; :func:`retention_from` reads it."""
+    """Adds the options of a retention; :func:`retention_from` reads them."""
     parser.add_argument(
         "--retention", default="recoverable", metavar="NAME",
         help=f"{', '.join(specs.RETENTIONS)}, also pool=0.5 or pool=0.5:by=uniform; default: recoverable",

@@ -1,4 +1,4 @@
-"""Which visual tokens of each picture make the pool of retention ``pool``: from tensors alone, nothing read on the host."""
+"""The choice of the visual tokens of each picture that make a pool (retention ``pool``): from tensors alone, no host read."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ class View:
         mass: float32 ``[B, Hq, 4]``, attention mass by token type at layer ``k-1``; rows sum to 1.
         importance: float32 ``[B, N]``, attention to each visual token, mean over heads; 0 past a sequence's end.
         n_visual: int32 ``[B]``, all visual tokens of the sequence, dropped ones included.
-        alive: bool ``[B, N]`` or None: the tokens that can still be chosen (retention ``evict``); None: all.
+        alive: bool ``[B, N]`` or None: the tokens that can still be chosen (retention ``evict``, ``pool``); None: all.
         state: the dict that :meth:`Policy.start` made. Tensors with first dimension B, updated in place.
         hidden: ``[B, d]``, what goes into the attention of layer ``k-1``, normalised, for policies that read it (``reads_hidden``).
         group: which group of layers is decided for, where each is for itself (``Policy.rescores``); mass, importance and hidden are then
@@ -181,14 +181,14 @@ class Policy:
     Attributes:
         k: first layer that sees the pruned set; scores come from layer ``k-1``. 1 <= k <= L-1.
         name: registry name.
-        at_prefill: decides from the last prompt row: ``evict`` shrinks layers >= k of the prompt by it; under
+        at_prefill: decides from the last prompt row: ``evict`` shrinks layers >= k of the prompt by it, ``pool`` ranks by it; under
             ``recoverable`` it binds the decode steps if the policy does not decide again there.
         at_decode: decides again at every decode step.
         constant: the count never changes after prefill, so under ``evict`` a decode step has nothing to decide.
         remembers: a decode step may change the state (in place), and so what later steps decide. Tokens that are drafted for assisted
             decoding decide one after the other then; the state goes back where they are refused. Where it ``rescores``, none is drafted.
         rescores: each group of layers (``layer_groups``) is decided for at the layer before it, in a call of its own.
-        needs_recoverable: tokens that it dropped must be able to come back, so retention ``evict`` is refused.
+        needs_recoverable: tokens that it dropped must be able to come back, so retentions ``evict`` and ``pool`` are refused.
     """
 
     k: int = 3

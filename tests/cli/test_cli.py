@@ -75,6 +75,42 @@ def test_evict_saves_flops_and_memory(capsys, picture):
     assert results["evict"]["flops"] < results["recoverable"]["flops"]
 
 
+def test_pool(capsys, picture):
+    """By options or in one text: the prompt holds a part of the picture, steps choose within it."""
+    given, found = ("generate", "--image", picture, "--policy", "fixed", "--rate", "0.9", "--json", "--max-new-tokens", "6"), []
+    for options in (("--retention", "pool", "--pool", "0.5", "--pool-by", "0.25"), ("--retention", "pool=0.5:by=0.25")):
+        status, out, _ = run(capsys, *given, *options)
+        found.append(json.loads(out))
+        assert status == 0 and found[-1]["settings"]["retention"] == "pool=0.5:by=0.25"
+        assert [step["kept"] for step in found[-1]["steps"]] == [[72], *[[14]] * 5]
+        assert (found[-1]["retention"], found[-1]["pool"], found[-1]["pool_by"]) == ("pool", 0.5, 0.25)
+    assert found[0]["text"] == found[1]["text"]
+    status, out, _ = run(capsys, *given, "--retention", "pool", "--pool-by", "uniform")
+    assert status == 0 and json.loads(out)["settings"]["retention"] == "pool=0.25:by=uniform"
+    for options, words in (
+        (("--pool", "0.5"), "--retention, --pool, --pool-by: pool goes with retention='pool' alone"),
+        (("--retention", "pool", "--pool", "nan"), "pool must be a number in (0, 1]"),
+        (("--retention", "pool", "--pool-by", "best"), "pool_by must be 'policy', 'uniform' or a number in [0, 1], got 'best'"),
+        (("--retention", "pool=0.5", "--pool", "0.25"), "pool must be given once"),
+        (("--retention", "never"), "retention must be recoverable, evict or pool, got 'never'"),
+        (("--retention", "pool", "--policy", "vtw"), "no option 'rate'"),
+    ):
+        status, _, err = run(capsys, *given, *options)
+        assert status == 1 and words in err, (options, err)
+
+
+def test_compare_within_a_pool(capsys, picture):
+    given = ("compare", "--image", picture, "--max-new-tokens", "3", "--retention", "pool", "--json")
+    status, out, _ = run(capsys, *given)
+    found = {row["policy"]: row for row in json.loads(out)["policies"]}
+    assert status == 0 and found["dyrate"]["retention"] == "pool=0.25" and found["dyrate"]["kept_by_step"][0] == [0, 36]
+    assert found["fastv@evict"]["retention"] == "evict"
+    status, out, _ = run(capsys, *given, "--policies", "fixed@pool=0.5:by=uniform as half,fixed@evict")
+    assert status == 0 and json.loads(out)["settings"]["half"]["retention"] == "pool=0.5:by=uniform"
+    status, _, err = run(capsys, *given, "--policies", "dyrate,fastv:rate=0.5")
+    assert status == 1 and "--policies: fastv:rate=0.5: retention='pool' needs a policy" in err and "use retention='evict'" in err
+
+
 def test_plot(capsys, picture, tmp_path):
     target = tmp_path / "kept.png"
     status, out, _ = run(capsys, "generate", "--image", picture, "--plot", str(target), "--max-new-tokens", "12")

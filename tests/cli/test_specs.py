@@ -32,6 +32,10 @@ ROWS = {
     "schedule:k=2:kept=[(0, 60), (3, 20)] + downsample : keep = 0.5 as é 1": Row(
         Call("schedule", {"k": 2, "kept": [(0, 60), (3, 20)]}), (Call("downsample", {"keep": 0.5}),), label="é 1"
     ),
+    "dyrate@pool": Row(Call("dyrate"), retention="pool=0.25"),
+    "dyrate:k=2+aim@pool=0.5 as half": Row(Call("dyrate", {"k": 2}), (Call("aim"),), "pool=0.5", "half"),
+    "fixed@ pool = 1 : by = uniform": Row(Call("fixed"), retention="pool=1.0:by=uniform"),
+    "fixed@pool:by=0.3": Row(Call("fixed"), retention="pool=0.25:by=0.3"),
     "vtw:k=None": Row(Call("vtw", {"k": None})),
     "fixed:rate=1e-3 as bob's": Row(Call("fixed", {"rate": 1e-3}), label="bob's"),
 }
@@ -54,6 +58,14 @@ def test_rows_stand_between_commas():
 MISTAKES = [
     ("fixed@never", "--policies: retention must be recoverable, evict or pool, got 'never' in 'fixed@never'"),
     ("fixed@evict@evict", "retention must be recoverable, evict or pool, got 'evict@evict' in"),
+    ("fixed@pool=", "retention must be recoverable, evict or pool, got 'pool='; a pool is written pool=0.25 or pool=0.25:by=uniform"),
+    ("fixed@evict=0.5", "retention must be recoverable, evict or pool, got 'evict=0.5'"),
+    ("fixed@pool=2", r"pool must be a number in \(0, 1\].*got 2; pool=1"),
+    ("fixed@pool=half", r"pool must be a number in \(0, 1\].*got 'half'"),
+    ("fixed@pool:by=best", "pool_by must be 'policy', 'uniform' or a number .*got 'best'"),
+    ("fixed@pool:kept=3", "retention options are by=RANKING, once, got 'kept' in 'pool:kept=3'"),
+    ("fixed@pool:by=0.1:by=0.2", "retention options are by=RANKING, once, got 'by'"),
+    ("fixed@evict:by=uniform", "pool_by goes with retention='pool' alone, got pool_by='uniform' with retention='evict'"),
     ("dyrate:predictor=a@b", "got 'b' in 'dyrate:predictor=a@b'; put a value that holds '@' in quotes"),
     ("none+bogus:keep=1", "--policies: reducer must be one of hired, .*got 'bogus:keep=1' in 'none"),
     ("none+bogus+aim", "reducer must be one of hired, .*got 'bogus' in 'none"),

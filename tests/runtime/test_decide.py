@@ -81,7 +81,8 @@ def test_stages_are_where_a_policy_measures(policy, layers):
 
 @pytest.mark.parametrize("evict", [False, True])
 def test_a_later_stage_chooses_among_what_the_one_before_kept(evict):
-    decider = Decider(policies.PyramidDrop(k=2, stages=2).bind(SHAPE), SHAPE.num_layers, Retention("evict" if evict else "recoverable"), "reference")
+    retention = Retention("evict" if evict else "recoverable")
+    decider = Decider(policies.PyramidDrop(k=2, stages=2).bind(SHAPE), SHAPE.num_layers, retention, "reference")
     store = RowStore(SHAPE.num_layers, decider.starts, shared_rows=not evict, backend="reference")
     store.start(2, torch.device("cpu"))
     store.reserve_tokens(10)

@@ -9,7 +9,7 @@ from dyrate_kernels.measuring import decoding
 from dyrate_kernels.patching import graph
 from dyrate_kernels.patching.lookup import cache_name
 from tests import models
-from tests.checks import METHODS, ROWS, assert_same, greedy, logits, patched, policy, single
+from tests.checks import METHODS, RETENTIONS, ROWS, assert_same, greedy, logits, patched, policy, single
 from tests.patching.graph.kit import ASIDE, RETENTION, STEPS, assert_same_stats, both, run
 
 
@@ -60,13 +60,15 @@ def test_chat(make_model, tape, method, retention):
 
 
 @ASIDE
-@RETENTION
-def test_a_second_picture_in_the_chat(make_model, tape, retention):
+@pytest.mark.parametrize(
+    ("retention", "method"), [*((each, "fastv") for each in RETENTIONS), ("pool=0.4", "dyrate"), ("pool=0.4", "layerwise")]
+)
+def test_a_second_picture_in_the_chat(make_model, tape, retention, method):
     model = make_model()
     first, second = single(model, ["text 4", "image", "text 5"]), single(model, ["text 3", "image", "text 4"], seed=9)
 
     def talk(**options):
-        with patched(model, METHODS["fastv"], retention, **options):
+        with patched(model, METHODS[method], retention, **options):
             output = model.generate(**first, **greedy(5))
             ids = torch.cat([output.sequences, second["input_ids"]], 1)
             return model.generate(

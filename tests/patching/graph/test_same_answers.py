@@ -120,6 +120,32 @@ def test_no_picture(make_model, tape, retention):
 
 
 @ASIDE
+@pytest.mark.parametrize("pool", ["pool=0.5", "pool=0.3:by=uniform"])
+@pytest.mark.parametrize("method", [name for name, rule in METHODS.items() if rule.decides_while_decoding])
+def test_choosing_within_a_pool(make_model, tape, monkeypatch, method, pool):
+    """To the bit, in beams too."""
+    monkeypatch.setattr(Session, "bounds_at_capacity", True)
+    model = make_model()
+    options = {"policy": policy(METHODS[method]), "retention": pool, "record_importance": True}
+    for more in ({}, {"num_beams": 2}):
+        fields = models.inputs(model, rows_for_beams(ROWS) if more else ROWS)
+        want, want_stats, _ = run(model, fields, greedy(STEPS, **more), options)
+        got, got_stats, handle = run(model, fields, greedy(STEPS, **more), {**options, "cuda_graph": True})
+        assert handle.graph.replays == STEPS - 2 and handle.graph.captures == 1
+        assert torch.equal(got.sequences, want.sequences) and torch.equal(logits(got), logits(want))
+        assert got_stats.to_dict() == want_stats.to_dict()
+
+
+@ASIDE
+@pytest.mark.parametrize("method", ["dyrate", "layerwise"])
+def test_a_window_is_reached_within_a_pool(tape, method):
+    model = models.build("llava", "mistral", sliding_window=39)
+    fields = models.inputs(model, [["text 4", "image", "text 6"], ["text 7"]])
+    used = both(model, fields, greedy(14), policy=policy(METHODS[method]), retention="pool=0.5", record_importance=True)
+    assert (used.captures, used.replays) == (2, 13 - 2)
+
+
+@ASIDE
 @RETENTION
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
 def test_short_answers(make_model, tape, length, retention):
