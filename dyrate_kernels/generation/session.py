@@ -107,9 +107,7 @@ class Session:
         shared, moves = not self.retention.shrinks, self.retention.moves
         self.store = RowStore(shape.num_layers, self.decider.starts, shared, backend, moves)
         self.branch = Branch()
-        self.scoring = Scoring(
-            policy, shape, self.retention, record_importance, heads, self.store, self.decider, self.ranker, self.branch
-        )
+        self.scoring = Scoring(policy, shape, self.retention, record_importance, heads, self.store, self.decider, self.ranker, self.branch)
         self._begin_conversation()
 
     def _begin_conversation(self) -> None:
