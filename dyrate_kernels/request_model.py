@@ -74,11 +74,11 @@ class VisionShape:
         kind, text = getattr(vision, "model_type", None), config.get_text_config().hidden_size
         taken, strategy = getattr(config, "vision_feature_layer", None), getattr(config, "vision_feature_select_strategy", None)
         if kind in TOWERS and strategy is not None and not hasattr(config, "video_seq_length"):  # that has two towers
-            cls = TOWERS[kind].has_cls
-            return (_clip if cls else _siglip)(
+            has_cls = TOWERS[kind].has_cls
+            return (_clip if has_cls else _siglip)(
                 vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size, vision.image_size, vision.patch_size, text,
                 taken=len(taken) if isinstance(taken, list | tuple) else 1, newline=hasattr(config, "image_grid_pinpoints"),
-                keeps_cls=strategy == "full" and cls,
+                keeps_cls=strategy == "full" and has_cls,
             )  # fmt: skip
         if hasattr(vision, "fullatt_block_indexes"):
             return _qwen(

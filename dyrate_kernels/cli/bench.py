@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from dyrate_kernels.cli import common, contenders
@@ -32,17 +33,27 @@ def add_parser(commands: Any) -> None:
     e2e.add_argument("--visual", type=common.positive, metavar="N", help="visual tokens of a sequence; default: the shape's own number")
     e2e.add_argument("--text", type=common.positive, default=64, metavar="N", help="text tokens of the prompt; default: 64")
     e2e.add_argument(
-        "--max-new-tokens", type=common.positive, default=64, metavar="N", help="tokens of every answer, 2 or more; default: 64",
+        "--new-tokens", "--max-new-tokens", type=common.positive, nargs="+", default=[64], metavar="T",
+        help="tokens of every answer, 2 or more, one or several: the shorter ones are read off the longest run; default: 64",
     )  # fmt: skip
     e2e.add_argument(
         "--policy", metavar="NAME[:OPTION=VALUE..]",
         help="default: the published schedule, half, a quarter and an eighth of the tokens from steps 0, 5, 10 on",
     )  # fmt: skip
+    e2e.add_argument(
+        "--vision", metavar="NAME[:OPTIONS][+NAME..]", help="each patched set-up once more behind these reducers; default: none"
+    )
+    e2e.add_argument(
+        "--pool", type=float, default=0.25, metavar="SHARE", help="of the visual tokens that retention pool holds; default: 0.25"
+    )
     e2e.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     e2e.add_argument("--device", help="default: cuda where there is one, else cpu")
     e2e.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     e2e.add_argument("--layers", type=common.positive, metavar="L", help="fewer decoder layers than the shape has")
     e2e.add_argument("--rounds", type=common.positive, default=3, metavar="R", help="set-ups take turns so many times; default: 3")
+    e2e.add_argument(
+        "--seconds", type=common.positive, metavar="S", help="to be done by then, about: what takes longer is shortened or left out"
+    )
     e2e.add_argument(
         "--largest-batch", action="store_true", help="also look for the largest batch that fits (takes minutes; ignored on a CPU)"
     )
@@ -51,8 +62,9 @@ def add_parser(commands: Any) -> None:
 
 
 _E2E = """Compares, in one run: the unpatched model through generate() and over a static cache, FastV at the same share of tokens, the
-policy under both retentions, and the patched model that keeps everything. A set-up whose logits are wrong has no speed. Floor: the bytes
-that a step must read, over the copy bandwidth measured in the same run."""
+policy under each retention, the patched model that keeps everything, the patch without any switch, and the patched ones behind reducers. A
+set-up whose logits are wrong has no speed. Floor: the bytes that a step must read, over the copy bandwidth measured in the same run. Beside
+each request stands what it would take at least, predicted by that bandwidth and the rate of a matrix product of the same run."""
 
 
 def run(given: argparse.Namespace) -> int:
@@ -67,8 +79,11 @@ def run(given: argparse.Namespace) -> int:
 
     if given.out is not None:
         common.check_file("--out", given.out)
-    if given.max_new_tokens < 2:
-        raise ValueError("--max-new-tokens 1: the time of a token is that between two; ask for 2 or more")
+    if min(given.new_tokens) < 2:
+        raise ValueError("--new-tokens 1: the time of a token is that between two; ask for 2 or more")
+    if not 0 < given.pool <= 1:
+        raise ValueError(f"--pool must be above 0 and at most 1, got {given.pool}")
+    until = None if given.seconds is None else time.monotonic() + given.seconds
     device = _device(given.device)
     if given.largest_batch and device.type == "cpu":
         print("--largest-batch is ignored on a CPU: nothing there says what fits", file=sys.stderr)
@@ -86,12 +101,15 @@ def run(given: argparse.Namespace) -> int:
     with torch.no_grad():
         for batch in given.batch:
             fuse = fuses(model, backend)
-            problem = end_to_end.Problem(name, model, make, batch, given.max_new_tokens, backend, pictures)
+            problem = end_to_end.Problem(name, model, make, batch, max(given.new_tokens), backend, pictures, tuple(given.new_tokens))
             kept = _mean_kept(problem, policy)
-            setups = [*end_to_end.unpatched_setups(device), *end_to_end.policies_for(model, policy, label, kept, fuse)]
+            setups = [
+                *end_to_end.unpatched_setups(device),
+                *end_to_end.policies_for(model, policy, label, kept, fuse, given.vision, given.pool),
+            ]
             if not given.json:
                 print(f"{name}, B={batch}, N={visual}: {len(setups)} set-ups, {given.rounds} rounds", flush=True)
-            found = list(end_to_end.measure(problem, setups, rounds=given.rounds, bandwidth=bandwidth))
+            found = list(end_to_end.measure(problem, setups, rounds=given.rounds, bandwidth=bandwidth, until=until))
             if given.largest_batch and not largest:
                 largest = _largest(problem, setups)
             for row in found:
@@ -124,7 +142,7 @@ def _device(name: str | None) -> Any:
     return device
 
 
-def _build(given: argparse.Namespace, name: str, device: Any) -> tuple[Any, Any, int, int]:
+def _build(given: argparse.Namespace, name: str, device: Any) -> tuple[Any, Any, int, float]:
     """(model, batch -> inputs, visual tokens and pictures of a sequence)."""
     import torch
 
@@ -140,10 +158,10 @@ def _build(given: argparse.Namespace, name: str, device: Any) -> tuple[Any, Any,
     model = random_models.build(name, device, dtype=dtype, layers=given.layers)
     visual = given.visual or random_models.MODELS[name].visual_tokens
     random_models.inputs(model, 1, visual, given.text)  # a wrong number is an error now
-    return model, lambda batch: random_models.inputs(model, batch, visual, given.text), visual, random_models.pictures(model, visual)
+    return model, lambda batch: random_models.inputs(model, batch, visual, given.text), visual, random_models.pictures(model, visual, name)
 
 
-def _bundled(device: Any, dtype: Any) -> tuple[Any, Any, int, int]:
+def _bundled(device: Any, dtype: Any) -> tuple[Any, Any, int, float]:
     from dyrate_kernels.bundled import load_demo, scene_inputs
 
     model, processor = load_demo(device, dtype)
@@ -183,31 +201,21 @@ def _show(rows: list[Row], bandwidth: float) -> None:
     copy = next(row for row in rows if row["group"] == "copy")
     console.print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s on {copy['gpu']}; torch {copy['torch']}, transformers {copy['transformers']}")
     models = [row for row in rows if row["group"] == "model"]
-    for batch in dict.fromkeys(row["B"] for row in models):
-        here = [row for row in models if row["B"] == batch]
+    for batch, new_tokens in dict.fromkeys((row["B"], row["new_tokens"]) for row in models):
+        here = [row for row in models if (row["B"], row["new_tokens"]) == (batch, new_tokens)]
         first = here[0]
         title = (
             f"{first['model']}, {first['layers']} layers, {first['dtype']}: B={batch}, N={first['N']}, {first['text']} text tokens, "
-            f"{first['new_tokens']} new tokens"
+            f"{new_tokens} new tokens"
         )
-        table = Table(title=title, title_justify="left")
-        heads = (
-            "set-up",
-            "kept",
-            "first token ms",
-            "ms a token",
-            "p20..p80",
-            "of unpatched",
-            "floor ms",
-            "x floor",
-            "tokens/s",
-            "images/s",
-        )
-        for head in (*heads, "KV live", "KV reserved", "peak", "largest B"):
-            table.add_column(head, justify="left" if head == "set-up" else "right", no_wrap=head != "set-up")
-        for row in here:
-            table.add_row(*_cells(row))
-        console.print(table)
+        for kind, columns in (("a token", TOKEN), ("a request", REQUEST)):
+            table = Table(title=f"{title}; {kind}", title_justify="left")
+            table.add_column("set-up", no_wrap=False)
+            for head in columns:
+                table.add_column(head, justify="right", no_wrap=True)
+            for row in here:
+                table.add_row(row["name"], *(_cells(row, columns) if row["median_us"] is not None else ["not measured"]))
+            console.print(table)
         for row in here:
             if row["median_us"] is None:  # whole, where a cell of the table would cut it
                 console.print(f"{row['name']}: {row['note']}", markup=False, highlight=False, soft_wrap=True)
@@ -217,19 +225,29 @@ def _show(rows: list[Row], bandwidth: float) -> None:
         console.print(line)
 
 
-def _cells(row: Row) -> list[str]:
-    if row["median_us"] is None:
-        return [row["name"], "not measured"]
+MILLI, WHOLE = 1e-3, 1e-6  # of microseconds
+Columns = dict[str, tuple[str, str, float]]  # head -> key of a row, format (bytes: as such), factor
+TOKEN: Columns = {
+    "kept": ("kept", ".1%", 1), "ms": ("median_us", ".2f", MILLI), "p20": ("p20_us", ".2f", MILLI), "p80": ("p80_us", ".2f", MILLI),
+    "of unpatched": ("over_unpatched", ".0%", 1), "floor ms": ("floor_us", ".2f", MILLI), "x floor": ("times_floor", ".2f", 1),
+    "tokens/s": ("tokens_per_s", ".1f", 1), "KV live": ("kv_live_bytes", "bytes", 1), "KV reserved": ("kv_reserved_bytes", "bytes", 1),
+    "largest B": ("largest_batch", "d", 1),
+}  # fmt: skip
+REQUEST: Columns = {
+    "encode ms": ("encode_us", ".1f", MILLI), "first token ms": ("first_token_us", ".1f", MILLI), "decode ms": ("decode_us", ".1f", MILLI),
+    "request s": ("request_us", ".3f", WHOLE), "predicted s": ("predicted_request_us", ".3f", WHOLE),
+    "of unpatched": ("request_over_unpatched", ".0%", 1), "images/s": ("images_per_s", ".2f", 1),
+    "tokens/s": ("request_tokens_per_s", ".1f", 1), "peak": ("peak_bytes", "bytes", 1),
+}  # fmt: skip
 
-    def number(key: str, form: str, factor: float = 1.0) -> str:
-        return "" if row.get(key) is None else format(row[key] * factor, form)
 
-    def size(key: str) -> str:
-        return "" if row.get(key) is None else bytes_text(row[key])
+def _cells(row: Row, columns: Columns) -> list[str]:
+    """Empty where a row knows nothing of it: a captured step, a record of an older version."""
 
-    spread = f"{row['p20_us'] / 1e3:.2f}..{row['p80_us'] / 1e3:.2f}"
-    return [
-        row["name"], number("kept", ".1%"), number("first_token_us", ".1f", 1e-3), number("median_us", ".2f", 1e-3), spread,
-        number("over_unpatched", ".0%"), number("floor_us", ".2f", 1e-3), number("times_floor", ".2f"), number("tokens_per_s", ".1f"),
-        number("images_per_s", ".2f"), size("kv_live_bytes"), size("kv_reserved_bytes"), size("peak_bytes"), number("largest_batch", "d"),
-    ]  # fmt: skip
+    def cell(key: str, form: str, factor: float) -> str:
+        value = row.get(key)
+        if value is None:
+            return ""
+        return bytes_text(value) if form == "bytes" else format(value if form == "d" else value * factor, form)
+
+    return [cell(*column) for column in columns.values()]

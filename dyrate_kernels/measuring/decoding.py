@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, StaticCache
+from transformers import LogitsProcessor, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 import dyrate_kernels as dk
 from dyrate_kernels import answering
@@ -21,7 +21,7 @@ from dyrate_kernels.measuring import timing
 from dyrate_kernels.measuring.timing import Times
 from dyrate_kernels.patching import calls
 from dyrate_kernels.patching.graph import CudaRecorder
-from dyrate_kernels.patching.lookup import cache_in, cache_name, stored_weights
+from dyrate_kernels.patching.lookup import cache_in, cache_name, decoder_layers, stored_weights
 from dyrate_kernels.policies.base import Decision, ModelShape, Policy, View
 from dyrate_kernels.policies.none import KeepAll
 from dyrate_kernels.policies.schedule import Schedule
@@ -37,24 +37,67 @@ AHEAD = 2_000_000  # clock cycles the device waits before a timed replay, so tha
 WARM = 4  # tokens whose times do not count: the first steps compile, warm up and capture
 
 
-class Clock(LogitsProcessor):
-    """Notes on the host's clock when the scores of each token are there, and times replays on the device's.
+class Timeline(NamedTuple):
+    """Seconds from the start of one ``generate()``.
 
-    Args:
-        handle: of a model patched with ``cuda_graph=True``, whose replays are timed; None: only the host's clock.
+    Attributes:
+        encode: until the language model's first layer began: vision tower, projector, and what is prepared beside them.
+        tokens: until the scores of each token were there.
+        whole: until it had returned, and the device was done.
     """
 
-    def __init__(self, handle: Any = None) -> None:
+    encode: float
+    tokens: tuple[float, ...]
+    whole: float
+
+    def gaps(self, new_tokens: int | None = None) -> list[float]:
+        """Seconds between tokens, of the steps that count, of the first ``new_tokens`` tokens."""
+        times = self.tokens[:new_tokens]
+        gaps = [b - a for a, b in zip(times[:-1], times[1:], strict=True)]
+        return gaps[left_out(len(gaps)) :]
+
+    def request(self, new_tokens: int) -> float:
+        """Seconds of a request for so many tokens: until the last of them, and what this one took behind its own last."""
+        return self.tokens[new_tokens - 1] + self.whole - self.tokens[-1]
+
+
+class Clock(LogitsProcessor):
+    """Notes when the language model begins and when the scores of each token are there; times replays, where it is told to.
+
+    On a CUDA device these are events, which nobody waits for before the end: between tokens there is no host sync that a ``generate()``
+    without this clock has not. The device is idle when the clock is made, so times count from then on. On a CPU it is the host's clock.
+
+    Args:
+        model: whose ``generate()`` follows.
+        handle: of a patched model whose steps are captured: replays are timed, and each of them waits (``AHEAD``), so that the other times
+            of this clock mean nothing then.
+    """
+
+    def __init__(self, model: Any, handle: Any = None) -> None:
         self.handle = handle
-        self.start = time.perf_counter()
-        self.times: list[float] = []
         self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._wrapped: Any = None
+        self._cuda = next(model.parameters()).is_cuda
+        self._begun: Any = None
+        self._tokens: list[Any] = []
+        self._hook = decoder_layers(model)[0].register_forward_pre_hook(self._begins)
+        if self._cuda:
+            torch.cuda.synchronize()
+        self._start = self._now()
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _begins(self, module: Any, args: Any) -> None:
+        self._hook.remove()  # once: no decode step finds a hook
+        self._begun = self._now()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self.times and scores.is_cuda:
-            torch.cuda.synchronize()  # once: else the first token would count as soon as it is launched
-        self.times.append(time.perf_counter())
+        self._tokens.append(self._now())
         if self.handle is not None:
             call = calls.current(self.handle)
             run = None if call is None else call.graph
@@ -79,15 +122,35 @@ class Clock(LogitsProcessor):
         torch.cuda.synchronize()
         return timing.summary([start.elapsed_time(end) * 1e-3 for start, end in self.marks[1:] or self.marks])
 
-    def gaps(self) -> list[float]:
-        """Host seconds between tokens, of the steps that count."""
-        gaps = [b - a for a, b in zip(self.times[:-1], self.times[1:], strict=True)]
-        return gaps[left_out(len(gaps)) :]
+    def close(self) -> None:
+        """Takes the clock's hook off the model, where ``generate()`` never got so far."""
+        self._hook.remove()
 
-    @property
-    def first_token(self) -> float:
-        """Seconds from the call to the first token's scores."""
-        return self.times[0] - self.start
+    def timeline(self) -> Timeline:
+        """Returns the times of the ``generate()`` that has just returned. Waits for the device."""
+        end = self._now()
+        if self._cuda:
+            torch.cuda.synchronize()
+
+        def seconds(mark: Any) -> float:
+            return float(self._start.elapsed_time(mark)) * 1e-3 if self._cuda else float(mark - self._start)
+
+        return Timeline(seconds(self._begun), tuple(map(seconds, self._tokens)), seconds(end))
+
+
+class StopAfter(StoppingCriteria):
+    """Ends an answer early: its caches and compiled steps are those of the whole one.
+
+    Args:
+        new_tokens: of the answer.
+    """
+
+    def __init__(self, new_tokens: int) -> None:
+        self.left = new_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Any:
+        self.left -= 1
+        return torch.full((input_ids.shape[0],), self.left <= 0, dtype=torch.bool, device=input_ids.device)
 
 
 def left_out(steps: int) -> int:
@@ -110,7 +173,7 @@ def weight_bytes(model: Any) -> int:
     return stored_weights(model, embedding=False)
 
 
-def kv_bytes(model: Any, batch: int, visual: int, text: float, kept: float, k: int) -> int:
+def kv_bytes(model: Any, batch: int, visual: float, text: float, kept: float, k: int) -> int:
     """Live keys and values that one step reads: all rows below layer ``k``, from there on ``kept`` (a fraction) of the visual ones."""
     shape = ModelShape.from_config(model.config)
     rows = k * (visual + text) + (shape.num_layers - k) * (visual * kept + text)
@@ -198,9 +261,17 @@ def _worse(a: float, b: float) -> float:
     return a if b <= a or a != a else b
 
 
+PLAIN: dict[str, Any] = {"cuda_graph": False, "fuse": False}  # arguments of ``patch``: the reference that others are compared with
+
+
+def switches(fuse: bool | None) -> dict[str, Any]:
+    """Returns arguments of ``patch`` for steps that are not captured, fused or not; None: none, ``patch`` chooses."""
+    return {} if fuse is None else {"cuda_graph": False, "fuse": fuse}
+
+
 def logits_gate(
-    model: Any, fields: dict[str, Tensor], policy: Policy, retention: str, backend: str, fuse: bool = False,
-    known: dict[Any, float] | None = None,
+    model: Any, fields: dict[str, Tensor], policy: Policy, retention: str, backend: str, fuse: bool | None = False,
+    known: dict[Any, float] | None = None, *, vision: str | None = None, pool: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns whether answers of ``GATE_TOKENS`` tokens (``REHEARSED`` in Triton's interpreter) are right under a policy.
     What they are compared with is never fused.
@@ -214,12 +285,18 @@ def logits_gate(
     - Retention ``evict``: which rows the cache holds after two steps that moved rows (:func:`compaction_error`).
 
     Args:
+        fuse: None: ``patch`` is given no switch, and chooses.
         known: errors of earlier calls for the same model, fields and backend, which are then not computed again. Written to.
+        vision: reducers; with them the policy's own ranking is compared, with the reference operators behind the same reducers.
+        pool: share of the visual tokens that retention ``pool`` holds; without a choice, as policy none has none, that is ``recoverable``.
     """
     limit = LIMIT[next(model.parameters()).dtype]
     known = {} if known is None else known
     k = fitting_k(model, policy)
-    how: dict[str, Any] = {"retention": retention, "backend": backend, "fuse": fuse}
+    how: dict[str, Any] = {"retention": retention, "backend": backend, **switches(fuse)}
+    pooled = how if pool is None else how | {"pool": pool}
+    whole = how if pool is None else how | {"retention": "recoverable"}
+    behind = {} if vision is None else {"vision": vision}
     visual = visual_tokens(model, fields)
 
     def once(find: Callable[[], float], *key: Any) -> float:
@@ -230,17 +307,20 @@ def logits_gate(
 
     def against_unpatched() -> float:
         want = answer(model, fields)
-        with dk.patch(model, KeepAll(k), **how):
+        with dk.patch(model, KeepAll(k), **whole):
             got = answer(model, fields, want)
         return difference(got, want)[0]
 
-    errors = {"keeping_all_of_unpatched": once(against_unpatched, "unpatched", k, *how.values())}
+    def key(what: str, given: dict[str, Any]) -> tuple[Any, ...]:
+        return what, k, *given.items()
+
+    errors = {"keeping_all_of_unpatched": once(against_unpatched, *key("unpatched", whole))}
     if not policy.drops:
-        errors["keeping_all"] = once(lambda: _reference_error(model, fields, KeepAll(k), how)[0], "all", k, *how.values())
+        errors["keeping_all"] = once(lambda: _reference_error(model, fields, KeepAll(k), whole | behind)[0], *key("all", whole | behind))
         return timing.correctness(limit, **errors)
     even = EvenSchedule(k, [(step, max(visual // part, 1)) for step, part in ((0, 2), (2, 4), (4, 8))])
-    errors["same_rows"] = once(lambda: _reference_error(model, fields, even, how)[0], "even", k, *how.values())
-    own, steps = _reference_error(model, fields, policy, how, free=True)
+    errors["same_rows"] = once(lambda: _reference_error(model, fields, even, pooled)[0], *key("even", pooled))
+    own, steps = _reference_error(model, fields, policy, pooled | behind, free=True)
     errors["half_of_own_ranking"] = own / 2
     if retention == "evict":
         errors["compacted_rows"] = once(lambda: compaction_error(model, fields, k, backend, fuse), "rows", k, fuse)
@@ -258,12 +338,12 @@ def _reference_error(
     """:func:`difference` from the reference operators; these repeat the tokens, or with ``free`` find their own."""
     with dk.patch(model, policy, **how):
         got = answer(model, fields)
-    with dk.patch(model, policy, retention=how["retention"], backend="reference"), operators_only():
+    with dk.patch(model, policy, **how | PLAIN | {"backend": "reference"}), operators_only():
         want = answer(model, fields, None if free else got)
     return difference(got, want)
 
 
-def compaction_error(model: Any, fields: dict[str, Tensor], k: int, backend: str, fuse: bool = False) -> float:
+def compaction_error(model: Any, fields: dict[str, Tensor], k: int, backend: str, fuse: bool | None = False) -> float:
     """Largest relative error of a visual row of the pruned layers after two steps that moved rows; 1 where tokens other than those chosen
     are held.
 
@@ -271,7 +351,7 @@ def compaction_error(model: Any, fields: dict[str, Tensor], k: int, backend: str
     to the bit, in every layer. From there those that should be left are gathered on the host: neither an operator nor the cache's own
     list of tokens says which those are.
     """
-    how: dict[str, Any] = {"retention": "evict", "backend": backend, "fuse": fuse}
+    how: dict[str, Any] = {"retention": "evict", "backend": backend, **switches(fuse)}
     visual = visual_tokens(model, fields)
     counts = [max(visual // part, 1) for part in (2, 5)]
     even = EvenSchedule(k, [(1, counts[0]), (3, counts[1])])
@@ -313,9 +393,15 @@ def _visual_rows(store: RowStore, layer: int) -> list[Tensor]:
 
 
 def unpatched_gate(model: Any, fields: dict[str, Tensor], new_tokens: int, **options: Any) -> dict[str, Any]:
-    """The unpatched model's logits with these options of ``generate()`` against those without: over a DynamicCache, the same tokens."""
-    want = answer(model, fields, None, new_tokens)
-    got = answer(model, fields, want, new_tokens, **options)
+    """The unpatched model's logits with these options of ``generate()`` against those without: over a DynamicCache, the same tokens. The
+    answer ends after ``GATE_TOKENS``, but its cache is one for ``new_tokens``: what is compiled for it is what is timed.
+    """
+
+    def ended() -> dict[str, Any]:
+        return {"stopping_criteria": StoppingCriteriaList([StopAfter(min(new_tokens, GATE_TOKENS))])}
+
+    want = answer(model, fields, None, new_tokens, **ended())
+    got = answer(model, fields, want, new_tokens, **ended(), **options)
     return timing.correctness(LIMIT[next(model.parameters()).dtype], of_dynamic_cache=difference(got, want)[0])
 
 

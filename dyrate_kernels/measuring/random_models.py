@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dyrate_kernels import flops
 from dyrate_kernels.policies.base import ModelShape
-from dyrate_kernels.request_model import nearest_square
+from dyrate_kernels.request_model import CROPS, nearest_square
 
 CLIP_336: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768,
@@ -48,6 +48,7 @@ class RandomModel:
             ``"llava_onevision"``, whose picture is one view of the whole and ``tiles`` x ``tiles`` crops; or ``"qwen2_5_vl"``, whose one
             picture is of as many pixels as make up the visual tokens.
         tiles: crops along a side.
+        crops: a picture of the real model is so many of those that ``"llava"`` is given.
     """
 
     text: ModelShape
@@ -55,11 +56,12 @@ class RandomModel:
     visual_tokens: int
     family: str = "llava"
     tiles: int = 2
+    crops: int = 1
 
 
 def _named(name: str, **more: Any) -> RandomModel:
     found = flops.named_model(name)
-    return RandomModel(replace(found.shape, dtype=torch.bfloat16), CLIP_336, found.visual_tokens, **more)
+    return RandomModel(replace(found.shape, dtype=torch.bfloat16), CLIP_336, found.visual_tokens, crops=CROPS.get(name, 1), **more)
 
 
 _SMALL = ModelShape(8, 8, 8, 64, 512, 1376, 1000, torch.float32)
@@ -67,7 +69,7 @@ _TOY = ModelShape(4, 2, 2, 16, 32, 64, 200, torch.float32)
 
 MODELS: dict[str, RandomModel] = {
     **{name: _named(name) for name in ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "llava-next-13b", "llava-next-mistral-7b")},
-    "llava-onevision-7b": replace(_named("llava-onevision-7b"), tower=_SIGLIP, visual_tokens=3699, family="llava_onevision"),
+    "llava-onevision-7b": replace(_named("llava-onevision-7b"), tower=_SIGLIP, visual_tokens=3699, family="llava_onevision", crops=1),
     "qwen2.5-vl-7b": replace(_named("qwen2.5-vl-7b"), tower=_QWEN, family="qwen2_5_vl"),
     "small": RandomModel(_SMALL, {**CLIP_336, **_THIN, "num_hidden_layers": 1}, 2880),
     "toy": RandomModel(_TOY, {**_THIN, "projection_dim": 32, **_TINY}, 20),
@@ -151,9 +153,14 @@ def tokens_per_picture(model: Any) -> int | None:
     return side**2 + side * tiles * (side * tiles + 1)  # the whole, and the crops with a line break behind each row of patches
 
 
-def pictures(model: Any, visual_tokens: int) -> int:
-    """Pictures of a sequence with so many visual tokens."""
-    return visual_tokens // (tokens_per_picture(model) or visual_tokens)
+def pictures(model: Any, visual_tokens: int, name: str | None = None) -> float:
+    """Returns how many pictures of a sequence so many visual tokens are.
+
+    Args:
+        name: of ``MODELS``, where that cuts a picture into crops; None: each picture that the model is given is one.
+    """
+    given = visual_tokens // (tokens_per_picture(model) or visual_tokens)
+    return given / (1 if name is None else MODELS[name].crops)
 
 
 _USUAL = 20  # visual tokens of a picture that can have any number of them

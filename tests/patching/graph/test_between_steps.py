@@ -195,5 +195,5 @@ def test_a_clock_finds_the_replays_of_its_generation(make_model, tape, monkeypat
     wrapped = []
     monkeypatch.setattr(decoding.Clock, "_timed", lambda self, replay: wrapped.append(replay) or replay)
     with patched(model, METHODS["fixed"]) as handle:
-        model.generate(**models.inputs(model, ROWS[:1]), **greedy(5, logits_processor=[decoding.Clock(handle)]))
+        model.generate(**models.inputs(model, ROWS[:1]), **greedy(5, logits_processor=[decoding.Clock(model, handle)]))
         assert handle.graph.replays == 3 and len(wrapped) == 1
