@@ -1,12 +1,16 @@
-"""Time per token of whole models with random weights, LLaVA-1.5-7B, LLaVA-NeXT-7B and Qwen2.5-VL-7B shapes: the model part of
-``bench/gpu.sh``.
+"""Whole requests of whole models with random weights, LLaVA-1.5-7B, LLaVA-NeXT-7B, LLaVA-OneVision-7B and Qwen2.5-VL-7B shapes: the model
+part of ``bench/gpu.sh``.
 
     python -m bench.end_to_end OUT.json [--toy] [--seconds 120]
+    python -m bench.end_to_end OUT.json --config llava-next-7b [--batch 32 1 8] [--new-tokens 64 256 1024] [--seconds 520]
 
-The LLaVA names stand for one decoder (Vicuna-7B); the NeXT rows have 2880 visual tokens a sequence, five crops of 576; Qwen2.5-VL's one
-picture has 4096. The rows are those of
-``dyrate bench e2e`` (``dyrate_kernels.measuring.end_to_end``), for DyRate at 12.5 %: a predictor that asks for that rate at every step,
-which is what a trained one costs, at a known rate.
+The rows are those of ``dyrate bench e2e`` (``dyrate_kernels.measuring.end_to_end``), for DyRate at 12.5 %: a predictor that asks for that
+rate at every step, which is what a trained one costs, at a known rate. The first command is short: three shapes, one batch of each, short
+answers, no reducers. With ``--config`` it is one shape at several batches and lengths, each patched set-up also behind a reducer, the
+unpatched model also over its compiled static cache, and DyRate at 25 %, too. What the time does not suffice for says so.
+
+A picture of LLaVA-NeXT is five crops of 576 tokens, which its model here is given as five pictures; Qwen2.5-VL's has 4096 tokens,
+OneVision's 3699.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from __future__ import annotations
 import argparse
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,66 +30,137 @@ import dyrate_kernels as dk
 from bench.operators import operators_backends, run_and_save
 from dyrate_kernels.measuring import decoding, end_to_end, random_models, timing
 from dyrate_kernels.patching.fused import fuses
+from dyrate_kernels.request_model import POOL
 
-WORK = (  # name, shape, B, visual tokens, text tokens, new tokens; the quickest one first
-    ("LLaVA-1.5-7B", "llava-1.5-7b", 1, 576, 64, 64),
-    ("LLaVA-NeXT-7B", "llava-1.5-7b", 32, 2880, 64, 32),
-    ("Qwen2.5-VL-7B", "qwen2.5-vl-7b", 32, 4096, 64, 24),
-)
-TOY = (
-    ("LLaVA-1.5-7B, toy", "toy", 1, 4, 4, 5),
-    ("LLaVA-NeXT-7B, toy", "toy", 2, 20, 6, 5),
-    ("Qwen2.5-VL-7B, toy", "toy-qwen", 1, 12, 6, 5),
-)
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and what it is asked.
+
+    Attributes:
+        name: as rows carry it.
+        visual, text: tokens of a sequence.
+        reducer: that the set-ups come behind.
+    """
+
+    name: str
+    visual: int
+    text: int = 64
+    reducer: str = "tome:keep=0.5"
+
+
+SHAPES = {
+    "llava-1.5-7b": Shape("LLaVA-1.5-7B", 576),
+    "llava-next-7b": Shape("LLaVA-NeXT-7B", 2880),
+    "llava-onevision-7b": Shape("LLaVA-OneVision-7B", 3699),
+    "qwen2.5-vl-7b": Shape("Qwen2.5-VL-7B", 4096, reducer="divprune:keep=0.5"),
+    "toy": Shape("LLaVA-NeXT-7B, toy", 20, 6),
+    "toy-onevision": Shape("LLaVA-OneVision-7B, toy", 24, 6),
+    "toy-qwen": Shape("Qwen2.5-VL-7B, toy", 12, 6, "divprune:keep=0.5"),
+}
+BATCHES, LENGTHS = (32, 1, 8), (64, 256, 1024)  # of --config, the batches in this order; a large one takes as long as two small ones
+WORK = (("llava-1.5-7b", 1, 64), ("llava-next-7b", 32, 32), ("qwen2.5-vl-7b", 32, 24))  # shape, B, new tokens; the quickest one first
+TOY = (("toy", 1, 5), ("toy-qwen", 1, 5))
+TOY_REQUESTS = ("toy-onevision", (2,), (3, 5))
 K = 3
-KEPT = 0.125
+KEPT, MORE_KEPT = 0.125, 0.25
+TOY_LAYERS = 2  # of a rehearsal, where a layer takes a tenth of a second
 
 
-def forced(model: Any) -> dk.policies.DyRate:
-    """DyRate with a predictor that asks for 12.5 % at every step."""
+def forced(model: Any, kept: float = KEPT) -> dk.policies.DyRate:
+    """DyRate with a predictor that asks for 12.5 %, or as much as is said, at every step."""
     shape = dk.policies.ModelShape.from_config(model.config)
-    predictor = dk.DyRatePredictor.for_model(shape, [0.0, 0.25, 0.5, 0.75, 1 - KEPT], k=K)
+    k = min(K, shape.num_layers - 1)
+    predictor = dk.DyRatePredictor.for_model(shape, [0.0, 0.25, 0.5, 0.6, 1 - kept], k=k)
     with torch.no_grad():
         predictor.weight.normal_(std=1e-3)
         predictor.bias.zero_()
         predictor.bias[-1] = 9.0
-    return dk.policies.DyRate(k=K, predictor=predictor)
+    return dk.policies.DyRate(k=k, predictor=predictor)
 
 
-def _inputs(model: Any, visual: int, text: int, batch: int) -> dict[str, torch.Tensor]:
-    return random_models.inputs(model, batch, visual, text)
+def _inputs(model: Any, shape: Shape, batch: int) -> dict[str, torch.Tensor]:
+    return random_models.inputs(model, batch, shape.visual, shape.text)
+
+
+class _Bench:
+    """Rows of one shape after the other, and the model of the last one."""
+
+    def __init__(self, toy: bool, save: Callable[[dict[str, Any]], None]) -> None:
+        self.save, self.device, self.backend = save, timing.here(), operators_backends(toy)[0]
+        self.bandwidth, times = timing.copy_bandwidth()
+        moved = self.bandwidth * times.median
+        save(timing.row("device-to-device copy", times, group="copy", bandwidth=self.bandwidth, moved=moved))
+        self.layers = TOY_LAYERS if toy else None
+        self.model: Any = None
+        self.built = ""
+
+    def problem(self, config: str, batch: int, lengths: tuple[int, ...]) -> end_to_end.Problem:
+        """Builds the model, where the last one is another."""
+        shape = SHAPES[config]
+        if config != self.built:
+            self.model = None  # before the next one takes its place
+            timing.release()
+            self.model, self.built = random_models.build(config, self.device, layers=self.layers), config
+            print(f"{config}: {decoding.weight_bytes(self.model) / 1e9:.2f} GB of weights read a step", flush=True)
+        make, pictures = partial(_inputs, self.model, shape), random_models.pictures(self.model, shape.visual, config)
+        return end_to_end.Problem(shape.name, self.model, make, batch, max(lengths), self.backend, pictures, lengths)
+
+    def run(self, config: str, batch: int, lengths: tuple[int, ...], until: float, whole: bool) -> None:
+        """Saves the rows of a shape at one batch.
+
+        Args:
+            until: ``time.monotonic()`` by which to be done.
+            whole: also behind a reducer, over a static cache, and with 25 % kept.
+        """
+        name, begin = SHAPES[config].name, time.monotonic()
+        if begin > until:
+            self.save(timing.row(name, None, group="not measured", B=batch, note=f"skipped: {end_to_end.OVER}"))
+            return
+        try:
+            problem = self.problem(config, batch, lengths)
+            for found in end_to_end.measure(problem, self.setups(config, whole), rounds=1, bandwidth=self.bandwidth, until=until):
+                self.save(found)
+        except Exception as error:
+            traceback.print_exc()
+            self.save(timing.row(name, None, group="failed", B=batch, note=f"{type(error).__name__}: {error}"[:500]))
+        timing.release()
+        print(f"{name}, B={batch}: {time.monotonic() - begin:.1f} s", flush=True)
+
+    def setups(self, config: str, whole: bool) -> list[end_to_end.Setup]:
+        """Returns what is compared; a static cache, which compiles, last."""
+        model, fuse = self.model, fuses(self.model, self.backend)
+        unpatched, static = end_to_end.unpatched_setups(self.device)
+        ours = end_to_end.policies_for(
+            model, forced(model), "DyRate at 12.5 %", KEPT, fuse, SHAPES[config].reducer if whole else None, POOL
+        )
+        if not whole:
+            return [*ours, unpatched]
+        label = f"DyRate at 25 %, evict{', fused' if fuse else ''}"
+        return [unpatched, end_to_end.Setup(label, forced(model, MORE_KEPT), "evict", fuse=fuse), *ours, static]
 
 
 def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -> None:
-    """All shapes; those for which no time is left are left out, with a row that says so."""
-    device = timing.here()
-    backend = operators_backends(toy)[0]
-    deadline = time.monotonic() + seconds
-    bandwidth, times = timing.copy_bandwidth()
-    save(timing.row("device-to-device copy", times, group="copy", bandwidth=bandwidth, moved=bandwidth * times.median))
-    model, built = None, ""
-    for name, config, batch, visual, text, new_tokens in TOY if toy else WORK:
-        if time.monotonic() > deadline:
-            save(timing.row(name, None, group="not measured", note=f"skipped: the {seconds:.0f} s of this part were over"))
-            continue
-        begin = time.monotonic()
-        if config != built:
-            model = None  # before the next one takes its place
-            timing.release()
-            model, built = random_models.build(config, device), config
-            print(f"{config}: {decoding.weight_bytes(model) / 1e9:.2f} GB of weights read a step", flush=True)
-        make = partial(_inputs, model, visual, text)
-        problem = end_to_end.Problem(name, model, make, batch, new_tokens, backend, random_models.pictures(model, visual))
-        setups = end_to_end.policies_for(model, forced(model), "DyRate at 12.5 %", KEPT, fuses(model, backend))
-        setups.append(end_to_end.Setup(end_to_end.UNPATCHED))
-        try:
-            for found in end_to_end.measure(problem, setups, rounds=1, bandwidth=bandwidth):
-                save(found)
-        except Exception as error:
-            traceback.print_exc()
-            save(timing.row(name, None, group="failed", note=f"{type(error).__name__}: {error}"[:500]))
-        timing.release()
-        print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
+    """A batch of each shape; those for which no time is left are left out, with a row that says so."""
+    until = time.monotonic() + seconds
+    bench = _Bench(toy, save)
+    for config, batch, length in TOY if toy else WORK:
+        bench.run(config, batch, (length,), until, whole=False)
+    if toy:
+        config, batches, lengths = TOY_REQUESTS
+        bench.run(config, batches[0], lengths, until, whole=True)
+
+
+def collect_shape(
+    config: str, batches: Sequence[int], lengths: Sequence[int], toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]
+) -> None:
+    """One shape at several batches and lengths; the first batch has half of the time, where there are several."""
+    end = time.monotonic() + seconds
+    bench = _Bench(toy, save)
+    for place, batch in enumerate(batches):
+        left = end - time.monotonic()
+        share = 1.0 if place == len(batches) - 1 else 0.5
+        bench.run(config, batch, tuple(lengths), time.monotonic() + share * left, whole=True)
 
 
 def main() -> None:
@@ -93,8 +169,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--config", choices=SHAPES)
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--new-tokens", type=int, nargs="+")
     given = parser.parse_args()
-    raise SystemExit(run_and_save(given.out, lambda save: collect(given.toy, given.seconds, save)))
+    if given.config is None:
+        if given.batch or given.new_tokens:
+            parser.error("--batch and --new-tokens go with --config")
+        raise SystemExit(run_and_save(given.out, lambda save: collect(given.toy, given.seconds, save)))
+    _, batches, lengths = TOY_REQUESTS if given.toy else ("", BATCHES, LENGTHS)
+    batches, lengths = given.batch or batches, given.new_tokens or lengths
+    raise SystemExit(run_and_save(given.out, lambda save: collect_shape(given.config, batches, lengths, given.toy, given.seconds, save)))
 
 
 if __name__ == "__main__":

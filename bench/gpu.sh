@@ -4,6 +4,7 @@
 #   bench/gpu.sh OUT_DIR          on a machine with a CUDA GPU
 #   bench/gpu.sh OUT_DIR --toy    rehearsal of every part on a CPU, in Triton's interpreter, at toy size
 #   bench/gpu.sh OUT_DIR --only "tests operators"    these parts alone ("more": 13B, OneVision, the largest batch; never by default)
+#   bench/gpu.sh OUT_DIR --only end_to_end --config llava-next-7b   whole requests of one shape, at several batches and lengths
 #   bench/gpu.sh OUT_DIR --only experiments          twelve questions about the kernels, within eight minutes; never by default
 #   bench/gpu.sh OUT_DIR --seconds 400               in less time: every part gets less (with --toy: all of it in so many seconds)
 #
@@ -14,10 +15,10 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
-  echo "usage: bench/gpu.sh OUT_DIR [--toy] [--only \"PART ...\"] [--seconds N]" >&2
+  echo "usage: bench/gpu.sh OUT_DIR [--toy] [--only \"PART ...\"] [--config NAME] [--seconds N]" >&2
   exit 2
 }
-out="" toy="" only="" seconds=""
+out="" toy="" only="" seconds="" config=""
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help)
@@ -28,6 +29,11 @@ while [ $# -gt 0 ]; do
     --only)
       [ -n "${2:-}" ] || usage
       only=$2
+      shift
+      ;;
+    --config)
+      case "${2:-}" in "" | -*) usage ;; esac
+      config=$2
       shift
       ;;
     --seconds)
@@ -158,8 +164,10 @@ part operators operators.log $([ -n "$toy" ] && echo 300 || of 120) "$python" -m
   --seconds $([ -n "$toy" ] && echo 280 || of 105)
 few=$([ -n "$toy" ] && echo "" || echo "B32-N2880 or B1-N576")
 part pytest pytest.log $([ -n "$toy" ] && echo 200 || of 70) "$python" -m pytest bench -q -p no:cacheprovider -k "$few" --benchmark-json="$out/benchmark.json"
-part end_to_end end_to_end.log $([ -n "$toy" ] && echo 950 || of 130) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy \
-  --seconds $([ -n "$toy" ] && echo 900 || of 100)
+requests=130 inner=100 # of 585 seconds
+if [ -n "$config" ]; then requests=570 inner=530; fi
+part end_to_end end_to_end.log $([ -n "$toy" ] && echo 950 || of $requests) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy \
+  ${config:+--config "$config"} --seconds $([ -n "$toy" ] && echo 900 || of $inner)
 # only where it is asked for: other models, and the largest batch that fits
 e2e() { "$python" -m dyrate_kernels.cli.main bench e2e --rounds 1 "${@:2}" --out "$work/more-$1.json"; }
 more() {

@@ -128,6 +128,12 @@ def models(report: dict[str, Any], out: Path) -> bool:
     from matplotlib.figure import Figure
 
     rows = [row for row in shown(report["rows"]) if row["group"] == "model"]
+    shortest: dict[Any, int] = {}  # a token of the shortest answers: those of longer ones are read off the same runs
+    for row in rows:
+        if row.get("request_us") is not None:
+            asked = row["model"], row["B"], row["N"]
+            shortest[asked] = min(shortest.get(asked, row["new_tokens"]), row["new_tokens"])
+    rows = [row for row in rows if row.get("request_us") is None or row["new_tokens"] == shortest[row["model"], row["B"], row["N"]]]
     problems = list(dict.fromkeys((row["model"], row["B"], row["N"]) for row in rows))
     if not problems:
         return False

@@ -116,15 +116,23 @@ def tables(report: dict[str, Any]) -> str:
     if not here["measurement"]:
         text += [f"**{timing.REHEARSAL}**", ""]
     models = [row for row in rows if row["group"] == "model"]
-    for model, batch, visual in dict.fromkeys((row["model"], row["B"], row["N"]) for row in models):
-        found = [row for row in models if (row["model"], row["B"], row["N"]) == (model, batch, visual)]
-        head = [f"{model}, batch {batch}, {visual} visual tokens", "kept", "a token", "of unpatched", "x floor", "first token", "images/s"]
-        text += [_table(head, (_model_cells(row) for row in found)), ""]
+    for problem in dict.fromkeys(map(_problem, models)):
+        found = [row for row in models if _problem(row) == problem]
+        model, batch, visual, new_tokens = problem
+        length = "" if new_tokens is None else f", {new_tokens} new tokens"
+        head = [f"{model}, batch {batch}, {visual} visual tokens{length}", "kept", "a token", "of unpatched", "x floor"]
+        shown = [_model_cells(row) for row in found]
+        if any(row.get("request_us") for row in found):
+            head += ["encode", "first token", "request", "predicted", "images/s"]
+            shown = [_request_cells(row, line) for row, line in zip(found, shown, strict=True)]
+        else:  # an older record
+            head += ["first token", "images/s"]
+        text += [_table(head, shown), ""]
     text += [end_to_end.PAIRED, ""] if models else []
     attention = [row for row in rows if row["group"] == "attention"]
     if attention:
-        shown = [*plots.OPERATORS[:4], "decision (decode_step minus attention with statistics)"]
-        ours = [row for row in attention if row["name"].removeprefix("dyrate ") in shown or not row["name"].startswith("dyrate")]
+        operators = [*plots.OPERATORS[:4], "decision (decode_step minus attention with statistics)"]
+        ours = [row for row in attention if row["name"].removeprefix("dyrate ") in operators or not row["name"].startswith("dyrate")]
         shapes = list(dict.fromkeys((row["heads"], row["B"], row["N"]) for row in ours))
         names = list(dict.fromkeys(row["name"] for row in ours))
         cells = {(row["name"], row["heads"], row["B"], row["N"]): f"{row['median_us']:.0f}" for row in ours}
@@ -138,6 +146,11 @@ def tables(report: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def _problem(row: Row) -> tuple[Any, ...]:
+    """Returns what a table is of; captured steps, which are of no length, have one of their own beside those of requests."""
+    return row["model"], row["B"], row["N"], None if row.get("request_us") is None else row["new_tokens"]
+
+
 def _model_cells(row: Row) -> list[Any]:
     ratio = row.get("over_unpatched")
     kept = row.get("kept", row.get("kept_mean"))
@@ -147,9 +160,14 @@ def _model_cells(row: Row) -> list[Any]:
     return [row["name"], kept_text, *times, row.get("images_per_s")]
 
 
+def _request_cells(row: Row, cells: list[Any]) -> list[Any]:
+    encode, whole, predicted = (_time(row.get(key)) for key in ("encode_us", "request_us", "predicted_request_us"))
+    return [*cells[:5], encode, cells[5], whole, predicted, cells[6]]
+
+
 def compare(report: dict[str, Any], other: dict[str, Any]) -> str:
     """The rows that both have, and the second's time as a share of the first's."""
-    keys = ("name", "model", "B", "N", "heads", "dtype")
+    keys = ("name", "model", "B", "N", "heads", "dtype", "new_tokens")
     found = {tuple(row.get(key) for key in keys): row for row in plots.shown(other["rows"])}
     lines = []
     for row in plots.shown(report["rows"]):

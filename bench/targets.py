@@ -12,6 +12,7 @@ from typing import Any
 
 from bench import plots
 from bench.operators import HEADS, OURS, label
+from dyrate_kernels.measuring import end_to_end
 
 Row = dict[str, Any]
 FASTV = "FastV eager step (attention matrix, mean, topk, gather)"
@@ -64,6 +65,9 @@ def targets(rows: list[Row]) -> list[dict[str, Any]]:
         every += both.lines
     models = _Targets(rows, "auto")
     _models(models)
+    _requests(models)
+    _no_switch(models)
+    _host_time(models)
     return every + models.lines
 
 
@@ -261,6 +265,88 @@ def _models(found: _Targets) -> None:
             token = found.find("generate(), DyRate at 12.5 %*", **facts)
             why = f"{token['median_us'] - step['median_us']:.0f} us beside the captured step" if token and step else ""
             found.add(f"{what}: a token through generate() over the floor", through, token["times_floor"] if token else None, why, missing)
+
+
+REQUEST = {"model": "LLaVA-NeXT-7B", "B": 32, "N": 2880, "new_tokens": 256}
+QUARTER = ("generate(), DyRate at 12.5 %, pool of 25 %", "generate(), DyRate at 25 %, evict")  # what layers >= k hold behind the prompt
+PEERS = (
+    ("against unpatched generate()", "unpatched generate(), DynamicCache", ">= 4x"),
+    ("against its compiled static cache", "unpatched generate(), StaticCache, compiled", ">= 2x"),
+    ("against dense under this patch", f"{OURS} generate(), dense (policy none)", ">= 1.8x"),
+)
+NO_SWITCH = f", {end_to_end.NO_SWITCH}"
+
+
+def _every(rows: Iterable[Row], name: str, **facts: Any) -> list[Row]:
+    """Timed rows whose names are this one, or this one fused; none that comes behind reducers."""
+    names = (name, f"{name}, fused")
+    return [row for row in rows if row["name"] in names and row["median_us"] and all(row.get(key) == each for key, each in facts.items())]
+
+
+def _counts(row: Row) -> bool:
+    """Returns whether it was measured and is right, or is the unpatched model, which the others are compared with."""
+    return passed(row) or (bool(row["measurement"]) and row["name"] == end_to_end.UNPATCHED)
+
+
+def _best(rows: list[Row]) -> Row | None:
+    return max((row for row in rows if _counts(row) and row.get("images_per_s")), key=lambda row: row["images_per_s"], default=None)
+
+
+def _requests(found: _Targets) -> None:
+    """Whole requests with a quarter of the visual tokens behind the prompt, the better of the two ways to hold it."""
+    ours = _best([row for name in QUARTER for row in _every(found.rows, f"{OURS} {name}", **REQUEST)])
+    what = "whole requests, LLaVA-NeXT-7B, B=32, N=2880, 256 new tokens, 25 % kept at the prompt, images/s"
+    command = "bench/gpu.sh OUT --only end_to_end --config llava-next-7b"
+    for how, peer, wanted in PEERS:
+        other = _best(_every(found.rows, peer, **REQUEST))
+        ratio = ours["images_per_s"] / other["images_per_s"] if ours and other else None
+        why = f"{_phases(ours)} ({ours['name']}), {_phases(other)} ({other['name']})" if ours and other else ""
+        found.add(f"{what}: {how}", wanted, ratio, why, f"no row of {'ours' if ours is None else peer} there; {command} makes one")
+
+
+def _phases(row: Row) -> str:
+    """Encode, prefill and decode in ms, each beside its prediction."""
+    parts = []
+    for name, key, before in (("encode", "encode_us", None), ("prefill", "first_token_us", "encode_us"), ("decode", "decode_us", None)):
+        took, said = (row[f"{kind}{key}"] - (row[f"{kind}{before}"] if before else 0.0) for kind in ("", "predicted_"))
+        parts.append(f"{name} {took / 1e3:.0f} ms where {said / 1e3:.0f} is predicted")
+    return ", ".join(parts)
+
+
+def _no_switch(found: _Targets) -> None:
+    """``patch(model)`` alone against the best switches, the worst of all requests that were measured both ways."""
+    worst, count = None, 0
+    for row in (row for row in found.rows if row["name"].endswith(NO_SWITCH) and row["median_us"] and _counts(row)):
+        facts = {key: row.get(key) for key in ("model", "B", "N", "new_tokens")}
+        best = _best(_every(found.rows, row["name"].removesuffix(NO_SWITCH), **facts))
+        if best is None:
+            continue
+        count += 1
+        ratio = row["images_per_s"] / best["images_per_s"]
+        if worst is None or ratio < worst[0]:
+            worst = ratio, row, best
+    why = ""
+    if worst:
+        _, row, best = worst
+        why = f"at {row['model']}, B={row['B']}, {row['new_tokens']} new tokens, with {row.get('path')}; the best is {best['name']}"
+    what = f"patch(model) with no switch against the best switches, images/s, the worst of {count} requests"
+    found.add(what, ">= 0.98x", worst[0] if worst else None, why, f"no row ends in {NO_SWITCH!r}")
+
+
+def _host_time(found: _Targets) -> None:
+    """Adds what a token through ``generate()`` takes beside its captured step, the worst of the models."""
+    worst = None
+    for model, batch, _, *_ in MODELS:
+        for way in ("DyRate at 12.5 %, recoverable, fused", "DyRate at 12.5 %, recoverable"):
+            step = found.find(f"captured step, {way}", model=model, B=batch)
+            token = found.find(f"generate(), {way}", model=model, B=batch)
+            if step and token:
+                share = max(1 - step["median_us"] / token["median_us"], 0.0)
+                worst = max(worst, (share, model, batch)) if worst else (share, model, batch)
+                break
+    why = f"{worst[1]}, B={worst[2]}" if worst else ""
+    found.add("host time of a token through generate(), its share, the worst of the models", "<= 0.10", worst[0] if worst else None, why,
+              "no captured step beside its generate()")  # fmt: skip
 
 
 KINDS = {  # of kernels, by what their names hold

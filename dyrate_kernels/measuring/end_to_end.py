@@ -303,7 +303,8 @@ def measure(
                 runs.note = _failure(error)
                 timing.release()
     base = next((runs for runs in found if runs.setup.name == UNPATCHED), None)
-    rates = Rates(bandwidth, timing.product_rate(next(problem.model.parameters()).dtype, problem.device)[0])
+    products, _ = timing.product_rate(next(problem.model.parameters()).dtype, problem.device)
+    rates = Rates(bandwidth, products, timing.environment().get("memory_bytes"))
     for runs in found:
         yield from _rows(problem, runs, fields, rates, base)
     if twin and cuda and not _over(until):
@@ -321,9 +322,10 @@ def _gates(problem: Problem, fields: dict[str, torch.Tensor], found: list[Runs],
     """Looks whether each set-up's results are right, before any clock runs."""
     few = problem.make_inputs(min(problem.batch, decoding.GATED))
     known: dict[Any, float] = {}
+    half = None if until is None else (time.monotonic() + until) / 2  # what compiles takes no time of the others
     for runs in found:
         setup = runs.setup
-        if _over(until):
+        if _over(half if setup.each_length else until):
             runs.note = OVER
         elif setup.policy is not None:
             runs.gate = decoding.logits_gate(
@@ -375,7 +377,7 @@ def _facts(problem: Problem, fields: dict[str, torch.Tensor], new_tokens: int) -
 
 @dataclass(frozen=True)
 class _Reads:
-    """What the steps of a set-up read: ``visual`` tokens of a sequence, of which layers from ``k`` on read the share ``kept``."""
+    """Reads of the steps of a set-up: ``visual`` tokens of a sequence, of which layers from ``k`` on read the share ``kept``."""
 
     visual: float
     kept: float = 1.0
@@ -460,7 +462,7 @@ def _ratio(mine: list[float], other: list[float]) -> float:
 
 
 def _predicted(problem: Problem, fields: dict[str, torch.Tensor], length: int, visual: float, plan: Plan, rates: Rates) -> Row:
-    """What ``request_model`` says of it, at the share that was kept in fact."""
+    """Returns what ``request_model`` says of it, at the share that was kept in fact."""
     parameter = next(problem.model.parameters())
     try:
         vision, crops = VisionShape.from_config(problem.model.config), crops_in(problem.model, fields, problem.batch)
@@ -471,7 +473,9 @@ def _predicted(problem: Problem, fields: dict[str, torch.Tensor], length: int, v
         fields["input_ids"].shape[1] - decoding.visual_tokens(problem.model, fields), length, vision, crops, problem.pictures,
         decoding.weight_bytes(problem.model),
     )  # fmt: skip
-    return request_model.predict(request, plan, rates).facts()
+    return request_model.predict(request, plan, rates).facts() | {
+        "predicted_largest_batch": request_model.largest_batch(request, plan, rates)
+    }
 
 
 def crops_in(model: Any, fields: dict[str, torch.Tensor], batch: int) -> tuple[tuple[int, int], ...]:

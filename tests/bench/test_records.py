@@ -167,6 +167,22 @@ def test_tables_show_what_is_right_and_nothing_else():
     assert "not a measurement" in report.tables(record([row("decode_step", "triton", 1.0, measured=False)], measurement=False))
 
 
+def test_tables_and_plots_of_whole_requests(tmp_path):
+    times = {"encode_us": 2e4, "first_token_us": 9e4, "predicted_request_us": 4e5, "request_us": 5e5, "images_per_s": 2.0}
+    facts = {"group": "model", "model": "LLaVA", "kept": 1.0, "floor_us": 4.0, "over_unpatched": 0.5}
+    rows = [row("generate(), dense", "triton", 5000.0, new_tokens=length, **facts | times) for length in (64, 256)]
+    rows += [row("captured step, dense", "triton", 4000.0, new_tokens=40, **facts)]
+    text = report.tables(record(rows))
+    line = "| dyrate generate(), dense | 100.0 % | 5.00 ms | 50 % | 1.05 | 20.00 ms | 90.00 ms | 500.00 ms | 400.00 ms | 2 |"
+    assert text.count(line) == 2 and "visual tokens, 64 new tokens |" in text and "visual tokens, 256 new tokens |" in text
+    assert "| dyrate captured step, dense | 100.0 % | 4.00 ms | 50 % | 1.05 |  |  |" in text
+    (tmp_path / "report.json").write_text(json.dumps(record(rows)))
+    assert tmp_path / "models.png" in plots.write(tmp_path)
+    other = json.loads(json.dumps(rows))
+    other[1]["median_us"] = 2500.0
+    assert "| 2500 | 0.500 |" in report.compare(record(rows), record(other)), "of the same length"
+
+
 def test_a_report_prints_no_speed_of_a_row_that_is_wrong():
     facts = {"p20_us": 71.0, "p80_us": 72.0, "GB_per_s": 73.0, "floor_us": 74.0}
     shares = {"share_of_copy": 0.76, "times_floor": 7.7}
@@ -248,7 +264,13 @@ def test_gpu_sh_empties_the_logs_of_the_parts_that_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "budget", "inner"),
-    [(["--toy"], 950, 900), (["--toy", "--seconds", "300"], (285, 288), 900), ([], 130, 100), (["--seconds", "117"], 26, 20)],
+    [
+        (["--toy"], 950, 900),
+        (["--toy", "--seconds", "300"], (285, 288), 900),
+        ([], 130, 100),
+        (["--seconds", "117"], 26, 20),
+        (["--config", "llava-next-7b"], 570, 530),
+    ],
 )
 def test_gpu_sh_gives_a_rehearsal_time(tmp_path, arguments, budget, inner):
     rehearse(str(tmp_path), *arguments, "--only", "end_to_end")
@@ -256,3 +278,4 @@ def test_gpu_sh_gives_a_rehearsal_time(tmp_path, arguments, budget, inner):
     found = int(re.search(r"at most (\d+)s", line).group(1))
     low, high = budget if isinstance(budget, tuple) else (budget, budget)
     assert low <= found <= high and line.endswith(f"--seconds {inner}")
+    assert ("--config llava-next-7b --seconds" in line) == ("--config" in arguments)

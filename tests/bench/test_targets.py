@@ -159,3 +159,80 @@ def test_the_report_says_the_sentences_and_takes_rows_of_experiments(tmp_path):
     for line in older["targets"]:
         del line["says"]
     assert targets.sentences(older["targets"]) == []
+
+
+ASKED = {"model": "LLaVA-NeXT-7B", "batch": 32, "visual": 2880, "new_tokens": 256}
+QUARTER = "dyrate generate(), DyRate at 12.5 %, pool of 25 %, fused"
+UNPATCHED = "unpatched generate(), DynamicCache"
+PEERS = {
+    UNPATCHED: ("against unpatched generate()", 4.0),
+    "unpatched generate(), StaticCache, compiled": ("against its compiled static cache", 2.0),
+    "dyrate generate(), dense (policy none), fused": ("against dense under this patch", 1.8),
+}  # fmt: skip
+
+
+def request(name, images, **facts):
+    """A row of a whole request; encode 100, prefill 900, decode 2000 ms where half is predicted."""
+    times = {"encode_us": 1e5, "first_token_us": 1e6, "decode_us": 2e6}
+    predicted = {f"predicted_{key}": us / 2 for key, us in times.items()}
+    return row(name, 5000.0, **{**ASKED, "images_per_s": images, **times, **predicted, **facts})
+
+
+def requests_said(rows, how):
+    (line,) = (line for line in targets.targets(rows) if line["what"].startswith("whole requests") and line["what"].endswith(how))
+    return line
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_whole_requests_are_held_against_each_peer(peer):
+    how, times = PEERS[peer]
+    gate = {"correct": None} if peer == UNPATCHED else {}
+    other = request(peer, 2.0, **gate)
+    assert requests_said([request(QUARTER, 2.0 * times), other], how)["met"] is True
+    line = requests_said([request(QUARTER, 2.0 * times - 0.1), other], how)
+    assert line["met"] is False and line["measured"] == pytest.approx(times - 0.05)
+    assert (
+        f"prefill 900 ms where 450 is predicted, decode 2000 ms where 1000 is predicted ({QUARTER})" in line["says"]
+        and peer in line["says"]
+    )
+    evict = request("dyrate generate(), DyRate at 25 %, evict", 100.0)
+    assert requests_said([request(QUARTER, 1.0), evict, other], how)["measured"] == 50.0, "the better one of pool and evict"
+    for none in (
+        request(f"{QUARTER}, behind tome:keep=0.5", 100.0), request(QUARTER, 100.0, new_tokens=64), request(QUARTER, 100.0, correct=WRONG),
+        request(QUARTER, 100.0, measured=False), request("dyrate generate(), DyRate at 12.5 %, evict, fused", 100.0),
+    ):  # fmt: skip
+        line = requests_said([none, other], how)
+        assert line["met"] is None and "no row of ours there; bench/gpu.sh OUT --only end_to_end --config llava-next-7b" in line["says"]
+    assert f"no row of {peer.removesuffix(', fused')} there" in requests_said([request(QUARTER, 1.0)], how)["says"]
+    if peer != UNPATCHED:
+        assert requests_said([request(QUARTER, 100.0), request(peer, 2.0, correct=WRONG)], how)["met"] is None
+
+
+def test_no_switch_is_held_against_the_best_switches():
+    name = "dyrate generate(), DyRate at 12.5 %, recoverable"
+
+    def found(*rows):
+        return said(list(rows), "patch(model) with no switch", "auto")
+
+    plain, fused = request(name, 5.0), request(f"{name}, fused", 10.0)
+    assert found(plain, fused)["met"] is None
+    assert found(plain, fused, request(f"{name}, no switch", 9.9))["measured"] == pytest.approx(0.99)
+    line = found(plain, fused, request(f"{name}, no switch", 9.0, path="eager steps (why)"))
+    assert line["met"] is False and f"with eager steps (why); the best is {name}, fused" in line["says"]
+    other = {"model": "LLaVA-1.5-7B", "batch": 1, "visual": 576}
+    worse = [request(f"{name}, no switch", 5.0, **other), request(name, 10.0, **other)]
+    line = found(plain, fused, request(f"{name}, no switch", 9.9), *worse)
+    assert line["measured"] == 0.5 and "the worst of 2 requests" in line["what"] and "at LLaVA-1.5-7B, B=1" in line["says"]
+
+
+def test_host_time_is_what_a_token_takes_beside_its_captured_step():
+    def found(step, token, **facts):
+        label = "DyRate at 12.5 %, recoverable, fused"
+        small = {"model": "LLaVA-1.5-7B", "batch": 1, "visual": 576, **facts}
+        rows = [row(f"dyrate captured step, {label}", step, **small), row(f"dyrate generate(), {label}", token, **small)]
+        return said(rows, "host time of a token", "auto")
+
+    assert found(910.0, 1000.0)["met"] is True and found(910.0, 1000.0)["measured"] == pytest.approx(0.09)
+    line = found(800.0, 1000.0)
+    assert line["met"] is False and "LLaVA-1.5-7B, B=1" in line["says"]
+    assert found(800.0, 1000.0, correct=WRONG)["met"] is None
