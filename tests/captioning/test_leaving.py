@@ -19,7 +19,8 @@ from tests.fake_graph import TapeRecorder
 from tests.patching.graph.kit import assert_same_stats
 from tests.patching.test_families import KNOWS_BLOCKS
 
-RETENTION = pytest.mark.parametrize("retention", RETENTIONS)
+POOL = "pool=0.5"
+RETENTION = pytest.mark.parametrize("retention", [*RETENTIONS, POOL])
 FAMILIES = [
     variant for variant in (*models.VARIANTS, *models.MORE_VARIANTS)
     if variant != ("llava", "llama") and (KNOWS_BLOCKS or variant[0] not in ("gemma3", "paligemma"))
@@ -49,6 +50,12 @@ class Sizes:
 
     def __exit__(self, *_):
         self.hook.remove()
+
+
+def fitting(method):
+    """The retentions that a method can have."""
+    rule = METHODS[method]
+    return ["recoverable", *(["evict"] if rule.name != "dycoke" else []), *([POOL] if rule.decides_while_decoding else [])]
 
 
 def lengths(rows, ends):
@@ -88,11 +95,8 @@ def both(model, handle, fields, monkeypatch, **options):
     return rows, got_sizes
 
 
-@RETENTION
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "retention"), [(method, retention) for method in METHODS for retention in fitting(method)])
 def test_every_policy(make_model, monkeypatch, method, retention):
-    if METHODS[method].name == "dycoke" and retention == "evict":
-        return  # it brings tokens back
     model = make_model()
     with patched(model, METHODS[method], retention) as handle:
         both(model, handle, models.inputs(model, EIGHT), monkeypatch)
@@ -102,7 +106,7 @@ def test_every_policy(make_model, monkeypatch, method, retention):
 @pytest.mark.parametrize(("family", "text"), FAMILIES)
 def test_every_family(make_model, monkeypatch, family, text, retention):
     model = make_model(family, text)
-    with patched(model, METHODS["dyrate" if retention == "recoverable" else "sparsevlm-k2"], retention) as handle:
+    with patched(model, METHODS["sparsevlm-k2" if retention == "evict" else "dyrate"], retention) as handle:
         both(model, handle, models.inputs(model, [*rows_for(family), *EIGHT[4:]]), monkeypatch)
 
 
@@ -135,10 +139,10 @@ def test_processors_see_all_sequences(make_model, monkeypatch):
         both(model, handle, models.inputs(model, EIGHT), monkeypatch, no_repeat_ngram_size=3)
 
 
-@RETENTION
 @pytest.mark.parametrize(
-    ("family", "method"),
-    [("llava", "none"), ("llava", "dyrate"), ("llava", "fastv"), ("llava", "depth"), ("llava", "st3"), ("qwen2_vl", "fixed")],
+    ("family", "method", "retention"),
+    [("llava", method, retention) for method in ("none", "dyrate", "fastv", "depth", "st3") for retention in fitting(method)]
+    + [("qwen2_vl", "fixed", retention) for retention in fitting("fixed")],
 )
 def test_captured_steps(make_model, monkeypatch, family, method, retention):
     """A step is captured anew for each size of the batch, and serves until the next one."""
