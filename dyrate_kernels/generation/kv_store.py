@@ -40,7 +40,8 @@ class RowGroup:
         row: int32 ``[B, N]``, the row of each token, -1 of those that it does not hold, where its rows stay while decoding (retention
             ``pool``); rows ascend with tokens. Else None.
         kept, n_kept: the list of rows to read, int32 ``[B, M]`` ascending, -1 past its length, and that, int32 ``[B]`` (retentions
-            ``recoverable`` and ``pool``), else None.
+            ``recoverable`` and ``pool``; under ``evict`` while others wait to be moved away, ``RowStore.postpone``), else None.
+        waiting: where such a list is written under ``evict``, in every step; None: none was so far.
     """
 
     n_visual: Tensor
@@ -55,6 +56,7 @@ class RowGroup:
         self.row: Tensor | None = None
         self.kept: Tensor | None = None
         self.n_kept: Tensor | None = None
+        self.waiting: tuple[Tensor, Tensor] | None = None
 
     @property
     def layers(self) -> range:
@@ -289,7 +291,7 @@ class RowStore:
         if group.kept is None:
             return None
         kept = group.kept
-        if group.row is not None:
+        if not self.shared_rows:
             kept = torch.where(kept < 0, -1, group.token.gather(1, kept.clamp(min=0).long()))
         return marked(kept, self.full.capacity)
 
@@ -346,21 +348,69 @@ class RowStore:
         Args:
             kept: int ``[B, M]``, visual *tokens* (not rows), below 0 past the end.
         """
+        listed = self._staying(group, kept)
+        if listed is not None:
+            self._move(group, *listed)
+
+    def _staying(self, group: RowGroup, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Notes that ``group`` holds these visual tokens alone. Returns the list of their rows and its length; None: it never had any."""
         keep = marked(kept, self.token_column.shape[1])
         assert group.alive is not None, "only a group that holds rows of its own can evict"
         group.alive.copy_(keep)
         if group.bound == 0:
-            return
+            return None
         held = keep.gather(1, group.token[:, : group.bound])
         held &= below(group.n_visual, group.bound)
         count = held.sum(1, dtype=torch.int32)
-        rows, count = ops.select_tokens(held.float(), count, group.n_visual, backend=self.backend)  # lists what is marked, ranks nothing
+        return ops.select_tokens(held.float(), count, group.n_visual, backend=self.backend)  # lists what is marked, ranks nothing
+
+    def _move(self, group: RowGroup, rows: Tensor, count: Tensor) -> None:
+        """Moves the rows of a list to the front of each layer's buffers of ``group``, in place."""
         for buffers in self._buffers_by_device(group.layers):
             device = buffers[0].device
             ops.compact_(buffers, rows.to(device), count.to(device), group.n_visual.to(device), backend=self.backend)
         ops.compact_([group.token], rows, count, group.n_visual, backend=self.backend)
         group.n_visual.copy_(count)
         self._note_rows(group)
+
+    # ---- rows that move later -----------------------------------------------------------------------------------------------------
+
+    def expect(self) -> None:
+        """Makes sure that each group that evicts has a list of the rows that stay: all, where none waits to be moved."""
+        for group in self.groups[1:]:
+            if not self.moves_rows or group.bound == 0 or group.kept is not None:
+                continue
+            if group.waiting is None or group.waiting[0].shape != (self.batch, group.bound):
+                group.waiting = (group.n_visual.new_empty(self.batch, group.bound), torch.empty_like(group.n_visual))
+            rows, count = group.waiting
+            row = torch.arange(group.bound, dtype=torch.int32, device=self.device)
+            rows.copy_(torch.where(row < group.n_visual[:, None], row, -1))
+            count.copy_(group.n_visual)
+            group.kept, group.n_kept = rows, count
+
+    def postpone(self, group: RowGroup, kept: Tensor) -> None:
+        """Drops tokens as ``evict`` does, but moves no row: until ``settle`` the group is read through a list, written in place
+        (``RowGroup.waiting``). What was postponed before is settled.
+        """
+        listed = self._staying(group, kept)
+        if listed is None:
+            return
+        assert group.waiting is not None, "a list is expected"
+        for old, new in zip(group.waiting, listed, strict=True):
+            old.copy_(new)
+        group.kept, group.n_kept = group.waiting
+
+    def settle(self) -> None:
+        """Moves the rows that wait: whoever looks at rows between two steps calls it first."""
+        for group in self.groups[1:]:
+            if group.waiting is not None and group.kept is group.waiting[0]:
+                self._move(group, *group.waiting)
+                group.kept = group.n_kept = None
+
+    def held(self, group: RowGroup) -> Tensor:
+        """int32 ``[B]``: live visual rows of a group, those that wait to leave it left out."""
+        waiting = group.waiting
+        return waiting[1] if waiting is not None and group.n_kept is waiting[1] else group.n_visual
 
     # ---- sequences and columns that go ------------------------------------------------------------------------------------------
 

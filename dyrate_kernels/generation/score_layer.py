@@ -122,7 +122,7 @@ class Scoring:
     ) -> None:  # fmt: skip
         """Makes a stage's choice of a decode step true, and writes the record after the last."""
         store, decider = self.store, self.decider
-        apply.of_step(store, stage, choice, self.policy.kept_bound(store.full.bound))
+        apply.of_step(store, stage, choice, self.policy.kept_bound(store.full.bound), later=self.branch.apart)
         if self.retention.moves:
             turn.evict()
         passing.attention.changed()

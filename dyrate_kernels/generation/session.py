@@ -184,9 +184,16 @@ class Session:
             self.step = torch.zeros(1, dtype=torch.int64, device=device)
             self.column = torch.zeros(1, dtype=torch.int32, device=device)
         if decodes:
-            self.reserve_step()
+            self.reserve_step(self.branch.apart)
+            later = self._moves_later(self.branch.apart)
+            if not later:
+                store.settle()
             self.passing = passes.decode(store, self.column, self.unpruned, self.bounds_at_capacity)
+            if later:
+                with self.branch.fork(store.groups[1].first):
+                    store.settle()
         else:
+            store.settle()
             turn = self.turn
             end = turn.end if turn.end >= 0 else store.length + length
             mask = staged.mask if attention_mask is None else attention_mask
@@ -383,7 +390,7 @@ class Session:
             retention=self.retention,
             record=copy.copy(self.record),  # its number of steps is that of now
             n_text=store.n_text.clone() if started else None,
-            n_visual=[group.n_visual.clone() for group in store.groups] if started else [],
+            n_visual=[store.held(group).clone() for group in store.groups] if started else [],
             group_layers=[group.layers for group in store.groups],
             bytes_per_row=store.bytes_per_row(),
             bytes_reserved=store.bytes_reserved(),
@@ -403,6 +410,7 @@ class Session:
     def select(self, index: Tensor) -> None:
         """Sequence ``i`` goes on from the former sequence ``index[i]``: everything per sequence follows."""
         if self.store.started:
+            self.store.settle()
             for owner in (self.store, self.decider, self.reduction, self.record):
                 if owner is not None:
                     owner.select(index)
@@ -429,6 +437,7 @@ class Session:
                 what was dropped cannot come back. A drafting model may: nothing is decided again there.
         """
         store, turn = self.store, self.turn
+        store.settle()
         if not self.croppable:
             raise RuntimeError(
                 "crop() after compaction: rows were evicted while decoding and cannot come back. Use retention='recoverable' where the "
@@ -458,9 +467,20 @@ class Session:
 
     # ---- captured steps ---------------------------------------------------------------------------------------------------------
 
-    def reserve_step(self) -> None:
-        """Makes room for one more decode step, so that the step itself replaces no tensor that the next one needs."""
+    def _moves_later(self, apart: bool) -> bool:
+        """Rows that the next decode step drops move at the beginning of the one after it; ``apart``: what is forked really runs aside."""
         store = self.store
+        return apart and self.evict and store.full.bound > 0 and len(store.groups) > 1 and self.decider.at_decode(self.turn.frozen)
+
+    def reserve_step(self, apart: bool = False) -> None:
+        """Makes room for one more decode step, so that the step itself replaces no tensor that the next one needs.
+
+        Args:
+            apart: ``Branch.apart`` in that step.
+        """
+        store = self.store
+        if self._moves_later(apart):
+            store.expect()
         if store.text_bound + 1 >= store.text_capacity:
             store.reserve_text(2 * store.text_capacity)
         if self.scoring.record is not None:

@@ -221,7 +221,9 @@ class _Run:
     scratch: workspace.Owner = field(default_factory=workspace.Owner)
 
     def end(self) -> None:
-        """Nothing is replayed any more."""
+        """Nothing is replayed any more: what the last step left to the next one is done."""
+        if not self.session.in_forward and self.captured is not None:
+            self.session.store.settle()
         self.captured = None
         self.scratch.release()
 
@@ -335,7 +337,7 @@ class StepGraph:
         inputs = None if session is None or run.session is not session else self._inputs(run, kwargs)
         if session is None or inputs is None:
             return self.eager(*args, **kwargs)
-        session.reserve_step()
+        session.reserve_step(apart=run.aside is not None)
         state = session.step_state()
         key = (inputs.key, state.sizes, state.lasting)
         if run.captured is not None:

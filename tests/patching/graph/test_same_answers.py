@@ -35,7 +35,9 @@ def test_kept_tokens(make_model, tape, name, retention):
 @RETENTION
 @pytest.mark.parametrize("method", ["dyrate", "dyrate-trained", "fixed", "fastv", "depth", "schedule"])
 def test_bit_for_bit(make_model, tape, monkeypatch, method, retention):
-    """With the text bound at capacity in both, a replay does to the bit what an eager step does."""
+    """With the text bound at capacity in both, a replay does to the bit what an eager step does; but for rows that move a step later, whose
+    order, and so that of the sums over them, is another one in the step that decides.
+    """
     monkeypatch.setattr(Session, "bounds_at_capacity", True)
     model = make_model()
     options = {"policy": policy(METHODS[method]), "retention": retention, "record_importance": True}
@@ -44,10 +46,12 @@ def test_bit_for_bit(make_model, tape, monkeypatch, method, retention):
     got, got_stats, handle = run(model, fields, greedy(STEPS), options)
     assert handle.graph.replays == STEPS - 2
     assert torch.equal(got.sequences, want.sequences)
-    assert torch.equal(logits(got), logits(want))
-    assert_same_stats(got_stats, want_stats, tolerance=0.0)
+    tolerance = 1e-5 if tape.aside.forks > 2 else 0.0  # a fork to decide, and one to move rows
+    assert tolerance == 0.0 or retention == "evict"
+    torch.testing.assert_close(logits(got), logits(want), rtol=tolerance, atol=tolerance)
+    assert_same_stats(got_stats, want_stats, tolerance)
     for a, b in zip(got.past_key_values.store.keys, want.past_key_values.store.keys, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)  # what waited to be moved has moved
 
 
 MODES = {
