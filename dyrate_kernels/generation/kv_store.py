@@ -417,6 +417,8 @@ class RowStore:
     def select(self, index: Tensor) -> None:
         """Makes sequence ``i`` a copy of the former sequence ``index[i]``; in place where the batch keeps its size."""
         before = self.batch
+        if index.shape[0] != before:  # else what waits to be moved is reordered with the rest
+            self.settle()
         for owner, name in list(self._row_tensors()):
             setattr(owner, name, picked(getattr(owner, name), index))
         self.batch = index.shape[0]

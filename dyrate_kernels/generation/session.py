@@ -410,7 +410,6 @@ class Session:
     def select(self, index: Tensor) -> None:
         """Sequence ``i`` goes on from the former sequence ``index[i]``: everything per sequence follows."""
         if self.store.started:
-            self.store.settle()
             for owner in (self.store, self.decider, self.reduction, self.record):
                 if owner is not None:
                     owner.select(index)

@@ -112,3 +112,20 @@ def test_nothing_waits_without_visual_tokens_or_where_rows_are_shared(shared):
         store.groups[1].bound = 5
     store.expect()
     assert store.groups[1].waiting is None and store.groups[1].kept is None
+
+
+@pytest.mark.parametrize("index", [[1, 0], [1, 1], [0], [1, 0, 1]], ids=str)
+def test_sequences_are_reordered_while_rows_wait(index):
+    store = filled()
+    want = filled()
+    want.evict(want.groups[1], KEPT)
+    wanted = live(want)
+    store.expect()
+    place = [tensor.data_ptr() for tensor in store.groups[1].waiting]
+    store.postpone(store.groups[1], KEPT)
+    store.select(torch.tensor(index))
+    assert live(store) == [wanted[each] for each in index]
+    store.expect()
+    assert (place == [tensor.data_ptr() for tensor in store.groups[1].waiting]) == (len(index) == 2)
+    store.settle()
+    assert live(store) == [wanted[each] for each in index] and store.groups[1].kept is None

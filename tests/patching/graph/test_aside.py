@@ -150,14 +150,15 @@ def test_stats_in_the_middle_count_what_waits_as_gone(tape, method, window):
     def collect(**options):
         found = []
         with patched(model, METHODS[method], "evict", record_importance=True, **options) as handle:
-            looks = [lambda ids, scores: found.append(handle.stats()) or scores]
+            looks = [lambda ids, scores: found.append((handle.stats(), handle.session.snapshot().n_visual)) or scores]
             model.generate(**fields, **greedy(14, logits_processor=looks))
         return found
 
     got, want = collect(), collect(cuda_graph=False)
     assert tape.aside.forks and len(got) == len(want) == 14
-    for a, b in zip(got, want, strict=True):
+    for (a, rows), (b, wanted) in zip(got, want, strict=True):
         assert_same_stats(a, b)
+        assert all(map(torch.equal, rows, wanted))
 
 
 @LATE
