@@ -468,8 +468,8 @@ class Session:
 
     def _moves_later(self, apart: bool) -> bool:
         """Rows that the next decode step drops move at the beginning of the one after it; ``apart``: what is forked really runs aside."""
-        store = self.store
-        return apart and self.evict and store.full.bound > 0 and len(store.groups) > 1 and self.decider.at_decode(self.turn.frozen)
+        pruned = self.store.full.bound > 0 and len(self.store.groups) > 1
+        return apart and pruned and self.retention.moves and self.decider.at_decode(self.turn.frozen)
 
     def reserve_step(self, apart: bool = False) -> None:
         """Makes room for one more decode step, so that the step itself replaces no tensor that the next one needs.
