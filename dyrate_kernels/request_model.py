@@ -22,12 +22,12 @@ from dyrate_kernels import flops
 from dyrate_kernels.families import TOWERS
 from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.policies.schedule import Schedule
-from dyrate_kernels.specs import RETENTIONS
+from dyrate_kernels.retention import DEFAULT_POOL, RETENTIONS
 
 DENSE = "dense"
 COMPUTE, BANDWIDTH = "compute", "bandwidth"
 ASSUMED_KEPT = 0.2  # of a policy whose share depends on what it sees: the published DyRate removes 0.8 in the mean (docs/costs.md)
-POOL = 0.25  # of the visual tokens that retention "pool" holds, unless asked otherwise
+POOL = DEFAULT_POOL  # of the visual tokens that retention "pool" holds, unless asked otherwise
 
 # ---- the vision side -----------------------------------------------------------------------------------------------
 
@@ -278,7 +278,7 @@ class Plan:
     pool: float = POOL
 
     def __post_init__(self) -> None:
-        if self.retention not in (DENSE, "pool", *RETENTIONS):
+        if self.retention not in (DENSE, *RETENTIONS):
             raise ValueError(f"retention must be one of {DENSE}, {', '.join(RETENTIONS)}; got {self.retention!r}")
         shares = (self.kept,) if isinstance(self.kept, int | float) else self.kept
         if not shares or not all(0 <= share <= 1 for share in (*shares, self.pool)):

@@ -66,6 +66,14 @@ class Retention:
         """The share of a pool that is evenly spaced."""
         return {"policy": 0.0, "uniform": 1.0}[self.pool_by] if isinstance(self.pool_by, str) else float(self.pool_by or 0.0)
 
+    def suits(self, policy: Policy) -> bool:
+        """:meth:`check` has nothing against it."""
+        try:
+            self.check(policy)
+        except ValueError:
+            return False
+        return True
+
     def check(self, policy: Policy) -> None:
         """Refuses policies that cannot mean under this retention what they mean elsewhere.
 

@@ -16,6 +16,7 @@ GENERATIONS = [
     ("dyrate", "evict", {}),
     (dk.policies.FastV(k=2, rate=0.5), "recoverable", {"num_beams": 2}),
     (dk.policies.Fixed(k=1, rate=0.9), "evict", {"num_beams": 2}),
+    ("dyrate", "pool=0.5", {}),
 ]
 
 

@@ -54,9 +54,9 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
     if given.kept is not None:
         kept, assumed = (given.kept,), False
     asked = given.retention or specs.RETENTIONS
-    retentions = [name for name in asked if name == "recoverable" or not policy.needs_recoverable]
+    retentions = [name for name in asked if specs.retention(name).suits(policy)]
     if not retentions:
-        raise ValueError(f"--retention {' '.join(asked)}: policy {policy.name} needs recoverable")
+        specs.retention(asked[0]).check(policy)  # says why
     k = min(policy.k or 3, model.shape.num_layers - 1)
     plans = {DENSE: Plan()} | {name: Plan(name, k, kept, request_model.POOL if given.pool is None else given.pool) for name in retentions}
     rows = []

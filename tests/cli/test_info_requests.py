@@ -30,7 +30,7 @@ def test_each_row_is_the_models(capsys):
         "--text",
         "64",
         "--policy",
-        "fastv:k=2:rate=0.75",
+        "fixed:k=2:rate=0.75",
     ]
     found = told(capsys, *arguments)
     rates = request_model.named_rates("h200")
@@ -42,6 +42,8 @@ def test_each_row_is_the_models(capsys):
         request = request_model.named_request("llava-next-7b", row["batch"], row["new_tokens"], text=64)
         want = request_model.predict(request, Plan(row["retention"], 2, 0.25), rates)
         assert json.loads(json.dumps(want.to_dict())) == {name: row[name] for name in want.to_dict()}
+    once = told(capsys, "--batch", "1", "--policy", "fastv:k=2:rate=0.75")  # what decides once has no pool
+    assert [row["retention"] for row in once["rows"]] == ["dense", "recoverable", "evict"]
 
 
 def test_rates_are_given_measured_or_a_devices(capsys, monkeypatch):
@@ -72,7 +74,7 @@ def test_what_is_assumed_is_said(capsys):
         (["--kept", "2"], "--kept must be in [0, 1], got 2.0"),
         (["--tflops", "0"], "--tflops must be above 0, got 0.0"),
         (["--policy", "fastw"], "policy must be one of"),
-        (["--policy", "klguard", "--retention", "evict"], "policy klguard needs recoverable"),
+        (["--policy", "klguard", "--retention", "evict"], "policy 'klguard' brings tokens back, which retention='evict' cannot"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, message):

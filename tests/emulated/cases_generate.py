@@ -26,7 +26,9 @@ def test_tokens_equal_the_references(demo, policy, retention, options):
     end_to_end.assert_tokens_equal_the_references(demo, "cuda", policy, retention, options, steps=8 if harness.PLAIN else 3)
 
 
-@pytest.mark.parametrize("policy, retention", harness.some([("dyrate", "evict"), ("fixed", "recoverable"), ("dyrate", "recoverable")]))
+@pytest.mark.parametrize(
+    "policy, retention", harness.some([("dyrate", "evict"), ("fixed", "recoverable"), ("dyrate", "recoverable"), ("dyrate", "pool=0.5")])
+)
 def test_replayed_steps(policy, retention, monkeypatch):
     recorder = TapeRecorder()
     monkeypatch.setattr(graph, "recorder_for", lambda device: recorder)

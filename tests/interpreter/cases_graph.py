@@ -13,7 +13,7 @@ from tests.interpreter import harness
 LARGE = plan.Settings(block_n=64, min_blocks=4)
 
 
-@pytest.mark.parametrize("retention", ["recoverable", "evict"])
+@pytest.mark.parametrize("retention", ["recoverable", "evict", "pool=0.5"])
 @pytest.mark.parametrize("where", ["in line", "aside"])
 @pytest.mark.parametrize("policy", ["dyrate", "fixed"])
 def test_replayed_steps(policy, where, retention, monkeypatch):

@@ -39,6 +39,8 @@ for _retention in ("recoverable", "evict"):
     CASES[f"reducer {_retention}"] = ("llava", _retention, METHODS["dyrate"], {"vision": "fastervlm:keep=0.6"}, {})
     CASES[f"qwen {_retention}"] = ("qwen", _retention, METHODS["dyrate"], {}, {})
     CASES[f"qwen3 {_retention}"] = ("qwen3", _retention, METHODS["dyrate"], {}, {})
+for _method in ("dyrate-trained", "layerwise", "uniform"):
+    CASES[f"{_method} pool"] = ("llava", "pool=0.4:by=0.3", METHODS[_method], {}, {})
 CASES["recycle"] = ("llava", "recoverable", dk.policies.get("recycle", policy=dk.policies.Fixed(k=2, rate=0.7), entropy=0.1), {}, {})
 CASES["klguard"] = ("llava", "recoverable", dk.policies.get("klguard", policy=dk.policies.Fixed(k=2, rate=0.7), every=2), {}, {})
 MODELS = {"llava": ("llava", "llama"), "mistral": ("llava", "mistral"), "qwen": ("qwen2_5_vl", "own"), "qwen3": ("qwen3_vl", "own")}
