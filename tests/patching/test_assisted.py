@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -25,6 +26,7 @@ PROMPTS = {
 # methods that decide in different ways, and where each is tried; under evict with drafts, only what the prompt decides takes effect
 AT_EVERY_STEP = ("fixed", "dyrate", "dycoke", "layerwise", "schedule-grows")
 AT_THE_PROMPT = ("none", "fastv-mean", "vtw", "depth", "sparsevlm", "aim-k1")
+POOLED = [(method, "pool=0.4:by=0.5") for method in AT_EVERY_STEP]
 
 
 def drafting(model, how):
@@ -60,8 +62,10 @@ def assert_same_stats(got, want):
 
 
 @pytest.mark.parametrize("row", PROMPTS.values(), ids=PROMPTS)
-@pytest.mark.parametrize("method", [*AT_EVERY_STEP, *AT_THE_PROMPT, "fixed-nothing-left", "pyramiddrop"])
-@RETENTION
+@pytest.mark.parametrize(
+    ("method", "retention"),
+    [*itertools.product([*AT_EVERY_STEP, *AT_THE_PROMPT, "fixed-nothing-left", "pyramiddrop"], RETENTIONS), *POOLED],
+)
 def test_tokens_are_those_of_masks(make_model, method, retention, row):
     model, rule = make_model(), METHODS[method]
     if method == "dycoke" and retention == "evict":
@@ -70,13 +74,13 @@ def test_tokens_are_those_of_masks(make_model, method, retention, row):
     want = Oracle(model, rule, retention, frozen=True).generate(**fields, **greedy(7))
     ways = [drafting(model, how) for how in ("lookup", "assistant")]
     with patched(model, rule, retention):
-        for options in ways if retention == "recoverable" or method in AT_EVERY_STEP else [{}, *ways]:
+        for options in ways if retention != "evict" or method in AT_EVERY_STEP else [{}, *ways]:
             assert_same(model.generate(**fields, **greedy(7, **options)), want)
 
 
 @pytest.mark.parametrize(
     ("method", "retention"),
-    [(method, "recoverable") for method in (*AT_EVERY_STEP, *AT_THE_PROMPT)] + [(method, "evict") for method in AT_THE_PROMPT],
+    [(method, "recoverable") for method in (*AT_EVERY_STEP, *AT_THE_PROMPT)] + [(method, "evict") for method in AT_THE_PROMPT] + POOLED,
 )
 @pytest.mark.parametrize("row", [PROMPTS["text-last"], PROMPTS["no-picture"]], ids=["picture", "no-picture"])
 def test_stats_are_those_of_plain_decoding(make_model, method, retention, row):
@@ -120,10 +124,12 @@ def test_columns_cropped_later_leave_the_stats_of_a_generation(make_model):
 # -- chat ------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["dyrate", "dyrate-closed-k1", "fastv", "layerwise", "pyramiddrop"])
+@pytest.mark.parametrize(
+    ("method", "retention"),
+    [*itertools.product(["dyrate", "dyrate-closed-k1", "fastv", "layerwise", "pyramiddrop"], RETENTIONS), *POOLED],
+)
 @pytest.mark.parametrize("second", [["text 7"], ["text 3", "image", "text 4"], ["image"]], ids=["text", "picture", "picture-last"])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole-conversation", "only-new-ids"])
-@RETENTION
 def test_two_turns_of_chat_are_those_of_masks(make_model, method, retention, second, whole):
     """A turn decides anew as in plain decoding. transformers gives the first pass all that was said, whatever the cache holds."""
     model, rule = make_model(), METHODS[method]
@@ -242,8 +248,14 @@ def test_a_cache_of_the_callers_own_is_drafted_for_as_unpatched(make_model):
 
 
 @pytest.mark.parametrize("row", PROMPTS.values(), ids=PROMPTS)
-@pytest.mark.parametrize("method", ["fixed", "fixed-nothing-left", "pyramiddrop", "dyrate"])
-@RETENTION
+@pytest.mark.parametrize(
+    ("method", "retention"),
+    [
+        *itertools.product(["fixed", "fixed-nothing-left", "pyramiddrop", "dyrate"], RETENTIONS),
+        ("dyrate", "pool=0.5"),
+        ("layerwise", "pool=1"),
+    ],
+)
 def test_a_patched_model_drafts_for_another_whatever_its_prompt_ends_with(make_model, method, retention, row):
     """Where its first draft is refused, it reads the last column of the prompt again: a token of a picture, perhaps."""
     model = make_model()
