@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.generation.pool import members, pictures
 
 
@@ -51,3 +52,25 @@ def test_no_token_at_all():
     nothing = torch.zeros(2, 0)
     picture = pictures(nothing.int(), nothing.bool())
     assert members(nothing, picture, 0.5, 0.5).shape == (2, 0)
+
+
+def test_rows_of_a_pool_are_known_after_tokens_came_and_went():
+    store = RowStore(4, [2], shared_rows=False, backend="reference", moves_rows=False)
+    store.start(2, torch.device("cpu"))
+    store.reserve_tokens(10)
+    group, columns = store.groups[1], torch.arange(10).expand(2, -1)
+    store.add_tokens(columns, columns)
+    store.full.n_visual.fill_(10)
+    for first, last, picks in ((0, 6, ([0, 3, 5], [1, 2])), (6, 10, ([6, 9], [7, 8]))):
+        marks = torch.stack([torch.isin(columns[0, first:last], torch.tensor(each)) for each in picks])
+        store.append(group, columns[:, first:last], marks)
+    assert group.row[:, :10].tolist() == [[0, -1, -1, 1, -1, 2, 3, -1, -1, 4], [-1, 0, 1, -1, -1, -1, -1, 2, 3, -1]]
+    kept = torch.tensor([[3, 6, -1], [1, 2, 8]], dtype=torch.int32)
+    rows = store.rows_of(group, kept)
+    assert rows.tolist() == [[1, 3, -1], [0, 1, 3]] and rows.dtype == torch.int32
+    group.kept = rows
+    assert [row.nonzero()[:, 0].tolist() for row in store.tokens_kept(group)] == [[3, 6], [1, 2, 8]]
+    store.drop_from(6)
+    assert group.row[:, :10].tolist() == [[0, -1, -1, 1, -1, 2, -1, -1, -1, -1], [-1, 0, 1, -1, -1, -1, -1, -1, -1, -1]]
+    store.reset()
+    assert (group.row == -1).all()
