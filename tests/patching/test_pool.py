@@ -166,7 +166,8 @@ def test_chat(make_model, method, first, second):
         got = model.generate(**both, **newest, **{cache_name(): got.past_key_values}, **greedy(5))
         assert_same(got, want)
         assert handle.stats().steps[0].kept == [10 * len(pixels)]
-        assert_same_decisions(handle.stats(), oracle)
+        if "image" in first:  # else the oracle takes all text before the first picture for system text
+            assert_same_decisions(handle.stats(), oracle)
 
 
 @pytest.mark.parametrize("index", [[1, 0], [1, 1], [1]], ids=str)
@@ -177,15 +178,17 @@ def test_sequences_that_change_places_take_their_pool_along(make_model, index):
     with patched(model, METHODS["dyrate"], "pool=0.5") as handle:
         for reorders in (False, True):
             output = model.generate(**fields, **greedy(4))
-            ids = torch.cat([output.sequences, torch.tensor([[11, 12, 13], [14, 15, 16]])], 1)
-            mask = torch.cat([fields["attention_mask"], torch.ones(2, ids.shape[1] - fields["attention_mask"].shape[1]).long()], 1)
+            mask = torch.ones(2, output.sequences.shape[1], dtype=torch.int64)
+            mask[:, : fields["attention_mask"].shape[1]] = fields["attention_mask"]
+            ids = output.sequences
             if reorders:
                 output.past_key_values.batch_select_indices(order)
                 ids, mask = ids[order], mask[order]
-            got = model.generate(input_ids=ids, attention_mask=mask, **{cache_name(): output.past_key_values}, **greedy(5))
-            found.append((logits(got), [step.kept for step in handle.stats().steps]))
-    assert torch.allclose(found[0][0][:, order], found[1][0], atol=1e-5)
-    assert [[kept[i] for i in index] for kept in found[0][1]] == found[1][1]
+            with torch.no_grad():  # a decode step of the same turn
+                got = model(input_ids=ids[:, -1:], attention_mask=mask, **{cache_name(): output.past_key_values}).logits
+            found.append((got, handle.stats().steps[-1].kept))
+    assert torch.allclose(found[0][0][order], found[1][0], atol=1e-5)
+    assert [found[0][1][i] for i in index] == found[1][1]
 
 
 def test_the_table_of_rows_is_what_a_captured_step_depends_on(make_model):
