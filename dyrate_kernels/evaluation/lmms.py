@@ -42,7 +42,7 @@ from dyrate_kernels.loading import load_model, model_name
 from dyrate_kernels.pictures import UnreadableError, read_picture, whole_pictures
 from dyrate_kernels.vision import chain
 
-OPTIONS = ("pretrained", "policy", "retention", "vision", "backend", "batch_size", "device", "dtype", "stats")
+OPTIONS = ("pretrained", "policy", "retention", "pool", "pool_by", "vision", "backend", "batch_size", "device", "dtype", "stats")
 MOST = 1024  # new tokens where a task does not say
 _IGNORED = {"image_aspect_ratio"}  # of the original LLaVA's own preprocessing
 
@@ -95,7 +95,7 @@ class PatchedModel(lmms):
 
     Args:
         pretrained: folder or hub id of a LLaVA-type model, or ``demo``: the bundled one.
-        policy, retention, vision, backend: as ``dyrate_kernels.patch`` takes them.
+        policy, retention, pool, pool_by, vision, backend: as ``dyrate_kernels.patch`` takes them.
         batch_size: requests that are generated together.
         device, dtype: as ``dyrate generate`` takes them.
         stats: file to which every answer is written with its costs (``Request``) as it comes; requests that it holds already are answered
@@ -110,7 +110,7 @@ class PatchedModel(lmms):
 
     def __init__(
         self, pretrained: str = "demo", policy: str = "dyrate", retention: str = "recoverable", backend: str = "auto",
-        vision: str | None = None,
+        vision: str | None = None, pool: float | str | None = None, pool_by: float | str | None = None,
         batch_size: int | str = 1, device: str | None = None, dtype: str | None = None, stats: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         called = specs.call(policy, "policy")
@@ -122,7 +122,9 @@ class PatchedModel(lmms):
                     f"{', '.join(known) or 'none'}"
                 )
         values = {name: specs.value(value) if isinstance(value, str) else value for name, value in options.items()}
-        contender = Contender(policy, policies.make(called, **values), retention, vision=chain(vision))
+        pool, pool_by = (specs.value(given) if isinstance(given, str) else given for given in (pool, pool_by))
+        held = str(specs.retention(retention, pool, pool_by))
+        contender = Contender(policy, policies.make(called, **values), held, vision=chain(vision))
         local = os.environ.get("LOCAL_RANK")
         if device in (None, "cuda") and local is not None and torch.cuda.is_available():
             device = f"cuda:{local}"

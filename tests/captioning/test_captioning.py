@@ -133,6 +133,8 @@ def test_a_model_in_a_folder_is_told_by_its_whole_path(tmp_path, monkeypatch):
         found += [Task(model="final").setting()["model"], Task(model=str(tmp_path / name / "final")).setting()["model"]]
     assert found[0] == found[1] != found[2] == found[3]
     assert [Task(model=name).setting()["model"] for name in (None, "org/name")] == ["bundled", "org/name"]
+    pools = [Task(retention=text).setting() for text in ("pool", "pool=0.25:by=policy", "pool=0.5", "pool:by=uniform", "evict")]
+    assert pools[0] == pools[1] and len({each["retention"] for each in pools}) == 4
 
 
 @pytest.mark.slow

@@ -188,6 +188,8 @@ def test_options_as_the_command_line_gives_them(plugin):
     )
     assert model.contender.policy == P.Schedule(k=2, kept=[(0, 50), (3, 20)]) and model.contender.retention == "evict"
     assert model.batch_size == 4 and model.setting["retention"] == "evict" and model.is_simple
+    for options in ({"retention": "pool=0.5:by=uniform"}, {"retention": "pool", "pool": "0.5", "pool_by": "uniform"}):
+        assert plugin.PatchedModel(policy="fixed", device="cpu", **options).setting["retention"] == "pool=0.5:by=uniform"
     manifest = plugin.manifest()
     module, _, name = manifest.simple_class_path.rpartition(".")
     assert manifest.model_id == "dyrate" and getattr(importlib.import_module(module), name) is plugin.PatchedModel
@@ -196,6 +198,8 @@ def test_options_as_the_command_line_gives_them(plugin):
         ({"policy": "poem"}, ValueError, "policy must be one of"),
         ({"policy": "fastv", "rate": 2}, ValueError, "rate must be in"),
         ({"retention": "never"}, ValueError, "retention must be recoverable, evict or pool"),
+        ({"pool": "0.5"}, ValueError, "pool goes with retention='pool' alone"),
+        ({"retention": "pool", "policy": "vtw"}, ValueError, "retention='pool' needs a policy"),
         ({"batch_size": "auto"}, ValueError, "batch_size must be an integer"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer"),
         ({"policy": "vtw", "k": 99}, ValueError, "k"),
