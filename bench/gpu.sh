@@ -5,7 +5,7 @@
 #   bench/gpu.sh OUT_DIR --toy    rehearsal of every part on a CPU, in Triton's interpreter, at toy size
 #   bench/gpu.sh OUT_DIR --only "tests operators"    these parts alone ("more": 13B, OneVision, the largest batch; never by default)
 #   bench/gpu.sh OUT_DIR --only end_to_end --config llava-next-7b   whole requests of one shape, at several batches and lengths
-#   bench/gpu.sh OUT_DIR --only experiments          twelve questions about the kernels, within eight minutes; never by default
+#   bench/gpu.sh OUT_DIR --only experiments          fourteen questions about the kernels, within eight minutes; never by default
 #   bench/gpu.sh OUT_DIR --seconds 400               in less time: every part gets less (with --toy: all of it in so many seconds)
 #
 # Needs the package installed (pip install --no-deps --no-build-isolation -e .) and no network. PYTHON names the interpreter (python3).

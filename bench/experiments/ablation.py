@@ -158,6 +158,6 @@ def decision(toy: bool) -> list[Planned]:
 
 
 EXPERIMENTS = [
-    Experiment(4, "what mass, importance and the decision cost", 40, statistics),
+    Experiment(4, "what mass, importance and the decision cost", 35, statistics),
     Experiment(10, "selection and decision: tiles, warps, launches", 20, decision),
 ]

@@ -148,7 +148,7 @@ def grouped(toy: bool) -> list[Planned]:
 
 
 EXPERIMENTS = [
-    Experiment(2, "attention with a new row: registers; buffers longer than what lives in them", 50, registers),
+    Experiment(2, "attention with a new row: registers; buffers longer than what lives in them", 45, registers),
     Experiment(7, "waves, splits, combination", 30, grids),
     Experiment(6, "forms of the main loop, one query head a key/value head", 35, loops),
     Experiment(9, "forms of the main loop, grouped queries", 35, grouped),

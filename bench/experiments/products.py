@@ -111,4 +111,4 @@ def few_rows(toy: bool) -> list[Planned]:
     return found + [product(False, sizes.MODELS[1], which, 32) for which in SHAPES]
 
 
-EXPERIMENTS = [Experiment(3, "matrix products with 1 to 64 rows against cuBLAS", 75, few_rows)]
+EXPERIMENTS = [Experiment(3, "matrix products with 1 to 64 rows against cuBLAS", 60, few_rows)]

@@ -22,7 +22,10 @@ from dyrate_kernels.measuring import timing
 from .runner import BASE, FASTER, NOT_REACHED, SLOWER, Row
 
 # sections of rows that stand elsewhere in the file than under their name
-SWITCHES = "switches"  # what holds for every launch: ``dependent_launch`` at the top of the file, else a word of ``layers``
+SWITCHES = "switches"  # what holds for every launch or step: some stand at the top of the file (``TOP``), others are a word of ``layers``
+CAPTURE = "capture_from"  # a number at the top of the file
+ASIDE = "decision_aside"
+TOP = ("dependent_launch", ASIDE)
 CUDA = "cuda"  # settings of the CUDA attention, one entry for all keys
 PRODUCTS = "products"  # under ``layers``; keys are such as "linear 12288x4096, 32 rows", the number of rows being a power of two
 WITHIN_NOISE = "within noise"
@@ -66,7 +69,8 @@ def candidates(rows: Iterable[Row]) -> Iterator[Candidate]:
         if row["changes"]:
             name = json.dumps(row["changes"], sort_keys=True)
             groups.setdefault((row["experiment"], row["section"], row["key"], name), []).append(row)
-    judged = [_judged(rows, *place[:3], found) for place, found in groups.items()]
+    judged = [_judged(rows, *place[:3], found) for place, found in groups.items() if place[1] != CAPTURE]
+    yield from _capture([row for row in rows if row["section"] == CAPTURE])
     for one in judged:
         yield one if one.section != SWITCHES else _vetoed(one, judged)
 
@@ -78,6 +82,32 @@ def _vetoed(one: Candidate, others: Iterable[Candidate]) -> Candidate:
         if same and part.changes.items() < one.changes.items() and part.against not in (None, WITHIN_NOISE) and one.against is None:
             return replace(one, against=f"{', '.join(part.changes)}: {part.against}")
     return one
+
+
+def _capture(rows: list[Row]) -> Iterator[Candidate]:
+    """From how many new tokens on captured steps were faster in every case; else the reason of the most tokens that were tried."""
+    found, against = None, None
+    for new_tokens in sorted({row["new_tokens"] for row in rows}, reverse=True):
+        same = [row for row in rows if row["new_tokens"] == new_tokens]
+        slow = next((row for row in same if row["changes"] and row["verdict"] != FASTER), None)
+        if any(row["correct"] is not None and not row["correct"]["passed"] for row in same):
+            against = "a result was wrong"
+        elif any(row["verdict"] == NOT_REACHED for row in same):
+            against = "a case was not reached"
+        elif slow is not None or not any(row["changes"] for row in same):
+            against = "it did not run" if slow is None else f"not faster: {slow['case']}"
+        if against is not None:
+            break
+        found = new_tokens
+    if rows:
+        least = max(row["new_tokens"] for row in rows) if found is None else found
+        timed = [row for row in rows if row["changes"] and row["ratio"] is not None and row["new_tokens"] >= least]
+        ratio = math.exp(statistics.fmean(math.log(row["ratio"]) for row in timed)) if timed else math.nan
+        noise = statistics.fmean(row["noise"] for row in timed) if timed else math.nan
+        bases = {row["case"]: row["median_us"] for row in rows if row["verdict"] == BASE}
+        cases = {row["case"]: {"base_us": bases[row["case"]], "us": row["median_us"], "ratio": row["ratio"]} for row in timed}
+        why = against if found is None else None
+        yield Candidate(CAPTURE, CAPTURE, {CAPTURE: least}, {}, rows[0]["experiment"], ratio, noise, cases, why)
 
 
 def _judged(rows: list[Row], experiment: int, section: str, key: str, found: list[Row]) -> Candidate:
@@ -146,8 +176,10 @@ def device_file(rows: Iterable[Row], device_name: str, facts: dict[str, Any]) ->
     figures: dict[str, dict[str, Any]] = {}
     for one in chosen(rows):
         if one.section == SWITCHES:
-            layers |= {name: value for name, value in one.changes.items() if name != "dependent_launch"}
-            body |= {name: value for name, value in one.changes.items() if name == "dependent_launch"}
+            layers |= {name: value for name, value in one.changes.items() if name not in TOP}
+            body |= {name: value for name, value in one.changes.items() if name in TOP}
+        elif one.section == CAPTURE:
+            body |= one.changes
         elif one.section == CUDA:
             body[CUDA] = {**body.get(CUDA, {}), **one.changes}
         elif one.section == PRODUCTS:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import ablation, attention, chain, counters, native, problems, products, propose, sanitizers, whole
+from . import ablation, attention, chain, counters, generations, native, problems, products, propose, sanitizers, whole
 from .runner import Experiment, Planned, Row
 
-ORDER = (11, 2, 3, 1, 4, 6, 9, 7, 10, 8, 12, 5)
+ORDER = (11, 2, 3, 1, 14, 4, 6, 9, 7, 10, 8, 15, 12, 5)
 _FOUND = {
-    one.number: one for module in (ablation, attention, chain, counters, native, products, sanitizers, whole) for one in module.EXPERIMENTS
+    one.number: one
+    for module in (ablation, attention, chain, counters, generations, native, products, sanitizers, whole)
+    for one in module.EXPERIMENTS
 }
 EXPERIMENTS: list[Experiment] = [_FOUND[number] for number in ORDER if number in _FOUND]
 

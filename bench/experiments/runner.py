@@ -251,7 +251,7 @@ def _compared(context: Context, case: Case, budget: float, about: dict[str, Any]
     work = [recorded for _, recorded, _ in ready]
     has_base = bool(ready) and ready[0][0] == 0
     series = context.clock(work + work[:1] if has_base else work, min(budget / 2, CLOCK)) if ready else []
-    noise = _noise(series[0], series[-1]) if has_base else None
+    noise = noise_of(series[0], series[-1]) if has_base else None
     for (place, recorded, before), seconds in zip(ready, series, strict=False):
         with case.variants[place].scope():
             passed = both(before, case.variants[place].gate(recorded.last(), len(case.variants[place].calls) - 1))
@@ -267,7 +267,7 @@ def _compared(context: Context, case: Case, budget: float, about: dict[str, Any]
         yield rows[place]
 
 
-def _noise(first: Sequence[float], second: Sequence[float]) -> float:
+def noise_of(first: Sequence[float], second: Sequence[float]) -> float:
     """Returns how far two series of the same work lie apart, as a share."""
     ratios = sorted(b / a for a, b in zip(first, second, strict=True))
     spread = (_at(ratios, 0.8) - _at(ratios, 0.2)) / 2 / max(len(ratios), 1) ** 0.5

@@ -87,7 +87,7 @@ def profile(context: Context) -> Iterator[Row]:
     model = random_models.build("toy" if toy else "llava-1.5-7b", context.device, layers=layers)
     few = random_models.inputs(model, 1, 4 if toy else 576, 4 if toy else 64)
     gate = (
-        _short_gate(model, few) if toy else decoding.logits_gate(model, few, forced(model), "recoverable", "triton", fuses(model, "triton"))
+        short_gate(model, few) if toy else decoding.logits_gate(model, few, forced(model), "recoverable", "triton", fuses(model, "triton"))
     )
     for name, batch, visual in [("toy", 1, 4)] if toy else PROBLEMS:
         if context.left() <= 0:
@@ -100,10 +100,10 @@ def profile(context: Context) -> Iterator[Row]:
         timing.release()
 
 
-def _short_gate(model: Any, fields: dict[str, Tensor]) -> dict[str, Any]:
+def short_gate(model: Any, fields: dict[str, Tensor], backend: str = "triton") -> dict[str, Any]:
     """Of a rehearsal: two tokens against the unpatched model's."""
     want = decoding.answer(model, fields, new_tokens=2)
-    with dk.patch(model, dk.policies.KeepAll(k=decoding.fitting_k(model)), backend="triton", fuse=fuses(model, "triton")):
+    with dk.patch(model, dk.policies.KeepAll(k=decoding.fitting_k(model)), backend=backend, fuse=fuses(model, backend)):
         got = decoding.answer(model, fields, want, 2)
     error, _ = decoding.difference(got, want)
     return timing.correctness(decoding.LIMIT[next(model.parameters()).dtype], of_unpatched=error)
@@ -118,4 +118,4 @@ def compile_step(context: Context) -> None:
             decoding.generate(model, fields, 4)
 
 
-EXPERIMENTS = [Experiment(1, "kernels of a captured step", 75, rows=profile, compile=compile_step)]
+EXPERIMENTS = [Experiment(1, "kernels of a captured step", 60, rows=profile, compile=compile_step)]

@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from bench.experiments import chain, counters, problems, propose, registry, runner, sanitizers, session, table, whole
+from bench.experiments import chain, counters, generations, problems, propose, registry, runner, sanitizers, session, table, whole
+from bench.experiments.__main__ import NUMBERS
 from bench.experiments.runner import BASE, FAILED, FASTER, NOT_REACHED, SAME, SLOWER, WRONG, Case, Context, Experiment, Planned, Variant
 from dyrate_kernels import devices
 from dyrate_kernels.measuring import timing
@@ -292,7 +293,7 @@ def test_switches_together_are_not_proposed_where_one_of_them_is_slower_or_wrong
 
 def test_every_experiment_of_the_issue_is_there_and_fits_its_time():
     assert sorted(one.number for one in registry.EXPERIMENTS) == sorted(registry.ORDER)
-    assert {one.number for one in registry.EXPERIMENTS} <= set(range(1, 13))
+    assert {one.number for one in registry.EXPERIMENTS} <= set(NUMBERS) and propose.CONFIRMING not in NUMBERS
     beside = sum(one.seconds for one in registry.EXPERIMENTS if one.beside_compiling)
     assert beside <= session.COMPILING and sum(one.seconds for one in registry.EXPERIMENTS) - beside <= 470 - session.COMPILING + 120
     for one in registry.EXPERIMENTS:
@@ -322,6 +323,95 @@ def test_every_change_is_one_that_the_launcher_takes():
                     assert plan.Settings(**change) != plan.Settings()
                     tried += 1
     assert tried > 50
+
+
+def lengths(cases, wrong=(), missing=()):
+    """Rows of experiment 14: (new tokens, ratio of each of two models)."""
+    context, found = Context(True, 1e9), []
+    context.number = 14
+    for new_tokens, *ratios in cases:
+        for model, ratio in zip("ab", ratios, strict=True):
+            about = {"case": f"{new_tokens} of {model}", "section": propose.CAPTURE, "key": propose.CAPTURE, "new_tokens": new_tokens}
+            if (new_tokens, model) in missing:
+                found.append(context.row("x", None, verdict=NOT_REACHED, **about))
+                continue
+            ways = [
+                generations.Way("eager steps", {}, lambda: 1.0),
+                generations.Way("captured steps", {propose.CAPTURE: new_tokens}, lambda ratio=ratio: ratio),
+            ]
+            gate = timing.correctness(0.0, off=float((new_tokens, model) in wrong))
+            found += generations.compared(context, ways, gate, 0.0, **about)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cases", "more", "want"),
+    [
+        ([(16, 0.5, 0.6), (8, 0.9, 0.8), (4, 0.95, 1.2), (2, 1.5, 2.0)], {}, 8),
+        ([(16, 0.5, 0.6), (8, 0.9, 1.0), (4, 0.9, 0.9)], {}, 16),
+        ([(4, 0.9, 0.9), (16, 0.5, 0.6)], {}, 4),
+        ([(16, 0.5, 0.6), (8, 0.9, 0.8), (4, 0.9, 0.9)], {"missing": [(4, "b")]}, 8),
+        ([(16, 0.5, 0.6), (8, 0.9, 0.8), (4, 0.9, 0.9)], {"wrong": [(8, "a")]}, 16),
+        ([(16, 0.5, 1.1), (8, 0.9, 0.8)], {}, "not faster: 16 of b"),
+        ([(16, 0.5, 0.5), (8, 0.9, 0.8)], {"missing": [(16, "a")]}, "a case was not reached"),
+        ([(16, 0.5, 0.5), (8, 0.9, 0.8)], {"wrong": [(16, "a")]}, "a result was wrong"),
+    ],
+)
+def test_from_how_many_tokens_on_a_capture_is_proposed(tmp_path, cases, more, want):
+    rows = lengths(cases, **more)
+    (one,) = propose.candidates(rows)
+    path, body = propose.write(tmp_path, rows, "ACME GPU")
+    if isinstance(want, str):
+        assert one.against == want and path is None and "capture_from" not in body
+    else:
+        assert one.against is None and body["capture_from"] == want
+        forget()
+        assert devices.measured("ACME GPU")["capture_from"] == want
+        assert body["figures"]["capture_from"]["capture_from"]["experiment"] == 14
+        assert all(int(case.split()[0]) >= want for case in one.cases)
+    assert "capture_from=" in table.markdown(rows, [], [one], None)
+
+
+@pytest.mark.parametrize(("ratios", "proposed"), [((0.9, 1.0), True), ((0.9, 1.1), False), ((1.0, 1.0), False)])
+def test_the_decision_aside_is_proposed_where_it_is_slower_in_no_case(tmp_path, ratios, proposed):
+    context, rows = Context(True, 1e9), []
+    context.number = 15
+    for ratio in ratios:
+        ways = [
+            generations.Way("in its place", {}, lambda: 1.0),
+            generations.Way("aside", {propose.ASIDE: True}, lambda ratio=ratio: ratio),
+        ]
+        about = {"case": f"case {len(rows)}", "section": propose.SWITCHES, "key": propose.ASIDE}
+        rows += generations.compared(context, ways, right(1, 0), 0.0, **about)
+    body = propose.device_file(rows, "ACME GPU", {})
+    assert body.get("decision_aside", False) is proposed and "decision_aside" not in body.get("layers", {})
+
+
+def test_ways_take_turns_and_the_first_one_once_more():
+    calls, context = [], Context(False, 1e9)
+    ways = [generations.Way(name, {}, lambda name=name: calls.append(name) or 1.0) for name in ("a", "b")]
+    rows = list(generations.compared(context, ways, right(1, 0), 0.0, case="c"))
+    assert calls == ["a", "b", *["a", "b", "a"] * generations.ROUNDS[0]]
+    assert [row["verdict"] for row in rows] == [BASE, SAME] and rows[0]["median_us"] == 1e6
+    assert [row["median_us"] for row in generations.compared(context, ways, right(2, 0), 0.0, case="c")] == [None, None]
+
+
+@pytest.mark.parametrize("rows_of_one", [generations.captures, generations.decisions])
+def test_generations_are_rehearsed_and_a_wrong_one_has_no_speed(monkeypatch, rows_of_one):
+    context = Context(True, 1e9)
+    rows = list(rows_of_one(context))
+    assert len(rows) == (4 if rows_of_one is generations.captures else 6)
+    assert all(row["correct"]["passed"] and row["median_us"] and row["B"] == 1 and row["layers"] for row in rows)
+    answer = generations.decoding.answer
+
+    def off(model, fields, like=None, new_tokens=None, **more):
+        found = answer(model, fields, like, new_tokens, **more)
+        return found if like is None else found._replace(logits=tuple(logits * 1.1 for logits in found.logits))
+
+    monkeypatch.setattr(generations.decoding, "answer", off)
+    assert {(row["verdict"], row["median_us"]) for row in rows_of_one(context)} == {(WRONG, None)}
+    context.deadline = time.monotonic() - 1
+    assert {row["verdict"] for row in rows_of_one(context)} == {NOT_REACHED}
 
 
 NCU = """some line of the program
