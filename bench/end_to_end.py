@@ -58,10 +58,11 @@ SHAPES = {
     "toy-onevision": Shape("LLaVA-OneVision-7B, toy", 24, 6),
     "toy-qwen": Shape("Qwen2.5-VL-7B, toy", 12, 6, "divprune:keep=0.5"),
 }
-BATCHES, LENGTHS = (32, 1, 8), (64, 256, 1024)  # of --config, the batches in this order; a large one takes as long as two small ones
+BATCHES, LENGTHS = (32, 1, 8), (64, 256, 1024)  # of --config, the batches in this order: the targets are of the first
+SHARE = 0.7
 WORK = (("llava-1.5-7b", 1, 64), ("llava-next-7b", 32, 32), ("qwen2.5-vl-7b", 32, 24))  # shape, B, new tokens; the quickest one first
-TOY = (("toy", 1, 5), ("toy-qwen", 1, 5))
-TOY_REQUESTS = ("toy-onevision", (2,), (3, 5))
+TOY = (("toy", 1, 4),)
+TOY_REQUESTS = ("toy-qwen", (1,), (3, 4))
 K = 3
 KEPT, MORE_KEPT = 0.125, 0.25
 TOY_LAYERS = 2  # of a rehearsal, where a layer takes a tenth of a second
@@ -154,12 +155,12 @@ def collect(toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -
 def collect_shape(
     config: str, batches: Sequence[int], lengths: Sequence[int], toy: bool, seconds: float, save: Callable[[dict[str, Any]], None]
 ) -> None:
-    """One shape at several batches and lengths; the first batch has half of the time, where there are several."""
+    """One shape at several batches and lengths; each has ``SHARE`` of the time that is left, the last one all."""
     end = time.monotonic() + seconds
     bench = _Bench(toy, save)
     for place, batch in enumerate(batches):
         left = end - time.monotonic()
-        share = 1.0 if place == len(batches) - 1 else 0.5
+        share = 1.0 if place == len(batches) - 1 else SHARE
         bench.run(config, batch, tuple(lengths), time.monotonic() + share * left, whole=True)
 
 

@@ -4,7 +4,8 @@
 #   bench/gpu.sh OUT_DIR          on a machine with a CUDA GPU
 #   bench/gpu.sh OUT_DIR --toy    rehearsal of every part on a CPU, in Triton's interpreter, at toy size
 #   bench/gpu.sh OUT_DIR --only "tests operators"    these parts alone ("more": 13B, OneVision, the largest batch; never by default)
-#   bench/gpu.sh OUT_DIR --only end_to_end --config llava-next-7b   whole requests of one shape, at several batches and lengths
+#   bench/gpu.sh OUT_DIR --only end_to_end --config llava-next-7b   whole requests of one shape, B=32, 1 and 8, several lengths
+#   bench/gpu.sh OUT_DIR --only end_to_end --config llava-next-7b --batch 32    all of the time for one batch: every length of every set-up
 #   bench/gpu.sh OUT_DIR --only experiments          fourteen questions about the kernels, within eight minutes; never by default
 #   bench/gpu.sh OUT_DIR --seconds 400               in less time: every part gets less (with --toy: all of it in so many seconds)
 #
@@ -15,10 +16,10 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
-  echo "usage: bench/gpu.sh OUT_DIR [--toy] [--only \"PART ...\"] [--config NAME] [--seconds N]" >&2
+  echo "usage: bench/gpu.sh OUT_DIR [--toy] [--only \"PART ...\"] [--config NAME [--batch B]] [--seconds N]" >&2
   exit 2
 }
-out="" toy="" only="" seconds="" config=""
+out="" toy="" only="" seconds="" config="" batch=""
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help)
@@ -34,6 +35,11 @@ while [ $# -gt 0 ]; do
     --config)
       case "${2:-}" in "" | -*) usage ;; esac
       config=$2
+      shift
+      ;;
+    --batch)
+      case "${2:-}" in "" | *[!0-9]*) usage ;; esac
+      batch=$2
       shift
       ;;
     --seconds)
@@ -167,7 +173,7 @@ part pytest pytest.log $([ -n "$toy" ] && echo 200 || of 70) "$python" -m pytest
 requests=130 inner=100 # of 585 seconds
 if [ -n "$config" ]; then requests=570 inner=530; fi
 part end_to_end end_to_end.log $([ -n "$toy" ] && echo 950 || of $requests) "$python" -m bench.end_to_end "$work/end_to_end.json" $toy \
-  ${config:+--config "$config"} --seconds $([ -n "$toy" ] && echo 900 || of $inner)
+  ${config:+--config "$config"} ${batch:+--batch "$batch"} --seconds $([ -n "$toy" ] && echo 900 || of $inner)
 # only where it is asked for: other models, and the largest batch that fits
 e2e() { "$python" -m dyrate_kernels.cli.main bench e2e --rounds 1 "${@:2}" --out "$work/more-$1.json"; }
 more() {

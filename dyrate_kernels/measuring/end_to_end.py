@@ -37,6 +37,7 @@ from dyrate_kernels.policies.base import ModelShape, Policy
 from dyrate_kernels.request_model import Plan, Rates, Request, VisionShape
 from dyrate_kernels.specs import RETENTIONS
 from dyrate_kernels.stats import Stats
+from dyrate_kernels.triton_kernels import interpreted
 
 Row = dict[str, Any]
 UNPATCHED = "unpatched generate(), DynamicCache"
@@ -278,6 +279,7 @@ def measure(
         until: ``time.monotonic()`` by which to be done, about: what does not fit into the time is shortened, or left out, and says so.
     """
     backend, cuda = problem.backend, problem.device.type == "cuda"
+    products, _ = timing.product_rate(next(problem.model.parameters()).dtype, problem.device)  # now, while there is room
     fields = problem.make_inputs(problem.batch)
     found: list[Runs] = []
     for setup in setups:
@@ -294,7 +296,7 @@ def measure(
                 runs.note = None if runs.timelines else OVER
                 continue
             captured = number == 0 and cuda and setup.policy is not None and backend != "reference"
-            stop = None if number else min(WARM_UP, runs.new_tokens)
+            stop = None if number else min(2 if interpreted() else WARM_UP, runs.new_tokens)
             try:
                 run_once(replace(problem, new_tokens=runs.new_tokens), setup, fields, runs, captured, stop)
             except Exception as error:
@@ -303,7 +305,6 @@ def measure(
                 runs.note = _failure(error)
                 timing.release()
     base = next((runs for runs in found if runs.setup.name == UNPATCHED), None)
-    products, _ = timing.product_rate(next(problem.model.parameters()).dtype, problem.device)
     rates = Rates(bandwidth, products, timing.environment().get("memory_bytes"))
     for runs in found:
         yield from _rows(problem, runs, fields, rates, base)
@@ -312,6 +313,7 @@ def measure(
 
 
 OVER = "the time of this part was over"
+GATES = 0.6  # of the time, after which nothing is begun any more that compiles
 
 
 def _over(until: float | None) -> bool:
@@ -322,10 +324,11 @@ def _gates(problem: Problem, fields: dict[str, torch.Tensor], found: list[Runs],
     """Looks whether each set-up's results are right, before any clock runs."""
     few = problem.make_inputs(min(problem.batch, decoding.GATED))
     known: dict[Any, float] = {}
-    half = None if until is None else (time.monotonic() + until) / 2  # what compiles takes no time of the others
+    now = time.monotonic()
+    most = None if until is None else now + GATES * (until - now)  # what compiles leaves time to the others
     for runs in found:
         setup = runs.setup
-        if _over(half if setup.each_length else until):
+        if _over(most if setup.each_length else until):
             runs.note = OVER
         elif setup.policy is not None:
             runs.gate = decoding.logits_gate(
@@ -340,14 +343,14 @@ def _gates(problem: Problem, fields: dict[str, torch.Tensor], found: list[Runs],
 
 
 def _shorten(problem: Problem, found: list[Runs], rounds: int, until: float) -> None:
-    """Takes shorter answers, of the lengths that are asked for, from the slowest set-up on, until all of them fit into the time."""
+    """Takes shorter answers, of the lengths that are asked for, until all fit into the time: the longest first, of these the slowest."""
     running = [runs for runs in found if runs.warm is not None and runs.note is None and not runs.setup.each_length]
     others = sum(runs.seconds(runs.new_tokens) for runs in found if runs.setup.each_length)
     while rounds * (others + sum(runs.seconds(runs.new_tokens) for runs in running)) > until - time.monotonic():
         longer = [runs for runs in running if runs.new_tokens > problem.lengths[0]]
         if not longer:
             return
-        slowest = max(longer, key=lambda runs: runs.seconds(runs.new_tokens))
+        slowest = max(longer, key=lambda runs: (runs.new_tokens, runs.seconds(runs.new_tokens)))
         slowest.new_tokens = max(length for length in problem.lengths if length < slowest.new_tokens)
 
 

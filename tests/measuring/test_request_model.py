@@ -88,17 +88,18 @@ def test_bytes_are_those_of_the_tensors(toy):
     assert found.peak_bytes == found.weight_bytes + found.kv_bytes
 
 
-@pytest.mark.parametrize("retention", ["recoverable", "evict"])
+@pytest.mark.parametrize("retention", ["recoverable", "evict", "pool"])
 def test_a_patched_answer_is_what_is_predicted(toy, retention):
     """``stats()`` counts what a real generation did: FLOPs and bytes of every pass, rows that are held at its end."""
     model, name = toy
     visual = TOYS[name]
     policy = policies.Schedule(k=2, kept=[(0, visual // 2), (3, visual // 4)])
-    with dk.patch(model, policy, retention=retention, backend="reference") as handle:
+    pool = {"pool": 0.5} if retention == "pool" else {}
+    with dk.patch(model, policy, retention=retention, backend="reference", **pool) as handle:
         decoding.generate(model, random_models.inputs(model, 2, visual, 6), 6)
         stats = handle.stats()
     kept, assumed = request_model.kept_of(policy, visual, 6)
-    found = predict(asked(model, name, 2, 6), Plan(retention, 2, kept), ONE)
+    found = predict(asked(model, name, 2, 6), Plan(retention, 2, kept, 0.5), ONE)
     assert not assumed and [round(share * visual) for share in kept] == [visual // 2, *(step.kept[0] for step in stats.steps[1:])]
     assert found.prefill.flops + found.decode.flops == pytest.approx(stats.flops)
     table = stats.bytes_read - 5 * decoding.weight_bytes(model)  # what stats() reads beside: rows, and the embedding table of each step
@@ -106,7 +107,7 @@ def test_a_patched_answer_is_what_is_predicted(toy, retention):
     embedding = 5 * (flops.weight_bytes(shape) - request_model.step_weight_bytes(shape))
     assert found.decode.bytes == pytest.approx(5 * decoding.weight_bytes(model) + table - embedding)
     dense = predict(asked(model, name, 2, 6), Plan(), ONE)
-    assert found.decode.bytes < dense.decode.bytes and (found.prefill.flops < dense.prefill.flops) == (retention == "evict")
+    assert found.decode.bytes < dense.decode.bytes and (found.prefill.flops < dense.prefill.flops) == (retention != "recoverable")
     row = flops.kv_bytes_per_token(shape) // shape.num_layers
     dropped = (shape.num_layers - 2) * (visual // 2 - visual // 4) * 2 if retention == "evict" else 0  # after the prompt
     assert found.kv_bytes == stats.kv_bytes_live + dropped * row
