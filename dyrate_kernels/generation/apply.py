@@ -103,14 +103,16 @@ class Effects:
                 self.allowed[index] = kept[:, None].expand(-1, drafted, -1)
 
 
-def of_step(store: RowStore, stage: Stage, choice: Choice, width: int, later: bool) -> None:
-    """A decode step's choice: lists, at most ``width`` long, to read through, or rows that move; ``later``: in the next step."""
+def of_step(store: RowStore, stage: Stage, choice: Choice, width: int, later: bool, on_host: bool = False) -> None:
+    """A decode step's choice: lists, at most ``width`` long, to read through, or rows that move; ``later``: in the next step.
+    ``on_host``: as of ``RowStore.evict``.
+    """
     for index, (kept, n_kept) in zip(stage.groups, choice.lists, strict=True):
         group = store.groups[index]
         if store.moves_rows and later:
             store.postpone(group, kept)
         elif store.moves_rows:
-            store.evict(group, kept)
+            store.evict(group, kept, on_host)
         else:
             read_list(group, store.rows_of(group, kept[:, : min(width, max(group.bound, 1))]), n_kept)
 

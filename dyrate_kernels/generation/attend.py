@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from dyrate_kernels import ops
-from dyrate_kernels.generation.kv_store import RowStore
+from dyrate_kernels.generation.kv_store import RowGroup, RowStore
 from dyrate_kernels.generation.layout import KeyRows
 from dyrate_kernels.ops.contract import accumulator
 
@@ -37,9 +37,11 @@ class OperatorStep:
 
     Attributes:
         fuses: attention and decision can be one call (``step``).
+        on_host: all of the step is on a CPU and is neither captured nor compiled, so the host may read what it computes.
     """
 
     fuses = True
+    on_host = False
 
     def __init__(self, store: RowStore, row: Tensor, column: Tensor, unpruned: bool, whole: bool) -> None:
         self.store, self.row, self.column, self.unpruned = store, row, column, unpruned
@@ -47,6 +49,7 @@ class OperatorStep:
         self._new: tuple[Tensor, Tensor] | None = None  # key and value [B, Hkv, D] that the layer's attention is to store
         self._rotation: tuple[Tensor, Tensor] | None = None  # cos and sin by which the attention is to rotate query and new key
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # metadata and their copies on other devices
+        self._counts: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = {}  # by group: ``_counts_of``
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Takes the new row: key, value ``[B, Hkv, 1, D]``; **written to the store**, here or by the attention that follows."""
@@ -54,7 +57,7 @@ class OperatorStep:
         if store.backend == "reference" or store.keys[layer] is None:
             store.write(layer, key, value, store.group_of[layer].capacity + self.row)
         else:
-            self._new = (key[:, :, 0], value[:, :, 0])  # the attention kernel writes it: two launches fewer a layer
+            self._new = (key.squeeze(2), value.squeeze(2))  # the attention kernel writes it: two launches fewer a layer
 
     def rotate(self, layer: int, cos: Tensor, sin: Tensor) -> bool:
         """Asks that the attention of ``layer`` rotates query and new key; before ``write``. Returns whether it will."""
@@ -74,7 +77,7 @@ class OperatorStep:
             ``[B, 1, Hq, Dv]``.
         """
         attention = ops.trusted("decode_attention", self.store.backend, query.device)
-        return attention(self._rows(layer, query, scale, window), mass=False, importance=False)[0][:, None]
+        return attention(self._rows(layer, query, scale, window), mass=False, importance=False)[0].unsqueeze(1)
 
     def score(self, layer: int, query: Tensor, scale: float, window: int | None, importance: bool) -> tuple[Tensor, Tensor, Any]:
         """Output ``[B, Hq, Dv]``, mass, and importance by row where it is asked for, as of ``ops.decode_attention``."""
@@ -89,6 +92,7 @@ class OperatorStep:
     def changed(self) -> None:
         """A decision took effect: lists are others, counts may have changed in place."""
         self._moved.clear()
+        self._counts.clear()
 
     def at(self, device: torch.device, tensor: Tensor) -> Tensor:
         """``tensor`` on ``device``; moved there once in a step, however many layers read it there."""
@@ -99,27 +103,36 @@ class OperatorStep:
             self._moved[key] = (tensor, tensor.to(device))  # held, so that its id stays its own
         return self._moved[key][1]
 
+    def _counts_of(self, group: RowGroup, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Counts of visual and text rows, and the list to read through with its length, on ``device``: once for all layers of a group."""
+        found = self._counts.get((group.first, device))
+        if found is None:
+            kept, n_kept = None, None
+            if group.kept is not None and group.n_kept is not None and not self.unpruned:
+                kept, n_kept = self.at(device, group.kept), self.at(device, group.n_kept)
+            found = self.at(device, group.n_visual), self.at(device, self.store.n_text), kept, n_kept
+            self._counts[group.first, device] = found
+        return found
+
     def _rows(self, layer: int, query: Tensor, scale: float, window: int | None, text_type: Tensor | None = None) -> ops.Rows:
         """Returns the operators' rows of ``layer``; takes the new row and the rotation that wait for it."""
         store, device = self.store, query.device
         group = store.group_of[layer]
         key, value = store.buffers(layer)
-        kept, n_kept = None, None
-        if group.kept is not None and group.n_kept is not None and not self.unpruned:
-            kept, n_kept = self.at(device, group.kept), self.at(device, group.n_kept)
+        n_visual, n_text, kept, n_kept = self._counts_of(group, device)
         new_key, new_value = self._new or (None, None)
         cos, sin = self._rotation or (None, None)
         self._new = self._rotation = None
-        position, query_position, n_text = None, None, self.at(device, store.n_text)
+        position, query_position = None, None
+        if text_type is not None:
+            text_type = self.at(device, text_type)
         if window is not None:
             position = store.columns(group, group.capacity, store.text_capacity).to(device)
             query_position = self.at(device, self.column).expand_as(n_text)
-        return ops.Rows(
-            query[:, :, 0], key, value, self.at(device, group.n_visual), n_text, group.capacity, scale,
-            kept=kept, n_kept=n_kept, text_type=None if text_type is None else self.at(device, text_type), position=position,
-            query_position=query_position, window=window, visual_bound=group.bound, text_bound=self.text_bound,
-            clean=True,  # the store fills its buffers with zeros
-            new_key=new_key, new_value=new_value, cos=cos, sin=sin,
+        clean = True  # the store fills its buffers with zeros
+        return ops.Rows(  # by position: by name it takes twice as long
+            query.squeeze(2), key, value, n_visual, n_text, group.capacity, scale, kept, n_kept, text_type, position, query_position,
+            window, group.bound, self.text_bound, clean, new_key, new_value, cos, sin,
         )  # fmt: skip
 
 

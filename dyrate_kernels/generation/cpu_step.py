@@ -52,9 +52,18 @@ class CpuStep(OperatorStep):
 
     def __init__(self, store: RowStore, row: Tensor, column: Tensor, unpruned: bool, whole: bool = False) -> None:
         super().__init__(store, row, column, unpruned, whole)
+        self.on_host = not whole and not torch.compiler.is_compiling()
         self._seen: dict[tuple[int, int | None], _Rows] = {}  # by group and window
         self._new_row: dict[int, Tensor] = {}  # by group: flat index of the new row
+        self._text_row = self._shared_row()
         self._written: tuple[int, BufferViews] | None = None  # layer that was written last, and its buffers
+
+    def _shared_row(self) -> int | None:
+        """The text row of the new token, if it is the same in every sequence; None if not, or where views of rows cannot be written."""
+        if not self.on_host or torch.is_grad_enabled():  # autograd refuses to write one of several views
+            return None
+        rows = self.row.flatten().tolist()
+        return rows[0] if rows and rows.count(rows[0]) == len(rows) else None
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         store = self.store
@@ -64,6 +73,11 @@ class CpuStep(OperatorStep):
             return
         views = store.views(layer)
         self._written = (layer, views)
+        if self._text_row is not None:
+            keys, values = views.single_row(group.capacity + self._text_row)
+            keys.copy_(key)
+            values.copy_(value)
+            return
         index = self._new_row.get(group.first)
         if index is None:
             index = self._new_row[group.first] = _flat_index(views.keys, group.capacity + self.row)

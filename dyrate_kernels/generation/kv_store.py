@@ -22,6 +22,8 @@ from dyrate_kernels.generation.index import below, marked, picked, resized, scat
 
 ROUND = 64  # capacities are rounded up, so that small differences in length do not reallocate
 
+_AHEAD = 16  # rows whose views are made at once
+
 
 def _round_up(rows: int) -> int:
     return -(-rows // ROUND) * ROUND
@@ -79,12 +81,22 @@ class BufferViews:
         self.keys, self.values = keys, values
         self.key_table, self.value_table = keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1])
         self._first: tuple[int, tuple[Tensor, Tensor]] = (-1, (keys, values))
+        self._begin, self._single = 0, [(keys, values)][:0]  # views of single rows, from the row ``_begin`` on
 
     def first_rows(self, count: int) -> tuple[Tensor, Tensor]:
         """Rows ``[0, count)`` of every head, ``[B, Hkv, count, D]``."""
         if self._first[0] != count:
             self._first = (count, (self.keys[:, :, :count], self.values[:, :, :count]))
         return self._first[1]
+
+    def single_row(self, row: int) -> tuple[Tensor, Tensor]:
+        """Row ``row`` of every head, ``[B, Hkv, 1, D]``. Some that follow are made with it: one by one they take three times as long."""
+        at = row - self._begin
+        if not 0 <= at < len(self._single):
+            ahead = slice(row, row + _AHEAD)
+            keys, values = (table[:, :, ahead].split(1, dim=2) for table in (self.keys, self.values))
+            self._begin, self._single, at = row, list(zip(keys, values, strict=True)), 0
+        return self._single[at]
 
 
 class RowStore:
@@ -342,20 +354,25 @@ class RowStore:
             token = torch.where(below(group.n_visual, group.capacity), group.token, -1)
             group.row.copy_(scattered(token, place, group.row.shape[1], -1))
 
-    def evict(self, group: RowGroup, kept: Tensor) -> None:
+    def evict(self, group: RowGroup, kept: Tensor, on_host: bool = False) -> None:
         """Drops every visual token of ``group`` but ``kept``: moves the kept rows to the front of each layer's buffers, in place.
 
         Args:
             kept: int ``[B, M]``, visual *tokens* (not rows), below 0 past the end.
+            on_host: the host may read what is kept: where that is all that the group holds, nothing else is done.
         """
-        listed = self._staying(group, kept)
+        listed = self._staying(group, kept, on_host)
         if listed is not None:
             self._move(group, *listed)
 
-    def _staying(self, group: RowGroup, kept: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Notes that ``group`` holds these visual tokens alone. Returns the list of their rows and its length; None: it never had any."""
+    def _staying(self, group: RowGroup, kept: Tensor, on_host: bool = False) -> tuple[Tensor, Tensor] | None:
+        """Notes that ``group`` holds these visual tokens alone. Returns the list of their rows and its length; None: it never had any, or
+        has no others (``on_host``).
+        """
         keep = marked(kept, self.token_column.shape[1])
         assert group.alive is not None, "only a group that holds rows of its own can evict"
+        if on_host and torch.equal(keep, group.alive):
+            return None
         group.alive.copy_(keep)
         if group.bound == 0:
             return None
@@ -368,8 +385,9 @@ class RowStore:
         """Moves the rows of a list to the front of each layer's buffers of ``group``, in place."""
         for buffers in self._buffers_by_device(group.layers):
             device = buffers[0].device
-            ops.compact_(buffers, rows.to(device), count.to(device), group.n_visual.to(device), backend=self.backend)
-        ops.compact_([group.token], rows, count, group.n_visual, backend=self.backend)
+            compact_ = ops.trusted("compact_", self.backend, device)
+            compact_(buffers, rows.to(device), count.to(device), group.n_visual.to(device))
+        ops.trusted("compact_", self.backend, self.device)([group.token], rows, count, group.n_visual)
         group.n_visual.copy_(count)
         self._note_rows(group)
 

@@ -122,7 +122,8 @@ class Scoring:
     ) -> None:  # fmt: skip
         """Makes a stage's choice of a decode step true, and writes the record after the last."""
         store, decider = self.store, self.decider
-        apply.of_step(store, stage, choice, self.policy.kept_bound(store.full.bound), later=self.branch.apart)
+        width, later = self.policy.kept_bound(store.full.bound), self.branch.apart
+        apply.of_step(store, stage, choice, width, later, passing.attention.on_host)
         if self.retention.moves:
             turn.evict()
         passing.attention.changed()

@@ -82,17 +82,20 @@ def _step(rows: Rows, decide: Decide, *, backend: str) -> tuple[Tensor, ...]:
     return (_ops.decode_step if rows.new_key is None else _ops.append_decode_step)(*rows, *decide, backend)
 
 
-def dispatched(operator: str, backend: str) -> Callable[..., tuple]:
-    """Returns ``decode_attention`` or ``decode_step`` as :func:`trusted` does, but through torch's dispatcher."""
+def dispatched(operator: str, backend: str) -> Callable[..., Any]:
+    """Returns an operator as :func:`trusted` does, but through torch's dispatcher."""
+    if operator == "compact_":
+        return functools.partial(compact_, backend=backend)
     return functools.partial(_attention if operator == "decode_attention" else _step, backend=backend)
 
 
-def trusted(operator: str, backend: str, device: torch.device) -> Callable[..., tuple]:
-    """Returns a backend's own ``decode_attention`` or ``decode_step``, for arguments that are known to fit: they are not checked, and the
-    call does not go through torch's dispatcher. Both together take the host as long as the launch itself, in every layer of every step.
+def trusted(operator: str, backend: str, device: torch.device) -> Callable[..., Any]:
+    """Returns a backend's own ``decode_attention``, ``decode_step`` or ``compact_``, for arguments that are known to fit: they are not
+    checked, and the call does not go through torch's dispatcher. Both together take the host as long as the launch itself, in every layer
+    of every step.
 
     It takes what a backend takes (:mod:`dyrate_kernels.ops.contract`): :class:`Rows` with ``mass`` and ``importance``, or Rows and
-    :class:`Decide`, and returns its results as a plain tuple. While ``torch.compile`` traces, the call goes through the dispatcher, where
+    :class:`Decide`, and returns its results as a plain tuple; ``compact_`` what the public one takes. While ``torch.compile`` traces, the call goes through the dispatcher, where
     the compiler can see it.
     """
     if torch.compiler.is_compiling():

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dyrate_kernels.generation.attend import as_autocast
 from dyrate_kernels.patching.modules import Attention, Swapped
 
 IMPLEMENTATION = "dyrate"  # name of the attention function in transformers' registry
@@ -27,7 +26,9 @@ class Carrier(Protocol):
     """The object that answers in place of a patched module's attention: ``VisualCache`` in a generation, ``MaskedPass`` in training."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """query ``[B, Hq, q, D]``, key and value as the module made them -> ``[B, q, Hq, D]``."""
+        """query ``[B, Hq, q, D]``, key and value as the module made them (or as ``update`` of a cache gave them back) -> ``[B, q, Hq, D]``.
+        Under autocast they may be of several dtypes (``generation.attend.as_autocast``).
+        """
         ...
 
     def see(self, layer: int, hidden: Tensor) -> None:
@@ -162,7 +163,6 @@ def attention_function(
         original = _original_function(module)
         return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = as_autocast(query, key, value)
     return carrier.attend(module.layer_idx, query, key, value, scale, kwargs.get("sliding_window")), None
 
 

@@ -48,6 +48,8 @@ class VisualCache(Cache):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """The attention of ``layer`` over the rows stored here (``patching.attention.Carrier``)."""
+        if query.dtype != key.dtype:  # under autocast ``update`` has made the key what attention takes
+            query, key, value = as_autocast(query, key, value)
         return self.session.attend(layer, query, key, value, scale, window)
 
     def rotate(self, layer: int, cos: Tensor, sin: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dyrate_kernels import families, ops
+from dyrate_kernels.generation.attend import as_autocast
 from dyrate_kernels.ops.contract import accumulator
 from dyrate_kernels.ops.reference import IMAGE, INSTRUCTION, RESPONSE, SYSTEM, TYPES
 from dyrate_kernels.patching import attention
@@ -114,6 +115,7 @@ class MaskedPass:
             self._hidden = hidden.detach()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        query, key, value = as_autocast(query, key, value)
         allowed = self._allowed_columns(query.shape[2], window)
         if layer < self.k:
             if layer == self.k - 1:
