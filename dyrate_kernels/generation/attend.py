@@ -89,6 +89,14 @@ class OperatorStep:
         rows = self._rows(layer, query, scale, window, self.store.text_type)
         return ops.DecodeStep(*ops.trusted("decode_step", self.store.backend, query.device)(rows, decide))
 
+    def predicted(self, mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Rate and count, float64 and int32 ``[B]``, of ``ops.predict_rate`` and ``ops.keep_count``, where there is a shorter way."""
+        return None
+
+    def chosen(self, score: Tensor, count: Tensor, n_visual: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The result of ``ops.select_tokens`` where there is a shorter way."""
+        return None
+
     def changed(self) -> None:
         """A decision took effect: lists are others, counts may have changed in place."""
         self._moved.clear()

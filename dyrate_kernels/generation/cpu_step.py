@@ -2,11 +2,14 @@
 
 The reference operators make their masks anew in every layer, which is where the time of a small model's step went. Here whatever the layers
 of a group share is made once a step, and a layer is left with as many calls of torch as the unpatched model's: two writes, two views, SDPA.
-Results are those of ``ops.reference``, with which the tests compare them.
+What is the same as in the step before is taken over from it (``RowStore.left``): it is compared by value, which a host that computes it all
+can do. Results are those of ``ops.reference``, with which the tests compare them.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +18,13 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from dyrate_kernels import ops
 from dyrate_kernels.generation.attend import OperatorStep
+from dyrate_kernels.generation.index import numbered
 from dyrate_kernels.generation.kv_store import BufferViews, RowGroup, RowStore
 from dyrate_kernels.ops.contract import accumulator
 
 enabled = True  # False: the reference operators do it, e.g. to compare with them
 
+_TYPES = torch.arange(ops.reference.TYPES, device="cpu")
 _ROUND = 32  # rows
 _WORTH_A_GATHER = 1 << 15  # numbers of the keys; on one core reading so many takes as long as two index_select of an eighth of them
 
@@ -36,6 +41,32 @@ class _Rows(NamedTuple):
     length: int
     read: Tensor | None
     mask: Tensor
+
+
+@dataclass
+class _Left:
+    """A mask over all rows, for the next step, and what it was made of.
+
+    Attributes:
+        facts: that must be the same for it to be of use.
+        text: live text rows of each sequence.
+        kept, counts: copies of the list that it shows and of the list's lengths; None: it shows every visual row.
+    """
+
+    rows: _Rows
+    facts: tuple
+    text: list[int]
+    kept: Tensor | None
+    counts: list[int]
+
+
+class _Candidates(NamedTuple):
+    """The candidates of a selection: a copy of bool ``[B, N]``, of how many tokens; their list int32 ``[B, N]`` and how many they are."""
+
+    alive: Tensor
+    totals: list[int]
+    kept: Tensor
+    counts: list[int]
 
 
 def _flat_index(buffer: Tensor, rows: Tensor) -> Tensor:
@@ -55,12 +86,13 @@ class CpuStep(OperatorStep):
         self.on_host = not whole and not torch.compiler.is_compiling()
         self._seen: dict[tuple[int, int | None], _Rows] = {}  # by group and window
         self._new_row: dict[int, Tensor] = {}  # by group: flat index of the new row
+        self._extends = self.on_host and not torch.is_grad_enabled()  # what autograd may have kept must not be written
         self._text_row = self._shared_row()
         self._written: tuple[int, BufferViews] | None = None  # layer that was written last, and its buffers
 
     def _shared_row(self) -> int | None:
         """The text row of the new token, if it is the same in every sequence; None if not, or where views of rows cannot be written."""
-        if not self.on_host or torch.is_grad_enabled():  # autograd refuses to write one of several views
+        if not self._extends:
             return None
         rows = self.row.flatten().tolist()
         return rows[0] if rows and rows.count(rows[0]) == len(rows) else None
@@ -96,14 +128,46 @@ class CpuStep(OperatorStep):
             return super().score(layer, query, scale, window, importance)
         heads, dtype, exact = query.shape[1], query.dtype, accumulator(query)
         query, keys, values, rows = self._operands(layer, query, window)
-        query, keys, values, mask = (tensor.to(exact) for tensor in (query, keys, values, rows.mask))
+        mask = rows.mask
+        if dtype != exact:
+            query, keys, values, mask = (tensor.to(exact) for tensor in (query, keys, values, mask))
         weights = torch.softmax(torch.matmul(query * scale, keys.transpose(2, 3)).add_(mask), -1)
         output = torch.matmul(weights, values).to(dtype)
         weights = weights.flatten(1, 2)
-        kind = torch.cat([torch.ones_like(group.token, dtype=torch.uint8), store.text_type[:, : rows.length - group.capacity]], 1)
-        of_type = (kind[:, :, None] == torch.arange(ops.reference.TYPES)).to(exact)
+        kind = pad(store.text_type[:, : rows.length - group.capacity], (group.capacity, 0), value=ops.reference.IMAGE)
+        of_type = (kind[:, :, None] == _TYPES).to(exact)
         mean = pad(weights[..., : group.bound].mean(1), (0, group.capacity - group.bound)) if importance else None
         return output.reshape(output.shape[0], heads, -1), torch.matmul(weights, of_type), mean
+
+    def predicted(self, mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not self.on_host:
+            return None
+        dtype = accumulator(mass)
+        logits = torch.matmul(mass.flatten(1).to(dtype), weight.to(dtype).t()) + bias.to(dtype)
+        values, totals = rates.tolist(), self.store.full.n_visual.tolist()
+        chosen = [values[_first_highest(row)] for row in logits.tolist()]
+        counts = [min(max(math.floor(total * (1.0 - rate) + 1e-6), 0), total) for total, rate in zip(totals, chosen, strict=True)]
+        return torch.tensor(chosen, dtype=torch.float64), torch.tensor(counts, dtype=torch.int32)
+
+    def chosen(self, score: Tensor, count: Tensor, n_visual: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        if not self.on_host:
+            return None
+        counts, totals = count.tolist(), n_visual.tolist()
+        return _highest(score, counts, totals) if alive is None else self._all_of(alive, counts, totals)
+
+    def _all_of(self, alive: Tensor, counts: list[int], totals: list[int]) -> tuple[Tensor, Tensor] | None:
+        """The candidates ``alive`` where each sequence chooses all of them: so it is in most steps once others were dropped."""
+        left: _Candidates | None = self.store.left.get("candidates")
+        if left is None or left.totals != totals or not torch.equal(left.alive, alive):
+            able = alive & (torch.arange(alive.shape[1]) < torch.tensor(totals)[:, None])
+            listed = numbered(able)
+            kept = torch.full_like(alive, -1, dtype=torch.int32)
+            row, token = able.nonzero(as_tuple=True)
+            kept[row, listed[row, token]] = token.int()
+            left = self.store.left["candidates"] = _Candidates(alive.clone(), totals, kept, able.sum(1).tolist())
+        if any(wanted < held for wanted, held in zip(counts, left.counts, strict=True)):
+            return None
+        return left.kept.clone(), torch.tensor(left.counts, dtype=torch.int32)
 
     def _operands(self, layer: int, query: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor, _Rows]:
         """Query, keys and values as matrix products take them, and what there is to know about the rows."""
@@ -131,11 +195,46 @@ class CpuStep(OperatorStep):
         return self._make(group, kept, keys, dtype, window)
 
     def _make(self, group: RowGroup, kept: Tensor | None, keys: Tensor, dtype: torch.dtype, window: int | None) -> _Rows:
+        listed, visual = 0 if kept is None else kept.shape[1], group.bound
+        # a longer list may name most rows, and few numbers are read in less time than a gather's calls take: masking all rows is cheaper
+        gathers = kept is not None and 2 * listed <= visual and keys[:, :, :visual].numel() >= _WORTH_A_GATHER
+        if gathers or window is not None or not self._extends:
+            return self._made(group, kept, keys, dtype, window, gathers)
+        return self._extended(group, kept, keys, dtype)
+
+    def _extended(self, group: RowGroup, kept: Tensor | None, keys: Tensor, dtype: torch.dtype) -> _Rows:
+        """The rows that the step before read and the new one, by a mask over all rows; where it read others, they are made."""
+        store, n_shown = self.store, group.n_visual if kept is None else group.n_kept
+        assert n_shown is not None
+        text, counts, shape = store.n_text.tolist(), n_shown.tolist(), None if kept is None else kept.shape
+        length = group.capacity + min(store.text_bound + -store.text_bound % _ROUND, store.text_capacity)
+        facts = (group.bound, group.capacity, length, dtype, torch.is_inference_mode_enabled(), shape)
+        left: _Left | None = store.left.pop(group.first, None)  # put back once it is whole
+        if left is not None and (left.facts != facts or (kept is None and counts != left.counts)):
+            left = None
+        if left is not None and text != left.text and text != [rows + 1 for rows in left.text]:
+            left = None
+        if left is None:
+            left = _Left(self._made(group, kept, keys, dtype, None, False), facts, text, None if kept is None else kept.clone(), counts)
+        else:
+            newest, mask = group.capacity + self.row, left.rows.mask.view(len(text), length)
+            if text != left.text:
+                mask.scatter_(1, newest, 0.0)
+            if kept is not None and left.kept is not None and not (counts == left.counts and torch.equal(kept, left.kept)):
+                mask[:, : group.bound].fill_(float("-inf"))
+                inside = torch.arange(kept.shape[1]) < n_shown[:, None]
+                mask.scatter_(1, torch.where(inside, kept, newest), 0.0)
+                left.kept, left.counts = kept.clone(), counts
+            left.text = text
+        store.left[group.first] = left
+        return left.rows
+
+    def _made(
+        self, group: RowGroup, kept: Tensor | None, keys: Tensor, dtype: torch.dtype, window: int | None, gathers: bool
+    ) -> _Rows:  # fmt: skip
         store = self.store
         batch, listed = keys.shape[0], 0 if kept is None else kept.shape[1]
         visual, text = group.bound, store.text_bound
-        # a longer list may name most rows, and few numbers are read in less time than a gather's calls take: masking all rows is cheaper
-        gathers = kept is not None and 2 * listed <= visual and keys[:, :, :visual].numel() >= _WORTH_A_GATHER
         row = torch.arange(max(visual, text + _ROUND, listed))
         live = row[:visual] < group.n_visual[:, None]
         listed_row = row
@@ -158,3 +257,28 @@ class CpuStep(OperatorStep):
             live = live & (self.column - column < window)
         mask = torch.zeros(batch, 1, 1, live.shape[1], dtype=dtype).masked_fill_(~live[:, None, None], float("-inf"))
         return _Rows(live.shape[1], None if index is None else _flat_index(keys, index), mask)
+
+
+def _first_highest(row: list[float]) -> int:
+    """Index of the first of the highest; NaN is below all numbers."""
+    best = 0
+    for index, value in enumerate(row):
+        if value > row[best] or (math.isnan(row[best]) and not math.isnan(value)):
+            best = index
+    return best
+
+
+def _highest(score: Tensor, counts: list[int], totals: list[int]) -> tuple[Tensor, Tensor] | None:
+    """``ops.select_tokens`` where all sequences choose as many of as many; None where not, or where a score is NaN: it sorts elsewhere."""
+    batch = len(counts)
+    if not batch or counts.count(counts[0]) < batch or totals.count(totals[0]) < batch:
+        return None
+    total = totals[0]
+    count = min(max(counts[0], 0), total)
+    kept = torch.full(score.shape, -1, dtype=torch.int32)
+    if count:
+        values, order = score[:, :total].sort(dim=1, descending=True, stable=True)
+        if any(map(math.isnan, values[:, 0].tolist())):
+            return None
+        kept[:, :count] = order[:, :count].sort(dim=1).values
+    return kept, torch.full((batch,), count, dtype=torch.int32)

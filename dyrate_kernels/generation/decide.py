@@ -67,14 +67,15 @@ class Measured(NamedTuple):
     hidden: Tensor | None = None
 
 
-def choose(policy: Policy, view: View, scope: Scope, backend: str = "auto") -> Choice:
-    """One decision of a policy, and the tokens that follow from it. No host sync.
+def choose(policy: Policy, view: View, scope: Scope, backend: str = "auto", attention: OperatorStep | None = None) -> Choice:
+    """One decision of a policy, and the tokens that follow from it. No host sync, unless ``attention`` makes one.
 
     Args:
         policy: bound to the model.
         view: what was measured; its state is changed **in place** as the policy does.
         scope: one entry of ``able`` a group of layers; ``Scope(None, [None])`` is one group that may keep any token.
         backend: of ``ops.select_tokens``.
+        attention: of the step; what it chooses by itself is not asked of that operator.
     """
     decision = policy.decide(view)
     score = view.importance if decision.score is None else decision.score
@@ -84,8 +85,15 @@ def choose(policy: Policy, view: View, scope: Scope, backend: str = "auto") -> C
         for number, (count, able) in enumerate(zip(counts, scope.able, strict=True)):
             if scope.most is not None:
                 count = torch.minimum(count, scope.most[number])
-            lists.append(ops.select_tokens(score, count, view.n_visual, alive=able, backend=backend))
+            lists.append(_select(score, count, view.n_visual, able, backend, attention))
     return Choice(decision.rate, lists, decision.merge, score)
+
+
+def _select(
+    score: Tensor, count: Tensor, n_visual: Tensor, alive: Tensor | None, backend: str, attention: OperatorStep | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    found = None if attention is None else attention.chosen(score, count, n_visual, alive)
+    return ops.select_tokens(score, count, n_visual, alive=alive, backend=backend) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -220,17 +228,19 @@ class Decider:
     # ---- what -------------------------------------------------------------------------------------------------------------------
 
     def decide(
-        self, stage: Stage, step: Tensor, measured: Measured, n_visual: Tensor, scope: Scope, states: tuple[Tensor, Tensor] | None = None
+        self, stage: Stage, step: Tensor, measured: Measured, n_visual: Tensor, scope: Scope, states: tuple[Tensor, Tensor] | None = None,
+        attention: OperatorStep | None = None,
     ) -> Choice:  # fmt: skip
         """A stage of a prompt's end or of a decode step.
 
         Args:
             step: int64 ``[B]``.
             states: ``View.visual`` and ``View.mergeable``.
+            attention: as of ``choose``.
         """
         mass, importance, hidden = measured
         view = View(step, mass, importance, n_visual, scope.alive, self.state, hidden, stage.index, *(states or ()))
-        choice = choose(self.policy, view, scope, self.backend)
+        choice = choose(self.policy, view, scope, self.backend, attention)
         return choice if scope.pictures is None else self._with_pool(choice, scope, n_visual)
 
     def _with_pool(self, choice: Choice, scope: Scope, n_visual: Tensor) -> Choice:
@@ -260,15 +270,20 @@ class Decider:
             return output, Measured(mass, importance), Choice(rate, [(kept, n_kept)])
         output, mass, importance = attention.score(layer, query, scale, window, True)
         measured = Measured(mass, importance)
-        return output, measured, self.select_linear(measured, n_visual, linear, scope)
+        return output, measured, self.select_linear(measured, n_visual, linear, scope, attention)
 
-    def select_linear(self, measured: Measured, n_visual: Tensor, linear: tuple[Tensor, Tensor, Tensor], scope: Scope) -> Choice:
-        """The decision of a step by ``linear``, of what was measured."""
-        weight, bias, rates = linear
-        rate, _ = ops.predict_rate(measured.mass, weight, bias, rates, backend=self.backend)
-        count = ops.keep_count(n_visual, rate)
+    def select_linear(
+        self, measured: Measured, n_visual: Tensor, linear: tuple[Tensor, Tensor, Tensor], scope: Scope,
+        attention: OperatorStep | None = None,
+    ) -> Choice:  # fmt: skip
+        """The decision of a step by ``linear``, of what was measured; ``attention`` as of ``choose``."""
+        found = None if attention is None else attention.predicted(measured.mass, *linear)
+        if found is None:
+            rate, _ = ops.predict_rate(measured.mass, *linear, backend=self.backend)
+            found = rate, ops.keep_count(n_visual, rate)
+        rate, count = found
         count = count if scope.most is None else torch.minimum(count, scope.most[0])
-        return Choice(rate, [ops.select_tokens(measured.importance, count, n_visual, alive=scope.able[0], backend=self.backend)])
+        return Choice(rate, [_select(measured.importance, count, n_visual, scope.able[0], self.backend, attention)])
 
     def decide_drafts(self, stage: Stage, first: int, measured: Measured, n_visual: Tensor, alive: Tensor | None) -> Choice:
         """Draft tokens, each exactly as if it had come alone.

@@ -10,7 +10,7 @@ from torch import Tensor
 from dyrate_kernels.generation import apply
 from dyrate_kernels.generation.apply import Effects
 from dyrate_kernels.generation.aside import Branch
-from dyrate_kernels.generation.attend import Seen, last_row_statistics, row_statistics
+from dyrate_kernels.generation.attend import OperatorStep, Seen, last_row_statistics, row_statistics
 from dyrate_kernels.generation.decide import Choice, Decider, Measured, Pending, Stage, importance_by_token
 from dyrate_kernels.generation.heads import HeadShards
 from dyrate_kernels.generation.kv_store import RowStore
@@ -102,11 +102,13 @@ class Scoring:
         mass, importance = (each.to(store.device) for each in self._of_all_heads(mass, importance))
         before = store.groups[stage.groups[0]].first if stage.groups else None
         with self.branch.fork(before, mass, importance, hidden, *(() if self._first is None else self._first.measured)):
-            measured, choice = self._decide_step(stage, Measured(mass, importance, hidden), counters)
+            measured, choice = self._decide_step(attention, stage, Measured(mass, importance, hidden), counters)
             self._take_effect(passing, stage, measured, choice, turn, counters)
         return output[:, None]
 
-    def _decide_step(self, stage: Stage, measured: Measured, counters: tuple[Tensor, Tensor]) -> tuple[Measured, Choice]:
+    def _decide_step(
+        self, attention: OperatorStep, stage: Stage, measured: Measured, counters: tuple[Tensor, Tensor]
+    ) -> tuple[Measured, Choice]:  # fmt: skip
         """A decision of a decode step by what an attention measured, which may be of rows; returns it of tokens, too."""
         store, decider = self.store, self.decider
         scope, n_visual = decider.scope_of_step(store, stage), store.full.n_visual
@@ -115,7 +117,8 @@ class Scoring:
             return measured, decider.select_linear(measured, n_visual, linear, scope)
         if stage.index:
             measured = measured._replace(importance=importance_by_token(store, store.groups[stage.index], measured.importance))
-        return measured, decider.decide(stage, counters[0].expand(store.batch), measured, n_visual, scope)
+        step = counters[0].expand(store.batch)
+        return measured, decider.decide(stage, step, measured, n_visual, scope, attention=attention)
 
     def _take_effect(
         self, passing: DecodePass, stage: Stage, measured: Measured, choice: Choice, turn: Turn, counters: tuple[Tensor, Tensor]

@@ -95,8 +95,8 @@ def trusted(operator: str, backend: str, device: torch.device) -> Callable[..., 
     of every step.
 
     It takes what a backend takes (:mod:`dyrate_kernels.ops.contract`): :class:`Rows` with ``mass`` and ``importance``, or Rows and
-    :class:`Decide`, and returns its results as a plain tuple; ``compact_`` what the public one takes. While ``torch.compile`` traces, the call goes through the dispatcher, where
-    the compiler can see it.
+    :class:`Decide`, and returns its results as a plain tuple; ``compact_`` what the public one takes. While ``torch.compile`` traces, the
+    call goes through the dispatcher, where the compiler can see it.
     """
     if torch.compiler.is_compiling():
         return dispatched(operator, backend)

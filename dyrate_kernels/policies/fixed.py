@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dyrate_kernels import ops
-from dyrate_kernels.policies.base import Decision, Policy, View, bound_for_rate, check_rate, constant_rate
+from dyrate_kernels.policies.base import Decision, Policy, View, bound_for_rate, check_rate, constant_count, constant_rate
 
 
 @dataclass(frozen=True)
@@ -35,5 +34,4 @@ class Fixed(Policy):
         return bound_for_rate(n_visual, self.rate)
 
     def decide(self, view: View) -> Decision:
-        rate = constant_rate(self.rate, view.n_visual)
-        return Decision(rate, ops.keep_count(view.n_visual, rate))
+        return Decision(constant_rate(self.rate, view.n_visual), constant_count(self.rate, view.n_visual))

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_causal_mask
 
 import dyrate_kernels as dk
 from dyrate_kernels.families import FAMILIES
+from dyrate_kernels.generation import cpu_step
 from dyrate_kernels.patching import graph
 from dyrate_kernels.patching.lookup import cache_name
 from tests import models
@@ -186,8 +187,9 @@ def test_padded_row_is_the_row_alone(make_model, family, text, retention):
 
 
 @VARIANTS
-def test_decode_steps_wait_for_nothing(make_model, host_sync, family, text):
-    """None that this package asks for; what transformers itself does is its own."""
+def test_decode_steps_wait_for_nothing(make_model, host_sync, monkeypatch, family, text):
+    """None that this package asks for, on the way that a GPU takes; what transformers itself does is its own."""
+    monkeypatch.setattr(cpu_step, "enabled", False)
     model = make_model(family, text)
     mode = host_sync()
     with patched(model, METHODS["dyrate"]), modes._DecodeSteps(model, mode) as watched:
