@@ -438,10 +438,10 @@ def _describe(tensor: Tensor) -> _Description | None:
     """None where a row's elements are not next to each other."""
     if tensor.dim() == 2:
         return tensor.data_ptr(), tensor.stride(0), 0, tensor.stride(1), 1, 1, tensor.element_size()
-    if tensor.stride(3) != 1 and tensor.shape[3] != 1:
+    (_, heads, _, words), (sequence, head, row, word) = tensor.shape, tensor.stride()
+    if word != 1 and words != 1:
         return None
-    sequence, head, row, _ = tensor.stride()
-    return tensor.data_ptr(), sequence, head, row, tensor.shape[1], tensor.shape[3], tensor.element_size()
+    return tensor.data_ptr(), sequence, head, row, heads, words, tensor.element_size()
 
 
 def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor) -> None:

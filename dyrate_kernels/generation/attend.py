@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from dyrate_kernels import ops
 from dyrate_kernels.generation.kv_store import RowGroup, RowStore
 from dyrate_kernels.generation.layout import KeyRows
 from dyrate_kernels.ops.contract import accumulator
+from dyrate_kernels.ops.forms import Prepared
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -76,8 +78,8 @@ class OperatorStep:
         Returns:
             ``[B, 1, Hq, Dv]``.
         """
-        attention = ops.trusted("decode_attention", self.store.backend, query.device)
-        return attention(self._rows(layer, query, scale, window), mass=False, importance=False)[0].unsqueeze(1)
+        rows = self._rows(layer, query, scale, window)
+        return self._attention(layer, rows)(rows, mass=False, importance=False)[0].unsqueeze(1)
 
     def score(self, layer: int, query: Tensor, scale: float, window: int | None, importance: bool) -> tuple[Tensor, Tensor, Any]:
         """Output ``[B, Hq, Dv]``, mass, and importance by row where it is asked for, as of ``ops.decode_attention``."""
@@ -110,6 +112,23 @@ class OperatorStep:
         if key not in self._moved:
             self._moved[key] = (tensor, tensor.to(device))  # held, so that its id stays its own
         return self._moved[key][1]
+
+    def _attention(self, layer: int, rows: ops.Rows) -> Callable[..., Any]:
+        """The backend's ``decode_attention`` for rows of these forms; what it prepares for them lasts from step to step."""
+        query, key, kept, cos, sin = rows.query, rows.key, rows.kept, rows.cos, rows.sin
+        if rows.window is not None or rows.new_key is None or rows.new_value is None or torch.compiler.is_compiling():
+            return ops.trusted("decode_attention", self.store.backend, query.device)
+        forms = (
+            query.device, query.dtype, query.shape, query.stride(), key.dtype, key.shape, rows.value.shape,
+            rows.visual_capacity, rows.scale, rows.new_key.dtype, rows.new_key.stride(), rows.new_value.dtype, rows.new_value.stride(),
+            None if kept is None else (kept.shape, kept.stride()),
+            None if cos is None or sin is None else (cos.dtype, cos.shape, cos.stride(), sin.dtype, sin.shape, sin.stride()),
+        )  # fmt: skip
+        known = self.store.attentions.get(layer)
+        if known is None or known[0] != forms:
+            known = forms, ops.trusted("decode_attention", self.store.backend, query.device, Prepared())
+            self.store.attentions[layer] = known
+        return known[1]
 
     def _counts_of(self, group: RowGroup, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Counts of visual and text rows, and the list to read through with its length, on ``device``: once for all layers of a group."""

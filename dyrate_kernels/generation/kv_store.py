@@ -11,7 +11,7 @@ what makes a decode step free of host syncs. Which policy keeps which rows, and 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,7 @@ class RowStore:
         text_asked: int32 ``[B]``, text rows that each sequence ever asked room for.
         text_type: uint8 ``[B, Ct]``; text_column: int32 ``[B, Ct]``.
         token_column: int32 ``[B, N]``, the column of each visual token.
+        attentions: by layer, forms of a step's tensors and the backend's attention prepared for them (``attend``).
         left: what a decode step on a CPU leaves for the next one (``cpu_step``), which compares, value by value, whether it still holds.
     """
 
@@ -141,6 +142,7 @@ class RowStore:
         self.length = 0
         self.text_capacity = 0
         self.text_bound = 0
+        self.attentions: dict[int, tuple[tuple, Callable[..., Any]]] = {}
         self.left: dict[Hashable, Any] = {}
         self._views: dict[int, BufferViews] = {}
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import checks, direct, dispatch, library, reference
 from .contract import Decide, PagedRows, Rows, step_arguments
+from .forms import Prepared
 from .paged import PagedAttention, PagedStep, paged_attention, paged_step
 
 __all__ = [
@@ -89,18 +90,20 @@ def dispatched(operator: str, backend: str) -> Callable[..., Any]:
     return functools.partial(_attention if operator == "decode_attention" else _step, backend=backend)
 
 
-def trusted(operator: str, backend: str, device: torch.device) -> Callable[..., Any]:
+def trusted(operator: str, backend: str, device: torch.device, prepared: Prepared | None = None) -> Callable[..., Any]:
     """Returns a backend's own ``decode_attention``, ``decode_step`` or ``compact_``, for arguments that are known to fit: they are not
     checked, and the call does not go through torch's dispatcher. Both together take the host as long as the launch itself, in every layer
     of every step.
 
     It takes what a backend takes (:mod:`dyrate_kernels.ops.contract`): :class:`Rows` with ``mass`` and ``importance``, or Rows and
     :class:`Decide`, and returns its results as a plain tuple; ``compact_`` what the public one takes. While ``torch.compile`` traces, the
-    call goes through the dispatcher, where the compiler can see it.
+    call goes through the dispatcher, where the compiler can see it. ``prepared``: all calls' tensors have the same forms.
     """
     if torch.compiler.is_compiling():
         return dispatched(operator, backend)
-    return getattr(dispatch.resolve(backend, device, operator), operator)
+    module = dispatch.resolve(backend, device, operator)
+    run = getattr(module, operator)
+    return run if prepared is None or operator not in getattr(module, "PREPARES", ()) else functools.partial(run, prepared=prepared)
 
 
 def _attention_arguments(*rows: Any, mass: bool = False, importance: bool = False, **named: Any) -> tuple[tuple, dict[str, Any]]:

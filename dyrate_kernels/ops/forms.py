@@ -39,6 +39,10 @@ class Prepared:
         self.launches: Any = None
         self.settings: Hashable = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
+        """One for other tensors: launches are shared by those who prepare them, not copied."""
+        return Prepared()
+
 
 class Step(NamedTuple):
     """Results of an attention with its statistics and its decision: tensors, and None for what the caller did not ask for."""
