@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -19,6 +20,7 @@ from tests.checks import (
     assert_same,
     assert_same_decisions,
     greedy,
+    logits,
     patched,
     rows_for,
     rows_for_beams,
@@ -339,6 +341,20 @@ def test_no_host_sync_in_a_decode_step(make_model, host_sync, monkeypatch, metho
         with reorder:
             output.past_key_values.reorder_cache(torch.arange(output.sequences.shape[0] * options.get("num_beams", 1)))
         assert not reorder.found
+
+
+@RETENTION
+def test_autocast_makes_of_a_patched_model_what_it_makes_of_the_model(make_model, retention):
+    """Rotated queries and keys are float32 there, values are not; the cache and attention take all of them in bfloat16."""
+    model, found = make_model(), []
+    for patches in (False, True):
+        with torch.autocast("cpu", torch.bfloat16), patched(model, METHODS["none"], retention) if patches else contextlib.nullcontext():
+            output = model.generate(**models.inputs(model, ROWS[:1]), **greedy(6))
+            found.append(output)
+    cache = found[1].past_key_values.store
+    assert {tensor.dtype for tensor in (*cache.keys, *cache.values)} == {torch.bfloat16}
+    for want, got in zip(*map(logits, found), strict=True):
+        torch.testing.assert_close(got.float(), want.float(), atol=0.1, rtol=0.0)
 
 
 def test_the_mode_that_counts_host_syncs_counts_them(host_sync):

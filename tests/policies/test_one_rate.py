@@ -8,7 +8,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dyrate_kernels import policies
+from dyrate_kernels import ops, policies
+from dyrate_kernels.policies.base import constant_count
 from dyrate_kernels.policies.random import mix
 from tests.policies.kit import make, random_view, select, started
 
@@ -18,6 +19,14 @@ def test_none_keeps_all():
     view = random_view([12, 0, 7])
     assert policy.decide(view).count.tolist() == [12, 0, 7]
     assert not policy.drops
+
+
+def test_the_count_of_one_rate_is_keep_counts():
+    n_visual = torch.arange(3000, dtype=torch.int32)
+    for rate in (0, 1, 0.1, 0.3, 0.875, 0.9, 1 / 3, 0.999999, 1e-9, Fraction(7, 10), torch.rand(()).item()):
+        expected = ops.keep_count(n_visual, torch.full((3000,), float(rate), dtype=torch.float64))
+        found = constant_count(rate, n_visual)
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
 
 
 def test_fixed_ranks_by_each_steps_importance():

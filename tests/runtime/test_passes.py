@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 
+from dyrate_kernels import ops
 from dyrate_kernels.generation import cpu_step, passes
 from dyrate_kernels.generation.attend import OperatorStep
 from dyrate_kernels.generation.kv_store import RowStore
@@ -102,6 +104,36 @@ def test_a_decode_step_is_counted_and_knows_what_attends(monkeypatch, enabled, w
     assert step.attention.text_bound == (store.text_capacity if whole else 5)
     assert [int(store.text_type[b, n - 1]) for b, n in enumerate((3, 5))] == [RESPONSE] * 2
     assert [int(store.text_column[b, n - 1]) for b, n in enumerate((3, 5))] == [5, 5]
+
+
+def test_an_attention_is_prepared_once_for_rows_of_the_same_forms(monkeypatch):
+    made = []
+    monkeypatch.setattr(ops, "trusted", lambda *of: made.append(of) or (lambda rows, **asked: (rows.query,)))
+    store = begun()[0]
+    store.reserve_text(8)
+    store.backend = "triton"
+    for layer in range(2):
+        store.keys[layer], store.values[layer] = torch.zeros(2, 2, 64, 8), torch.zeros(2, 2, 64, 8)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, layer: int = 0) -> int:
+        step = OperatorStep(store, torch.zeros(2, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), False, False)
+        step.write(layer, key, key)
+        made.clear()
+        assert step.attend(layer, query, 1.0, None).shape == (2, 1, 4, 8)
+        return len(made)
+
+    query, key = torch.rand(2, 1, 4, 8).transpose(1, 2), torch.rand(2, 1, 2, 8).transpose(1, 2)
+    assert [attend(query, key), attend(query + 1, key + 1), attend(query, key, 1), attend(query, key)] == [1, 0, 1, 0]
+    for other, new in ((query.half(), key), (query, key.half()), (torch.rand(2, 4, 8, 2)[..., :1].mT, key)):
+        assert attend(other, new) == 1 and attend(other, new) == 0 and attend(query, key) == 1
+    store.keys[0], store.values[0] = torch.zeros(2, 2, 128, 8), torch.zeros(2, 2, 128, 8)
+    assert attend(query, key) == 1
+    store.full.kept, store.full.n_kept = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    assert attend(query, key) == 1 and attend(query, key) == 0
+    store.full.kept = torch.zeros(2, 6, dtype=torch.int32)[:, :3]
+    assert attend(query, key) == 1
+    twin = copy.deepcopy(store)
+    assert twin.attentions.keys() == store.attentions.keys()
 
 
 def test_masked_columns_are_not_counted():
