@@ -19,7 +19,7 @@ _MOST_ROOM = 4096  # text rows reserved ahead
 
 @dataclass
 class DecodePass:
-    """One token after the prompt. Reads no device value on the host.
+    """One token after the prompt. Reads no value on the host, unless it computes all of them (``CpuStep``).
 
     Attributes:
         start: its column.
