@@ -4,7 +4,8 @@
 #   bench/compare_shapes.sh ANSWERS REPORT [SEED]
 #
 # ANSWERS keeps every answer and what was tuned; REPORT gets the tables and plots, k1/ (all methods prune from layer 1 on, three costs),
-# k3/ (from layer 3 on, as in the papers) and reducers/ (reducers before the language model, alone and with policies). A SEED other than 0 asks about other scenes, and says which scores of docs/results come out again.
+# k3/ (from layer 3 on, as in the papers), reducers/ (reducers before the language model, alone and with policies) and pool/ (retention
+# pool beside the others, one cost). A SEED other than 0 asks about other scenes, and says which scores of docs/results come out again.
 set -euo pipefail
 answers=${1:?usage: compare_shapes.sh ANSWERS REPORT [SEED]} report=${2:?usage: compare_shapes.sh ANSWERS REPORT [SEED]} seed=${3:-0}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -36,3 +37,6 @@ compare reducers "dyrate, none+fastervlm as +fastervlm, none+hired as +hired, no
   none+tome as +tome, none+aim as +aim, none+divprune as +divprune, none+downsample as +downsample, none+random as +random,
   none+uniform as +uniform, aim@evict as aim@evict, dyrate+aim:keep=0.75 as dyrate+aim, dyrate+downsample:keep=0.75 as dyrate+downsample,
   uniform:k=1+aim:keep=0.75 as uniform+aim" "aim:k=2:end=4+aim:keep=0.75@evict as aim+aim-untuned@evict" 57.9,33.3
+
+compare pool "dyrate, dyrate:predictor=trained@evict as dyrate@evict, dyrate@pool=0.5, dyrate@pool=0.5:by=uniform, fixed:k=1 as fixed,
+  fixed:k=1@evict as fixed@evict, fixed:k=1@pool=0.5 as fixed@pool=0.5" "" 33.3
