@@ -37,7 +37,7 @@ def test_table_and_files(capsys, tmp_path):
     "arguments, words",
     [
         (("--policies", "poem"), "policy must be one of"),
-        (("--policies", "fixed@never"), "retention must be recoverable or evict"),
+        (("--policies", "fixed@never"), "retention must be recoverable, evict or pool"),
         (("--policies", ","), "--policies is empty"),
         (("--policies", "fixed,fixed"), "names one twice"),
         (("--tasks", "poem"), "tasks must be some of"),
