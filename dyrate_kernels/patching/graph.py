@@ -222,7 +222,7 @@ class _Run:
 
     def end(self) -> None:
         """Nothing is replayed any more: what the last step left to the next one is done."""
-        if not self.session.in_forward:
+        if not self.session.in_forward and self.captured is not None:
             self.session.store.settle()
         self.captured = None
         self.scratch.release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import dyrate_kernels as dk
-from dyrate_kernels.patching import aside, graph
+from dyrate_kernels.patching import graph
 from tests import end_to_end
 from tests.emulated import harness
 from tests.fake_graph import TapeRecorder
@@ -26,12 +26,10 @@ def test_tokens_equal_the_references(demo, policy, retention, options):
     end_to_end.assert_tokens_equal_the_references(demo, "cuda", policy, retention, options, steps=8 if harness.PLAIN else 3)
 
 
-@pytest.mark.parametrize("where", ["in line", "aside"])
 @pytest.mark.parametrize(
     "policy, retention", harness.some([("dyrate", "evict"), ("fixed", "recoverable"), ("dyrate", "recoverable"), ("dyrate", "pool=0.5")])
 )
-def test_replayed_steps(policy, retention, where, monkeypatch):
-    recorder = TapeRecorder(late=True)
+def test_replayed_steps(policy, retention, monkeypatch):
+    recorder = TapeRecorder()
     monkeypatch.setattr(graph, "recorder_for", lambda device: recorder)
-    monkeypatch.setattr(aside, "_override", where == "aside")
     end_to_end.assert_replays_equal_the_references("cuda", policy, retention)

@@ -58,6 +58,7 @@ VARIANTS = {
         Variant("none-evict", "none", (("k", 1),), "evict"),
         Variant("fixed0-recoverable", "fixed", (("k", 1), ("rate", 0.0))),
         Variant("fixed0-evict", "fixed", (("k", 1), ("rate", 0.0)), "evict"),
+        Variant("fixed0-pool", "fixed", (("k", 1), ("rate", 0.0)), "pool=1"),  # a pool of everything
     )
 }
 BASELINE = "unpatched"
@@ -67,6 +68,11 @@ REFUSED = {
     "test_attn_implementation_composite_models": (
         "config._attn_implementation=dyrate",
         "asserts that every attention module's config names 'eager'; a patched module's names our attention function",
+    ),
+    "test_generate_compilation_all_outputs": (
+        "False is not true",
+        "asserts that the static cache which the model's generation config names is compiled; a patched model takes that for what it "
+        "was saved with and uses its own cache, unless the call asks for another",
     ),
     "test_torch_export_generate_static": ("on this cache did not finish", "torch.export cannot take a cache that is a Python object"),
     "test_torch_export_generate_dynamic": ("on this cache did not finish", "torch.export cannot take a cache that is a Python object"),

@@ -234,17 +234,3 @@ def test_a_capture_that_fails_moves_what_waited(make_model, tape, monkeypatch, m
     assert handle.graph.captures == 0
     assert_same(got, want)
     assert_same_stats(got_stats, want_stats)
-
-
-@LATE
-@DECIDES
-def test_rows_have_moved_when_a_generation_ends_at_once(make_model, tape, method):
-    """Behind a warm-up alone there is no captured step that would have moved them."""
-    model = make_model()
-    with patched(model, METHODS[method], "evict") as handle:
-        store = model.generate(**models.inputs(model, ROWS), **greedy(2)).past_key_values.store
-    assert (handle.graph.captures, tape.steps) == (0, 1) and tape.aside.forks
-    assert all(group.kept is None for group in store.groups)
-    want = run(model, models.inputs(model, ROWS), greedy(2), {"policy": policy(METHODS[method]), "retention": "evict", "cuda_graph": False})
-    for a, b in zip(store.keys, want[0].past_key_values.store.keys, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

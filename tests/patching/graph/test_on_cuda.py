@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
-from dyrate_kernels.patching import aside
 from tests import models
 from tests.checks import METHODS, ROWS, assert_same, greedy, policy, rows_for_beams
 from tests.patching.graph.kit import RETENTION, STEPS, TOLD, ReadsTheHost, assert_same_stats, both, run
@@ -20,10 +19,8 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 @CUDA
 @RETENTION
 @pytest.mark.parametrize("method", ["none", "dyrate", "dyrate-trained", "fixed", "fastv", "vtw", "depth", "schedule", "uniform"])
-@pytest.mark.parametrize("where", ["in line", "aside"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_on_cuda(method, retention, options, where, monkeypatch):
-    monkeypatch.setattr(aside, "_override", where == "aside")
+def test_on_cuda(method, retention, options):
     model = models.build("llava").cuda()
     fields = {name: value.cuda() for name, value in models.inputs(model, rows_for_beams(ROWS)).items()}
     used = both(model, fields, greedy(20, **options), policy=policy(METHODS[method]), retention=retention)
@@ -33,9 +30,7 @@ def test_on_cuda(method, retention, options, where, monkeypatch):
 @pytest.mark.gpu
 @CUDA
 @RETENTION
-@pytest.mark.parametrize("where", ["in line", "aside"])
-def test_window_and_chat_on_cuda(retention, where, monkeypatch):
-    monkeypatch.setattr(aside, "_override", where == "aside")
+def test_window_and_chat_on_cuda(retention):
     model = models.build("llava", "mistral", sliding_window=39).cuda()
     fields = {name: value.cuda() for name, value in models.inputs(model, [["text 4", "image", "text 6"], ["text 7"]]).items()}
     assert both(model, fields, greedy(14), policy="dyrate", retention=retention).captures == 2
