@@ -7,9 +7,9 @@ The flow of one forward pass (docs/design.md, section 5):
 3. each attention module calls ``write`` and then ``attend``; at a score layer ``attend`` also lets the policy decide.
 4. ``finish_forward`` (hook on the text model) closes the pass.
 
-A pass of one token after the prompt is a *decode step* and reads no value of another device on the host. Every other one is a *pass of several
-tokens*: prompts, chunks of prompts, the next turn of a chat, draft tokens. In it each draft token decides for itself, exactly as if it had
-come alone, so assisted decoding gives the tokens of plain decoding, but for retention ``evict``.
+A pass of one token after the prompt is a *decode step* and reads no value of another device on the host. Every other one is a *pass of
+several tokens*: prompts, chunks of prompts, the next turn of a chat, draft tokens. In it each draft token decides for itself, exactly as if
+it had come alone, so assisted decoding gives the tokens of plain decoding, but for retention ``evict``.
 """
 
 from __future__ import annotations
