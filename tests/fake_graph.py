@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dyrate_kernels import ops
+from dyrate_kernels.generation.attend import OperatorStep
 from dyrate_kernels.ops import workspace
 from tests.host_sync import waiting
 
@@ -52,7 +53,9 @@ class TapeRecorder:
     def record(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         tape = self.aside.tape = Tape(self.late)
         try:
-            with tape, mock.patch.object(ops, "trusted", _through_the_dispatcher):
+            direct = mock.patch.object(ops, "trusted", _through_the_dispatcher)
+            prepared = mock.patch.object(OperatorStep, "_attention", _attention)  # of the warm-up, which the step would launch again
+            with tape, direct, prepared:
                 result = step()
             tape.end()
         finally:
@@ -262,9 +265,13 @@ def _again(call: _Call) -> None:
             old.copy_(new)
 
 
-def _through_the_dispatcher(operator: str, backend: str, device: torch.device) -> Callable[..., tuple]:
+def _through_the_dispatcher(operator: str, backend: str, device: torch.device, prepared: Any = None) -> Callable[..., tuple]:
     """The operator itself in place of ``ops.trusted``'s direct launch: a graph sees launches, the tape sees what goes through torch."""
     return ops.dispatched(operator, backend)
+
+
+def _attention(step: OperatorStep, layer: int, rows: ops.Rows) -> Callable[..., tuple]:
+    return ops.dispatched("decode_attention", step.store.backend)
 
 
 def _storage(tensor: Tensor) -> Any:
