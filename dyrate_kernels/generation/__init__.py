@@ -4,6 +4,7 @@ Each module imports only those above it, and nobody points back (``tests/test_im
 
 ==============  =====================================================================================================
 ``index``       scatter, mark, right-align: what is done with tables of indices
+``inference``   tensors made in inference mode, outside of it
 ``kv_store``    ``RowStore``: buffers, layer groups, write, evict, reorder
 ``heads``       heads that several processes share
 ``layout``      which column sits in which row, its token type, what may see what

@@ -30,6 +30,7 @@ from dyrate_kernels.generation.aside import Aside, Branch
 from dyrate_kernels.generation.attend import Seen, attend_many
 from dyrate_kernels.generation.decide import Decider, Stage
 from dyrate_kernels.generation.heads import HeadShards
+from dyrate_kernels.generation.inference import make_writable
 from dyrate_kernels.generation.kv_store import RowStore
 from dyrate_kernels.generation.layout import Blocks, look, restrict, rows_of, visibility
 from dyrate_kernels.generation.passes import DecodePass, MultiTokenPass
@@ -122,6 +123,7 @@ class Session:
     def reset(self) -> None:
         """Forgets the conversation; buffers stay for the next one."""
         if self.store.started:
+            self._make_writable()
             self.store.reset()
             self.step.zero_()
             self.column.zero_()
@@ -145,6 +147,7 @@ class Session:
             mask: ``Turn.mask``.
         """
         self._check_whole()
+        self._make_writable()
         turn, length = self.turn, self.store.length
         # the drafting model of assisted decoding goes on with the same turn; so does a call that brings nothing new to read
         if turn.number >= 0 and (assistant or (prompt_length is not None and length >= prompt_length)):
@@ -410,6 +413,7 @@ class Session:
     def select(self, index: Tensor) -> None:
         """Sequence ``i`` goes on from the former sequence ``index[i]``: everything per sequence follows."""
         if self.store.started:
+            self._make_writable()
             for owner in (self.store, self.decider, self.reduction, self.record):
                 if owner is not None:
                     owner.select(index)
@@ -436,6 +440,7 @@ class Session:
                 what was dropped cannot come back. A drafting model may: nothing is decided again there.
         """
         store, turn = self.store, self.turn
+        self._make_writable()
         store.settle()
         if not self.croppable:
             raise RuntimeError(
@@ -463,6 +468,16 @@ class Session:
             self.scoring.record.rewind(columns)
         self.step.sub_(columns).clamp_(min=0)
         self.column.sub_(columns)
+
+    def _owners(self) -> list[Any]:
+        """Returns the objects that hold the state of the conversation, this one first."""
+        parts = (self.decider, self.ranker, self.scoring, self.turn, self.reduction, self.blocks, self.record)
+        return [self, self.store, *self.store.groups, *(part for part in parts if part is not None)]
+
+    def _make_writable(self) -> None:
+        """The conversation may go on outside of the inference mode that it began in."""
+        if self.store.started:
+            make_writable(self._owners())
 
     # ---- captured steps ---------------------------------------------------------------------------------------------------------
 
@@ -550,12 +565,9 @@ class Session:
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Within: an error leaves the host's side as it was. What happened on the device stays."""
-        parts = (self.decider, self.ranker, self.scoring, self.turn, self.reduction, self.blocks, self.record)
-        owners = [self, self.store, *self.store.groups, *parts]
         saved = [
             (owner, {name: value.copy() if type(value) in (list, dict, set) else value for name, value in vars(owner).items()})
-            for owner in owners
-            if owner is not None
+            for owner in self._owners()
         ]
         try:
             yield

@@ -54,7 +54,7 @@ class Generations:
                 return output
             except BaseException as error:
                 if not call.nested:
-                    self.last = f"it ended with {type(error).__name__}"
+                    self.last, self.path = f"it ended with {type(error).__name__}", path_of(self.owner, call)
                 raise
             finally:
                 self.owner.running.remove(call)

@@ -29,10 +29,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.utils import ModelOutput
 
 from dyrate_kernels import devices
@@ -258,7 +260,7 @@ class StepGraph:
     def eager(self) -> Callable[..., Any]:
         """The model's own forward."""
         model = self.owner.model
-        return type(model).forward.__get__(model)
+        return MethodType(type(model).forward, model)  # not __get__, which torch.compile takes for the instance's own forward
 
     def install(self) -> None:
         """Takes the place of the instance's ``forward``; an automatic one not before the first generation that it captures in."""
@@ -423,6 +425,11 @@ class StepGraph:
     def _checked_recorder(self) -> Recorder:
         """The recorder for a generation that begins now."""
         model = self.owner.model
+        if model._compiled_call_impl is not None:
+            raise CannotCapture("model.compile() compiled the call of this model, and what torch.compile runs is not captured")
+        if _global_forward_hooks or _global_forward_pre_hooks:
+            registered = "register_module_forward_hook, register_module_forward_pre_hook"
+            raise CannotCapture(f"there is a hook on all modules ({registered}), which a replayed step would not call")
         for name, module in model.named_modules():
             if hasattr(module, "_hf_hook"):
                 raise CannotCapture(f"accelerate's hooks are on the model ({name or type(model).__name__})")

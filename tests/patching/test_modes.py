@@ -241,6 +241,29 @@ def test_three_turns_of_chat(make_model, family, text, method, retention):
         assert handle.stats().steps[0].step == 0
 
 
+@pytest.mark.parametrize("retention", ["recoverable", "evict", "pool=0.5"])
+@pytest.mark.parametrize("method", ["dyrate", "layerwise"])
+def test_a_chat_goes_in_and_out_of_inference_mode(make_model, method, retention):
+    """What is made in it may not be written outside of it; the second turn grows and replaces tensors, the third writes them."""
+    model = make_model()
+    fields = models.inputs(model, ROWS)
+    found = []
+    with patched(model, METHODS[method], retention):
+        for modes in ((False, False, False), (True, False, True), (False, True, False), (True, True, False)):
+            now, cache, generator = fields, {}, torch.Generator().manual_seed(1)
+            for inside in modes:
+                with torch.inference_mode(inside):
+                    got = model.generate(**now, **cache, **greedy(14))
+                cache = {cache_name(): got.past_key_values}
+                now = _extend(got, {name: now[name] for name in ("input_ids", "attention_mask")}, 4, generator)
+            if retention != "evict":
+                got.past_key_values.crop(-3)
+            got.past_key_values.batch_select_indices(torch.tensor([1, 0, 2]))
+            got.past_key_values.reset()
+            found.append(got.sequences.clone())
+    assert all(torch.equal(each, found[0]) for each in found[1:])
+
+
 @pytest.mark.parametrize(("family", "text"), [("llava", "llama"), ("llava", "qwen2"), ("vipllava", "llama")])
 @RETENTION
 @pytest.mark.parametrize("method", ["none", "fixed", "fastv", "dyrate", "pyramiddrop", "sparsevlm"])

@@ -149,6 +149,50 @@ def test_a_hook_within_the_model(gpu, make_model):
     assert path.steps == "eager" and "mlp has a hook" in path.why_not["steps"]
 
 
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_a_hook_on_all_modules(gpu, make_model, register):
+    model, called = make_model(), []
+    hook = getattr(torch.nn.modules.module, register)(lambda module, *rest: called.append(module) if module is model.lm_head else None)
+    try:
+        _, path = answer(model)
+    finally:
+        hook.remove()
+    assert path.steps == "eager" and register in path.why_not["steps"]
+    assert len(called) == 10
+
+
+@pytest.mark.parametrize("first", ["compile", "patch"])
+@pytest.mark.parametrize("asked", [None, True])
+def test_a_call_compiled_in_place(gpu, first, asked):
+    model = models.build("llava")
+    fields = models.inputs(model, ROWS[:1])
+    with dk.patch(model, "fixed", cuda_graph=False):
+        want = model.generate(**fields, **greedy(10))
+    if first == "compile":
+        model.compile(backend="eager")
+    with dk.patch(model, "fixed", cuda_graph=asked) as handle, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="cuda_graph=True has no effect: .*compile")
+        if first == "patch":
+            model.compile(backend="eager")
+        assert_same(model.generate(**fields, **greedy(10)), want)
+    assert handle.path.steps == "eager" and "model.compile()" in handle.path.why_not["steps"]
+
+
+def test_the_path_is_that_of_the_last_generation_also_where_it_failed(gpu, make_model):
+    model = make_model()
+    fields = models.inputs(model, ROWS[:1])
+
+    def fails(ids, scores):
+        raise ArithmeticError
+
+    with dk.patch(model, "fixed") as handle:
+        model.generate(**fields, **greedy(10))
+        assert handle.path.steps == "captured"
+        with pytest.raises(ArithmeticError):
+            model.generate(**fields, **greedy(10, logits_processor=[fails]))
+        assert handle.path.steps == "eager"
+
+
 def test_weights_quantised_elsewhere_are_not_tried(gpu, make_model):
     model = models.build("llava")
     model.hf_quantizer = types.SimpleNamespace(is_compileable=False)
