@@ -17,8 +17,8 @@ FOLDERS = {"dyrate_kernels": ROOT / "dyrate_kernels", "dyrate_kernels.triton_ker
 # from the lowest layer to the highest; a module imports from its own layer and those below it. What stands in none is not ordered
 LAYERS = ("ops", "policies", "generation", "patching")
 GENERATION = (
-    *("index", "inference", "heads", "kv_store", "layout", "attend", "cpu_step", "pool", "turn", "passes", "ranking", "decide", "apply", "record"),
-    *("aside", "score_layer", "session"),
+    *("index", "inference", "heads", "kv_store", "layout", "attend", "cpu_step", "pool", "turn", "passes", "ranking", "decide", "apply"),
+    *("record", "aside", "score_layer", "session"),
 )
 CIRCLES: list[set[str]] = []
 UPWARDS: set[tuple[str, str]] = set()
