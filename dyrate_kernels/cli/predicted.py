@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from dyrate_kernels import specs
@@ -95,8 +96,8 @@ def _rates(given: argparse.Namespace) -> Any:
         value = getattr(given, option)
         if value is None:
             continue
-        if not value > 0:
-            raise ValueError(f"--{option} must be above 0, got {value}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{option} must be above 0 and finite, got {value}")
         both = given.bandwidth is not None and given.tflops is not None
         source = "given" if both else f"{rates.source}; {option} given"
         changed = {"bandwidth": value * factor} if option == "bandwidth" else {"flops": value * factor}
