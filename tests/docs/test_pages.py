@@ -27,7 +27,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return [body for found, body in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=named)
+@pytest.mark.parametrize("page", [page for page in [*PAGES, ROOT / "README.md"] if blocks(page, "python")], ids=named)
 def test_python_blocks_run_in_order(page):
     namespace: dict[str, object] = {"__name__": "builtins"}  # dataclasses look their module up
     for number, body in enumerate(blocks(page, "python")):
