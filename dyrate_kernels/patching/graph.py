@@ -320,8 +320,13 @@ class StepGraph:
             return _Run(session, None, str(reason))
 
     def _check_worth_it(self, new_tokens: int) -> None:
-        """Raises CannotCapture where a capture does not pay, or where nobody has seen it succeed."""
+        """Raises CannotCapture where a capture does not pay, where nobody has seen it succeed, or where someone looks on."""
         model = self.owner.model
+        if torch._C._len_torch_dispatch_stack():
+            raise CannotCapture("a TorchDispatchMode is active (a FLOP counter, say), which sees nothing of a replayed step")
+        own = next((name for name, module in model.named_modules() if module is not model and "forward" in vars(module)), None)
+        if own is not None:
+            raise CannotCapture(f"{own} has a forward of its own, which a replay does not call; cuda_graph=True captures what it does")
         if getattr(model, "hf_quantizer", None) is not None:
             raise CannotCapture("the weights are quantised by kernels that may wait for the host; cuda_graph=True tries it all the same")
         least = _capture_from(next(model.parameters()).device)

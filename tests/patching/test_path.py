@@ -193,6 +193,32 @@ def test_the_path_is_that_of_the_last_generation_also_where_it_failed(gpu, make_
         assert handle.path.steps == "eager"
 
 
+def test_a_module_with_a_forward_of_its_own_is_called_in_every_step(gpu):
+    model = models.build("llava")
+    mlp = model.get_decoder().layers[1].mlp
+    calls, original = [], mlp.forward
+
+    def forward(x):
+        calls.append(1)
+        return original(x)
+
+    mlp.forward = forward
+    _, path = answer(model)
+    assert len(calls) == 10 and path.steps == "eager" and "mlp has a forward of its own" in path.why_not["steps"]
+    assert answer(model, cuda_graph=True)[1].steps == "captured"
+
+
+def test_who_counts_operators_counts_those_of_every_step(gpu, make_model):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, found = make_model(), []
+    for options in ({"cuda_graph": False}, {}):
+        with FlopCounterMode(display=False) as counter:
+            _, path = answer(model, **options)
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] and "TorchDispatchMode" in path.why_not["steps"]
+
+
 def test_weights_quantised_elsewhere_are_not_tried(gpu, make_model):
     model = models.build("llava")
     model.hf_quantizer = types.SimpleNamespace(is_compileable=False)
