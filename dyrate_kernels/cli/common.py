@@ -77,7 +77,7 @@ def add_policies(parser: argparse.ArgumentParser, default: str, more: str = "") 
 def add_retention(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a retention; :func:`retention_from` reads them."""
     parser.add_argument(
-        "--retention", default="recoverable", metavar="NAME",
+        "--retention", type=_retention, default="recoverable", metavar="NAME",
         help=f"{', '.join(specs.RETENTIONS)}, also pool=0.5 or pool=0.5:by=uniform; default: recoverable",
     )  # fmt: skip
     parser.add_argument(
@@ -87,6 +87,15 @@ def add_retention(parser: argparse.ArgumentParser) -> None:
         "--pool-by", metavar="RANKING",
         help="of --retention pool: policy, uniform, or the share of the pool, 0 .. 1, that is evenly spaced; default: policy",
     )  # fmt: skip
+
+
+def _retention(text: str) -> str:
+    """An argument that ``specs.retention`` reads."""
+    try:
+        specs.retention(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def retention_from(given: argparse.Namespace) -> str:

@@ -92,11 +92,13 @@ def test_pool(capsys, picture):
         (("--retention", "pool", "--pool", "nan"), "pool must be a number in (0, 1]"),
         (("--retention", "pool", "--pool-by", "best"), "pool_by must be 'policy', 'uniform' or a number in [0, 1], got 'best'"),
         (("--retention", "pool=0.5", "--pool", "0.25"), "pool must be given once"),
-        (("--retention", "never"), "retention must be recoverable, evict or pool, got 'never'"),
         (("--retention", "pool", "--policy", "vtw"), "no option 'rate'"),
     ):
         status, _, err = run(capsys, *given, *options)
         assert status == 1 and words in err, (options, err)
+    with pytest.raises(SystemExit) as stopped:
+        main([*given, "--retention", "never"])
+    assert stopped.value.code == 2 and "retention must be recoverable, evict or pool, got 'never'" in capsys.readouterr().err
 
 
 def test_compare_within_a_pool(capsys, picture):

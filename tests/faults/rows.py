@@ -42,7 +42,7 @@ FAULTS = (
     # the host's part
     fault("for part in (stride_b, stride_h, stride_r, words)) or", "for part in (stride_b, stride_h, stride_r)) or", HOST),
     fault("for part in (stride_b, stride_h, stride_r, words)) or", "for part in (stride_h, stride_r, words)) or", HOST),
-    fault("if tensor.stride(3) != 1 and tensor.shape[3] != 1:", "if False:", HOST),
+    fault("if word != 1 and words != 1:", "if False:", HOST),
     fault("max(width.bit_length() + 1, 1)", "max(width.bit_length() - 1, 1)", HOST),
     fault("rest = (kept.stride(0), word,", "rest = (kept.shape[1], word,", HOST),
     fault("        if not tensor.is_contiguous():\n            others", "        if False:\n            others", HOST),
