@@ -19,13 +19,25 @@ def add_parser(commands: Any) -> None:
     """Registers the command."""
     parser = commands.add_parser("info", help="versions, devices, backends, the byte-model bound", description=__doc__)
     common.add_common(parser)
-    parser.add_argument("--config", default="llava-1.5-7b", metavar="NAME", help="named model for the bound; default: llava-1.5-7b")
+    what = "named model for the bound; default: llava-1.5-7b"
+    parser.add_argument("--config", type=_known, default="llava-1.5-7b", metavar="NAME", help=what)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], metavar="B", help="default: 1 8 32")
     parser.add_argument("--visual", type=int, metavar="N", help="visual tokens; default: what the named model makes of one picture")
     parser.add_argument("--text", type=int, default=128, metavar="N", help="text tokens; default: 128")
     parser.add_argument("--measure", action="store_true", help="measure the copy bandwidth and the rate of a matrix product here")
     predicted.add_options(parser)
     parser.set_defaults(run=run)
+
+
+def _known(text: str) -> str:
+    """An argument that names a model of ``flops.named_model``."""
+    from dyrate_kernels import flops
+
+    try:
+        flops.named_model(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def collect(given: argparse.Namespace) -> dict[str, Any]:

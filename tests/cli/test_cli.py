@@ -195,7 +195,10 @@ def test_a_mistake_is_one_clear_line(capsys, picture, tmp_path, arguments, messa
     assert err.startswith("dyrate: error: ") and err.count("\n") == 1 and message in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["foo"], ["generate"], ["generate", "--image", "x", "--retention", "y"]], ids=str)
+WRONG = [[], ["foo"], ["generate"], ["generate", "--image", "x", "--retention", "y"], ["info", "--config", "nope"]]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=str)
 def test_wrong_usage(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
