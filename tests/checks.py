@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -14,6 +15,7 @@ from tests import models
 from tests.oracle import Oracle, Rule
 
 RETENTIONS = ("recoverable", "evict")
+VARIANTS = pytest.mark.parametrize(("family", "text"), models.VARIANTS, ids=["-".join(v) for v in models.VARIANTS])
 TOLERANCE = 2e-5  # of the largest logit, float32
 
 _PREDICTOR = torch.Generator().manual_seed(3)

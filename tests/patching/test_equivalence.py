@@ -11,6 +11,7 @@ from tests.checks import (
     METHODS,
     RETENTIONS,
     ROWS,
+    VARIANTS,
     assert_close_logits,
     assert_same,
     assert_same_decisions,
@@ -22,7 +23,6 @@ from tests.checks import (
 )
 from tests.oracle import Oracle, Rule
 
-VARIANTS = pytest.mark.parametrize(("family", "text"), models.VARIANTS, ids=["-".join(v) for v in models.VARIANTS])
 RETENTION = pytest.mark.parametrize("retention", RETENTIONS)
 
 

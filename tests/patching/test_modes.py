@@ -17,6 +17,7 @@ from tests.checks import (
     PICTURES_FIRST,
     RETENTIONS,
     ROWS,
+    VARIANTS,
     assert_same,
     assert_same_decisions,
     greedy,
@@ -28,7 +29,6 @@ from tests.checks import (
 )
 from tests.oracle import Oracle, Turn
 
-VARIANTS = pytest.mark.parametrize(("family", "text"), models.VARIANTS, ids=["-".join(v) for v in models.VARIANTS])
 RETENTION = pytest.mark.parametrize("retention", RETENTIONS)
 # every family with the method that decides most; every method with two families
 CASES = [(family, text, "dyrate") for family, text in models.VARIANTS] + [

@@ -15,6 +15,7 @@ from tests.checks import (
     METHODS,
     PICTURES_FIRST,
     ROWS,
+    VARIANTS,
     assert_same,
     assert_same_decisions,
     greedy,
@@ -27,7 +28,6 @@ from tests.checks import (
 )
 from tests.oracle import Oracle, Turn
 
-VARIANTS = pytest.mark.parametrize(("family", "text"), models.VARIANTS, ids=["-".join(v) for v in models.VARIANTS])
 CHOOSE = [name for name, rule in METHODS.items() if rule.decides_while_decoding]  # anew at every step
 POOLS = ("pool=0.5", "pool=0.3:by=uniform", "pool=0.6:by=0.4")
 
