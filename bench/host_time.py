@@ -1,6 +1,6 @@
 """The host's work that the patch adds to a decode step: time and operator calls, beside the unpatched eager model. Needs no GPU.
 
-    OMP_NUM_THREADS=1 python -m bench.host_time [--rounds 8] [--new-tokens 30] [--layers 32] [--json]
+    OMP_NUM_THREADS=1 python -m bench.host_time [--rounds 8] [--new-tokens 20] [--layers 32] [--json]
 
 The model is a LLaVA whose layers are as many as a 7B model's and so small that a step is nothing but Python and dispatch. Two tables:
 
@@ -9,19 +9,27 @@ The model is a LLaVA whose layers are as many as a 7B model's and so small that 
   host does for a GPU, up to the driver's call (and a layer of ours makes one, the unpatched one three). All other operators do compute
   here, on tensors so small that their time is dispatch.
 
-Times are the thread's own CPU time between two tokens, medians of each generation; set-ups take turns, and the figure is the median over
-rounds of the ratio to the unpatched model of the same round. Calls are those that reach torch's dispatcher below autograd in one step
-(a launch of ours does not go through it). A captured step (``cuda_graph=True``) runs none of this.
+Each set-up generates beside the unpatched model (a twin that shares its weights), and the two take turns **at every token**: a step stands
+between two of the unpatched model and is divided by their mean, so that what else runs on the machine, and the clock of its cores, meet
+both alike. Times are the thread's own CPU time. A round's ratio is the median over its steps, the figure is the median over rounds; set-ups
+take turns, too. The first row is the unpatched model beside itself: as far as it is from 1, so far may the others be off. Calls are those
+that reach torch's dispatcher below autograd in one step (a launch of ours does not go through it). A captured step (``cuda_graph=True``)
+runs none of this.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import copy
 import json
 import platform
 import statistics
+import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -65,17 +73,22 @@ def setups(backend: str) -> list[Setup]:
 
 
 class _Clock(LogitsProcessor):
-    """Notes this thread's CPU time, and how often the dispatcher was called, when the scores of each token are there."""
+    """Notes the CPU seconds of each step of its thread, and lets another thread make one before the next begins.
 
-    def __init__(self, calls: _Calls | None = None) -> None:
-        self.calls = calls
-        self.times: list[float] = []
-        self.counts: list[int] = []
+    Args:
+        mine, other: permits to make a step.
+    """
+
+    def __init__(self, mine: threading.Semaphore, other: threading.Semaphore) -> None:
+        self.mine, self.other = mine, other
+        self.seconds: list[float] = []
+        self._begin = 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.times.append(time.thread_time())
-        if self.calls is not None:
-            self.counts.append(self.calls.count)
+        self.seconds.append(time.thread_time() - self._begin)
+        self.other.release()
+        self.mine.acquire()
+        self._begin = time.thread_time()
         return scores
 
 
@@ -89,47 +102,74 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _generate(model: Any, fields: dict[str, torch.Tensor], tokens: int, clock: _Clock) -> None:
-    model.generate(**fields, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, logits_processor=[clock])
+class _Counts(LogitsProcessor):
+    """Notes how many calls there were when the scores of each token are there."""
+
+    def __init__(self, calls: _Calls) -> None:
+        self.calls = calls
+        self.counts: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.counts.append(self.calls.count)
+        return scores
 
 
-def step_seconds(model: Any, fields: dict[str, torch.Tensor], tokens: int) -> float:
-    """Median CPU seconds of a step."""
-    clock = _Clock()
-    _generate(model, fields, tokens, clock)
-    return statistics.median(b - a for a, b in zip(clock.times[3:-1], clock.times[4:], strict=True))
+def _generate(model: Any, fields: dict[str, torch.Tensor], tokens: int, processor: LogitsProcessor) -> None:
+    model.generate(**fields, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, logits_processor=[processor])
+
+
+def step_seconds(models: Sequence[Any], fields: dict[str, torch.Tensor], tokens: int) -> tuple[list[float], list[float]]:
+    """CPU seconds of the steps of two models that take turns, the first one first; without the prompts and the first steps."""
+    permits = threading.Semaphore(1), threading.Semaphore(0)
+    clocks = _Clock(*permits), _Clock(*reversed(permits))
+
+    def run(model: Any, clock: _Clock) -> None:
+        clock.mine.acquire()
+        try:
+            _generate(model, fields, tokens, clock)
+        finally:
+            clock.other.release(tokens + 1)  # nobody waits for what has ended
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(run, model, clock) for model, clock in zip(models, clocks, strict=True)]:
+            done.result()
+    return clocks[0].seconds[3:], clocks[1].seconds[3:]
 
 
 def step_calls(model: Any, fields: dict[str, torch.Tensor]) -> int:
     """Operator calls of the sixth step."""
     with _Calls() as calls:
-        clock = _Clock(calls)
-        _generate(model, fields, 8, clock)
-    return clock.counts[6] - clock.counts[5]
+        counts = _Counts(calls)
+        _generate(model, fields, 8, counts)
+    return counts.counts[6] - counts.counts[5]
+
+
+def ratio_of(plain: Sequence[float], steps: Sequence[float]) -> float:
+    """Median ratio of a step to the mean of the plain ones before and after it."""
+    return statistics.median(2 * step / (a + b) for a, step, b in zip(plain, steps, plain[1:], strict=False))
 
 
 def measure(table: str, backend: str, layers: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
     """The rows of one table."""
-    model, fields = small_model(layers)
+    plain, fields = small_model(layers)
+    model = copy.deepcopy(plain, {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())})
     times: dict[str, list[float]] = collections.defaultdict(list)
+    ratios: dict[str, list[float]] = collections.defaultdict(list)
     calls: dict[str, int] = {}
     for number in range(rounds + 1):
         for name, patching in setups(backend):
-            if patching is None:
-                seconds, count = step_seconds(model, fields, tokens), step_calls(model, fields) if number == 0 else 0
-            else:
-                with dk.patch(model, **patching):
-                    seconds, count = step_seconds(model, fields, tokens), step_calls(model, fields) if number == 0 else 0
-            if number == 0:  # warms up, and counts
-                calls[name] = count
-            else:
-                times[name].append(seconds)
-    base = times["unpatched"]
+            with contextlib.nullcontext() if patching is None else dk.patch(model, **patching):
+                if number == 0:
+                    calls[name] = step_calls(model, fields)
+                others, steps = step_seconds((plain, model), fields, tokens if number else 8)
+            if number:  # the first round warms up
+                times[name].append(statistics.median(steps))
+                ratios[name].append(ratio_of(others, steps))
     return [
         {
             "table": table, "setup": name, "layers": layers,
             "ms": 1e3 * statistics.median(times[name]),
-            "ratio": statistics.median(a / b for a, b in zip(times[name], base, strict=True)),
+            "ratio": statistics.median(ratios[name]),
             "calls": calls[name], "calls_added": calls[name] - calls["unpatched"],
             "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine(),
         }
@@ -169,7 +209,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=30)
+    parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
