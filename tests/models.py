@@ -41,7 +41,7 @@ from tests.builders import (
 
 __all__ = [
     "BESIDE", "BUILDERS", "EOS_TOKEN", "FIRST_WORD", "FRAMES", "HEADS", "HEAD_DIM", "HIDDEN", "IMAGE_TOKEN", "KV_HEADS", "LAYERS",
-    "MORE_VARIANTS", "PAD_TOKEN", "VARIANTS", "VIDEO_TOKEN", "VOCAB", "build", "build_text", "config", "decoder_layers", "inputs",
+    "MORE_VARIANTS", "PAD_TOKEN", "VARIANTS", "VIDEO_TOKEN", "VOCAB", "build", "build_text", "config", "decoder_layers", "draw", "inputs",
     "poisoned", "text_config",
 ]  # fmt: skip
 # every architecture named in the README's table: (family, text model)
@@ -72,7 +72,7 @@ def build(family: str, text: str = "llama", *, seed: int = 0, dtype: torch.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 + seed)
         model = getattr(transformers, f"{BUILDERS[family].classes}ForConditionalGeneration")(config(family, text, **overrides))
-        _draw(model, torch.Generator().manual_seed(zlib.crc32(f"{family}/{text}/{seed}".encode())))
+        draw(model, torch.Generator().manual_seed(zlib.crc32(f"{family}/{text}/{seed}".encode())))
     model = model.eval().to(dtype)
     _settle(model)
     return model
@@ -85,7 +85,7 @@ def build_text(seed: int = 0, **overrides: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 + seed)
         model = LlamaForCausalLM(text_config("llama", **overrides))
-        _draw(model, torch.Generator().manual_seed(77 + seed))
+        draw(model, torch.Generator().manual_seed(77 + seed))
     model = model.eval()
     _settle(model)
     return model
@@ -99,7 +99,7 @@ def _settle(model: Any) -> None:
 
 
 @torch.no_grad()
-def _draw(model: nn.Module, generator: torch.Generator) -> None:
+def draw(model: nn.Module, generator: torch.Generator) -> None:
     def normal(tensor: Tensor, std: float) -> None:
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
 

@@ -300,7 +300,7 @@ def pixtral():
     )  # fmt: skip
     torch.manual_seed(1)
     model = transformers.LlavaForConditionalGeneration(config).eval()
-    models._draw(model, torch.Generator().manual_seed(5))
+    models.draw(model, torch.Generator().manual_seed(5))
     models._settle(model)
     generator = torch.Generator().manual_seed(2)
     sizes = [(16, 24), (24, 16), (20, 20)]
