@@ -90,8 +90,7 @@ def _text(**more: Any) -> dict[str, Any]:
     return {
         "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 192, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS // 2, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "max_position_embeddings": 4096,
-        "pad_token_id": 0, "bos_token_id": 1,
-        "eos_token_id": 2, "tie_word_embeddings": False,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
     } | more  # fmt: skip
 
 
