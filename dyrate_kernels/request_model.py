@@ -437,6 +437,12 @@ def kept_of(policy: Policy, visual: int, new_tokens: int) -> tuple[tuple[float, 
     return ((share,), False) if share < 1 else ((ASSUMED_KEPT,), True)
 
 
+def kept_at_most(policy: Policy, num_layers: int) -> bool:
+    """Returns whether a bound policy may keep less than the share of :func:`kept_of`: in later layers, or by what it sees."""
+    exact = not policy.decides or not policy.drops or isinstance(policy, Schedule)
+    return not exact and not (policy.constant and len(policy.layer_groups(num_layers)) == 1)
+
+
 # ---- models by name ------------------------------------------------------------------------------------------------
 
 

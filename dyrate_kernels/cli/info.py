@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     common.add_common(parser)
     what = "named model for the bound; default: llava-1.5-7b"
     parser.add_argument("--config", type=_known, default="llava-1.5-7b", metavar="NAME", help=what)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], metavar="B", help="default: 1 8 32")
+    parser.add_argument("--batch", type=common.positive, nargs="+", default=[1, 8, 32], metavar="B", help="default: 1 8 32")
     parser.add_argument("--visual", type=int, metavar="N", help="visual tokens; default: what the named model makes of one picture")
     parser.add_argument("--text", type=int, default=128, metavar="N", help="text tokens; default: 128")
     parser.add_argument("--measure", action="store_true", help="measure the copy bandwidth and the rate of a matrix product here")

@@ -44,22 +44,25 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
     from dyrate_kernels.request_model import DENSE, Plan
 
     rates = _rates(given)
-    policy = policies.parse(given.policy)
     model = flops.named_model(given.config)
+    policy = policies.parse(given.policy).bind(model.shape)
     visual = model.visual_tokens if given.visual is None else given.visual
-    for name in ("kept", "pool"):
-        share = getattr(given, name)
-        if share is not None and not 0 <= share <= 1:
-            raise ValueError(f"--{name} must be in [0, 1], got {share}")
+    if given.kept is not None and not 0 <= given.kept <= 1:
+        raise ValueError(f"--kept must be in [0, 1], got {given.kept}")
+    try:
+        pool = specs.retention("pool", given.pool).pool if policy.decides else 1.0  # what decides nothing has no pool: every token stays
+    except ValueError as error:
+        raise ValueError(f"--pool: {error}") from None
     kept, assumed = request_model.kept_of(policy, visual, max(given.new_tokens))
+    most = given.kept is None and not assumed and request_model.kept_at_most(policy, model.shape.num_layers)
     if given.kept is not None:
         kept, assumed = (given.kept,), False
     asked = given.retention or specs.RETENTIONS
     retentions = [name for name in asked if specs.retention(name).suits(policy)]
     if not retentions:
         specs.retention(asked[0]).check(policy)  # says why
-    k = min(policy.k or 3, model.shape.num_layers - 1)
-    plans = {DENSE: Plan()} | {name: Plan(name, k, kept, request_model.POOL if given.pool is None else given.pool) for name in retentions}
+    k = policy.layer_groups(model.shape.num_layers)[0]
+    plans = {DENSE: Plan()} | {name: Plan(name, k, kept, pool) for name in retentions}
     rows = []
     for batch in given.batch:
         for new_tokens in given.new_tokens:
@@ -70,8 +73,8 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
                 rows.append(facts | found.to_dict() | {"largest_batch": request_model.largest_batch(request, plan, rates)})
     return {
         "prediction": True, "config": given.config, "visual_tokens": visual, "text_tokens": given.text, "policy": given.policy, "k": k,
-        "kept": list(kept) if len(set(kept)) > 1 else kept[0], "kept_is_assumed": assumed, "bandwidth": rates.bandwidth,
-        "flops_per_s": rates.flops, "rates": rates.source, "rows": rows,
+        "kept": list(kept) if len(set(kept)) > 1 else kept[0], "kept_is_assumed": assumed, "kept_is_most": most,
+        "bandwidth": rates.bandwidth, "flops_per_s": rates.flops, "rates": rates.source, "rows": rows,
     }  # fmt: skip
 
 
@@ -110,9 +113,10 @@ def show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     share = f"{100 * found['kept']:.1f} %" if isinstance(found["kept"], float) else "a falling share"
-    assumed = " (assumed, --kept says another)" if found["kept_is_assumed"] else ""
+    source = " (assumed, --kept says another)" if found["kept_is_assumed"] else ""
+    source = " (the most that it keeps in any layer and step: it may take less, --kept says another)" if found["kept_is_most"] else source
     print(
-        f"requests:  predicted, not measured: what {found['policy']} takes at least, k={found['k']}, {share} kept{assumed}\n"
+        f"requests:  predicted, not measured: what {found['policy']} takes at least, k={found['k']}, {share} kept{source}\n"
         f"  {found['bandwidth'] / 1e9:.0f} GB/s, {found['flops_per_s'] / 1e12:.0f} TFLOP/s; {found['rates']}"
     )
     table = Table()

@@ -106,6 +106,8 @@ def patch(
         raise RuntimeError("model is patched already; call dyrate_kernels.unpatch(model) first, then patch it with the new settings")
     held = specs.retention(retention, pool, pool_by)
     switches = _Switches(cuda_graph, fuse, exact)
+    if not isinstance(record_importance, bool):
+        raise TypeError(f"record_importance must be True or False, got {record_importance!r}")
     if isinstance(policy, str):
         options = {name: value for name, value in (("k", k), ("predictor", predictor)) if value is not None}
         policy = policies.parse(policy, **options)

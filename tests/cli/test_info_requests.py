@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dyrate_kernels import request_model, specs
+from dyrate_kernels import flops, policies, request_model, specs
 from dyrate_kernels.cli.main import main
 from dyrate_kernels.measuring import timing
 from dyrate_kernels.request_model import Plan
@@ -64,6 +64,21 @@ def test_what_is_assumed_is_said(capsys):
     assert "predicted, not measured: what dyrate takes" in printed and "20.0 % kept (assumed, --kept says another)" in printed
     assert main(["info", "--batch", "1", "--policy", "schedule"]) == 0
     assert "a falling share kept\n" in capsys.readouterr().out
+    assert main(["info", "--batch", "1", "--policy", "pyramiddrop"]) == 0
+    assert "k=8, 50.0 % kept (the most that it keeps in any layer and step: it may take less" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("policy", ["fastv", "vtw", "pyramiddrop", "sparsevlm", "aim", "depth", "none"])
+def test_what_is_predicted_is_what_a_patched_model_would_do(capsys, policy):
+    """Its own first pruned layer, nothing left out of a prompt that it leaves whole, and a bound only where it is one."""
+    found = told(capsys, "--batch", "1", "--new-tokens", "2", "--policy", policy)
+    bound = policies.parse(policy).bind(flops.named_model("llava-1.5-7b").shape)
+    assert found["k"] == bound.layer_groups(32)[0]
+    rows = {row["retention"]: row for row in found["rows"]}
+    assert found["kept_is_most"] == (policy not in ("fastv", "vtw", "none"))
+    assert (rows["evict"]["prefill"]["flops"] < rows["dense"]["prefill"]["flops"]) == (policy != "none")
+    if policy == "none":
+        assert all(row["prefill"] == rows["dense"]["prefill"] and row["kv_bytes"] == rows["dense"]["kv_bytes"] for row in rows.values())
 
 
 @pytest.mark.parametrize(
@@ -72,6 +87,9 @@ def test_what_is_assumed_is_said(capsys):
         (["--device", "h300"], "device must be one of h200"),
         (["--device", "h200", "--measure"], "--measure takes the rates of this machine"),
         (["--kept", "2"], "--kept must be in [0, 1], got 2.0"),
+        (["--pool", "0"], "--pool: pool must be a number in (0, 1]"),
+        (["--pool", "nan"], "--pool: pool must be a number in (0, 1]"),
+        (["--policy", "dyrate:k=40"], "k must be in [1, 31] for a model of 32 layers, got 40"),
         (["--tflops", "0"], "--tflops must be above 0 and finite, got 0.0"),
         (["--bandwidth", "inf"], "--bandwidth must be above 0 and finite, got inf"),
         (["--policy", "fastw"], "policy must be one of"),

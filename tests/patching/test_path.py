@@ -349,6 +349,7 @@ def _knows(family):
 
 @pytest.mark.parametrize(("wrong", "words"), [
     ({"exact": "yes"}, "exact must be True or False, got 'yes'"),
+    ({"record_importance": "no"}, "record_importance must be True or False, got 'no'"),
     ({"exact": True, "fuse": True}, "exact=True keeps .* fuse=True replaces: leave one of them out"),
 ])  # fmt: skip
 def test_arguments(make_model, wrong, words):
