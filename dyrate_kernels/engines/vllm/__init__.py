@@ -45,7 +45,7 @@ def _hook() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from dyrate_kernels.engines.vllm import engine, runners
+    from dyrate_kernels.engines.vllm import blocks, engine, runners
 
     WorkerBase.dyrate_report = lambda self: engine.report(self.vllm_config)
     here = "dyrate_kernels.engines.vllm"
@@ -56,6 +56,7 @@ def _hook() -> None:
         register_backend(AttentionBackendEnum.TRITON_ATTN, f"{here}.cuda.DyRateTritonAttentionBackend")
         runners.hook_second()
     runners.hook_first()
+    blocks.hook()
 
 
 def report(llm: Any) -> list[dict[str, Any]]:

@@ -57,6 +57,7 @@ class Engine:
         self.pruning = Pruning(self.policy, shape.num_layers, self.table, _heads(config))
         self._planner = Planner(self.table, device)
         self._batch: Batch | None = None
+        self._made: list[Step | None] = []  # of that batch, once it is made
 
     # ---- what a runner tells ------------------------------------------------------------------------------------------------------
 
@@ -70,10 +71,7 @@ class Engine:
         known = self.table.prompts.get(request)
         if known is not None and known.length == prompt_length:
             return
-        spans = [
-            span for feature in features if feature.modality in ("image", "video") for span in feature.mm_position.extract_embeds_range()
-        ]
-        self.table.add(request, Prompt(prompt_length, tuple(sorted((int(first), int(last)) for first, last in spans))), batch)
+        self.table.add(request, Prompt(prompt_length, spans_of(features)), batch)
         self._planner.forget()
 
     def remove(self, request: str) -> None:
@@ -83,11 +81,11 @@ class Engine:
     @contextlib.contextmanager
     def making(self, batch: Batch) -> Iterator[None]:
         """Within: metadata are made of this batch."""
-        self._batch = batch
+        self._batch, self._made = batch, []
         try:
             yield
         finally:
-            self._batch = None
+            self._batch, self._made = None, []
 
     # ---- what a builder asks ------------------------------------------------------------------------------------------------------
 
@@ -102,7 +100,15 @@ class Engine:
         batch = self._batch
         if batch is None or not batch.requests:
             return None
-        return self._planner.plan(batch.requests, batch.computed, starts.tolist(), lengths, longest)
+        if not self._made:  # groups of layers with block tables of their own share it
+            self._made = [self._planner.plan(batch.requests, batch.computed, starts.tolist(), lengths, longest)]
+        return self._made[0]
+
+
+def spans_of(features: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+    """Spans ``(first, last)`` of a prompt's positions that hold embeddings of pictures, ascending; features: ``MultiModalFeatureSpec``."""
+    seen = (feature for feature in features if feature.modality in ("image", "video"))
+    return tuple(sorted((int(first), int(last)) for each in seen for first, last in each.mm_position.extract_embeds_range()))
 
 
 def options_of(config: VllmConfig) -> Options | None:
