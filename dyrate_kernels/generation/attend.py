@@ -18,6 +18,8 @@ from dyrate_kernels.ops.forms import Prepared
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast what ``scaled_dot_product_attention`` makes of its arguments there: all in autocast's dtype. Else the same tensors."""
+    if not torch._C._is_any_autocast_enabled():  # the same question of any device, in a tenth of the time
+        return tensors
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -48,47 +50,43 @@ class OperatorStep:
     def __init__(self, store: RowStore, row: Tensor, column: Tensor, unpruned: bool, whole: bool) -> None:
         self.store, self.row, self.column, self.unpruned = store, row, column, unpruned
         self.text_bound = store.text_capacity if whole else store.text_bound
-        self._new: tuple[Tensor, Tensor] | None = None  # key and value [B, Hkv, D] that the layer's attention is to store
         self._rotation: tuple[Tensor, Tensor] | None = None  # cos and sin by which the attention is to rotate query and new key
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # metadata and their copies on other devices
         self._counts: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = {}  # by group: ``_counts_of``
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Takes the new row: key, value ``[B, Hkv, 1, D]``; **written to the store**, here or by the attention that follows."""
-        store = self.store
-        if store.backend == "reference" or store.keys[layer] is None:
-            store.write(layer, key, value, store.group_of[layer].capacity + self.row)
-        else:
-            self._new = (key.squeeze(2), value.squeeze(2))  # the attention kernel writes it: two launches fewer a layer
-
     def rotate(self, layer: int, cos: Tensor, sin: Tensor) -> bool:
-        """Asks that the attention of ``layer`` rotates query and new key; before ``write``. Returns whether it will."""
+        """Asks that the attention of ``layer``, which comes next, rotates query and new key. Returns whether it will."""
         if self.store.backend == "reference" or self.store.keys[layer] is None:
             return False
         self._rotation = (cos, sin)
         return True
 
-    def attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
-        """Attention over the rows that the layer may read.
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """Attention over the rows that the layer may read, the new one among them.
 
         Args:
             query: ``[B, Hq, 1, D]``.
+            key, value: ``[B, Hkv, 1, D]``, the new row; **written to the store**.
             window: a sliding window that some row may have left; None: every live row is visible.
 
         Returns:
             ``[B, 1, Hq, Dv]``.
         """
-        rows = self._rows(layer, query, scale, window)
+        rows = self._rows(layer, query, key, value, scale, window)
         return self._attention(layer, rows)(rows, mass=False, importance=False)[0].unsqueeze(1)
 
-    def score(self, layer: int, query: Tensor, scale: float, window: int | None, importance: bool) -> tuple[Tensor, Tensor, Any]:
+    def score(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, importance: bool
+    ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
         """Output ``[B, Hq, Dv]``, mass, and importance by row where it is asked for, as of ``ops.decode_attention``."""
-        rows = self._rows(layer, query, scale, window, self.store.text_type)
+        rows = self._rows(layer, query, key, value, scale, window, self.store.text_type)
         return ops.trusted("decode_attention", self.store.backend, query.device)(rows, mass=True, importance=importance)
 
-    def step(self, layer: int, query: Tensor, scale: float, window: int | None, decide: ops.Decide) -> ops.DecodeStep:
+    def step(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, decide: ops.Decide
+    ) -> ops.DecodeStep:  # fmt: skip
         """``ops.decode_step`` by a predictor (weight, bias, rates, alive, max_kept), in a layer that holds every visual row."""
-        rows = self._rows(layer, query, scale, window, self.store.text_type)
+        rows = self._rows(layer, query, key, value, scale, window, self.store.text_type)
         return ops.DecodeStep(*ops.trusted("decode_step", self.store.backend, query.device)(rows, decide))
 
     def predicted(self, mass: Tensor, weight: Tensor, bias: Tensor, rates: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -141,15 +139,21 @@ class OperatorStep:
             self._counts[group.first, device] = found
         return found
 
-    def _rows(self, layer: int, query: Tensor, scale: float, window: int | None, text_type: Tensor | None = None) -> ops.Rows:
-        """Returns the operators' rows of ``layer``; takes the new row and the rotation that wait for it."""
+    def _rows(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, text_type: Tensor | None = None
+    ) -> ops.Rows:  # fmt: skip
+        """Returns the operators' rows of ``layer``, the new one written or given to them to write; takes the rotation that waits."""
         store, device = self.store, query.device
         group = store.group_of[layer]
-        key, value = store.buffers(layer)
+        new_key, new_value = None, None
+        if store.backend == "reference" or store.keys[layer] is None:
+            store.write(layer, key, value, group.capacity + self.row)
+        else:
+            new_key, new_value = key.squeeze(2), value.squeeze(2)  # the attention kernel writes it: two launches fewer a layer
+        keys, values = store.buffers(layer)
         n_visual, n_text, kept, n_kept = self._counts_of(group, device)
-        new_key, new_value = self._new or (None, None)
         cos, sin = self._rotation or (None, None)
-        self._new = self._rotation = None
+        self._rotation = None
         position, query_position = None, None
         if text_type is not None:
             text_type = self.at(device, text_type)
@@ -158,7 +162,7 @@ class OperatorStep:
             query_position = self.at(device, self.column).expand_as(n_text)
         clean = True  # the store fills its buffers with zeros
         return ops.Rows(  # by position: by name it takes twice as long
-            query.squeeze(2), key, value, n_visual, n_text, group.capacity, scale, kept, n_kept, text_type, position, query_position,
+            query.squeeze(2), keys, values, n_visual, n_text, group.capacity, scale, kept, n_kept, text_type, position, query_position,
             window, group.bound, self.text_bound, clean, new_key, new_value, cos, sin,
         )  # fmt: skip
 

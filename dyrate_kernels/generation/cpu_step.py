@@ -88,7 +88,6 @@ class CpuStep(OperatorStep):
         self._new_row: dict[int, Tensor] = {}  # by group: flat index of the new row
         self._extends = self.on_host and not torch.is_grad_enabled()  # what autograd may have kept must not be written
         self._text_row = self._shared_row()
-        self._written: tuple[int, BufferViews] | None = None  # layer that was written last, and its buffers
 
     def _shared_row(self) -> int | None:
         """The text row of the new token, if it is the same in every sequence; None if not, or where views of rows cannot be written."""
@@ -97,37 +96,20 @@ class CpuStep(OperatorStep):
         rows = self.row.flatten().tolist()
         return rows[0] if rows and rows.count(rows[0]) == len(rows) else None
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        store = self.store
-        group = store.group_of[layer]
-        if store.keys[layer] is None:
-            store.write(layer, key, value, group.capacity + self.row)
-            return
-        views = store.views(layer)
-        self._written = (layer, views)
-        if self._text_row is not None:
-            keys, values = views.single_row(group.capacity + self._text_row)
-            keys.copy_(key)
-            values.copy_(value)
-            return
-        index = self._new_row.get(group.first)
-        if index is None:
-            index = self._new_row[group.first] = _flat_index(views.keys, group.capacity + self.row)
-        views.key_table.index_copy_(0, index, key.reshape(-1, key.shape[3]))
-        views.value_table.index_copy_(0, index, value.reshape(-1, value.shape[3]))
-
-    def attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         heads = query.shape[1]
-        query, keys, values, rows = self._operands(layer, query, window)
+        query, keys, values, rows = self._operands(layer, query, key, value, window)
         output = scaled_dot_product_attention(query, keys, values, attn_mask=rows.mask, scale=scale)
         return output.reshape(output.shape[0], 1, heads, -1)
 
-    def score(self, layer: int, query: Tensor, scale: float, window: int | None, importance: bool) -> tuple[Tensor, Tensor, Any]:
+    def score(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, importance: bool
+    ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
         store, group = self.store, self.store.group_of[layer]
         if group is not store.full:  # rows are no tokens there
-            return super().score(layer, query, scale, window, importance)
+            return super().score(layer, query, key, value, scale, window, importance)
         heads, dtype, exact = query.shape[1], query.dtype, accumulator(query)
-        query, keys, values, rows = self._operands(layer, query, window)
+        query, keys, values, rows = self._operands(layer, query, key, value, window)
         mask = rows.mask
         if dtype != exact:
             query, keys, values, mask = (tensor.to(exact) for tensor in (query, keys, values, mask))
@@ -169,21 +151,40 @@ class CpuStep(OperatorStep):
             return None
         return left.kept.clone(), torch.tensor(left.counts, dtype=torch.int32)
 
-    def _operands(self, layer: int, query: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor, _Rows]:
-        """Query, keys and values as matrix products take them, and what there is to know about the rows."""
-        group, written = self.store.group_of[layer], self._written
-        views = written[1] if written is not None and written[0] == layer else self.store.views(layer)
+    def _operands(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, _Rows]:  # fmt: skip
+        """Writes the new row. Query, keys and values as matrix products take them, and what there is to know about the rows."""
+        store = self.store
+        group = store.group_of[layer]
+        if store.keys[layer] is None:
+            store.write(layer, key, value, group.capacity + self.row)
+        views = store.views(layer)
+        if self._text_row is not None:
+            new_key, new_value = views.single_row(group.capacity + self._text_row)
+            new_key.copy_(key)
+            new_value.copy_(value)
+        else:
+            self._write(group, views, key, value)
         rows = self._seen.get((group.first, window))
         if rows is None:
             rows = self._seen[group.first, window] = self._rows_of(group, views.keys, query.dtype, window)
         if rows.read is None:
-            keys, values = views.first_rows(rows.length)
+            keys, values = views.first if views.count == rows.length else views.first_rows(rows.length)
         else:  # whole rows of one flat table: 12 times as fast as Tensor.gather on a CPU
             shape = (*views.keys.shape[:2], rows.length, -1)
             keys, values = (table.index_select(0, rows.read).view(shape) for table in (views.key_table, views.value_table))
         if query.shape[1] != keys.shape[1]:  # heads that share a key head stand side by side as rows, so that no key is repeated
             query = query.reshape(keys.shape[0], keys.shape[1], -1, query.shape[3])
         return query, keys, values, rows
+
+    def _write(self, group: RowGroup, views: BufferViews, key: Tensor, value: Tensor) -> None:
+        """Writes the new row of each sequence at a place of its own."""
+        index = self._new_row.get(group.first)
+        if index is None:
+            index = self._new_row[group.first] = _flat_index(views.keys, group.capacity + self.row)
+        views.key_table.index_copy_(0, index, key.reshape(-1, key.shape[3]))
+        views.value_table.index_copy_(0, index, value.reshape(-1, value.shape[3]))
 
     def _rows_of(self, group: RowGroup, keys: Tensor, dtype: torch.dtype, window: int | None) -> _Rows:
         kept = None if self.unpruned else group.kept

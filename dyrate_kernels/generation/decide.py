@@ -257,18 +257,18 @@ class Decider:
         return self.policy.predictor_tensors(self.state, hidden) if len(self.starts) == 1 else None
 
     def decide_linear(
-        self, attention: OperatorStep, layer: int, query: Tensor, scale: float, window: int | None, linear: tuple[Tensor, Tensor, Tensor],
-        scope: Scope,
+        self, attention: OperatorStep, layer: int, query: Tensor, new: tuple[Tensor, Tensor], scale: float, window: int | None,
+        linear: tuple[Tensor, Tensor, Tensor], scope: Scope,
     ) -> tuple[Tensor, Measured, Choice]:  # fmt: skip
         """A decode step that scores and decides at once, by ``linear``: the attention's output ``[B, Hq, Dv]``, and so on."""
         (weight, bias, rates), n_visual = linear, attention.store.full.n_visual
         able, most = scope.able[0], None if scope.most is None else scope.most[0]
         if attention.fuses:
             output, mass, importance, kept, n_kept, rate = attention.step(
-                layer, query, scale, window, ops.Decide(weight, bias, rates, alive=able, max_kept=most)
+                layer, query, *new, scale, window, ops.Decide(weight, bias, rates, alive=able, max_kept=most)
             )
             return output, Measured(mass, importance), Choice(rate, [(kept, n_kept)])
-        output, mass, importance = attention.score(layer, query, scale, window, True)
+        output, mass, importance = attention.score(layer, query, *new, scale, window, True)
         measured = Measured(mass, importance)
         return output, measured, self.select_linear(measured, n_visual, linear, scope, attention)
 

@@ -75,19 +75,20 @@ class BufferViews:
     Attributes:
         keys, values: the buffers.
         key_table, value_table: the same as tables of rows, ``[B * Hkv * C, D]``.
+        first, count: what ``first_rows`` gave last, and of how many rows.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
         self.key_table, self.value_table = keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1])
-        self._first: tuple[int, tuple[Tensor, Tensor]] = (-1, (keys, values))
+        self.count, self.first = -1, (keys, values)
         self._begin, self._single = 0, [(keys, values)][:0]  # views of single rows, from the row ``_begin`` on
 
     def first_rows(self, count: int) -> tuple[Tensor, Tensor]:
         """Rows ``[0, count)`` of every head, ``[B, Hkv, count, D]``."""
-        if self._first[0] != count:
-            self._first = (count, (self.keys[:, :, :count], self.values[:, :, :count]))
-        return self._first[1]
+        if self.count != count:
+            self.count, self.first = count, (self.keys[:, :, :count], self.values[:, :, :count])
+        return self.first
 
     def single_row(self, row: int) -> tuple[Tensor, Tensor]:
         """Row ``row`` of every head, ``[B, Hkv, 1, D]``. Some that follow are made with it: one by one they take three times as long."""

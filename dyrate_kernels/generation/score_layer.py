@@ -70,13 +70,14 @@ class Scoring:
     # ---- a decode step ------------------------------------------------------------------------------------------------------------
 
     def step(
-        self, passing: DecodePass, stage: Stage, query: Tensor, scale: float, window: int | None, turn: Turn,
+        self, passing: DecodePass, stage: Stage, query: Tensor, new: tuple[Tensor, Tensor], scale: float, window: int | None, turn: Turn,
         counters: tuple[Tensor, Tensor], unpruned: bool,
     ) -> Tensor:  # fmt: skip
         """Returns the attention of a score layer in a decode step, ``[B, 1, Hq, D]``; the policy decides.
 
         Args:
             query: ``[B, Hq, 1, D]``.
+            new: key and value of the new row, ``[B, Hkv, 1, D]``.
             counters: step and column of the new token, int64 and int32 ``[1]``.
             unpruned: all visual tokens are read, nothing is decided.
         """
@@ -84,8 +85,8 @@ class Scoring:
         number = turn.step_of(passing.start)
         if unpruned or store.full.bound == 0 or not decider.at_decode(turn.frozen):
             if stage.index:
-                return attention.attend(layer, query, scale, window)
-            output, mass, importance = attention.score(layer, query, scale, window, self.record_importance)
+                return attention.attend(layer, query, *new, scale, window)
+            output, mass, importance = attention.score(layer, query, *new, scale, window, self.record_importance)
             mass, importance = self._of_all_heads(mass, importance)
             with self.branch.fork(None, mass, importance):
                 self._recording(turn).write(store, number, mass, importance, decider.rate, counters=counters, unpruned=unpruned)
@@ -95,10 +96,10 @@ class Scoring:
         linear = decider.linear(hidden) if self.heads is None and not self.branch.apart else None
         if linear is not None:
             scope = decider.scope_of_step(store, stage)
-            output, measured, choice = decider.decide_linear(attention, layer, query, scale, window, linear, scope)
+            output, measured, choice = decider.decide_linear(attention, layer, query, new, scale, window, linear, scope)
             self._take_effect(passing, stage, measured, choice, turn, counters)
             return output[:, None]
-        output, mass, importance = attention.score(layer, query, scale, window, True)
+        output, mass, importance = attention.score(layer, query, *new, scale, window, True)
         mass, importance = (each.to(store.device) for each in self._of_all_heads(mass, importance))
         before = store.groups[stage.groups[0]].first if stage.groups else None
         with self.branch.fork(before, mass, importance, hidden, *(() if self._first is None else self._first.measured)):

@@ -297,17 +297,15 @@ class Session:
     # ---- one layer --------------------------------------------------------------------------------------------------------------
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Takes the new rows of ``layer``; its ``attend`` must follow."""
-        passing = self.passing
+        """Takes the new rows of ``layer``; its ``attend`` must follow, which is given them again. A decode step writes them there."""
         if self._unread is not None:
             raise RuntimeError(
                 f"layer {self._unread} stored rows that no attention has read: the patched attention of that layer was bypassed. "
                 "Do not replace attention modules after dyrate_kernels.patch(); unpatch, change the model, then patch it."
             )
         self._unread = layer
+        passing = self.passing
         if isinstance(passing, DecodePass):
-            self.branch.reach(layer)
-            passing.attention.write(layer, key, value)
             return
         assert passing is not None, "no forward pass is under way on this cache"
         slots = self.effects.slots(passing, self.store.index_of[layer])
@@ -328,11 +326,14 @@ class Session:
             self.windows.add(window)
         stage = self.decider.stages.get(layer)
         if isinstance(passing, DecodePass):
+            if self.branch.apart:
+                self.branch.reach(layer)
             if window is not None and window > passing.start:
                 window = None  # no row has left it yet
             if stage is None:
-                return passing.attention.attend(layer, query, scale, window)
-            return self.scoring.step(passing, stage, query, scale, window, self.turn, (self.step, self.column), self.unpruned)
+                return passing.attention.attend(layer, query, key, value, scale, window)
+            new = (key, value)
+            return self.scoring.step(passing, stage, query, new, scale, window, self.turn, (self.step, self.column), self.unpruned)
         assert passing is not None, "no forward pass is under way on this cache"
         return self._attend_many(passing, stage, layer, query, key, value, scale, window)
 

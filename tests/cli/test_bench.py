@@ -97,7 +97,7 @@ def test_other_models(capsys, config):
 
 
 def test_what_is_wrong_has_no_speed(capsys, monkeypatch):
-    monkeypatch.setattr(cpu_step.CpuStep, "attend", lambda self, layer, query, scale, window: torch.zeros_like(query).transpose(1, 2))
+    monkeypatch.setattr(cpu_step.CpuStep, "attend", lambda self, layer, query, *_: torch.zeros_like(query).transpose(1, 2))
     told = rows_of(capsys, "--config", "toy", "--vision", "uniform:keep=0.5", status=1)
     ours = [row for row in told["rows"] if row["name"].startswith("dyrate")]
     assert ours and all(row["median_us"] is None and "no speed" in row["note"] for row in ours)

@@ -168,7 +168,7 @@ def test_new_rows_are_written_where_they_belong_step_by_step():
                 store.reserve_text(2 * store.text_capacity)
             step = step_of(store)
             key, value = torch.full((2, 3, 1, 4), number + 1.0), torch.full((2, 3, 1, 4), -number - 1.0)
-            step.write(0, key, value)
+            step.attend(0, key, key, value, 1.0, None)
             want |= {(b, int(row)): number + 1.0 for b, row in enumerate(step.row.flatten())}
             store.length += 1
     keys, values = store.buffers(0)

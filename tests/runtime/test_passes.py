@@ -117,9 +117,8 @@ def test_an_attention_is_prepared_once_for_rows_of_the_same_forms(monkeypatch):
 
     def attend(query: torch.Tensor, key: torch.Tensor, layer: int = 0) -> int:
         step = OperatorStep(store, torch.zeros(2, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), False, False)
-        step.write(layer, key, key)
         made.clear()
-        assert step.attend(layer, query, 1.0, None).shape == (2, 1, 4, 8)
+        assert step.attend(layer, query, key, key, 1.0, None).shape == (2, 1, 4, 8)
         return len(made)
 
     query, key = torch.rand(2, 1, 4, 8).transpose(1, 2), torch.rand(2, 1, 2, 8).transpose(1, 2)
