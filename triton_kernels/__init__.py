@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 OLDEST = (3, 4)
-PREPARES = ("decode_attention", "decode_step")  # operators that take ``prepared``: see ``ops.forms.Prepared``
+PREPARES = ("compact_", "decode_attention", "decode_step")  # operators that take ``prepared``: see ``ops.forms.Prepared``
 
 
 def __getattr__(name: str) -> Any:

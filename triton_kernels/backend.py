@@ -444,25 +444,46 @@ def _describe(tensor: Tensor) -> _Description | None:
     return tensor.data_ptr(), sequence, head, row, heads, words, tensor.element_size()
 
 
-def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor) -> None:
+class _Movable(NamedTuple):
+    """Tensors whose rows move: those that a kernel can move, described; the others; the most rows of one."""
+
+    addresses: list[int]
+    described: tuple[_Description, ...]
+    others: list[int]
+    most: int
+
+
+def _movable(rows: list[Tensor], addresses: list[int]) -> _Movable:
+    described, others, most = [], [], 0
+    for number, tensor in enumerate(rows):
+        if tensor.numel():
+            line = _describe(tensor)
+            others.append(number) if line is None else described.append(line)
+            most = max(most, tensor.shape[-1 if tensor.dim() == 2 else -2])
+    return _Movable(addresses, tuple(described), others, most)
+
+
+def compact_(rows: list[Tensor], kept: Tensor, n_kept: Tensor, n_visual: Tensor, *, prepared: Prepared | None = None) -> None:
     """See ``dyrate_kernels.ops.compact_``: one launch for all tensors."""
     batch, width = kept.shape
-    rows = [tensor for tensor in rows if tensor.numel()]
-    if not rows or batch == 0 or width == 0:
+    if batch == 0 or width == 0:
         return
     kept = last_contiguous(kept)
-    described, others = [], []
-    for tensor in rows:
-        line = _describe(tensor)
-        others.append(tensor) if line is None else described.append(line)
-    if others:
-        reference.compact_(others, kept, n_kept, n_visual)
+    addresses = [tensor.data_ptr() for tensor in rows]
+    movable: _Movable | None = None if prepared is None else prepared.launches
+    if movable is None or movable.addresses != addresses:
+        movable = _movable(rows, addresses)
+        if prepared is not None:
+            prepared.launches = movable
+    described = movable.described
+    if movable.others:
+        reference.compact_([rows[number] for number in movable.others], kept, n_kept, n_visual)
     if not described:
         return
-    table, word, aligned, words = _table(kept.device, tuple(described))
+    table, word, aligned, words = _table(kept.device, described)
     block_w = min(max(triton.next_power_of_2(words), 1), 128)
     block_m = max(min(4096 // block_w, 64), 1)
-    most = max(min(width, max(t.shape[-1 if t.dim() == 2 else -2] for t in rows) // 2), 1)
+    most = max(min(width, movable.most // 2), 1)
     movers = max(min(triton.cdiv(most, block_m), triton.cdiv(MOVERS, batch * len(described))), 1)
     rest = (kept.stride(0), word, aligned, block_m, block_w, max(width.bit_length() + 1, 1))
     tensors = (table, kept, vector(n_kept), vector(n_visual))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dyrate_kernels import ops
 from dyrate_kernels.generation.index import below, marked, picked, resized, scatter_, scattered
+from dyrate_kernels.ops.forms import Prepared
 
 ROUND = 64  # capacities are rounded up, so that small differences in length do not reallocate
 
@@ -146,6 +147,7 @@ class RowStore:
         self.attentions: dict[int, tuple[tuple, Callable[..., Any]]] = {}
         self.left: dict[Hashable, Any] = {}
         self._views: dict[int, BufferViews] = {}
+        self._prepared: dict[int, tuple[list[Tensor | None], list[tuple[list[Tensor], Prepared]]]] = {}  # by group: ``_moving``
 
     # ---- room -----------------------------------------------------------------------------------------------------------------
 
@@ -216,6 +218,7 @@ class RowStore:
             group.token = resized(group.token, new)
 
     def _regrow(self, layer: int, visual_old: int, visual_new: int, text_old: int, text_new: int) -> None:
+        self._prepared.clear()  # it holds the old buffers
         for buffers in (self.keys, self.values):
             old = buffers[layer]
             if old is None:
@@ -388,13 +391,21 @@ class RowStore:
 
     def _move(self, group: RowGroup, rows: Tensor, count: Tensor) -> None:
         """Moves the rows of a list to the front of each layer's buffers of ``group``, in place."""
-        for buffers in self._buffers_by_device(group.layers):
+        for buffers, prepared in self._moving(group):
             device = buffers[0].device
-            compact_ = ops.trusted("compact_", self.backend, device)
+            compact_ = ops.trusted("compact_", self.backend, device, prepared)
             compact_(buffers, rows.to(device), count.to(device), group.n_visual.to(device))
         ops.trusted("compact_", self.backend, self.device)([group.token], rows, count, group.n_visual)
         group.n_visual.copy_(count)
         self._note_rows(group)
+
+    def _moving(self, group: RowGroup) -> list[tuple[list[Tensor], Prepared]]:
+        """The buffers of ``group``, by device, and what a backend prepared to move their rows; made anew where a buffer was replaced."""
+        held = [*self.keys[group.first : group.last], *self.values[group.first : group.last]]
+        known = self._prepared.get(group.first)
+        if known is None or any(old is not new for old, new in zip(known[0], held, strict=True)):
+            known = self._prepared[group.first] = held, [(buffers, Prepared()) for buffers in self._buffers_by_device(group.layers)]
+        return known[1]
 
     # ---- rows that move later -----------------------------------------------------------------------------------------------------
 
@@ -452,6 +463,7 @@ class RowStore:
             for buffers in self._buffers_by_device(range(self.num_layers)):
                 ops.reorder_(buffers, index.to(buffers[0].device, torch.int64), backend=self.backend)
             return
+        self._prepared.clear()
         for stored in (self.keys, self.values):
             for layer, tensor in enumerate(stored):
                 if tensor is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dyrate_kernels.generation.index import scattered
-from dyrate_kernels.generation.passes import MultiTokenPass
+from dyrate_kernels.generation.passes import DecodePass, MultiTokenPass
 from dyrate_kernels.generation.session import Session
 from dyrate_kernels.patching.attention import CARRIER
 
@@ -179,6 +179,9 @@ class _Before:
         self.hooks, self.index = hooks, index
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        cache = kwargs.get(CARRIER)
+        if cache is None or isinstance(cache.session.passing, DecodePass):  # in most passes, in every layer
+            return None
         return self.hooks.before(self.index, args, kwargs)
 
 

@@ -193,3 +193,15 @@ def test_nothing_moves_where_nothing_goes(monkeypatch, on_host):
     kept[0, 4] = -1
     store.evict(group, kept, on_host)
     assert moved and group.n_visual.tolist() == [4, 4] and torch.equal(group.alive, marked(kept, group.alive.shape[1]))
+
+
+def test_what_is_prepared_to_move_rows_lasts_until_a_buffer_is_replaced(monkeypatch):
+    store, prepared = begun([5], [3], shared=False), []
+    store.write(2, torch.rand(1, 1, 2, 4), torch.rand(1, 1, 2, 4), torch.tensor([[0, 1]]))
+    monkeypatch.setattr(ops, "trusted", lambda *of: lambda *arguments: prepared.extend(of[3:]))
+    for number in range(4):
+        if number == 2:
+            store.reserve_text(2 * store.text_capacity)
+        store.evict(store.groups[1], torch.tensor([[0, 1, 2, 3, 4]]))
+    first, second, third, fourth = prepared
+    assert first is second and second is not third and third is fourth
