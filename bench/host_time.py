@@ -1,6 +1,6 @@
 """The host's work that the patch adds to a decode step: time and operator calls, beside the unpatched eager model. Needs no GPU.
 
-    OMP_NUM_THREADS=1 python -m bench.host_time [--rounds 8] [--new-tokens 48] [--layers 32] [--json]
+    OMP_NUM_THREADS=1 python -m bench.host_time [--rounds 8] [--new-tokens 24] [--layers 32] [--json]
 
 The model is a LLaVA whose layers are as many as a 7B model's and so small that a step is nothing but Python and dispatch. Two tables:
 
@@ -209,7 +209,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
