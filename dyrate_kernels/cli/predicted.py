@@ -49,10 +49,13 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
     visual = model.visual_tokens if given.visual is None else given.visual
     if given.kept is not None and not 0 <= given.kept <= 1:
         raise ValueError(f"--kept must be in [0, 1], got {given.kept}")
+    pool = request_model.POOL if given.pool is None else given.pool
     try:
-        pool = specs.retention("pool", given.pool).pool if policy.decides else 1.0  # what decides nothing has no pool: every token stays
+        specs.retention("pool", pool)
     except ValueError as error:
         raise ValueError(f"--pool: {error}") from None
+    if not policy.decides:
+        pool = 1.0  # every token stays
     kept, assumed = request_model.kept_of(policy, visual, max(given.new_tokens))
     most = given.kept is None and not assumed and request_model.kept_at_most(policy, model.shape.num_layers)
     if given.kept is not None:
