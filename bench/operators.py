@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import dyrate_kernels as dk
-from bench import expected, fastv, layers
+from bench import expected, fastv, layers, vllm_kernel
 from dyrate_kernels import ops
 from dyrate_kernels.files import check_file, write_json
 from dyrate_kernels.measuring import timing
@@ -416,7 +416,9 @@ def brief_attention_rows(data: Data, facts: dict[str, Any]) -> Iterator[dict[str
 
 
 SDPA = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
-PACKAGES = {"flash_attn": "FlashAttention with_kvcache", "flashinfer": "FlashInfer paged decode"}
+PACKAGES = {
+    "flash_attn": "FlashAttention with_kvcache", "flashinfer": "FlashInfer paged decode", "vllm": "vLLM unified_attention (Triton), paged",
+}  # fmt: skip
 
 
 BLOCK = 16  # rows of a block of the paged forms
@@ -481,14 +483,17 @@ def dense_twins(data: Data) -> Iterator[tuple[str, Callable[[], Callable[..., Te
         yield f"torch SDPA, {name}", partial(_sdpa, data, backend)
     if why_no_twin("flash_attn") is None:
         yield PACKAGES["flash_attn"], lambda: _flash_attention(data)
-    if why_no_twin("flashinfer") is None and data.shape.rows % 16 == 0:
-        yield PACKAGES["flashinfer"], lambda: _flashinfer(data)
+    for package, make in {"flashinfer": _flashinfer, "vllm": _vllm}.items():
+        if why_no_twin(package) is None and data.shape.rows % BLOCK == 0:
+            yield PACKAGES[package], partial(make, data)
 
 
 def why_no_twin(package: str) -> str | None:
     """Why a package's kernels have no rows here, or None."""
     if not torch.cuda.is_available():
         return "no CUDA device"
+    if package == "vllm":
+        return vllm_kernel.why_not()
     return None if importlib.util.find_spec(package) is not None else f"{package} is not installed"
 
 
@@ -532,26 +537,40 @@ def _flash_attention(data: Data) -> Callable[..., Tensor]:
 
 
 def _flashinfer(data: Data) -> Callable[..., Tensor]:
-    """FlashInfer's batch decode over pages of 16 rows."""
+    """FlashInfer's batch decode."""
     import flashinfer
 
     shape = data.shape
     device = data.query[0].device
-    pages = shape.rows // 16
+    pages = shape.rows // BLOCK
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=device)
     decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=shape.heads != shape.kv_heads)
     decode.plan(
         torch.arange(shape.batch + 1, dtype=torch.int32, device=device) * pages,
         torch.arange(shape.batch * pages, dtype=torch.int32, device=device),
-        torch.full((shape.batch,), 16, dtype=torch.int32, device=device),
-        shape.heads, shape.kv_heads, shape.dim, 16, q_data_type=shape.dtype, kv_data_type=shape.dtype,
+        torch.full((shape.batch,), BLOCK, dtype=torch.int32, device=device),
+        shape.heads, shape.kv_heads, shape.dim, BLOCK, q_data_type=shape.dtype, kv_data_type=shape.dtype,
     )  # fmt: skip
+    layouts = _blocks_in_order(data)
+    return lambda query, key, value: decode.run(query, layouts[id(key)])
+
+
+def _vllm(data: Data) -> Callable[..., Tensor]:
+    """vLLM's kernel, over blocks in order."""
+    batch, blocks, device = data.shape.batch, data.shape.rows // BLOCK, data.query[0].device
+    table = torch.arange(batch * blocks, dtype=torch.int32, device=device).view(batch, blocks)
+    call = vllm_kernel.decode(vllm_kernel.load(), data.query[0], table, torch.full_like(data.count, data.shape.rows), data.shape.rows)
+    layouts = _blocks_in_order(data)
+    return lambda query, key, value: call(query, *layouts[id(key)])
+
+
+def _blocks_in_order(data: Data) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values ``[blocks, BLOCK, Hkv, D]``, by the identity of the contiguous keys; copies."""
 
     def paged(rows: Tensor) -> Tensor:
-        return rows.transpose(1, 2).reshape(shape.batch * pages, 16, shape.kv_heads, shape.dim).contiguous()
+        return rows.transpose(1, 2).reshape(-1, BLOCK, data.shape.kv_heads, data.shape.dim).contiguous()
 
-    layouts = {id(key): (paged(key), paged(value)) for key, value in zip(data.key, data.value, strict=True)}
-    return lambda query, key, value: decode.run(query, layouts[id(key)])
+    return {id(key): (paged(key), paged(value)) for key, value in zip(data.key, data.value, strict=True)}
 
 
 def compaction_rows(toy: bool, backend: str, bandwidth: float, device: torch.device) -> Iterator[dict[str, Any]]:
