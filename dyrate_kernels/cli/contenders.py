@@ -73,12 +73,17 @@ def settings(
     Args:
         config: of the model.
         policy: as it was asked for; it is bound here.
+
+    Raises:
+        ValueError: ``Policy.bind`` and ``Retention.check``: before any engine starts.
     """
     from dyrate_kernels.ops import dispatch
     from dyrate_kernels.policies.base import ModelShape
 
-    shape = ModelShape.from_config(config).replace(trained_by_default=not specs.retention(retention).moves)
+    kind = specs.retention(retention)
+    shape = ModelShape.from_config(config).replace(trained_by_default=not kind.moves)
     bound = policy.bind(shape)
+    kind.check(bound)
     return {
         "policy": policy.name,
         "k": bound.layer_groups(shape.num_layers)[0] if bound.decides else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import xml.etree.ElementTree
 
 import pytest
@@ -298,3 +299,11 @@ def test_a_run_in_which_no_picture_can_be_read_fails(capsys, demo, tmp_path):
         assert status == 1 and why in err, err
         assert dk.patching.api._HANDLE not in vars(demo[0])
     assert not (tmp_path / "a" / "dyrate_predictor.json").exists() and not (tmp_path / "b" / "dyrate_predictor.json").exists()
+
+
+@pytest.mark.parametrize("policy, retention", [("vtw", "pool"), ("recycle", "evict")])
+def test_a_retention_that_a_policy_cannot_have_is_refused_at_once(capsys, picture, tmp_path, monkeypatch, policy, retention):
+    monkeypatch.setattr("dyrate_kernels.captioning.run.run", lambda *_, **__: pytest.fail("an engine was started"))
+    asked = ("--engine", "ray", "--policy", policy, "--retention", retention)
+    status, _, err = run(capsys, "caption", "--images", os.path.dirname(picture), "--out", str(tmp_path), *asked)
+    assert status != 0 and policy in err and retention in err and "Traceback" not in err
