@@ -132,6 +132,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.late = late
         self.calls: list[_Call] = []
+        self._with_tensors: dict[bool, list[_Call]] = {}
         self._made: dict[int, Any] = {}  # storages made while recording, which stay alive
         self._of_main: set[int] = set()  # those of them that the main line made
         self._before: dict[int, tuple[Any, Any]] = {}  # storages that were there before and were written: (storage, content)
@@ -246,7 +247,7 @@ class Tape(TorchDispatchMode):
     def replay(self) -> None:
         """Runs every call again: on the same arguments, into the same results."""
         waiting: list[_Call] = []
-        for call in self.calls:
+        for call in self._bound():
             if call.func is None:
                 for each in waiting:
                     _again(each)
@@ -257,11 +258,18 @@ class Tape(TorchDispatchMode):
                 _again(call)
 
 
+    def _bound(self) -> list[_Call]:
+        """The calls with tensors in the places, made once for either mode of inference."""
+        mode = torch.is_inference_mode_enabled()
+        if mode not in self._with_tensors:
+            self._with_tensors[mode] = [_Call(*tree_map_only(_Place, _Place.tensor, tuple(call))) for call in self.calls]
+        return self._with_tensors[mode]
+
+
 def _again(call: _Call) -> None:
-    args, kwargs, made = tree_map_only(_Place, _Place.tensor, (call.args, call.kwargs, call.made))
-    result = call.func(*args, **kwargs)
-    if made:
-        for old, new in zip(made, [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)], strict=True):
+    result = call.func(*call.args, **call.kwargs)
+    if call.made:
+        for old, new in zip(call.made, [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)], strict=True):
             old.copy_(new)
 
 
