@@ -123,12 +123,12 @@ class Pruning:
 
     def _lists(self, group: int, step: Step, rows: Rows) -> tuple[Tensor, Tensor]:
         """Returns what the answer rows read in a pruned group, int32 ``[R, W]`` and ``[R]``."""
-        if group not in step.lists:
+        if group not in step.lists:  # of a group before whose first layer a prompt of this step has decided, too
             table = self.table
             width = min(self.policy.kept_bound(step.visual_position.shape[1]), table.width)
-            for number in range(1, len(self.starts) + 1):
-                step.lists[number] = table.kept[number - 1][rows.slot, :width], table.n_kept[number - 1][rows.slot]
-            self._count(step, rows)
+            step.lists[group] = table.kept[group - 1][rows.slot, :width], table.n_kept[group - 1][rows.slot]
+            if group == len(self.starts):
+                self._count(step, rows)
         return step.lists[group]
 
     def _count(self, step: Step, rows: Rows) -> None:
