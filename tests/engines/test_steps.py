@@ -107,8 +107,7 @@ def check_lists(planner: Planner, step: Step, requests: list[str]) -> None:
             assert torch.equal(held[line], of[slot, : held.shape[1]])
         prompt = table.prompts[request]
         assert step.visual_position.shape[1] >= prompt.n_visual
-        # what runs on after the prompt has the type that stands past its end, so that there must be one
-        assert step.text_position.shape[1] > prompt.length - prompt.n_visual or step.text_position.shape[1] == WIDTH
+        assert step.text_position.shape[1] >= prompt.length - prompt.n_visual
 
 
 def test_chunks_of_prompts_prune_nothing():
@@ -230,6 +229,8 @@ def test_lists_of_requests_that_were_set_aside():
     [
         (FIXED, "a", 64, 64),
         (FIXED, "ad", 128, 64),
+        (FIXED, ("a", "even"), 64, 64),
+        (FIXED, ("alone",), 64, 64),
         (FIXED, ("c", "words"), 64, 128),  # 70 words
         (FIXED, ("c", "full"), 64, WIDTH),
         (FIXED, ("c", "picture"), WIDTH, 64),
@@ -237,7 +238,13 @@ def test_lists_of_requests_that_were_set_aside():
     ],
 )
 def test_widths_are_rounded_up_and_never_past_the_table(policy, batch, visual, text):
-    prompts = {**PROMPTS, "full": Prompt(WIDTH - 1, ()), "picture": Prompt(WIDTH - 1, ((1, WIDTH - 3),))}
+    prompts = {
+        **PROMPTS,
+        "full": Prompt(WIDTH - 1, ()),
+        "even": Prompt(128, ((3, 66),)),
+        "alone": Prompt(4, ((0, 3),)),
+        "picture": Prompt(WIDTH - 1, ((1, WIDTH - 3),)),
+    }
     planner = planner_of(policy, 8, prompts)
     step = check(planner, [(request, prompts[request].length, 1) for request in batch])
     assert step is not None and step.visual_position.shape[1] == visual

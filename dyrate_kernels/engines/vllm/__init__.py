@@ -15,7 +15,7 @@ def register() -> None:
     import vllm
     from vllm.engine.arg_utils import EngineArgs
 
-    from dyrate_kernels.engines.vllm import versions
+    from dyrate_kernels.engines.vllm import options, versions
 
     if getattr(EngineArgs.create_engine_config, "_dyrate", False):
         return
@@ -24,7 +24,8 @@ def register() -> None:
     @functools.wraps(inner)
     def create_engine_config(self: Any, *args: Any, **named: Any) -> Any:
         config = inner(self, *args, **named)
-        if isinstance(config.additional_config, dict) and config.additional_config.get("dyrate"):
+        given = config.additional_config
+        if isinstance(given, dict) and options.read(given.get(options.KEY)) is not None:
             versions.check(vllm.__version__)
             from dyrate_kernels.engines.vllm import engine
 

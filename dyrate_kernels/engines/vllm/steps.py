@@ -151,16 +151,17 @@ class Planner:
         if self._gathered is None or self._gathered[0] != key:
             table = self.table
             prompts = [table.prompts[request] for request in requests]
-            visual = max(prompt.n_visual for prompt in prompts)
-            text = max(prompt.length - prompt.n_visual for prompt in prompts)
-            widest = table.width
-            if not table.policy.remembers:  # whose state is as wide as the list
-                widest = min(visual + -visual % _ROUND, table.width)
             index = torch.tensor(slots).to(self.device)
-            text = min(text + 1 + -(text + 1) % _ROUND, table.width)
-            lists = table.visual_position[index, :widest], table.text_position[index, :text], table.text_type[index, :text]
+            visual = table.width  # of a policy that remembers, whose state is as wide as the list
+            if not table.policy.remembers:
+                visual = self._rounded(max(prompt.n_visual for prompt in prompts))
+            text = self._rounded(max(prompt.length - prompt.n_visual for prompt in prompts))
+            lists = table.visual_position[index, :visual], table.text_position[index, :text], table.text_type[index, :text]
             self._gathered = key, lists
         return self._gathered[1]
+
+    def _rounded(self, count: int) -> int:
+        return min(max(-(-count // _ROUND), 1) * _ROUND, self.table.width)
 
     def forget(self) -> None:
         """A request's slot was written anew."""
