@@ -74,6 +74,7 @@ class Run:
         held: entries of the plug-in's containers after each round.
         attention: module of each language layer's attention; empty where the engine's core is another process.
         counters: vLLM's own.
+        seconds: to start, and to answer.
     """
 
     tokens: list[list[int]]
@@ -83,6 +84,7 @@ class Run:
     held: list[int]
     attention: list[str]
     counters: dict[str, float]
+    seconds: tuple[float, float]
 
 
 def environment(*, in_process: bool = True) -> dict[str, str]:
@@ -128,6 +130,7 @@ def engine(
     return Run(
         [answer["tokens"] for answer in answers], [answer["prompt"] for answer in answers], [answer["cached"] or 0 for answer in answers],
         got["memory"], got["held"], got["attention"], got["counters"],
+        (got["started"], got["seconds"]),
     )  # fmt: skip
 
 

@@ -121,7 +121,8 @@ def _config(name: str) -> Any:
     kind = getattr(transformers, f"{family.classes}Config")
     if name == "internvl":
         vision: dict[str, Any] = {**_TOWER, "patch_size": [8, 8], "image_size": [64, 64]}
-        return kind(vision_config=vision, text_config=transformers.Qwen2Config(**_text()), image_token_id=ids["context_image_token"])
+        text = transformers.Qwen2Config(**_text())
+        return kind(vision_config=vision, text_config=text, image_token_id=ids["context_image_token"], tie_word_embeddings=False)
     shared = {"num_heads": 2, "depth": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
     vision = {
         "qwen2_vl": {"embed_dim": 64, "hidden_size": HIDDEN, "mlp_ratio": 2},
