@@ -24,8 +24,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "st3": {"k": 2, "rate": 0.5, "horizon": 16, "stages": 2},
     "depth": {"k": 2},
     "pyramiddrop": {"k": 2, "keep": 0.4, "stages": 2},
+    "layerwise": {"k": 2},
 }
-REFUSED = ("layerwise", "sparsevlm", "aim", "recycle", "klguard")
+REFUSED = ("sparsevlm", "aim", "recycle", "klguard")
 
 
 def check(place: Path, policy: Any, options: dict[str, Any]) -> None:
