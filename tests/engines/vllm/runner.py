@@ -21,7 +21,7 @@ PLUGIN = "dyrate_kernels.engines.vllm"
 
 def held() -> int:
     """Entries of every dict, list and set that the plug-in's objects and modules hold in this process."""
-    spaces = [vars(item) for item in gc.get_objects() if type(item).__module__.startswith(PLUGIN) and hasattr(item, "__dict__")]
+    spaces = [vars(item) for item in gc.get_objects() if str(type(item).__module__).startswith(PLUGIN) and hasattr(item, "__dict__")]
     spaces += [vars(module) for name, module in sys.modules.items() if name.startswith(PLUGIN)]
     values = [value for space in spaces for key, value in space.items() if not key.startswith("__")]
     return sum(len(value) for value in values if isinstance(value, (dict, list, set)))
