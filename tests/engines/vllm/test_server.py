@@ -24,7 +24,7 @@ import pytest
 import dyrate_kernels as dk
 from tests.engines.vllm import kit, models
 
-OPTIONS: dict[str, Any] = {"policy": "fixed", "k": 3, "rate": 0.75}
+OPTIONS: dict[str, Any] = {"policy": "fixed", "k": 2, "rate": 0.95}
 TOKENS = 24
 
 
@@ -79,16 +79,21 @@ def messages(request: kit.Request) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": request.question}]}]
 
 
-def expected(place: Path, request: kit.Request) -> str:
-    """The patched model's text."""
+def expected(place: Path, request: kit.Request) -> tuple[str, str]:
+    """The text of the patched model, and of the model as it is."""
     model, processor = models.load(place)
     pictures = [models.picture(seed) for seed in request.pictures]
     content = [*[{"type": "image"}] * len(pictures), {"type": "text", "text": request.question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=pictures or None, text=text, return_tensors="pt")
+
+    def answer() -> str:
+        tokens = model.generate(**inputs, max_new_tokens=request.tokens, do_sample=False, pad_token_id=0)
+        return processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
     with dk.patch(model, policy=dk.policies.get(**_named(OPTIONS)), retention="recoverable", backend="reference"):
-        answer = model.generate(**inputs, max_new_tokens=request.tokens, do_sample=False, pad_token_id=0)
-    return processor.tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        pruned = answer()
+    return pruned, answer()
 
 
 def _named(options: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +118,7 @@ def test_the_client_gets_the_patched_models_text_whole_and_in_pieces(folder):
         with ThreadPoolExecutor(len(requests)) as pool:
             whole = list(pool.map(lambda request: ask(request, False), requests))
             pieces = list(pool.map(lambda request: ask(request, True), requests))
-    wanted = [expected(place, request).strip() for request in requests]
-    assert [text.strip() for text in whole] == wanted
+    wanted = [expected(place, request) for request in requests]
+    assert [text.strip() for text in whole] == [pruned for pruned, _ in wanted]
     assert pieces == whole
+    assert any(pruned != dense for pruned, dense in wanted), "the policy changes nothing: equality says nothing"
