@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
+from dyrate_kernels.predictor import WEIGHTS_FILE
 from tests.engines.vllm import kit, models
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -59,9 +60,13 @@ def test_a_trained_predictor_that_reads_mass(folder, predictor):
     check(folder("llava"), dk.policies.get("dyrate", predictor=predictor), {"policy": "dyrate", "predictor": str(predictor)})
 
 
-def test_the_bundled_model_with_the_predictor_in_its_folder(folder):
-    """vLLM takes every safetensors file of a folder for weights: the plug-in leaves the predictor's out."""
-    check(folder("demo"), dk.policies.get("dyrate"), {"policy": "dyrate"})
+def test_the_bundled_model_with_a_predictor_in_its_folder(folder):
+    """vLLM takes every safetensors file of a folder for weights: the plug-in leaves the predictor's out. This one reads hidden states."""
+    place, options = folder("demo"), {"predictor": "closed-form"}
+    assert (place / WEIGHTS_FILE).exists()
+    check(place, dk.policies.get("dyrate", **options), {"policy": "dyrate", **options})
+    with pytest.raises(AssertionError, match="its predictor reads hidden states"):
+        kit.engine(place, {"policy": "dyrate"}, kit.mix(1))
 
 
 @pytest.mark.parametrize("name", REFUSED)

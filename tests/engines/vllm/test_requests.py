@@ -79,6 +79,13 @@ def test_drafts_of_n_grams(folder, options):
     check(place, options, requests, got)
 
 
+def test_vtw_gives_blocks_back_and_says_the_same(folder):
+    place, requests = folder("llava"), kit.mix(8, tokens=64)
+    options = {"policy": "vtw", "k": 3, "retention": "evict"}
+    got = kit.engine(place, options, requests, kv_cache_memory_bytes=2 * SMALL_CACHE, max_num_batched_tokens=192)
+    check(place, {"policy": "vtw", "k": 3}, requests, got)
+
+
 def test_two_hundred_requests_hold_no_more_memory(folder):
     place = folder("llava")
     rounds = [kit.mix(40, tokens=6, first=1000 * number) for number in range(5)]
