@@ -6,6 +6,7 @@ JSON only: nothing in a predictor's files is ever executed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ _OTHER = "use a predictor trained for this model, or predictor=None"
 _FINGERPRINT = ("model_type", "hidden_size", "num_layers", "num_heads")
 
 
+@functools.cache
 def named_rates(name: str, count: int) -> tuple[float, ...]:
     """The two published sets of K = ``count`` rates: ``"half_open"`` i/K, ``"closed"`` linspace(0, 1, K)
     (docs/methods/dyrate.md).

@@ -126,8 +126,8 @@ class Scoring:
     ) -> None:  # fmt: skip
         """Makes a stage's choice of a decode step true, and writes the record after the last."""
         store, decider = self.store, self.decider
-        width, later = self.policy.kept_bound(store.full.bound), self.branch.apart
-        apply.of_step(store, stage, choice, width, later, passing.attention.on_host)
+        width = 0 if self.retention.moves else self.policy.kept_bound(store.full.bound)  # of lists to read through
+        apply.of_step(store, stage, choice, width, self.branch.apart, passing.attention.on_host)
         if self.retention.moves:
             turn.evict()
         passing.attention.changed()
