@@ -51,17 +51,10 @@ def encode(processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Any
     import torch
 
     tokenizer = processor.tokenizer
-    before, behind = _around(tokenizer)
-    options: dict[str, Any] = {}
-    begin = "".join(tokenizer.convert_ids_to_tokens(before))
-    written = [text for text in (begin, getattr(tokenizer, "bos_token", None)) if text]
-    begun = [text.lstrip().startswith(tuple(written)) if written else False for text in texts]
-    if before and any(begun):
-        options["add_special_tokens"], behind = False, []
-        texts = [text.lstrip() if done else begin + text for text, done in zip(texts, begun, strict=True)]
+    texts, options, behind = _begun(tokenizer, texts)
     with _able_to_pad(tokenizer, len(texts)) as padding:
         images = [list(each) for each in pictures if len(each)]
-        fields = dict(processor(images=images or None, text=list(texts), return_tensors="pt", **padding, **options))
+        fields = dict(processor(images=images or None, text=texts, return_tensors="pt", **padding, **options))
     fields = {name: value for name, value in fields.items() if isinstance(value, torch.Tensor)}
     columns = fields["input_ids"].shape
     if behind and bool((fields["input_ids"][:, -len(behind) :] == torch.tensor(behind)).all()):
@@ -69,9 +62,29 @@ def encode(processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Any
     return fields if model is None else placed(fields, model)
 
 
+def token_ids(processor: Any, text: str) -> list[int]:
+    """A rendered conversation as an engine takes it that places pictures itself: the ids of :func:`encode`, but that each mark of a picture
+    is as the chat template writes it, not yet as many tokens as the picture has.
+    """
+    (text,), options, behind = _begun(processor.tokenizer, [text])
+    ids = list(processor.tokenizer(text, **options)["input_ids"])
+    return ids[: -len(behind)] if behind and ids[-len(behind) :] == behind else ids
+
+
 def placed(fields: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The tensors on the model's device, floating-point ones in its type."""
     return {name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in fields.items()}
+
+
+def _begun(tokenizer: Any, texts: Sequence[str]) -> tuple[list[str], dict[str, Any], list[int]]:
+    """Texts that begin as :func:`encode` says, options to tokenize them with, and token ids behind them that are to be left out."""
+    before, behind = _around(tokenizer)
+    begin = "".join(tokenizer.convert_ids_to_tokens(before))
+    written = [text for text in (begin, getattr(tokenizer, "bos_token", None)) if text]
+    begun = [text.lstrip().startswith(tuple(written)) if written else False for text in texts]
+    if not (before and any(begun)):
+        return list(texts), {}, behind
+    return [text.lstrip() if done else begin + text for text, done in zip(texts, begun, strict=True)], {"add_special_tokens": False}, []
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from dyrate_kernels import specs
@@ -17,7 +18,8 @@ from dyrate_kernels.files import printable
 from dyrate_kernels.loading import full_name
 from dyrate_kernels.pictures import MAX_PIXELS, UnreadableError, read_picture
 
-_READERS = 4  # threads that decode pictures
+WINDOW = 4  # batches that a worker is handed at a time, and sorts by visual tokens
+READERS = 4  # threads that decode pictures
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ class Caption:
         caption: text, or None.
         error, kind: words for a person, and a word to count by; None where there is a caption.
         visual_tokens: of the picture, before any reducer.
-        read: of them, as a mean over steps and layers.
+        read: of them, as a mean over steps and layers; None where the engine does not tell (vLLM on a cluster).
         tokens: generated, end of sequence included.
-        seconds: of its batch, divided by the pictures in it.
+        seconds: of its batch, divided by the pictures in it; of engine vllm, of the captions that came with it.
         worker: process that made it.
     """
 
@@ -85,7 +87,7 @@ class Caption:
     error: str | None = None
     kind: str | None = None
     visual_tokens: int = 0
-    read: float = 0.0
+    read: float | None = 0.0
     tokens: int = 0
     seconds: float = 0.0
     worker: int = field(default_factory=os.getpid)
@@ -97,6 +99,16 @@ class Caption:
     def to_dict(self) -> dict[str, Any]:
         """For JSON and Parquet, which take texts in UTF-8 alone."""
         return {name: printable(value) if isinstance(value, str) else value for name, value in asdict(self).items()}
+
+
+def read(payload: Any, max_pixels: int) -> Any:
+    """Payload of ``inputs.payloads`` -> a PIL picture, or the UnreadableError that says why there is none."""
+    if isinstance(payload, UnreadableError):
+        return payload
+    try:
+        return read_picture(payload, max_pixels)
+    except UnreadableError as error:
+        return error
 
 
 class Captioner:
@@ -129,8 +141,8 @@ class Captioner:
         """
         found: dict[int, Caption] = {}
         pictures: dict[int, Any] = {}
-        with ThreadPoolExecutor(_READERS) as pool:
-            for index, outcome in enumerate(pool.map(self._read, payloads(sources, self.task.column))):
+        with ThreadPoolExecutor(READERS) as pool:
+            for index, outcome in enumerate(pool.map(partial(read, max_pixels=self.task.max_pixels), payloads(sources, self.task.column))):
                 if isinstance(outcome, UnreadableError):
                     found[index] = Caption(sources[index].name, error=str(outcome), kind=outcome.kind)
                 else:
@@ -145,14 +157,6 @@ class Captioner:
                 if caption.error is None:
                     self.lengths.see(details[index], caption.tokens)
         return [found[index] for index in range(len(sources))]
-
-    def _read(self, payload: Any) -> Any:
-        if isinstance(payload, UnreadableError):
-            return payload
-        try:
-            return read_picture(payload, self.task.max_pixels)
-        except UnreadableError as error:
-            return error
 
     def _visual_tokens(self, picture: Any) -> int:
         """Returns how many the processor will make of it; 0 where it cannot say, or always makes as many."""

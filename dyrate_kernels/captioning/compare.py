@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dyrate_kernels.captioning.captioner import Caption, Captioner, Task
-from dyrate_kernels.captioning.engines import WINDOW
+from dyrate_kernels.captioning.captioner import WINDOW, Caption, Captioner, Task
 from dyrate_kernels.captioning.inputs import Source
 from dyrate_kernels.measuring.timing import environment
 

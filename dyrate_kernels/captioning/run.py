@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ class Progress:
 
 def run(
     task: Task, sources: Sources, out: Path, *, engine: str = "local", workers: int | None = None, address: str | None = None,
-    retry_failed: bool = False, progress: Callable[[Progress], None] | None = None, compare_dense: int = 0,
+    engine_options: Mapping[str, Any] | None = None, retry_failed: bool = False, progress: Callable[[Progress], None] | None = None,
+    compare_dense: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Captions everything that ``out`` does not hold yet; returns the report.
 
@@ -44,6 +45,7 @@ def run(
     started again, leaves each picture there once. ``captions.parquet`` (with pyarrow) and ``report.json`` are written at the end.
 
     Args:
+        engine, workers, address, engine_options: ``engines.run``.
         compare_dense: the first so many captioned pictures are captioned again by this process, in turns with the unpruned model, for the
             speed of both (``compare``); 0: none are.
 
@@ -66,8 +68,7 @@ def run(
         started, new = time.perf_counter(), 0
         failed = sum(line["error"] is not None for line in known.values())
         if todo:
-            each = engines.run_local(task, todo) if engine == "local" else engines.run_ray(task, todo, workers, address)
-            for captions in each:
+            for captions in engines.run(engine, task, todo, workers, address, engine_options):
                 fresh = [caption for caption in captions if caption.name not in known]
                 journal.add(*(caption.to_dict() for caption in fresh))
                 known.update((caption.name, caption.to_dict()) for caption in fresh)
@@ -93,6 +94,8 @@ def report(lines: list[dict[str, Any]], sources: Sources, new: int, seconds: flo
     good = [line for line in lines if line["error"] is None]
     failed = [line for line in lines if line["error"] is not None]
     tokens = sum(line["visual_tokens"] for line in good)
+    told = [line for line in good if line["read"] is not None]
+    of_told = sum(line["visual_tokens"] for line in told)
     return {
         "pictures": len(lines),
         "captioned": len(good),
@@ -103,7 +106,7 @@ def report(lines: list[dict[str, Any]], sources: Sources, new: int, seconds: flo
         "closed_folders": list(sources.closed),
         "generated_tokens": sum(line["tokens"] for line in good),
         "visual_tokens": tokens,
-        "visual_rows_read": sum(line["read"] for line in good) / tokens if tokens else 1.0,
+        "visual_rows_read": sum(line["read"] for line in told) / of_told if of_told else None if len(told) < len(good) else 1.0,
         "new": new,
         "seconds": seconds,
         "pictures_per_second": new / seconds if new else None,

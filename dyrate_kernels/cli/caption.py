@@ -36,12 +36,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     parser.add_argument("--vision", metavar="NAME[:OPTIONS][+NAME..]", help="reducers before the language model; default: none")
     add_policy(parser)
-    parser.add_argument("--batch-size", type=common.positive, default=8, metavar="N", help="pictures generated together; default: 8")
-    parser.add_argument(
-        "--engine", choices=("ray", "local"), help="default: ray where it is installed, else local (one worker in this process)"
-    )
-    parser.add_argument("--workers", type=common.positive, metavar="N", help="of engine ray; default: one a GPU, or one")
-    parser.add_argument("--address", help="of a running Ray cluster, e.g. auto or ray://HOST:10001; default: Ray is started here")
+    shown = "pictures generated together, at most; default: 8, of engine vllm as vLLM has it"
+    parser.add_argument("--batch-size", type=common.positive, metavar="N", help=shown)
+    shown = "default: ray where it is installed, else local (one worker in this process); vllm: an engine of vLLM"
+    parser.add_argument("--engine", choices=("ray", "local", "vllm"), help=shown)
+    common.add_engine_options(parser)
+    shown = "of engine ray, and of vllm with --address; default: one a GPU, or one"
+    parser.add_argument("--workers", type=common.positive, metavar="N", help=shown)
+    shown = "of a running Ray cluster, e.g. auto or ray://HOST:10001; default: Ray is started here, engine vllm without it"
+    parser.add_argument("--address", help=shown)
     parser.add_argument(
         "--image-column",
         metavar="NAME",
@@ -75,20 +78,16 @@ def run(given: argparse.Namespace) -> int:
     """Captions the pictures and prints what was written."""
     from dataclasses import replace
 
-    from dyrate_kernels import vision
-    from dyrate_kernels.captioning import engines, inputs
+    from dyrate_kernels import answering_vllm, vision
+    from dyrate_kernels.captioning import inputs, on_ray, vllm
     from dyrate_kernels.captioning import run as runs
     from dyrate_kernels.captioning.captioner import Task
 
     if not given.prompt.strip():
         raise ValueError("--prompt is empty; say what to do with the pictures")
-    engine = given.engine or ("ray" if engines.has_ray() else "local")
-    if engine == "local" and (given.workers or given.address):
-        raise ValueError(
-            "--workers and --address go with --engine ray" + ("" if engines.has_ray() else ": pip install 'dyrate-kernels[caption]'")
-        )
-    if given.address and given.compare_dense:
-        raise ValueError("--compare-dense measures in this process, not on the cluster of --address; run it without --address")
+    engine = given.engine or ("ray" if on_ray.has_ray() else "local")
+    check_engine(given, engine)
+    more = common.engine_options_from(given, engine)
     out = Path(given.out)
     sources = inputs.find(given.images, given.image_column, given.id_column)
     if given.limit:
@@ -98,10 +97,14 @@ def run(given: argparse.Namespace) -> int:
     )
     task = Task(
         model, given.device, given.dtype, given.quantize, policy_from(given), common.retention_from(given), given.backend,
-        vision.chain(given.vision), given.prompt, given.max_new_tokens, given.batch_size,
+        vision.chain(given.vision), given.prompt, given.max_new_tokens, given.batch_size or 8,
         str(Path(given.images).expanduser().resolve()), sources.column,
         given.id_column if sources.column else None, given.max_pixels, given.early_leave,
     )  # fmt: skip
+    if engine == "vllm":
+        vllm.check(task)
+        if not given.address:
+            answering_vllm.require()
     check_folder("--out", given.out, inputs.OUTPUTS)
     say = _Say(quiet=given.json)
     say.line(f"{len(sources.sources)} pictures, engine {engine}")
@@ -114,6 +117,7 @@ def run(given: argparse.Namespace) -> int:
         engine=engine,
         workers=given.workers,
         address=given.address,
+        engine_options=more,
         retry_failed=given.retry_failed,
         progress=say.progress,
         compare_dense=given.compare_dense,
@@ -128,6 +132,22 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
+def check_engine(given: argparse.Namespace, engine: str) -> None:
+    """ValueError for an option that the engine has not."""
+    from dyrate_kernels.captioning import on_ray
+
+    if engine == "local" and (given.workers or given.address):
+        raise ValueError(
+            "--workers and --address go with --engine ray" + ("" if on_ray.has_ray() else ": pip install 'dyrate-kernels[caption]'")
+        )
+    if engine == "vllm" and given.workers and not given.address:
+        raise ValueError("--workers goes with --engine ray, or with --engine vllm on a cluster (--address); leave it out")
+    if engine == "vllm" and given.compare_dense:
+        raise ValueError("--compare-dense measures models in this process, not --engine vllm; leave it out, or use --engine local")
+    if given.address and given.compare_dense:
+        raise ValueError("--compare-dense measures in this process, not on the cluster of --address; run it without --address")
+
+
 def _print(found: dict[str, Any], out: Path) -> None:
     from dyrate_kernels.captioning import run as runs
 
@@ -139,7 +159,8 @@ def _print(found: dict[str, Any], out: Path) -> None:
         print(f"{'left out:':<12}{found['other_files']} files that are no pictures by their names")
     if found["closed_folders"]:
         print(f"{'not listed:':<12}{len(found['closed_folders'])} folders, the first is {found['closed_folders'][0]}")
-    print(f"{'read:':<12}{100 * found['visual_rows_read']:.1f} % of the visual rows, mean over steps and layers")
+    if found["visual_rows_read"] is not None:
+        print(f"{'read:':<12}{100 * found['visual_rows_read']:.1f} % of the visual rows, mean over steps and layers")
     if found["pictures_per_second"] is not None:
         print(f"{'speed:':<12}{found['pictures_per_second']:.2f} pictures/s, from the start to the last caption")
     if "dense" in found:

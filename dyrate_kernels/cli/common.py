@@ -110,6 +110,32 @@ def retention_from(given: argparse.Namespace) -> str:
         raise ValueError(f"--retention, --pool, --pool-by: {error}") from None
 
 
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--engine-option``; :func:`engine_options_from` reads it."""
+    parser.add_argument(
+        "--engine-option", action="append", default=[], metavar="NAME=VALUE",
+        help="of engine vllm: an argument of vllm.LLM, e.g. tensor_parallel_size=2 or max_model_len=4096; repeatable",
+    )  # fmt: skip
+
+
+def engine_options_from(given: argparse.Namespace, engine: str) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` that the options ask for; ``--batch-size`` is one, where it is given.
+
+    Raises:
+        ValueError: they are for another engine, or no NAME=VALUE.
+    """
+    if engine != "vllm":
+        if given.engine_option:
+            raise ValueError(f"--engine-option goes with --engine vllm, not with {engine}; leave it out")
+        return {}
+    found = dict(specs.pair(item, "--engine-option must be") for item in given.engine_option)
+    if given.batch_size is not None:
+        if "max_num_seqs" in found:
+            raise ValueError("--batch-size and --engine-option max_num_seqs are one setting of engine vllm: leave one of them out")
+        found["max_num_seqs"] = given.batch_size
+    return found
+
+
 def add_input(parser: argparse.ArgumentParser) -> None:
     """Options that name the model and what it is shown."""
     parser.add_argument("--image", required=True, metavar="FILE", help="a picture in any format that Pillow reads")

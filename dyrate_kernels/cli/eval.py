@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dyrate_kernels import specs
-from dyrate_kernels.cli import common, contenders
+from dyrate_kernels.cli import common, contenders, eval_vllm
 from dyrate_kernels.files import check_file, check_folder, locked, write_json
 
 DEFAULT_POLICIES = "dyrate,dyrate@evict,dyrate:predictor=closed-form,fastv,fixed,random,uniform"
@@ -49,7 +49,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--also", default="", metavar="A,B,..", help="with --cost: policies that are not tuned, in the same table")
     parser.add_argument("--against", metavar="FILE", help="JSON of an earlier table: says which scores come out again")
     parser.add_argument("--report", metavar="DIR", help="write table (Markdown, JSON) and plots there too")
-    parser.add_argument("--batch-size", type=common.positive, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--batch-size", type=common.positive, metavar="N", help="default: 8, of engine vllm as vLLM has it")
+    shown = "local: models in this process; vllm: an engine of vLLM for each policy, one after the other; default: local"
+    parser.add_argument("--engine", choices=("local", "vllm"), default="local", help=shown)
+    common.add_engine_options(parser)
     parser.add_argument("--backend", choices=("auto", "triton", "cuda", "reference"), default="auto", help="default: auto")
     parser.set_defaults(run=run)
 
@@ -75,6 +78,10 @@ def run(given: argparse.Namespace) -> int:
 
     chosen = with_unpruned(given.policies)
     costs = costs_in(given.cost)
+    more_of_engine = common.engine_options_from(given, given.engine)
+    given.batch_size = given.batch_size or 8
+    if given.engine == "vllm":
+        eval_vllm.check(given)
     if given.also and not costs:
         raise ValueError("--also goes with --cost; without it --policies names all of them")
     more = with_unpruned(given.also)[1:] if given.also else []
@@ -97,19 +104,19 @@ def run(given: argparse.Namespace) -> int:
         for name in report.names(suite.name):
             (common.check_plot if name.endswith(".png") else check_file)("--report", str(Path(given.report) / name))
     with locked(folder):
-        return _compare(given, chosen, costs, more, before, folder, say, suite, others, about)
+        return _compare(given, chosen, costs, more, before, folder, say, suite, others, about, more_of_engine)
 
 
 def _compare(
     given: argparse.Namespace, chosen: list[Any], costs: list[float], more: list[Any], before: Any, folder: Path, say: Any, suite: Any,
-    others: Any, about: dict[str, Any],
+    others: Any, about: dict[str, Any], more_of_engine: dict[str, Any],
 ) -> int:  # fmt: skip
     import torch
 
     from dyrate_kernels.evaluation import against, report
-    from dyrate_kernels.evaluation.runner import run as ask
 
-    model, processor = common.load_model(given)
+    engines = eval_vllm.engines(given, suite, chosen, more_of_engine) if given.engine == "vllm" else None
+    model, processor = common.load_model(given) if engines is None else (engines.checkpoint, engines.checkpoint.processor)
     torch.manual_seed(given.seed)
     settings = contenders.introduce(given, model, [*chosen, *more])
     tuned: dict[str, dict[str, float]] = {}
@@ -117,22 +124,14 @@ def _compare(
     if costs:
         chosen, tuned, left_out = _at_costs(model, processor, others, chosen, costs, folder, given, say)
         chosen += more
-    answers = {}
-    for number, contender in enumerate(chosen, 1):
-
-        def progress(done: int, total: int, number: int = number, label: str = contender.label) -> None:
-            say(f"{number} of {len(chosen)}: {label}: {done} of {total}")
-
-        answers[contender.label] = ask(
-            model, processor, suite, contender, folder, batch_size=given.batch_size, backend=given.backend, progress=progress
-        )
-    say("")
+    answers = _answers(given, model, processor, engines, suite, chosen, folder, say)
     lines = report.lines_of(answers, suite.long)
     table = {
         "suite": suite.name,
         **about,
-        "batch_size": given.batch_size,
-        "machine": machine(model),
+        "engine": given.engine,
+        "batch_size": given.batch_size if engines is None else max(answer.batch for answer in answers["none"]),
+        "machine": machine(model, given.engine),
         "settings": settings,
         "lines": [line.to_dict() for line in lines],
     }
@@ -169,6 +168,29 @@ def _compare(
     return 0
 
 
+def _answers(
+    given: argparse.Namespace, model: Any, processor: Any, engines: Any, suite: Any, chosen: list[Any], folder: Path, say: Any
+) -> dict[str, list[Any]]:  # fmt: skip
+    """Each contender's answers, by label. ``engines``: of vLLM; None: the model answers."""
+    from dyrate_kernels.evaluation import runner, vllm
+
+    found = {}
+    for number, contender in enumerate(chosen, 1):
+
+        def progress(done: int, total: int, number: int = number, label: str = contender.label) -> None:
+            say(f"{number} of {len(chosen)}: {label}: {done} of {total}")
+
+        found[contender.label] = (
+            vllm.run(engines, suite, contender, folder, progress=progress)
+            if engines is not None
+            else runner.run(
+                model, processor, suite, contender, folder, batch_size=given.batch_size, backend=given.backend, progress=progress
+            )
+        )
+    say("")
+    return found
+
+
 def open_suite(given: argparse.Namespace, calibrates: bool) -> tuple[Any, Any, dict[str, Any]]:
     """(suite, other questions to tune costs on, what the table says about it). Files and pictures are looked at here, before any work."""
     from dyrate_kernels import shapes
@@ -203,8 +225,9 @@ def check_options(given: argparse.Namespace, kind: str) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} belongs to {other}, not to --suite {given.suite}; leave it out")
 
 
-def machine(model: Any) -> dict[str, str]:
+def machine(model: Any, engine: str = "local") -> dict[str, str]:
     """Returns device and versions, beside which times are written."""
+    import importlib
     import platform
 
     import torch
@@ -214,7 +237,8 @@ def machine(model: Any) -> dict[str, str]:
 
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    return {"device": name, "dyrate_kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    found = {"device": name, "dyrate_kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return found | ({"vllm": importlib.import_module("vllm").__version__} if engine == "vllm" else {})
 
 
 def costs_in(text: str | None) -> list[float]:

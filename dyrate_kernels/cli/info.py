@@ -1,5 +1,5 @@
-"""``dyrate info``: versions, devices, which backends run and why the others do not, what pruning can gain at most, and what a whole request
-takes at least: encode, prefill and decode, predicted from shapes alone (docs/costs.md).
+"""``dyrate info``: versions, devices, which backends run and why the others do not, whether policies can run inside of vLLM, what pruning
+can gain at most, and what a whole request takes at least: encode, prefill and decode, predicted from shapes alone (docs/costs.md).
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
 
     import dyrate_kernels as dk
     from dyrate_kernels import families, native
+    from dyrate_kernels.engines.vllm import presence
     from dyrate_kernels.patching.path import of_machine
 
     versions: dict[str, str | None] = {"python": platform.python_version()}
@@ -70,6 +71,7 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
             "probe": None if probe is None else probe.to_dict(),
         },
         "path": of_machine(),
+        "vllm": presence.state(),
         "policies": dk.policies.names(),
         "reducers": dk.vision.names(),
         "families": families.names(),
@@ -120,6 +122,7 @@ def run(given: argparse.Namespace) -> int:
     native = found["native"]
     print(f"native:    {_native_text(native)}")
     print(f"path:      {_path_text(found['path'])}")
+    print(f"vllm:      {_vllm_text(found['vllm'])}")
     print("policies:  " + ", ".join(found["policies"]))
     print("reducers:  " + ", ".join(found["reducers"]))
     print("families:  " + ", ".join(found["families"]))
@@ -144,6 +147,12 @@ def _path_text(path: dict[str, Any]) -> str:
     from dyrate_kernels.stats import Path
 
     return f"{Path(path['steps'], 0, path['layers'], path['why_not'])}, of a model in half precision on the first device"
+
+
+def _vllm_text(vllm: dict[str, Any]) -> str:
+    if vllm["version"] is None or vllm["why_not"]:
+        return vllm["why_not"] if vllm["version"] is None else f"{vllm['version']}, but: {vllm['why_not']}"
+    return f"{vllm['version']} on {vllm['platform']}; policies run inside of it, in {' and '.join(vllm['attention_backends'])}"
 
 
 def _native_text(native: dict[str, Any]) -> str:

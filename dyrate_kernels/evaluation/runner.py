@@ -115,14 +115,7 @@ def run(
         Whatever the model raises: an answer that cannot be had is an error, never a zero.
     """
     names = [suite[index].name for index in range(len(suite))]
-    setting = {"suite": suite.name, "policy": str(contender.policy), "retention": contender.retention, "model": model_name(model)}
-    setting |= getattr(suite, "where", {})  # a data set's files number their questions alike
-    if contender.side is not None:
-        setting["side"] = str(contender.side)
-    if contender.vision:
-        setting["vision"] = str(contender.vision)
-    journal = Journal(folder / f"{contender.label}.jsonl", setting)
-    done = _answers(journal, set(names))
+    journal, done = journal_of(folder, suite, contender, model_name(model))
     todo = [index for index, name in enumerate(names) if name not in done]
     if todo:
         for answers in _parts(model, processor, suite, contender, todo, batch_size, backend):
@@ -131,6 +124,26 @@ def run(
             if progress is not None:
                 progress(len(done), len(names))
     return [done[name] for name in names]
+
+
+def journal_of(folder: Path, suite: Suite, contender: Contender, model: str) -> tuple[Journal, dict[str, Answer]]:
+    """The file of a contender's answers, and those of an earlier run to questions of this suite, by name.
+
+    Args:
+        model: what tells it from another one.
+
+    Raises:
+        ValueError: the file is of another suite or setting.
+    """
+    names = {suite[index].name for index in range(len(suite))}
+    setting = {"suite": suite.name, "policy": str(contender.policy), "retention": contender.retention, "model": model}
+    setting |= getattr(suite, "where", {})  # a data set's files number their questions alike
+    if contender.side is not None:
+        setting["side"] = str(contender.side)
+    if contender.vision:
+        setting["vision"] = str(contender.vision)
+    journal = Journal(folder / f"{contender.label}.jsonl", setting)
+    return journal, {answer.item: answer for answer in journal.read(Answer) if answer.item in names}
 
 
 def ask_all(
@@ -245,8 +258,3 @@ class _Clock(LogitsProcessor):
 def encode(processor: Any, items: Sequence[Item], model: Any = None) -> dict[str, torch.Tensor]:
     """Model inputs of several questions (``chat.encode``)."""
     return chat.encode(processor, [chat.render(processor, item.messages) for item in items], [item.images for item in items], model)
-
-
-def _answers(journal: Journal, names: set[str]) -> dict[str, Answer]:
-    """Those of an earlier run to these questions."""
-    return {answer.item: answer for answer in journal.read(Answer) if answer.item in names}

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from dyrate_kernels import chat, load_demo, patch, shapes
-from dyrate_kernels.captioning import engines, inputs
+from dyrate_kernels.captioning import inputs, on_ray
 from dyrate_kernels.captioning.captioner import Captioner, Task
 from dyrate_kernels.cli.main import main
 from dyrate_kernels.pictures import UnreadableError, read_picture
@@ -531,7 +531,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 # -- Ray -----------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not engines.has_ray(), reason="ray is not installed")
+@pytest.mark.skipif(not on_ray.has_ray(), reason="ray is not installed")
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_killed_worker_on_ray(folder, tmp_path):
@@ -565,6 +565,6 @@ def test_a_killed_worker_on_ray(folder, tmp_path):
 
 
 def test_ray_is_named_where_it_is_missing(monkeypatch, capsys, folder, tmp_path):
-    monkeypatch.setattr(engines, "has_ray", lambda: False)
+    monkeypatch.setattr(on_ray, "has_ray", lambda: False)
     status = main(["caption", "--images", str(folder), "--out", str(tmp_path / "out"), "--engine", "ray"])
     assert status == 1 and "pip install 'dyrate-kernels[caption]'" in capsys.readouterr().err
