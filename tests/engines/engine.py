@@ -235,7 +235,7 @@ class Mix:
     """
 
     seed: int = 0
-    batch: int = 4
+    batch: int = 6
     drafts: bool = False
     preempts: bool = False
     within: bool = False
@@ -246,15 +246,15 @@ class Mix:
         waiting, running = list(engine.loads), []
         done = dict.fromkeys(engine.loads, 0)
         known = {request: load.prompt.length for request, load in engine.loads.items()}  # tokens that are there to compute rows of
-        losses = dict.fromkeys(engine.loads, 3 if self.preempts else 0)
+        losses = dict.fromkeys(engine.loads, 2 if self.preempts else 0)
         steps = []
         while waiting or running:
-            for _ in range(draw.randint(0, 2)):
+            for _ in range(draw.randint(1, 2)):
                 if waiting:
                     running.append(waiting.pop(0))
                     engine.add(running[-1])
             parts = []
-            for request in draw.sample(running, min(len(running), draw.randint(1, self.batch))):
+            for request in draw.sample(running, min(len(running), draw.randint(2, self.batch))):
                 load = engine.loads[request]
                 if losses[request] and done[request] > load.prompt.length + 1 and draw.random() < 0.5:
                     losses[request] -= 1

@@ -20,10 +20,10 @@ from tests.engines.engine import SHAPE, Alone, Engine, Load, Mix, Part, alone
 LOADS = {
     "a": Load(Prompt(20, ((3, 14),)), 7),
     "several": Load(Prompt(26, ((1, 8), (12, 12), (15, 22))), 6),
-    "text": Load(Prompt(9, ()), 5),
-    "first": Load(Prompt(13, ((0, 9),)), 8),
+    "text": Load(Prompt(9, ()), 4),
+    "first": Load(Prompt(13, ((0, 9),)), 5),
     "long": Load(Prompt(74, ((30, 39),)), 3),  # as many words as a list of them is wide
-    "one": Load(Prompt(5, ((2, 2),)), 4),
+    "one": Load(Prompt(5, ((2, 2),)), 2),
 }
 
 

@@ -40,8 +40,8 @@ class Pruning:
         backend: of the operators.
 
     Attributes:
-        first: from this layer on answer rows may be read by the operators here; layers before it are vLLM's.
-        scored: the layers that measure.
+        stages: of a decision, by the layer that measures.
+        starts: first layer of each pruned group.
     """
 
     def __init__(self, policy: Policy, num_layers: int, table: RequestTable, heads: HeadShards | None, backend: str = "auto") -> None:
@@ -50,7 +50,6 @@ class Pruning:
         self.stages: dict[int, Stage] = decider.stages
         self.starts: list[int] = decider.starts
         self._group = [sum(start <= layer for start in self.starts) for layer in range(num_layers)]
-        self.first = min(self.stages)
 
     def reads(self, layer: int) -> bool:
         """Answer rows of this layer are read by ``answer``; else by vLLM's own kernel."""
