@@ -7,8 +7,8 @@
 
 The first prints the machine and fails where no compiled kernels can run. The second writes ``report.json`` (environment, parts, targets,
 all rows), ``report.md`` and, with matplotlib, the plots of ``bench.plots``; rows may come from ``dyrate bench e2e --out`` and from an
-``experiments.json`` as well. The third prints a record's tables as the README shows them, the fourth how the rows that two records share
-differ; both take a folder with a report.json, or a file of rows. A row whose result failed its gate has no speed, whatever the record
+``experiments.json`` as well. The third prints a record's tables as docs/performance.md shows them, the fourth how the rows that two records
+share differ; both take a folder with a report.json, or a file of rows. A row whose result failed its gate has no speed, whatever the record
 holds. A speed-up is the ratio of two rows of one run whose results both passed their gate; a target is met or not by such rows alone, and
 neither is printed for a rehearsal.
 """
@@ -108,7 +108,8 @@ def _time(micro: float | None) -> str:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Returns the README's tables of a record: whole models, attention of a layer, targets. Rows that failed their gate are left out."""
+    """Returns a record's tables, as in docs/performance.md: whole models, attention of a layer, targets. Rows that failed their gate are
+    left out."""
     here = report["environment"]
     rows = plots.shown(report["rows"])
     versions = ", ".join(f"{name} {here[name]}" for name in ("torch", "triton", "transformers", "commit"))

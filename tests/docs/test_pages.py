@@ -49,6 +49,20 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{named(page)} links to {target}, which does not exist"
 
 
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=named)
+def test_links_lead_to_headings(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert anchor in anchors(page.parent / target if target else page), f"{named(page)} links to {target}#{anchor}"
+
+
 def page_of(folder: str, name: str) -> tuple[Path, str]:
     """The page of a method or reducer and what it says; the index must link it."""
     page = ROOT / "docs" / folder / f"{name}.md"
