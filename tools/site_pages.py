@@ -1,7 +1,7 @@
 """Hooks of ``mkdocs build`` (mkdocs.yml): pages that lie outside of ``docs/`` are part of the site, and folders of ``nav`` are their pages.
 
 Links of a page are those of the repository, so they work where the repository is read as files, too. What leads out of the site (source
-files) becomes its text.
+files) becomes its text. The README of the repository is the first page, in the place of ``docs/README.md``, which the navigation replaces.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "bench/results/README.md")  # pages of the site that are not in docs/
-HOME = "README.md"  # of the repository: the site's first page is docs/README.md
+HOME = "README.md"
+OUTSIDE = (HOME, "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "bench/results/README.md")  # pages of the site that are not in docs/
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -35,7 +35,7 @@ def in_site(path: str, files: set[str]) -> str | None:
         path: of a file or a folder, from the root of the repository.
         files: the addresses of the site.
     """
-    if path == HOME:
+    if path in ("docs", f"docs/{HOME}"):
         return HOME
     for each in (path, posixpath.join(path, "README.md")):
         uri = each.removeprefix("docs/")
@@ -91,9 +91,10 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Called by mkdocs: adds the pages outside of ``docs/``."""
+    """Called by mkdocs: adds the pages outside of ``docs/``, the first one in the place of another."""
     from mkdocs.structure.files import File
 
+    files.remove(files.get_file_from_path(HOME))
     for path in pages_outside():
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files

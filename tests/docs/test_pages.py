@@ -34,7 +34,7 @@ def test_python_blocks_run_in_order(page):
         exec(compile(body, f"{named(page)}, block {number}", "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=named)
+@pytest.mark.parametrize("page", [page for page in [*PAGES, ROOT / "README.md"] if blocks(page, "bash")], ids=named)
 def test_quick_commands_run(page, capsys):
     for line in "".join(blocks(page, "bash")).splitlines():
         if line.startswith(QUICK):

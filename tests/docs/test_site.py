@@ -31,7 +31,7 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(named) == sorted({*pages - tables, *site.OUTSIDE})
 
 
-FILES = {"README.md", "costs.md", "methods/README.md", "methods/dyrate.md", "results/README.md", *site.pages_outside()}
+FILES = {"README.md", "costs.md", "methods/README.md", "methods/dyrate.md", "results/README.md", "kept.webp", *site.pages_outside()}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,8 @@ FILES = {"README.md", "costs.md", "methods/README.md", "methods/dyrate.md", "res
         ("costs.md", "[a](methods/dyrate.md#b)", "[a](methods/dyrate.md#b)"),
         ("costs.md", "[a](results)", "[a](results/README.md)"),
         ("methods/dyrate.md", "[a](../../bench/README.md)", "[a](../bench/README.md)"),
-        ("costs.md", "[a](../README.md)", "[a](README.md)"),
+        ("costs.md", "[a](../README.md) [b](README.md)", "[a](README.md) [b](README.md)"),
+        ("README.md", "[a](docs/costs.md) [b](LICENSE) ![c](docs/kept.webp)", "[a](costs.md) b ![c](kept.webp)"),
         ("costs.md", "[`patch`](../dyrate_kernels/patching/api.py)", "`patch`"),
         ("bench/README.md", "[a](../docs/costs.md) [b](results/README.md)", "[a](../costs.md) [b](results/README.md)"),
         ("bench/results/README.md", "![a](2026-11-27-h200/models.png)", "![a](2026-11-27-h200/models.png)"),
