@@ -380,10 +380,7 @@ class Engine:
         if reason not in ("stop", "length"):
             found.error = RuntimeError(f"vLLM ended the request: {reason}")
         elif reason == "length" and len(found.tokens) < held.request.max_new_tokens:
-            found.error = ValueError(
-                f"max_model_len: {found.prompt} tokens of the prompt leave room for {len(found.tokens)} of "
-                f"{held.request.max_new_tokens} new ones; give --engine-option max_model_len=N"
-            )
+            found.error = no_room(found.prompt, len(found.tokens), held.request.max_new_tokens)
         done[held.number] = found, held.inside
 
     def _with_figures(self, found: Sequence[tuple[Answer, str | None]]) -> list[Answer]:
@@ -395,6 +392,13 @@ class Engine:
                 if inside in figures:
                     answer.kept = figures[inside]["kept"]
         return [answer for answer, _ in found]
+
+
+def no_room(prompt: int, tokens: int, most: int) -> ValueError:
+    """Returns the error of an answer that ``max_model_len`` cut: ``tokens`` of ``most`` behind so long a prompt."""
+    return ValueError(
+        f"max_model_len: {prompt} tokens of the prompt leave room for {tokens} of {most} new ones; give --engine-option max_model_len=N"
+    )
 
 
 @dataclass
@@ -419,5 +423,5 @@ def on_cpu() -> bool:
 
 
 __all__ = [
-    "OWN", "Answer", "Checkpoint", "Chunk", "Engine", "Request", "Setup", "check_options", "on_cpu", "require", "sampling",
+    "OWN", "Answer", "Checkpoint", "Chunk", "Engine", "Request", "Setup", "check_options", "no_room", "on_cpu", "require", "sampling",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dyrate_kernels.answering_vllm import Checkpoint, sampling
+from dyrate_kernels.answering_vllm import Checkpoint, no_room, sampling
 from dyrate_kernels.captioning import on_ray
 from dyrate_kernels.captioning.captioner import Caption, Task, read
 from dyrate_kernels.captioning.inputs import Source, payloads
@@ -57,7 +57,7 @@ def run_on_ray(
             now = time.perf_counter()
             each, began = (now - began) / max(len(found), 1), now
             if found:
-                yield [_caption(row, checkpoint, each) for row in found]
+                yield [_caption(row, checkpoint, each, ask.rules) for row in found]
 
 
 def _processor_of() -> Callable[[dict[str, Any], Any, Any], Any]:
@@ -133,11 +133,14 @@ def _kept_columns(row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _caption(row: Mapping[str, Any], checkpoint: Checkpoint, seconds: float) -> Caption:
+def _caption(row: Mapping[str, Any], checkpoint: Checkpoint, seconds: float, rules: Mapping[str, Any]) -> Caption:
     if row["kind"]:
         return failure(row["name"], UnreadableError(row["kind"], row["words"]))
     if row["wrong"]:
         return Caption(row["name"], error=row["wrong"], kind="model")
+    most, tokens = rules["max_tokens"], row["tokens"]
+    if len(tokens) < most and not rules["stop"] and not {*tokens[-1:]} & {*rules["stop_token_ids"]}:  # why it ended is not told
+        return failure(row["name"], no_room(len(row["prompt"]), len(tokens), most))
     text = checkpoint.processor.decode(row["tokens"], skip_special_tokens=True).strip()
     visual = sum(token == checkpoint.config.image_token_id for token in row["prompt"])
     return Caption(row["name"], text, visual_tokens=visual, read=None, tokens=len(row["tokens"]), seconds=seconds)

@@ -199,8 +199,12 @@ def test_answers_of_a_cluster_become_captions():
     )
     bad = vllm_on_ray._kept_columns({"name": "b", "kind": "empty", "words": "no bytes", "generated_tokens": [1]})
     wrong = vllm_on_ray._kept_columns({"name": "c", "kind": "", "words": "", "__inference_error__": "ValueError: too long"})
-    found = [vllm_on_ray._caption(row, checkpoint, 0.5) for row in (good, bad, wrong)]
+    rules = {"max_tokens": 4, "stop": [], "stop_token_ids": [2]}
+    found = [vllm_on_ray._caption(row, checkpoint, 0.5, rules) for row in (good, bad, wrong, good | {"tokens": [8, 9]})]
     assert (found[0].visual_tokens, found[0].read, found[0].tokens, found[0].seconds) == (2, None, 2, 0.5) and found[0].caption
+    assert found[3].error == (
+        "ValueError: max_model_len: 3 tokens of the prompt leave room for 2 of 4 new ones; give --engine-option max_model_len=N"
+    )
     assert (found[1].kind, found[1].error, found[2].kind, found[2].error) == ("empty", "no bytes", "model", "ValueError: too long")
 
 

@@ -90,6 +90,27 @@ def test_captions_where_pictures_have_unlike_numbers_of_tokens(folder, pictures,
     assert min(tokens) >= 6 and min(tokens) < 48
 
 
+def test_captions_by_ray_datas_processor(folder, pictures, tmp_path):
+    """On this machine, an engine on its CPU."""
+    pytest.importorskip("ray.data.llm", reason="pip install 'ray[llm]' runs it", exc_type=ImportError)
+    model = plain(tmp_path, folder("demo"))
+    job = (
+        "import json, sys; from dyrate_kernels import policies; from dyrate_kernels.captioning import inputs, vllm_on_ray\n"
+        "from dyrate_kernels.captioning.captioner import Task\n"
+        "task = Task(model=sys.argv[1], policy=policies.get('vtw', k=2), max_new_tokens=48)\n"
+        f"more = dict(max_model_len=1024, max_num_seqs=4, kv_cache_memory_bytes={64 << 20}, enforce_eager=True)\n"
+        "found = vllm_on_ray.run_on_ray(task, inputs.find(sys.argv[2]).sources, 1, None, more, cpus=1)\n"
+        "open(sys.argv[3], 'w').write(json.dumps([each.to_dict() for part in found for each in part]))\n"
+    )
+    result = tmp_path / "found.json"
+    kit.run([sys.executable, "-c", job, str(model), str(pictures), str(result)], env=kit.environment())
+    given = ("caption", "--images", str(pictures), "--model", str(model), "--max-new-tokens", "48", "--policy", "vtw", "--k", "2")
+    dyrate(*given, "--out", str(tmp_path / "local"), "--engine", "local")
+    same = ("name", "caption", "error", "kind", "visual_tokens", "tokens")
+    found = {line["name"]: [line[name] for name in same] for line in json.loads(result.read_text())}
+    assert found == {line["name"]: [line[name] for name in same] for line in captions(tmp_path / "local")}
+
+
 def test_rows_of_a_comparison_are_the_local_engines(folder, tmp_path):
     """Each in an engine of its own, in one process."""
     model = plain(tmp_path, folder("demo"))
