@@ -18,9 +18,9 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)
 
 
 def pages_outside() -> list[str]:
-    """Returns the paths of ``OUTSIDE`` and of the pictures beside them, from the root of the repository."""
-    pictures = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "bench" / "results").rglob("*.png"))]
-    return [*OUTSIDE, *pictures]
+    """Returns the paths of ``OUTSIDE`` and of the records' reports and pictures, from the root of the repository."""
+    records = sorted(path for pattern in ("*/report.md", "*/*.png") for path in (ROOT / "bench" / "results").glob(pattern))
+    return [*OUTSIDE, *(path.relative_to(ROOT).as_posix() for path in records)]
 
 
 def in_repository(uri: str) -> str:
