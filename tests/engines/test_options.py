@@ -194,3 +194,10 @@ def test_other_versions_are_refused(version):
 def test_the_range_is_that_of_the_extra():
     assert versions.OLDEST == (0, 32) and versions.NEWEST == (0, 33)
     assert '\nvllm = ["vllm>=0.32,<0.34"]\n' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
+def test_answers_enter_the_prefix_cache_where_that_is_asked_for():
+    assert not options.read({"policy": "fixed"}).cache_answers
+    assert options.read({"policy": "fixed", "cache_answers": True}).cache_answers
+    with pytest.raises(TypeError, match="cache_answers must be true or false, got 'yes'"):
+        options.read({"policy": "fixed", "cache_answers": "yes"})

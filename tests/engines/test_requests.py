@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dyrate_kernels import policies
+from dyrate_kernels.engines.vllm import requests
 from dyrate_kernels.engines.vllm.requests import Figures, Prompt, RequestTable
 from dyrate_kernels.policies.base import ModelShape, Policy, View
 
@@ -267,3 +268,26 @@ def test_figures_of_those_that_ended_come_first_and_the_oldest_are_forgotten():
     table.add("e", ONE)
     table.tally[0] = torch.tensor([2, 8, 120])
     assert [(each.request, each.rows) for each in table.figures()] == [("b", 1), ("c", 1), ("d", 1), ("e", 2)]
+
+
+# ---- lists that grow ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_lists_grow_with_the_longest_prompt(monkeypatch, aside):
+    monkeypatch.setattr(requests, "_FIRST_WIDTH", 9)
+    table = table_of(policies.FastV(k=2), slots=1 if aside else 3)
+    assert table.width == 9
+    table.add("one", ONE)
+    table.kept[0][slot_of(table, "one")] = torch.tensor([3, 5, *[-1] * 7])
+    table.n_kept[0][slot_of(table, "one")] = 2
+    table.add("two", TWO)
+    assert table.width == WIDTH and listed(table, "two") == ([1, 2, 3, 6, 7, 8], [0, 4, 5, 9, 10, 11], [0, 2, 2, 2, 2, 2])
+    assert listed(table, "one") == ([2, 3, 4, 5], [0, 1, 6, 7, 8], [0, 0, 2, 2, 2])
+    slot = slot_of(table, "one")
+    assert table.kept[0][slot].tolist() == [3, 5, *[-1] * (WIDTH - 2)] and table.n_kept[0][slot] == 2
+
+
+def test_lists_of_a_policy_that_remembers_are_wide_at_once(monkeypatch):
+    monkeypatch.setattr(requests, "_FIRST_WIDTH", 9)
+    assert table_of(policies.DyCoke(k=2)).width == WIDTH

@@ -46,7 +46,7 @@ def _hook() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from dyrate_kernels.engines.vllm import blocks, engine, runners, weights
+    from dyrate_kernels.engines.vllm import blocks, engine, prefix_cache, runners, weights
 
     WorkerBase.dyrate_report = lambda self: engine.report(self.vllm_config)
     here = "dyrate_kernels.engines.vllm"
@@ -58,6 +58,7 @@ def _hook() -> None:
         runners.hook_second()
     runners.hook_first()
     blocks.hook()
+    prefix_cache.hook()
     weights.leave_out_predictor()
 
 

@@ -1,7 +1,8 @@
 """Options of the plug-in, and which of them can be had inside of vLLM. Knows nothing of vLLM but the facts that it is given.
 
 ``additional_config={"dyrate": {"policy": "dyrate", "k": 3}}``: ``policy`` is a name or a policy in text (``fastv:k=2:rate=0.75``),
-``retention`` is ``recoverable`` (default) or, for ``vtw``, ``evict``; whatever else stands there is an option of the policy.
+``retention`` is ``recoverable`` (default) or, for ``vtw``, ``evict``; ``cache_answers`` is of the prefix cache (``Options``); whatever else
+stands there is an option of the policy.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ class Options:
     Attributes:
         policy: not yet bound to the model.
         evict: ``vtw`` alone: layers from k on give whole blocks of visual tokens back once the prompt is through.
+        cache_answers: rows of answers may enter the prefix cache, though they were computed while pruning.
     """
 
     policy: Policy
     evict: bool = False
+    cache_answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,11 @@ def read(given: Any) -> Options | None:
     if not isinstance(given, Mapping):
         raise TypeError(f'additional_config["{KEY}"] must be an object like {{"policy": "dyrate", "k": 3}}, got {given!r}')
     asked = dict(given)
-    name, retention = asked.pop("policy", "dyrate"), asked.pop("retention", "recoverable")
+    name, retention, cache_answers = asked.pop("policy", "dyrate"), asked.pop("retention", "recoverable"), asked.pop("cache_answers", False)
     if not isinstance(name, str):
         raise TypeError(f"policy must be a name or a policy in text, got {name!r}")
+    if not isinstance(cache_answers, bool):
+        raise TypeError(f"cache_answers must be true or false, got {cache_answers!r}")
     policy = policies.parse(name, **asked)
     found = specs.retention(retention)
     if not policy.decides or not policy.drops:
@@ -89,7 +94,7 @@ def read(given: Any) -> Options | None:
             f"retention must be 'recoverable' inside of vLLM (or 'evict' for the policy vtw, by whole blocks), got {found.name!r} for "
             f"{policy.name!r}; use retention='recoverable', or patch() and generate()"
         )
-    return Options(policy, evicts)
+    return Options(policy, evicts, cache_answers)
 
 
 def why_refused(policy: Policy) -> str | None:

@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dyrate_kernels.policies.base import Policy
 
 RESPONSE = 3  # token types as ``ops.paged_attention`` names them
 _SYSTEM, _INSTRUCTION = 0, 2
 _REMEMBERED = 4096  # ended requests whose figures are kept
+_FIRST_WIDTH = 2048
 
 
 class Prompt(NamedTuple):
@@ -67,10 +69,11 @@ class RequestTable:
         starts: first layer of each pruned group.
         num_layers: L.
         slots: how many requests a batch can hold.
-        width: positions of the longest request.
+        longest: positions of the longest request there can be.
         device: of the tensors.
 
     Attributes:
+        width: columns of the lists, for the longest prompt so far. Of a policy that remembers ``longest``: its state is as wide.
         visual_position, text_position: int32 ``[slots, width]``; text_type uint8 likewise; as ``ops.paged_attention`` takes them.
         n_visual, prompt: int32 ``[slots]``, visual tokens and tokens of each prompt.
         kept: of each pruned group int32 ``[slots, width]``: positions that the prompt's last row chose, ascending, -1 past their end; at
@@ -81,9 +84,10 @@ class RequestTable:
     """
 
     def __init__(
-        self, policy: Policy, starts: Sequence[int], num_layers: int, slots: int, width: int, device: torch.device
+        self, policy: Policy, starts: Sequence[int], num_layers: int, slots: int, longest: int, device: torch.device
     ) -> None:  # fmt: skip
-        self.policy, self.num_layers, self.width, self.device = policy, num_layers, width, device
+        self.policy, self.num_layers, self.longest, self.device = policy, num_layers, longest, device
+        self.width = width = longest if policy.remembers else min(longest, _FIRST_WIDTH)
         edges = [*starts, num_layers]
         self.layers = [after - first for first, after in zip(edges[:-1], edges[1:], strict=True)]  # of each pruned group
 
@@ -175,14 +179,15 @@ class RequestTable:
         return self._free.pop()
 
     def _bring_back(self, request: str) -> None:
-        slot = self._slot[request]
+        slot, aside = self._slot[request], self._aside.pop(request)
         self._write(slot, self.prompts[request])
         for name, tensor in self._lasting().items():
-            if name in self._aside[request]:
-                tensor[slot] = self._aside[request][name]
-            else:
+            if name not in aside:
                 tensor[slot] = 0
-        del self._aside[request]
+            elif name.startswith("kept"):  # the lists may have grown
+                tensor[slot, : len(aside[name])] = aside[name]
+            else:
+                tensor[slot] = aside[name]
 
     def _lasting(self) -> dict[str, Tensor]:
         """Tensors whose lines cannot be made from the prompt."""
@@ -190,7 +195,16 @@ class RequestTable:
         counts = {f"n_kept {group}": tensor for group, tensor in enumerate(self.n_kept)}
         return {"tally": self.tally, **lists, **counts, **{f"state {name}": tensor for name, tensor in self.state.items()}}
 
+    def _grow(self, columns: int) -> None:
+        width = min(max(2 * self.width, columns), self.longest)
+        self.width, more = width, width - self.width
+        self.visual_position, self.text_position = (pad(each, (0, more), value=-1) for each in (self.visual_position, self.text_position))
+        self.text_type = pad(self.text_type, (0, more), value=RESPONSE)
+        self.kept = [pad(each, (0, more), value=-1) for each in self.kept]
+
     def _write(self, slot: int, prompt: Prompt) -> None:
+        if prompt.length > self.width:
+            self._grow(prompt.length)
         position = torch.arange(prompt.length, dtype=torch.int32)
         image = torch.zeros(prompt.length, dtype=torch.bool)
         for first, last in prompt.visual:
