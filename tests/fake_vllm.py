@@ -26,14 +26,15 @@ def tokens_of(picture: Any) -> list[int]:
 
 
 class Engine:
-    """Stands for ``LLMEngine``: computes ``max_num_seqs`` requests at a time; ``broken`` widths of pictures are refused."""
+    """Stands for ``LLMEngine``: computes ``max_num_seqs`` requests at a time; ``broken`` widths of pictures are refused, ``cut`` ones
+    have no room for a whole answer."""
 
-    def __init__(self, most: int, broken: tuple[int, ...]) -> None:
+    def __init__(self, most: int, broken: tuple[int, ...], cut: tuple[int, ...]) -> None:
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=most))
         self.engine_core = SimpleNamespace(shutdown=self._end)
         self.waiting: list[tuple[str, Any, Any]] = []
         self.figures: list[dict[str, Any]] = []
-        self.seen, self.most_seen, self.ended, self.broken = 0, 0, False, broken
+        self.seen, self.most_seen, self.ended, self.broken, self.cut = 0, 0, False, broken, cut
         self.dies_after: int | None = None
 
     def _end(self) -> None:
@@ -59,21 +60,22 @@ class Engine:
         tokens = tokens_of(picture)[: params.max_tokens]
         self.figures.append({"request": f"{name}-x", "kept": KEPT})
         prompt = [3] * VISUAL + [9] * (FULL_PROMPT - VISUAL)
-        answer = SimpleNamespace(token_ids=tokens, finish_reason="stop")
+        answer = SimpleNamespace(token_ids=tokens, finish_reason="length" if picture.width in self.cut else "stop")
         return [SimpleNamespace(request_id=name, finished=True, outputs=[answer], prompt_token_ids=prompt, metrics=None)]
 
 
 class LLM:
-    """Attributes of the class: made (every one), broken, dies_after: of the next ones."""
+    """Attributes of the class: made (every one), broken, cut, dies_after: of the next ones."""
 
     made: list[LLM] = []
     broken: tuple[int, ...] = ()
+    cut: tuple[int, ...] = ()
     dies_after: int | None = None
 
     def __init__(self, **arguments: Any) -> None:
         assert all(other.llm_engine.ended for other in LLM.made), "an engine was started beside another one"
         self.arguments = arguments
-        self.llm_engine = Engine(arguments.get("max_num_seqs", 3), LLM.broken)
+        self.llm_engine = Engine(arguments.get("max_num_seqs", 3), LLM.broken, LLM.cut)
         self.llm_engine.dies_after = LLM.dies_after
         LLM.made.append(self)
 
@@ -101,6 +103,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
     monkeypatch.setattr(presence, "state", lambda: {"why_not": None})
     monkeypatch.setattr(LLM, "made", [])
     monkeypatch.setattr(LLM, "broken", ())
+    monkeypatch.setattr(LLM, "cut", ())
     monkeypatch.setattr(LLM, "dies_after", None)
     return LLM
 

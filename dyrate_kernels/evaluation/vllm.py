@@ -54,7 +54,8 @@ def run(
     """The contender's answers to the whole suite, in the suite's order; those that ``folder`` holds already are not asked again.
 
     Tokens and scores are those of ``runner.run`` in float32. Costs are counted from the mean of the visual tokens that an answer's rows
-    kept. A question's time is its share of the time that the engine took for those that came with it, prompts included.
+    kept; KV bytes are those of all rows, also where ``evict`` gives blocks back. A question's time is its share of the time that
+    the engine took for those that came with it, prompts included.
 
     Raises:
         TypeError, ValueError: ``Engines.setup``; the file in ``folder`` is of another suite or setting.

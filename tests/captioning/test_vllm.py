@@ -42,8 +42,8 @@ def few(tmp_path):
     return place
 
 
-def task(**more):
-    return Task(model=str(MODEL_FOLDER), policy=policies.get("fixed", k=2, rate=0.75), max_new_tokens=2, **more)
+def task(max_new_tokens=2):
+    return Task(model=str(MODEL_FOLDER), policy=policies.get("fixed", k=2, rate=0.75), max_new_tokens=max_new_tokens)
 
 
 def caption(capsys, folder, out, *more):
@@ -73,6 +73,13 @@ def test_captions_come_in_the_order_of_the_pictures(fake_vllm, folder, tmp_path)
             assert line["read"] == pytest.approx(VISUAL * (1 - layers * (1 - share)))
     (made,) = fake_vllm.made
     assert made.llm_engine.ended and 3 < made.llm_engine.most_seen <= 6  # no more pictures are held than the engine has use for
+
+
+def test_a_caption_without_room_for_its_end_is_a_failure(fake_vllm, few, tmp_path):  # noqa: F811
+    fake_vllm.cut = (10,)
+    report = run.run(task(max_new_tokens=9), inputs.find(str(few)), tmp_path / "out", engine="vllm")
+    assert report["failures"] == {"model": 2}
+    assert "max_model_len: 40 tokens of the prompt leave room for 1 of 9 new ones" in lines(tmp_path / "out")[0]["error"]
 
 
 def test_a_run_that_died_goes_on(fake_vllm, folder, tmp_path):  # noqa: F811
