@@ -102,7 +102,7 @@ def test_policies_are_refused_by_name(given, why):
 
 def test_a_predictor_may_read_mass_alone(tmp_path):
     shape = ModelShape(6, 4, 2, 8, 32, 64, 100)
-    for text, why in ((False, None), (True, "its predictor reads hidden states, .*; use one that reads mass alone")):
+    for text, why in ((False, None), (True, "its predictor reads hidden states.* use one that reads mass alone.*'closed-form'")):
         folder = tmp_path / str(text)
         DyRatePredictor.for_model(shape, (0.0, 0.5), k=2, text=text).save_pretrained(folder)
         asked_for = options.read({"policy": "dyrate", "predictor": str(folder)})
@@ -158,6 +158,7 @@ def test_models_that_it_knows(architecture):
         ("fixed", {"pipeline": 2}, "pipeline_parallel_size must be 1 with dyrate, got 2: .*; use tensor_parallel_size"),
         ("fixed", {"context": 4}, "decode and prefill context parallel sizes must be 1 with dyrate, got 4; use tensor_parallel_size"),
         ("fixed", {"connector": True}, "kv_transfer_config must be None with dyrate"),
+        ("fixed", {"split": True}, "enable_dbo must be False with dyrate"),
         ("fixed", {"cache_dtype": "fp8"}, "kv_cache_dtype must be 'auto' with dyrate, got 'fp8'"),
         ("fixed", {"speculation": "eagle3"}, "method must be one of ngram, ngram_gpu, suffix with dyrate, got 'eagle3'"),
         ("dycoke", {"speculation": "ngram"}, "speculative_config must be None with policy 'dycoke'"),

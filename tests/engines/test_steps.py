@@ -114,6 +114,12 @@ def test_chunks_of_prompts_prune_nothing():
     assert check(planner_of(), [("b", 0, 16), ("a", 0, 8), ("text", 3, 9), ("text", 12, 1)]) is None
 
 
+def test_a_trial_run_with_requests_of_its_own_prunes_nothing():
+    planner = planner_of()
+    assert plan(planner, [("b", 30, 1)]) is not None
+    assert plan(planner, [("b", 30, 1), ("req_0_ab12", 0, 4)]) is None and "req_0_ab12" not in planner.table
+
+
 def test_the_last_row_of_a_prompt_ends_it():
     step = check(planner_of(), [("b", 16, 14), ("a", 0, 8)])
     assert step is not None and step.answers is None and fields_of(step.ends) == [(13, 0, 1, 30, 18, 0)]

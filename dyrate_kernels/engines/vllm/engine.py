@@ -166,6 +166,7 @@ def _facts(config: VllmConfig) -> Facts:
     return Facts(
         tuple(config.model_config.hf_config.architectures or ()), parallel.pipeline_parallel_size, context,
         None if speculative is None else speculative.method, config.kv_transfer_config is not None, config.cache_config.cache_dtype,
+        bool(getattr(parallel, "use_ubatching", False)),
     )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ class Facts:
         speculation: method of speculative decoding, None without.
         connector: a KV connector moves caches between engines.
         cache_dtype: of the KV cache, ``auto`` for the model's own.
+        split: batches are computed in parts (dual-batch overlap).
     """
 
     architectures: tuple[str, ...]
@@ -61,6 +62,7 @@ class Facts:
     speculation: str | None = None
     connector: bool = False
     cache_dtype: str = "auto"
+    split: bool = False
 
 
 def read(given: Any) -> Options | None:
@@ -106,7 +108,10 @@ def why_refused(policy: Policy) -> str | None:
     if policy.merges:
         return "it merges tokens, and cache blocks are never changed"
     if policy.reads_hidden:
-        return "its predictor reads hidden states, which an attention backend does not see; use one that reads mass alone"
+        return (
+            "its predictor reads hidden states, which an attention backend does not see; use one that reads mass alone, or "
+            "predictor='closed-form'"
+        )
     return None
 
 
@@ -130,6 +135,8 @@ def check(options: Options, facts: Facts) -> None:
         raise ValueError(f"decode and prefill context parallel sizes must be 1 with dyrate, got {facts.context}; use tensor_parallel_size")
     if facts.connector:
         raise ValueError("kv_transfer_config must be None with dyrate: the prompt's decision is made where its rows are computed")
+    if facts.split:
+        raise ValueError("enable_dbo must be False with dyrate: a step is planned for the whole batch")
     if facts.cache_dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise ValueError(f"kv_cache_dtype must be 'auto' with dyrate, got {facts.cache_dtype!r}: its kernels read unquantised rows")
     if facts.speculation is not None and facts.speculation not in SPECULATION:

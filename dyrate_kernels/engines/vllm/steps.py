@@ -93,7 +93,7 @@ class Planner:
         self._gathered: tuple[tuple, tuple[Tensor, Tensor, Tensor]] | None = None  # steps of the same requests share their lists
 
     def plan(self, requests: Sequence[str], computed: Sequence[int], starts: Sequence[int], lengths: Tensor, longest: int) -> Step | None:
-        """The step of these requests, in the batch's order, all in the table; None where nothing is pruned or decided in it.
+        """The step of these requests, in the batch's order; None where nothing is pruned or decided in it, or one is unknown.
 
         Args:
             computed: rows of each that were computed before it; of an answer at least the prompt's length.
@@ -101,7 +101,10 @@ class Planner:
             lengths: int32 ``[requests or more]`` on the device: cache rows of each, this step's included.
             longest: no request has more.
         """
-        table, slots = self.table, self.table.slots_of(requests)
+        table = self.table
+        if any(request not in table for request in requests):  # a trial run of the engine
+            return None
+        slots = table.slots_of(requests)
         answers: list[tuple[int, int, int]] = []  # line, row, rows behind it
         ends: list[tuple[int, int, int]] = []
         rest, lines, queries, upto = [], [], [], []
