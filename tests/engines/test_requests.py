@@ -93,12 +93,13 @@ def test_slots_are_given_back():
     assert listed(table, "d")[0] == [1, 2, 3, 6, 7, 8]
 
 
-def test_only_those_alive_are_kept():
+def test_those_that_ended_leave_their_figures_and_their_slots():
     table = table_of(policies.Fixed(k=2))
     for request in "abc":
         table.add(request, ONE)
     table.tally[slot_of(table, "b")] = torch.tensor([1, 4, 60])
-    table.keep_only({"c": None, "z": None})
+    for request in "abz":
+        table.remove(request)
     assert [*table.prompts] == ["c"] and sorted(request for request, _, _ in table.ended) == ["a", "b"]
     assert [each.request for each in table.figures()] == ["b"]
     for request in "xy":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,7 @@ class Engine:
         )
         self.pruning = Pruning(self.policy, shape.num_layers, self.table, _heads(config))
         self._planner = Planner(self.table, device)
+        self._features: dict[str, Any] = {}  # of each request, by identity
         self._batch: Batch | None = None
         self._made: list[Step | None] = []  # of that batch, once it is made
 
@@ -69,14 +70,23 @@ class Engine:
             batch: requests that must keep their slots.
         """
         known = self.table.prompts.get(request)
-        if known is not None and known.length == prompt_length:
+        if known is not None and known.length == prompt_length and self._features.get(request) is features:
             return
-        self.table.add(request, Prompt(prompt_length, spans_of(features)), batch)
-        self._planner.forget()
+        self._features[request] = features
+        prompt = Prompt(prompt_length, spans_of(features))
+        if known != prompt:
+            self.table.add(request, prompt, batch)
+            self._planner.forget()
 
     def remove(self, request: str) -> None:
         """A request has ended."""
         self.table.remove(request)
+        self._features.pop(request, None)
+
+    def keep_only(self, alive: Collection[str]) -> None:
+        """Those that are not ``alive`` have ended."""
+        for request in [request for request in self.table.prompts if request not in alive]:
+            self.remove(request)
 
     @contextlib.contextmanager
     def making(self, batch: Batch) -> Iterator[None]:

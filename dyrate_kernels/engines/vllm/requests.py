@@ -147,11 +147,6 @@ class RequestTable:
         if slot is not None:
             self._free.append(slot)
 
-    def keep_only(self, alive: Iterable[str]) -> None:
-        """Those that are not ``alive`` have ended."""
-        for request in self.prompts.keys() - set(alive):
-            self.remove(request)
-
     def figures(self) -> list[Figures]:
         """Of the requests that ended last, and of those that have not, where they had visual tokens; oldest first. Reads the device."""
         present = [(request, prompt.n_visual, self._tally(request)) for request, prompt in self.prompts.items()]

@@ -27,7 +27,7 @@ def hook_first() -> None:
         if engine is None or not held.num_reqs or named.get("for_cudagraph_capture"):
             return inner(self, *args, **named)
         ids = list(held.req_ids)
-        engine.table.keep_only(self.requests)
+        engine.keep_only(self.requests)
         for line, request in enumerate(ids):
             engine.meet(request, int(held.num_prompt_tokens[line]), self.requests[request].mm_features, ids)
         with engine.making(Batch(ids, held.num_computed_tokens_cpu[: held.num_reqs].tolist())):
