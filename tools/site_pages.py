@@ -13,7 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = "README.md"
-OUTSIDE = (HOME, "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "bench/results/README.md")  # pages of the site that are not in docs/
+# Pages of the site that are not in docs/.
+OUTSIDE = (HOME, "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "bench/results/README.md", "examples/README.md")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 

@@ -14,7 +14,8 @@ from dyrate_kernels.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "CONTRIBUTING.md"])
-WRITTEN = [*PAGES, *(ROOT / name for name in ("README.md", "CHANGELOG.md", "bench/README.md", "bench/results/README.md"))]
+OUTSIDE = ("README.md", "CHANGELOG.md", "bench/README.md", "bench/results/README.md", "examples/README.md")
+WRITTEN = [*PAGES, *(ROOT / name for name in OUTSIDE)]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 QUICK = ("dyrate info", "dyrate bench e2e --config toy")  # commands of bash blocks that take a second or two
 
