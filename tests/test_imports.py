@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"dyrate_kernels": ROOT / "dyrate_kernels", "dyrate_kernels.triton_kernels": ROOT / "triton_kernels"}
 # from the lowest layer to the highest; a module imports from its own layer and those below it. What stands in none is not ordered
-LAYERS = ("ops", "policies", "generation", "patching")
+LAYERS = ("ops", "policies", "generation", "engines", "patching")
 GENERATION = (
     *("index", "inference", "heads", "kv_store", "layout", "attend", "cpu_step", "pool", "turn", "passes", "ranking", "decide", "apply"),
     *("record", "aside", "score_layer", "session"),
