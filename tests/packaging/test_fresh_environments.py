@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -188,6 +189,12 @@ def test_what_a_wheel_and_a_source_archive_hold(checkout: Path, python: Path, tm
     assert expected <= set(names), sorted(expected - set(names))
     tops = {name.split("/")[0] for name in names}
     assert len(tops) == 2 and "dyrate_kernels" in tops
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    carried = {path.relative_to(checkout).as_posix() for path in checkout.rglob("*") if path.is_file()}
+    built = {name for name in carried if name.startswith("build/") or ".egg-info/" in name or "__pycache__" in name}
+    assert carried - built - packed == {".gitignore"}
 
 
 def test_the_whole_install_keeps_a_torch_in_range(checkout: Path, python: Path, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def test_metadata() -> None:
     requires = importlib.metadata.requires("dyrate-kernels") or []
     hard = [line for line in requires if "extra ==" not in line]
     assert not [line for line in hard if line.startswith(("triton", "torchvision"))]
-    assert set(found.get_all("Provides-Extra")) == {"test", "bench", "train", "eval", "demo", "caption", "quantize", "lmms-eval"}
+    extras = {"test", "bench", "train", "eval", "demo", "caption", "quantize", "docs", "vllm", "lmms-eval"}
+    assert set(found.get_all("Provides-Extra")) == extras
     scripts = importlib.metadata.entry_points(group="console_scripts", name="dyrate")
     assert [script.value for script in scripts] == ["dyrate_kernels.cli.main:main"]
 
