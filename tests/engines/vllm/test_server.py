@@ -41,10 +41,11 @@ def served(place: Path, options: dict[str, Any]) -> Iterator[str]:
         *("--additional-config", json.dumps({"dyrate": options})),
     ]  # fmt: skip
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, cwd=kit.ROOT, env=kit.environment(in_process=False), stdout=log, stderr=subprocess.STDOUT)
+        environment = {**kit.environment(in_process=False), "VLLM_SERVER_DEV_MODE": "1"}  # /collective_rpc
+        process = subprocess.Popen(command, cwd=kit.ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             _wait(process, port, log)
-            yield f"http://127.0.0.1:{port}/v1"
+            yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -101,11 +102,11 @@ def _named(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_client_gets_the_patched_models_text_whole_and_in_pieces(folder):
-    openai = pytest.importorskip("openai")
+    openai, httpx = pytest.importorskip("openai"), pytest.importorskip("httpx")
     place = folder("demo")
     requests = [kit.Request(question, pictures, TOKENS) for question, pictures in zip(kit.QUESTIONS, [(0,), (1, 2), (), (3,), (4,)])]
     with served(place, OPTIONS) as address:
-        client = openai.OpenAI(base_url=address, api_key="none", timeout=300)
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=300)
 
         def ask(request: kit.Request, stream: bool) -> str:
             answer = client.chat.completions.create(
@@ -118,7 +119,11 @@ def test_the_client_gets_the_patched_models_text_whole_and_in_pieces(folder):
         with ThreadPoolExecutor(len(requests)) as pool:
             whole = list(pool.map(lambda request: ask(request, False), requests))
             pieces = list(pool.map(lambda request: ask(request, True), requests))
+        figures = httpx.post(f"{address}/collective_rpc", json={"method": "dyrate_report"}, timeout=300).json()["results"][0]
     wanted = [expected(place, request) for request in requests]
     assert [text.strip() for text in whole] == [pruned for pruned, _ in wanted]
     assert pieces == whole
     assert any(pruned != dense for pruned, dense in wanted), "the policy changes nothing: equality says nothing"
+    assert sorted(each["n_visual"] for each in figures) == sorted(2 * [144, 288, 144, 144])  # each was asked twice; one has no picture
+    for each in figures:
+        assert each["kept"] == int(each["n_visual"] * 0.05) and 0 < each["share"] < 1 and 0 < each["rows"] <= TOKENS
