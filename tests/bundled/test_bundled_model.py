@@ -145,7 +145,7 @@ def test_several_turns_and_several_pictures(demo: tuple[Any, Any]) -> None:
 def test_the_question_as_trained_is_the_question_as_asked(demo: tuple[Any, Any]) -> None:
     """The training ids of a conversation are what the chat template and the tokenizer give for it."""
     _, processor = demo
-    data = training.Dialogues(training.Settings(), processor)
+    data = training.Dialogues(training.Settings(), processor, training.FRAME)
     for seed in range(20):
         ids, labels = data.conversation(seed, shapes.make_scene(seed))
         text = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -228,7 +228,7 @@ def test_training_never_sees_held_out_scenes(monkeypatch: pytest.MonkeyPatch) ->
     seen: list[int] = []
     make_scene = shapes.make_scene
     monkeypatch.setattr(shapes, "make_scene", lambda seed: seen.append(seed) or make_scene(seed))
-    data = training.Dialogues(TINY, training.build_processor(TINY))
+    data = training.Dialogues(TINY, training.build_processor(TINY), training.FRAME)
     first, second = data.batch(3), data.batch(3)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     data.batch(0)
