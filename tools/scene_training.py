@@ -86,7 +86,7 @@ def patch_labels(scene: shapes.Scene, settings: SceneSettings) -> Tensor:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a chat template writes around the parts of a conversation; the end-of-sequence token follows each answer.
+    """The marks of a chat template around the parts of a conversation; the end-of-sequence token follows each answer.
 
     Attributes:
         opening: before the picture.
