@@ -18,7 +18,7 @@ def generation(image: Any, stats: Stats, path: str | Path, panels: int = 5, sequ
     """Draws one sequence's generation: the picture with each dropped patch greyed at several steps, kept tokens, and mass by type.
 
     Args:
-        image: PIL picture that was shown.
+        image: PIL picture that was shown, or a list of those that were.
         stats: from a generation under ``patch(..., record_importance=True)``.
         path: file to write; its ending chooses the format (png, pdf, svg).
         panels: how many steps to show.
@@ -112,6 +112,8 @@ def _draw_kept(axes: Any, image: Any, kept: list[int], total: int) -> None:
         axes.imshow(cells.reshape(-1, columns), cmap="viridis", vmin=0, vmax=1)
         return
     axes.imshow(shown)
+    if isinstance(image, list) and len(image) > 1:
+        return
     side = math.isqrt(total)
     cell = shown.shape[0] // side
     for line in range(1, side):
@@ -125,15 +127,17 @@ def kept_picture(image: Any, kept: Sequence[int], total: int, size: int = 336) -
     """The picture as a model divides it into ``total`` patches, those that were dropped greyed.
 
     Args:
-        image: PIL picture, RGB.
+        image: PIL picture, RGB; or a list of pictures that have equally many patches: they are drawn side by side, in rows.
         kept: indices of the patches that stay.
         size: of the result, about.
 
     Returns:
-        float32 array ``[S, S, 3]`` in 0 .. 1; None where the tokens are no square of patches.
+        float32 array ``[S, S, 3]`` in 0 .. 1 (several pictures: ``[H, W, 3]``); None where the tokens are no square of patches.
     """
     import numpy as np
 
+    if isinstance(image, list):
+        return _kept_pictures(image, kept, total, size)
     side = math.isqrt(total)
     if side == 0 or side * side != total:
         return None
@@ -144,6 +148,24 @@ def kept_picture(image: Any, kept: Sequence[int], total: int, size: int = 336) -
     mask = np.kron(keep.reshape(side, side), np.ones((cell, cell)))[..., None]
     grey = 0.30 * pixels.mean(-1, keepdims=True) + 0.30  # darker than most pictures' background, so that a dropped patch shows on it
     return np.where(mask > 0, pixels, grey).astype(np.float32)
+
+
+def _kept_pictures(images: list[Any], kept: Sequence[int], total: int, size: int) -> Any:
+    import numpy as np
+
+    each, rest = divmod(total, max(len(images), 1))
+    if len(images) == 1 or each == 0 or rest:
+        return kept_picture(images[0], kept, total, size) if len(images) == 1 else None
+    columns = math.ceil(math.sqrt(len(images) * 1.25))
+    parts = []
+    for number, image in enumerate(images):
+        own = [token - number * each for token in kept if number * each <= token < (number + 1) * each]
+        part = kept_picture(image, own, each, 2 * size // columns)
+        if part is None:
+            return None
+        parts.append(np.pad(part, ((0, 4), (0, 4), (0, 0)), constant_values=1.0))
+    parts += [np.ones_like(parts[0])] * (-len(parts) % columns)
+    return np.concatenate([np.concatenate(parts[row : row + columns], 1) for row in range(0, len(parts), columns)])
 
 
 def _style(axes: Any, label: str) -> None:

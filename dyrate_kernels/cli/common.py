@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,7 +140,8 @@ def engine_options_from(given: argparse.Namespace, engine: str) -> dict[str, Any
 
 def add_input(parser: argparse.ArgumentParser) -> None:
     """Options that name the model and what it is shown."""
-    parser.add_argument("--image", required=True, metavar="FILE", help="a picture in any format that Pillow reads")
+    shown = "a picture in any format that Pillow reads, or several, of which the question is asked at once"
+    parser.add_argument("--image", required=True, nargs="+", metavar="FILE", help=shown)
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help=f"default: {DEFAULT_PROMPT!r}")
     add_model(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=160, metavar="N", help="default: 160")
@@ -256,6 +259,11 @@ class First(Sequence):
         return self.source[index]
 
 
+def load_images(paths: Sequence[str]) -> list[Any]:
+    """Pictures as RGB; errors as of :func:`load_image`."""
+    return [load_image(path) for path in paths]
+
+
 def load_image(path: str) -> Any:
     """A picture as RGB.
 
@@ -270,13 +278,13 @@ def load_image(path: str) -> Any:
         raise ValueError(f"--image {path}: {error}") from error
 
 
-def prepare(processor: Any, image: Any, prompt: str, device: Any, dtype: Any = None) -> dict[str, Any]:
-    """Model inputs for one picture and one question."""
+def prepare(processor: Any, images: Sequence[Any], prompt: str, device: Any, dtype: Any = None) -> dict[str, Any]:
+    """Model inputs for one question about one picture or several."""
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what to do with the picture")
     from dyrate_kernels import chat
 
-    fields = chat.encode(processor, [chat.render(processor, [chat.user(prompt, images=1)])], [[image]])
+    fields = chat.encode(processor, [chat.render(processor, [chat.user(prompt, images=len(images))])], [list(images)])
     return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in fields.items()}
 
 
@@ -294,6 +302,14 @@ def answer(model: Any, processor: Any, inputs: dict[str, Any], given: argparse.N
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def say(name: str, text: str, indent: int = 12) -> None:
+    """Prints ``name: text``, folded between words, never before a unit, to the width of the screen; further lines are indented."""
+    first = f"{name}:".ljust(indent - 1) + " "
+    held = re.sub(r"(?<=\d) (?=(?:%|[KMG]iB|[kMGT]?FLOP|m?s)(?!\w))", "\xa0", first + text)
+    lines = textwrap.wrap(held, console().width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    print("\n".join(lines).replace("\xa0", " "), flush=True)
 
 
 def console(wide: bool = False) -> Any:

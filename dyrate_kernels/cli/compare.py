@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from dyrate_kernels import specs
-from dyrate_kernels.cli import common, contenders
+from dyrate_kernels.cli import common, contenders, saved
 from dyrate_kernels.units import bytes_text
 
 DEFAULT_POLICIES = "none,dyrate,fastv,fixed,random,uniform,vtw,depth"
@@ -28,20 +28,20 @@ def add_parser(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Asks every contender and prints the table."""
-    image = common.load_image(given.image)
+    images = common.load_images(given.image)
     retention = common.retention_from(given)
     default = DEFAULT_POLICIES if specs.retention(retention).pool is None else POOLED_POLICIES
     chosen = contenders.parse(default if given.policies is None else given.policies, retention, given.vision)
     model, processor = common.load_model(given)
-    inputs = common.prepare(processor, image, given.prompt, model.device, model.dtype)
+    inputs = common.prepare(processor, images, given.prompt, model.device, model.dtype)
     settings = {
         each.label: contenders.settings(model.config, each.policy, each.retention, given.backend, model.device, each.vision, each.side)
         for each in chosen
     }
     odd = contenders.not_followed(model, given.sample)
     if not given.json:
-        lines = [f"{label}: {contenders.words(found)}" for label, found in settings.items()]
-        print(*lines, *([f"but: {odd}"] if odd else []), sep="\n", flush=True)
+        for label, found in (settings | ({"but": odd} if odd else {})).items():
+            common.say(label, found if isinstance(found, str) else contenders.words(found), indent=4)
     reference = common.answer(model, processor, inputs, given)
     rows = []
     for number, contender in enumerate(chosen, 1):
@@ -54,6 +54,7 @@ def run(given: argparse.Namespace) -> int:
         more = {"not_followed": odd} if odd else {}
         common.print_json({"prompt": given.prompt, "retention": retention, "policies": rows, "settings": settings} | more)
         return 0
+    _print_saved(rows, model, inputs, len(reference))
     _print_table(rows)
     return 0
 
@@ -125,25 +126,52 @@ def budget_text(row: dict[str, Any], most: int = 4) -> str:
     return " -> ".join(counts)
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_saved(rows: list[dict[str, Any]], model: Any, inputs: dict[str, Any], new_tokens: int) -> None:
+    """What the most sparing row saved, and what pruning can buy here at most."""
+    from dyrate_kernels.ops import dispatch
+    from dyrate_kernels.patching.api import shape_of
+
+    best = min(rows, key=lambda row: row["bytes_read_share"])
+    visual = best["visual_tokens_in"]
+    saved_share, work = 100 * (1 - best["bytes_read_share"]), 100 * (1 - best["flops_share"])
+    common.say(
+        "saved",
+        f"at most {saved_share:.1f} % of the bytes that decode steps read, by {best['policy']} ({work:.1f} % of the FLOPs), "
+        f"whose answer has {100 * best['agreement']:.0f} % of the unpatched model's tokens",
+    )
+    text = saved.text_rows(inputs["input_ids"].shape[1], visual, new_tokens)
+    common.say("means", saved.meaning(shape_of(model), visual, text, dispatch.name_for("auto", model.device)))
+
+
+def _table(headings: tuple[str, ...], rows: list[list[str]]) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table()
-    headings = ("policy", "k", "visual tokens", "kept", "paper cost", "FLOPs", "read", "KV live", "same tokens", "tokens", "s")
+    table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right")
+        table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=number > 0, overflow="fold")
     for row in rows:
-        shares = [f"{100 * row[name]:.1f} %" for name in ("kept_mean", "paper_cost", "flops_share", "bytes_read_share")]
-        name = row["policy"] + (f" ({row['predictor']})" if row["predictor"] else "")
-        table.add_row(
-            name, str(row["k"]), budget_text(row), *shares, bytes_text(row["kv_bytes_live"]), f"{100 * row['agreement']:.0f} %",
-            str(row["new_tokens"]), f"{row['seconds']:.2f}",
-        )  # fmt: skip
+        table.add_row(*row)
     common.console().print(table)
-    print("same tokens: share of positions where the answer equals that of the unpatched model")
+    print()
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    costs, how = [], []
+    for row in rows:
+        kept, paper, work, read, same = (
+            f"{100 * row[name]:.1f}" for name in ("kept_mean", "paper_cost", "flops_share", "bytes_read_share", "agreement")
+        )
+        costs.append([row["policy"], kept, read, work, bytes_text(row["kv_bytes_live"]), same.split(".")[0], f"{row['seconds']:.2f}"])
+        how.append([row["policy"], str(row["k"]), budget_text(row), paper, str(row["new_tokens"])])
+    _table(("policy", "kept %", "read %", "FLOPs %", "KV live", "same %", "s"), costs)
+    _table(("policy", "k", "visual tokens", "paper cost %", "new"), how)
+    common.say("kept", "of the visual tokens in layers >= k, mean over steps", 8)
+    common.say("read", "bytes that the decode steps read, of those with every visual token; FLOPs, paper cost: likewise", 8)
+    common.say("same", "share of positions where the answer equals that of the unpatched model", 8)
+    common.say("s", "of one run each; dyrate bench e2e measures", 8)
     if any(row["vision"] for row in rows):
-        print("visual tokens: before the reducers -> after them -> kept by step; kept: of what the reducers left;")
-        print("paper cost, FLOPs and read: of the model without reducers and pruning")
+        common.say("visual tokens", "before the reducers -> after them -> kept by step; kept is of what the reducers left", 8)
     print()
     for row in rows:
-        print(f"{row['policy']}: {row['text']}")
+        common.say(row["policy"], row["text"], 4)

@@ -1,4 +1,4 @@
-"""``dyrate generate``: one picture, streamed text, what was kept at each step, what it saved."""
+"""``dyrate generate``: one picture or several, streamed text, what was saved and what that means, what was kept at each step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from dyrate_kernels import specs
-from dyrate_kernels.cli import common, contenders
+from dyrate_kernels.cli import common, contenders, saved
 from dyrate_kernels.units import bytes_text, flops_text
 
 
@@ -51,7 +51,7 @@ def run(given: argparse.Namespace) -> int:
     """Generates, and prints what was kept."""
     from dyrate_kernels import vision
 
-    image = common.load_image(given.image)
+    images = common.load_images(given.image)
     common.check_plot("--plot", given.plot)
     policy, reducers, retention = policy_from(given), vision.chain(given.vision), common.retention_from(given)
     model, processor = common.load_model(given)
@@ -62,7 +62,7 @@ def run(given: argparse.Namespace) -> int:
 
     import dyrate_kernels as dk
 
-    inputs = common.prepare(processor, image, given.prompt, model.device, model.dtype)
+    inputs = common.prepare(processor, images, given.prompt, model.device, model.dtype)
     with dk.patch(
         model,
         policy,
@@ -73,17 +73,19 @@ def run(given: argparse.Namespace) -> int:
         **common.path_from(given),
     ) as handle:
         if not given.json:
-            print(f"{'with:':<12}{contenders.words(settings)}", *([f"{'but:':<12}{odd}"] if odd else []), sep="\n", flush=True)
+            common.say("with", contenders.words(settings))
+            if odd:
+                common.say("but", odd)
         streamer = None if given.json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         started = time.perf_counter()
         new_tokens = common.answer(model, processor, inputs, given, streamer)
         seconds = time.perf_counter() - started
-        stats = handle.stats()
+        stats, shape = handle.stats(), handle.shape
     text = processor.decode(new_tokens, skip_special_tokens=True).strip()
     if given.plot:
         from dyrate_kernels import plots
 
-        plots.generation(image, stats, given.plot)
+        plots.generation(images, stats, given.plot)
     if given.json:
         result = {"text": text, **stats.to_dict(), "new_tokens": len(new_tokens), "seconds": seconds}
         for step in result["steps"]:  # per-token detail is for the plot
@@ -93,6 +95,9 @@ def run(given: argparse.Namespace) -> int:
         common.print_json(result | ({"plot": given.plot} if given.plot else {}))
         return 0
     sys.stdout.flush()
+    rows = saved.text_rows(inputs["input_ids"].shape[1], stats.visual_tokens_in[0], len(new_tokens))
+    common.say("saved", saved.totals(stats))
+    common.say("means", saved.meaning(shape, stats.visual_tokens[0], rows, stats.backend))
     _print_steps(stats, given.steps)
     _print_totals(stats, len(new_tokens), seconds)
     if given.plot:
@@ -110,11 +115,15 @@ def chosen_steps(count: int, limit: int) -> list[int]:
 
 
 def _print_steps(stats: Any, limit: int) -> None:
+    from rich import box
     from rich.table import Table
 
+    screen = common.console()
+    short = screen.width < 72
     who = f"policy {stats.policy}" + (f", {stats.predictor} predictor" if stats.predictor else "")
-    table = Table(title=f"{who} (right: attention mass by token type)", title_justify="left")
-    for heading in ("step", "rate", "kept", "image", "system", "instruction", "response"):
+    table = Table(title=f"{who}; right: attention mass", title_justify="left", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
+    types = ("image", "sys.", "instr.", "resp.") if short else ("image", "system", "instruction", "response")
+    for heading in ("step", "rate", "kept", *types):
         table.add_column(heading, justify="right", no_wrap=True)
     total = stats.visual_tokens[0]
     for index in chosen_steps(len(stats.steps), limit):
@@ -123,22 +132,19 @@ def _print_steps(stats: Any, limit: int) -> None:
         name = "0 (prefill)" if step.step == 0 else str(step.step)
         shares = [f"{value:.3f}" for value in (visual, system, instruction, response)]
         table.add_row(name, f"{step.rate[0]:.2f}", f"{step.kept[0]} of {total}", *shares)
-    common.console().print(table)
+    screen.print(table)
 
 
 def _print_totals(stats: Any, new_tokens: int, seconds: float) -> None:
-    saved = 100 * (1 - stats.flops / stats.flops_unpruned) if stats.flops_unpruned else 0.0
     speed = new_tokens / max(seconds, 1e-9)
     if stats.vision:
-        print(f"{'reducers:':<12}{stats.visual_tokens_in[0]} visual tokens -> {stats.visual_tokens[0]} ({stats.vision})")
-    lines = [
-        ("kept", f"{100 * stats.kept_mean:.1f} % of the visual tokens in layers >= {stats.k}, mean over steps"),
+        common.say("reducers", f"{stats.visual_tokens_in[0]} visual tokens -> {stats.visual_tokens[0]} ({stats.vision})")
+    for name, text in (
         ("KV cache", f"{bytes_text(stats.kv_bytes_live)} live, {bytes_text(stats.kv_bytes_reserved)} reserved"),
-        ("FLOPs", f"{flops_text(stats.flops)}; unpruned {flops_text(stats.flops_unpruned)} ({saved:.1f} % saved)"),
+        ("FLOPs", f"{flops_text(stats.flops)}; unpruned {flops_text(stats.flops_unpruned)}"),
         ("read", f"{bytes_text(stats.bytes_read)} by the decode steps; unpruned {bytes_text(stats.bytes_read_unpruned)}"),
         ("paper cost", f"{100 * stats.paper_cost:.1f} % (FastV's formula on the whole sequence, mean over steps)"),
         ("path", str(stats.path)),
         ("time", f"{new_tokens} tokens in {seconds:.2f} s ({speed:.1f} tokens/s), backend {stats.backend}, {stats.retention}"),
-    ]  # fmt: skip
-    for name, text in lines:
-        print(f"{name + ':':<12}{text}")
+    ):
+        common.say(name, text)

@@ -43,7 +43,7 @@ def test_generate_prints_text_steps_and_totals(capsys, picture):
     named = dk.shapes.score(sample, out.split("policy")[0])
     assert named.fraction > 0.3  # pruned to a quarter, it still sees something
     assert "0 (prefill)" in out and "36 of 144" in out
-    for word in ("kept:", "KV cache:", "FLOPs:", "unpruned", "paper cost:", "tokens/s"):
+    for word in ("saved:", "means:", "KV cache:", "FLOPs:", "unpruned", "paper cost:", "tokens/s"):
         assert word in out
 
 
@@ -129,6 +129,42 @@ def test_compare(capsys, picture):
     assert status == 0 and [row["policy"] for row in rows] == ["none", "dyrate", "fastv:rate=0.75", "vtw"]
     status, out, _ = run(capsys, "compare", "--image", picture, "--policies", "none,uniform", "--max-new-tokens", "4")
     assert status == 0 and "uniform: " in out and "none: " in out
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_what_is_printed_fits_the_screen(capsys, picture, monkeypatch, columns):
+    """No line is longer, no cell is cut, and what was saved stands before the tables."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, generated, _ = run(capsys, "generate", "--image", picture, "--max-new-tokens", "12")
+    generated = generated.split("\nsaved:")[1]  # the answer before it is a stream
+    given = ("compare", "--image", picture, "--policies", "none,dyrate,fastv:rate=0.75", "--max-new-tokens", "12")
+    _, compared, _ = run(capsys, *given)
+    folder = str(dk.bundled.MODEL_FOLDER)  # a name that cannot be folded
+    for out in (generated, compared.replace(folder, "DIR")):
+        assert "…" not in out and max(map(len, out.splitlines())) <= columns, out
+    assert compared.index("saved:") < compared.index("means:") < compared.index("kept %")
+    rows = [line.split() for line in compared.splitlines() if line.startswith("none ")]
+    assert [len(row) for row in rows] == [8, 7] and rows[0][1:4] == ["100.0"] * 3 and rows[1][2:5] == ["144", "->", "144"]
+
+
+def test_it_says_where_little_can_be_gained_and_where_something_can(capsys, picture):
+    """By bytes: of one picture the weights are most of what a step of the bundled model reads, of eight the picture is."""
+    for pictures, words, more in ((1, "Little can be gained here", True), (8, "There is something to gain here", False)):
+        status, out, _ = run(capsys, "generate", "--image", *[picture] * pictures, "--policy", "fixed", "--max-new-tokens", "3")
+        means = out[out.index("means:") : out.index("policy fixed")]
+        assert status == 0 and words in means and ("dyrate doctor" in means) == more
+        assert f"of {144 * pictures} visual tokens" in " ".join(out.split())
+
+
+def test_several_pictures_are_drawn_side_by_side(capsys, picture, tmp_path):
+    kept = list(range(144, 288))  # the second of three
+    drawn = dk.plots.kept_picture([Image.new("RGB", (96, 96), (255, 0, 0))] * 3, kept, 3 * 144)
+    red = (drawn[..., 0] == 1) & (drawn[..., 1] == 0)
+    assert drawn.ndim == 3 and 0.2 < red[:, drawn.shape[1] // 2 :].mean() and not red[:, : drawn.shape[1] // 2].any()
+    assert dk.plots.kept_picture([Image.new("RGB", (96, 96))] * 5, kept, 3 * 144) is None
+    path = tmp_path / "kept.png"
+    status, _, _ = run(capsys, "generate", "--image", picture, picture, "--max-new-tokens", "3", "--plot", str(path))
+    assert status == 0 and path.exists()
 
 
 def test_reducers_and_combined_budgets(capsys, picture, monkeypatch):
