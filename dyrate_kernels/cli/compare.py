@@ -127,7 +127,7 @@ def budget_text(row: dict[str, Any], most: int = 4) -> str:
 
 
 def _print_saved(rows: list[dict[str, Any]], model: Any, inputs: dict[str, Any], new_tokens: int) -> None:
-    """What the most sparing row saved, and what pruning can buy here at most."""
+    """Prints what the most sparing row saved, and what pruning can buy here at most."""
     from dyrate_kernels.ops import dispatch
     from dyrate_kernels.patching.api import shape_of
 

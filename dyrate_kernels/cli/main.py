@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dyrate_kernels import __version__
 
 # a file each, in the order of the help
-COMMANDS = ("generate", "caption", "compare", "demo", "train", "calibrate", "eval", "bench", "info")
+COMMANDS = ("generate", "caption", "compare", "demo", "train", "calibrate", "eval", "bench", "doctor", "info")
 _SHORT = "dyrate: error: "
 
 

@@ -1,9 +1,12 @@
-"""The part of ``dyrate info`` that predicts whole requests (``request_model``)."""
+"""Predictions of whole requests (``request_model``), of ``dyrate info`` and ``dyrate doctor``."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from dyrate_kernels import specs
@@ -13,13 +16,64 @@ from dyrate_kernels.units import bytes_text
 DEVICE = "h200"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of ``dyrate info`` that concern whole requests."""
-    from dyrate_kernels import request_model
+@dataclass(frozen=True)
+class Subject:
+    """A model whose requests are predicted.
 
+    Attributes:
+        name: of the model.
+        shape: of its text model.
+        visual: visual tokens that it makes of one picture; None: depends on the picture.
+        request: ``(batch, new_tokens, visual, text)`` -> ``request_model.Request``.
+    """
+
+    name: str
+    shape: Any
+    visual: int | None
+    request: Callable[[int, int, int, int], Any]
+
+
+def named(name: str) -> Subject:
+    """A model of ``flops.MODELS``."""
+    from dyrate_kernels import flops, request_model
+
+    model = flops.named_model(name)
+
+    def request(batch: int, new_tokens: int, visual: int, text: int) -> Any:
+        return request_model.named_request(name, batch, new_tokens, visual, text)
+
+    return Subject(name, model.shape, model.visual_tokens, request)
+
+
+def of_config(name: str, config: Any) -> Subject:
+    """A model by its config; its vision side is left out where ``request_model`` does not know it."""
+    from dyrate_kernels.policies.base import ModelShape
+    from dyrate_kernels.request_model import Request, VisionShape
+
+    shape = ModelShape.from_config(config)
+    vision = None
+    with contextlib.suppress(ValueError):
+        vision = VisionShape.from_config(config)
+    one = getattr(config, "image_seq_length", None) if not hasattr(config, "image_grid_pinpoints") else None
+
+    def request(batch: int, new_tokens: int, visual: int, text: int) -> Any:
+        return Request(shape, batch, visual, text, new_tokens, vision)
+
+    return Subject(name, shape, one if isinstance(one, int) else None, request)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that concern whole requests."""
     parser.add_argument(
         "--new-tokens", type=common.positive, nargs="+", default=[256], metavar="T", help="of each answer, one or several; default: 256"
     )
+    add_plan(parser)
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Adds options: how a request is answered, and by a device of which rates."""
+    from dyrate_kernels import request_model
+
     parser.add_argument("--policy", default="dyrate", metavar="NAME[:OPTION=VALUE..]", help="default: dyrate")
     parser.add_argument("--retention", choices=specs.RETENTIONS, nargs="+", help="default: all that the policy has")
     parser.add_argument(
@@ -34,19 +88,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tflops", type=float, metavar="TFLOP/S", help="of matrix products, in place of the device's")
 
 
-def collect(given: argparse.Namespace) -> dict[str, Any]:
+def collect(given: argparse.Namespace, subject: Subject | None = None) -> dict[str, Any]:
     """Predictions of every batch and length, dense and under each retention.
+
+    Args:
+        subject: None: the model that ``--config`` names.
 
     Raises:
         ValueError: an option names nothing, or is out of range.
     """
-    from dyrate_kernels import flops, policies, request_model
+    from dyrate_kernels import policies, request_model
     from dyrate_kernels.request_model import DENSE, Plan
 
     rates = _rates(given)
-    model = flops.named_model(given.config)
+    model = named(given.config) if subject is None else subject
     policy = policies.parse(given.policy).bind(model.shape)
-    visual = model.visual_tokens if given.visual is None else given.visual
+    visual = model.visual if given.visual is None else given.visual
+    if visual is None:
+        raise ValueError(f"--visual is needed: how many visual tokens {model.name} makes depends on the picture")
     if given.kept is not None and not 0 <= given.kept <= 1:
         raise ValueError(f"--kept must be in [0, 1], got {given.kept}")
     pool = request_model.POOL if given.pool is None else given.pool
@@ -69,13 +128,13 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for batch in given.batch:
         for new_tokens in given.new_tokens:
-            request = request_model.named_request(given.config, batch, new_tokens, visual, given.text)
+            request = model.request(batch, new_tokens, visual, given.text)
             for name, plan in plans.items():
                 found = request_model.predict(request, plan, rates)
                 facts = {"retention": name, "batch": batch, "new_tokens": new_tokens}
                 rows.append(facts | found.to_dict() | {"largest_batch": request_model.largest_batch(request, plan, rates)})
     return {
-        "prediction": True, "config": given.config, "visual_tokens": visual, "text_tokens": given.text, "policy": given.policy, "k": k,
+        "prediction": True, "config": model.name, "visual_tokens": visual, "text_tokens": given.text, "policy": given.policy, "k": k,
         "kept": list(kept) if len(set(kept)) > 1 else kept[0], "kept_is_assumed": assumed, "kept_is_most": most,
         "bandwidth": rates.bandwidth, "flops_per_s": rates.flops, "rates": rates.source, "rows": rows,
     }  # fmt: skip

@@ -230,7 +230,8 @@ def test_eval_and_train_refuse_a_folder_that_another_run_writes_to(capsys, demo,
     assert run(capsys, "eval", *given)[0] == 0
 
 
-def test_the_first_lines_say_which_predictor_and_which_defaults(capsys, demo, picture, tmp_path):
+def test_the_first_lines_say_which_predictor_and_which_defaults(capsys, demo, picture, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
     quick = ("--image", picture, "--max-new-tokens", "2")
     status, out, _ = run(capsys, "generate", *quick)
     first = out.splitlines()[0]
@@ -272,6 +273,7 @@ def test_a_model_without_a_trained_predictor_says_so(demo):
 
 def test_generation_defaults_that_are_not_followed_are_told(capsys, demo, picture, monkeypatch):
     monkeypatch.setattr(demo[0].generation_config, "num_beams", 4)
+    monkeypatch.setenv("COLUMNS", "400")
     status, out, _ = run(capsys, "generate", "--image", picture, "--max-new-tokens", "2")
     assert status == 0 and out.splitlines()[1] == "but:        the checkpoint's num_beams=4 not followed: one greedy answer a prompt"
     status, out, _ = run(capsys, "compare", "--image", picture, "--max-new-tokens", "2", "--policies", "fixed", "--json")
