@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -225,6 +226,8 @@ def prepare(settings: SceneSettings, source: Path | None, folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     build_model(settings, processor, language).save_pretrained(part)
     processor.save_pretrained(part)
+    known = source is None or source.is_file()
+    write_json(part / "language.json", {"package": PACKAGE, "gguf_sha256": GGUF_SHA256} if known else {"folder": str(source)})
     os.replace(part, folder)
 
 
@@ -273,7 +276,7 @@ def record(settings: Settings, out: Path, table: dict[str, dict[str, float]], sc
 
     files = sorted(path for folder in ("start", "export") for path in (out / folder).iterdir())
     return {
-        "language": {"package": PACKAGE, "gguf_sha256": GGUF_SHA256},
+        "language": json.loads((out / "start" / "language.json").read_text(encoding="utf-8")),
         "settings": asdict(settings),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "sha256": {str(path.relative_to(out)): sha256(path) for path in [*files, out / "log.jsonl"]},

@@ -90,6 +90,7 @@ def test_the_loss_falls_and_the_export_is_the_model_that_was_trained(
     assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3]) - 0.1
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["sha256"]["export/model.safetensors"] == training.sha256(tmp_path / "export" / "model.safetensors")
+    assert record["language"] == {"folder": str(language)}
     settings = training.Settings(**record["settings"])
     trainer = training.Trainer(settings, tmp_path, "cpu")
     assert trainer.load()
