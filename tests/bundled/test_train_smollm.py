@@ -57,6 +57,7 @@ def _checkpoint(out: Path) -> dict[str, Any]:
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights_and_log(language: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     steps = 40
