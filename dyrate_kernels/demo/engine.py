@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import StoppingCriteria
 
 import dyrate_kernels as dk
 from dyrate_kernels import answering, chat, vision
+from dyrate_kernels.bundled import MODEL_FOLDER
 from dyrate_kernels.patching.api import shape_for
 from dyrate_kernels.patching.vision import check_reducers
 from dyrate_kernels.policies.base import Policy
@@ -36,6 +38,7 @@ class Wish:
         retention: as ``patch`` takes it.
         vision: a reducer before the language model, or None.
         max_new_tokens: of each answer.
+        frames: how often the model is shown the picture, as a video that stands still: so many times its visual tokens.
     """
 
     question: str
@@ -44,6 +47,7 @@ class Wish:
     retention: str = "recoverable"
     vision: str | None = None
     max_new_tokens: int = 96
+    frames: int = 1
 
 
 @dataclass
@@ -78,6 +82,7 @@ class State:
         kept: by step, the visual tokens that the pruned layers read, as places among those.
         read: of the visual rows, the share that the pruned answer read, mean over steps and layers; None until it is known.
         bytes_read: of the unpruned model's decode steps, weights included, likewise.
+        bytes_per_token: that a decode step reads: of the unpruned model, and of the pruned one; None until it is known.
         method: what ran, in words.
         company: how many comparisons were at work at a time, at most.
     """
@@ -88,6 +93,7 @@ class State:
     kept: list[list[int]] = field(default_factory=list)
     read: float | None = None
     bytes_read: float | None = None
+    bytes_per_token: tuple[float, float] | None = None
     method: str = ""
     company: int = 1
 
@@ -98,11 +104,15 @@ class Engine:
     Args:
         model: as ``patch`` takes it; its weights are shared by all comparisons, and never changed.
         processor: of the model.
+
+    Attributes:
+        bundled: the model is the one that comes with this package.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
         self.shape = shape_for(model, "recoverable")
+        self.bundled = self.shape.folder is not None and Path(self.shape.folder) == MODEL_FOLDER
         self._working = 0
         self._count = threading.Lock()
 
@@ -165,7 +175,7 @@ class Engine:
                     setattr(state, side, change.side)
                     if change.kept is not None:
                         state.kept, state.visual_tokens = change.kept, change.visual_tokens
-                        state.read, state.bytes_read = change.read, change.bytes_read
+                        state.read, state.bytes_read, state.bytes_per_token = change.read, change.bytes_read, change.bytes_per_token
                     state.company = company()
                     yield replace(state)
             finally:
@@ -174,9 +184,9 @@ class Engine:
                     thread.join(timeout=60)
 
     def _inputs(self, picture: Any, wish: Wish) -> dict[str, Any]:
-        text = chat.render(self.processor, [chat.user(wish.question, images=1)])
+        text = chat.render(self.processor, [chat.user(wish.question, images=wish.frames)])
         try:
-            inputs = chat.encode(self.processor, [text], [[picture]], self.model)
+            inputs = chat.encode(self.processor, [text], [[picture] * wish.frames], self.model)
         except Exception as error:
             raise ValueError(f"The picture cannot be prepared for this model: {error}") from error
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -217,6 +227,7 @@ class _Change:
     visual_tokens: int = 0
     read: float | None = None
     bytes_read: float | None = None
+    bytes_per_token: tuple[float, float] | None = None
 
 
 class _Turns(StoppingCriteria):
@@ -266,12 +277,13 @@ class _Turns(StoppingCriteria):
         """Returns the tokens that the pruned model has kept so far, for ``_Change``."""
         stats = self.handle.stats()
         places = None if stats.visual_places is None else stats.visual_places[0]
-        kept = [step.kept_tokens[0] for step in stats.steps]
+        kept, steps = [step.kept_tokens[0] for step in stats.steps], max(len(stats.steps) - 1, 1)
         if places is not None:
             kept = [[places[token] for token in step] for step in kept]
         return {
             "kept": kept, "visual_tokens": stats.visual_tokens_in[0], "read": stats.received * stats.visual_share,
             "bytes_read": stats.bytes_read / stats.bytes_read_unreduced if stats.bytes_read_unreduced else None,
+            "bytes_per_token": (stats.bytes_read_unreduced / steps, stats.bytes_read / steps),
         }  # fmt: skip
 
 

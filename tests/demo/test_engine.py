@@ -68,6 +68,23 @@ def test_both_answers_are_those_of_one_generation_alone(engine, picture, wish):
     assert not hasattr(engine.model, "_dyrate_handle")
 
 
+def test_frames_are_the_picture_so_many_times(engine, picture):
+    last = list(engine.compare(picture, Wish(QUESTION, "uniform", 0.6, max_new_tokens=6, frames=3)))[-1]
+    assert last.visual_tokens == 3 * 144 and engine.bundled
+    plain, pruned = last.bytes_per_token
+    assert pruned / plain == pytest.approx(last.bytes_read) and pruned < plain
+
+
+def test_differences_are_marked(engine):
+    pytest.importorskip("gradio")
+    from dyrate_kernels.demo.app import _aligned
+    from dyrate_kernels.demo.engine import Side, State
+
+    state = State(Side("a red <b> star", done=True), Side("a blue <b> star there", done=True))
+    assert "a <del>red</del> <ins>blue</ins> &lt;b&gt; star <ins>there</ins>" in _aligned(state)
+    assert _aligned(State(Side("same", done=True), Side("same", done=True))) == "" == _aligned(State(Side("a"), Side("b")))
+
+
 def test_time_is_only_that_of_ones_own_turns(engine, picture, monkeypatch):
     """One side sleeps in every step: the other one's time does not grow."""
     from dyrate_kernels.demo import engine as module

@@ -40,7 +40,7 @@ def browser():
 class Visitor:
     """One window."""
 
-    def __init__(self, browser, address, width=1280):
+    def __init__(self, browser, address, width=1280, as_it_is=False):
         self.context = browser.new_context(viewport={"width": width, "height": 900})
         self.page = self.context.new_page()
         self.requests = []
@@ -50,6 +50,9 @@ class Visitor:
         self.page.wait_for_selector("#ask")
         self.page.wait_for_selector("#picture img")  # the first example, which is there from the start
         self.page.wait_for_timeout(300)
+        if not as_it_is:  # one picture, which the bundled model knows
+            self.page.locator("#frames").get_by_label("1", exact=True).check()
+            self.page.get_by_label("recoverable").check()
 
     def __enter__(self):
         return self
@@ -129,6 +132,30 @@ def test_upload_compare_and_move_the_controls(browser, address, tmp_path):
         assert visitor.read() > first
         outside = [url for url in visitor.requests if not url.startswith(("http://127.0.0.1", "data:", "blob:", "ws://127.0.0.1"))]
         assert not outside, outside
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_first_comparison_shows_work_and_the_record(browser, address, width):
+    """As the page opens: twenty frames, fewer bytes a token, differences marked, and what real shapes gained beside it."""
+    with Visitor(browser, address, width, as_it_is=True) as visitor:
+        visitor.slide("length", 24)
+        plain, pruned = visitor.compare()
+        lines = {line.split("\t")[0]: line.split("\t")[1:] for line in visitor.figures().splitlines() if "\t" in line}
+        assert lines["visual tokens read in the last step"][0] == "2880"
+        left, right = (float(text.split()[0]) for text in lines["bytes per token"])
+        assert right < 0.6 * left and visitor.kept_picture()
+        words = visitor.page.locator("#words")
+        marked = words.locator("p").last
+        if plain == pruned:
+            assert words.inner_text().strip() == ""
+        else:
+            kept = marked.evaluate(
+                "(p, drop) => [...p.childNodes].filter(n => n.nodeName !== drop).map(n => n.textContent).join(' ')", "INS"
+            )
+            assert kept.split() == plain.split()
+        assert "8.8 ms for 17.3 ms" in visitor.page.locator("#record").inner_text()
+        wide = visitor.page.evaluate("() => [document.documentElement.scrollWidth, window.innerWidth]")
+        assert wide[0] <= wide[1]
 
 
 def test_policy_and_retention(browser, address):
