@@ -28,12 +28,12 @@ QUESTION = "Describe the picture."
 FONTS = ["system-ui", "sans-serif"]  # gradio's own come from Google
 FRAMES = 20  # of the first comparison: 2,880 visual tokens on the bundled model, where the visual tokens are most of what a step reads
 LEARNED_ONE = (
-    "The bundled model learned single pictures: with more frames its answers are worse, pruned or not, and what there is to see is the work. "
-    "With one frame it answers well, and 144 visual tokens are too few to gain by."
+    "The bundled model learned single pictures: with more frames its answers are worse, pruned or not, and what there is to see is the "
+    "work. With one frame it answers well, and 144 visual tokens are too few to gain by."
 )
 RECORD = (
-    "**Measured on real shapes** (H200, LLaVA-NeXT-7B, 32 sequences of 2,880 visual tokens, 12.5 % kept, `evict`): first token 0.67 s for 2.43 s, "
-    "each further one 8.8 ms for 17.3 ms. LLaVA-1.5-7B, one sequence of 576: 4.32 ms for 4.41 ms, next to nothing. "
+    "**Measured on real shapes** (H200, LLaVA-NeXT-7B, 32 sequences of 2,880 visual tokens, 12.5 % kept, `evict`): first token 0.67 s "
+    "for 2.43 s, each further one 8.8 ms for 17.3 ms. LLaVA-1.5-7B, one sequence of 576: 4.32 ms for 4.41 ms, next to nothing. "
     "(`bench/results/2026-11-27-h200`; `dyrate doctor` says it of your model.)"
 )
 CSS = """
@@ -104,10 +104,12 @@ def build(engine: Engine, at_once: int = 2) -> gr.Blocks:
             yield from _compare(engine, file, *wish)
 
         run = ask.click(
-            compare, [picture, question, policy, strength, retention, reducer, length, frames], [plain, pruned, figures, kept, step, shown, words],
+            compare, [picture, question, policy, strength, retention, reducer, length, frames],
+            [plain, pruned, figures, kept, step, shown, words],
             show_progress="minimal", concurrency_limit=at_once, concurrency_id="compare", api_name="compare",
         )  # fmt: skip
         stop.click(None, cancels=[run])
+        policy.input(engine.suited, [policy, retention], retention, show_progress="hidden", api_visibility="private")
         step.input(_at_step, [step, shown], kept, show_progress="hidden", api_visibility="private")
     return page
 

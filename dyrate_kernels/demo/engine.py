@@ -17,7 +17,7 @@ import torch
 from transformers import StoppingCriteria
 
 import dyrate_kernels as dk
-from dyrate_kernels import answering, chat, vision
+from dyrate_kernels import answering, chat, specs, vision
 from dyrate_kernels.bundled import MODEL_FOLDER
 from dyrate_kernels.patching.api import shape_for
 from dyrate_kernels.patching.vision import check_reducers
@@ -140,6 +140,11 @@ class Engine:
             return dk.policies.KeepAll()
         bound = dk.policies.get(wish.policy).bind(shape_for(self.model, wish.retention))
         return bound.at_strength(wish.strength, self.shape.num_layers)
+
+    def suited(self, policy: str, retention: str) -> str:
+        """Returns the retention, or the next one that a policy can have."""
+        bound = self.policy(Wish("", policy))
+        return next(name for name in (retention, "evict", "recoverable") if specs.retention(name).suits(bound))
 
     def compare(self, picture: Any, wish: Wish) -> Iterator[State]:
         """States as the two answers grow; the last one has everything. A visitor who leaves closes it, and both generations end.

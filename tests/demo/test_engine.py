@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dyrate_kernels as dk
-from dyrate_kernels import chat, shapes
+from dyrate_kernels import chat, shapes, specs
 from dyrate_kernels.demo.engine import Engine, Wish, twin
 
 QUESTION = "Describe the picture."
@@ -73,6 +73,14 @@ def test_frames_are_the_picture_so_many_times(engine, picture):
     assert last.visual_tokens == 3 * 144 and engine.bundled
     plain, pruned = last.bytes_per_token
     assert pruned / plain == pytest.approx(last.bytes_read) and pruned < plain
+
+
+def test_a_policy_gets_a_retention_that_it_can_have(engine):
+    found = {name: engine.suited(name, "pool") for name in ("dyrate", "fastv", "none")}
+    assert (found["dyrate"], found["fastv"]) == ("pool", "evict") and engine.suited("fastv", "recoverable") == "recoverable"
+    for name in engine.methods():
+        wish = Wish(QUESTION, name, retention=engine.suited(name, "pool"))
+        specs.retention(wish.retention).check(engine.policy(wish))
 
 
 def test_differences_are_marked(engine):
