@@ -203,9 +203,8 @@ def _figures(state: State) -> str:
     words = []
     if state.plain.done and state.pruned.done and state.plain.per_token and state.pruned.per_token:
         ratio = state.plain.per_token / state.pruned.per_token
-        first = state.plain.first / state.pruned.first
-        faster = f"Pruned was **{ratio:.2f}x as fast** a token, {first:.2f}x for the first one."
-        slower = f"Pruned was **slower: {ratio:.2f}x** as fast a token, {first:.2f}x for the first one. Choosing cost more than it saved."
+        faster = f"Pruned was **{ratio:.2f}x as fast** a token."
+        slower = f"Pruned was **slower: {ratio:.2f}x** as fast a token. Choosing cost more than it saved here."
         words.append(faster if ratio >= 1 else slower)
         words.append("The answers are the same." if state.plain.text == state.pruned.text else "The answers differ.")
     if state.company > 1:

@@ -113,6 +113,7 @@ class Engine:
         self.model, self.processor = model, processor
         self.shape = shape_for(model, "recoverable")
         self.bundled = self.shape.folder is not None and Path(self.shape.folder) == MODEL_FOLDER
+        self._warm: set[int] = set()  # lengths of prompts that the model has read
         self._working = 0
         self._count = threading.Lock()
 
@@ -164,6 +165,9 @@ class Engine:
                     models["pruned"], self.policy(wish), retention=wish.retention, vision=wish.vision or None, record_importance=True
                 )
             inputs = self._inputs(picture, wish)
+            if (length := inputs["input_ids"].shape[1]) not in self._warm:  # else the side that begins pays for what runs first
+                answering.generate(self.model, self.processor, inputs, 2)
+                self._warm.add(length)
             turns = _Turns(handle, self.processor, wish)
             threads = [
                 threading.Thread(target=turns.generate, args=(side, models[side], inputs, wish.max_new_tokens), daemon=True)
