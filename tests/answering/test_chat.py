@@ -49,7 +49,7 @@ def test_a_sequence_begins_once_and_ends_open_whatever_template_and_tokenizer_wr
         rows = [row[1:] for row in rows]  # the template's own newline stays where nothing is mended
     assert rows == [begin + ids for ids in plain]
     assert fields["attention_mask"][:, -1].all()  # padded on the left
-    alone = common.prepare(processor, picture(), "Describe the picture.", "cpu")["input_ids"][0]
+    alone = common.prepare(processor, [picture()], "Describe the picture.", "cpu")["input_ids"][0]
     assert (alone == begin[0]).sum() == 1 if begin else (alone != processor.tokenizer.bos_token_id).all()
     assert alone[-1] != processor.tokenizer.eos_token_id
     row = EncodedExamples([Example("x", [chat.user("What?", images=1)], [picture()], "a red square.")], processor)[0]
@@ -66,7 +66,7 @@ def test_what_a_tokenizer_begins_with_need_not_be_called_beginning_of_sequence(p
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[gMASK] <sop> $A", pair="$A $B", special_tokens=ids)
     for template in (processor.chat_template, "[gMASK]<sop>" + processor.chat_template):
         processor.chat_template = template
-        found = common.prepare(processor, picture(), "What?", "cpu")["input_ids"][0].tolist()
+        found = common.prepare(processor, [picture()], "What?", "cpu")["input_ids"][0].tolist()
         assert found[:2] == [number for _, number in ids] and found.count(ids[0][1]) == 1
 
 
