@@ -163,6 +163,7 @@ def test_policy_and_retention(browser, address):
     with Visitor(browser, address) as visitor:
         visitor.page.locator("#policy input").click()
         visitor.page.get_by_role("option", name="fastv", exact=True).click()
+        visitor.page.wait_for_function("() => !document.querySelector('input[value=pool]').checked")  # which fastv cannot have
         visitor.page.get_by_label("evict").check()
         plain, pruned = visitor.compare()
         assert pruned == answer(picture, dk.policies.FastV(k=3, rate=0.5), retention="evict") and plain == answer(picture, "none")
