@@ -63,7 +63,7 @@ class Engine:
     # ---- what a runner tells ------------------------------------------------------------------------------------------------------
 
     def meet(self, request: str, prompt_length: int, features: Sequence[Any], batch: Sequence[str] = ()) -> None:
-        """A request is in the batch. One that is known stays as it is, unless its prompt has grown (vLLM's streaming input).
+        """A request is in the batch. One that is known stays as it is, unless its prompt has changed (vLLM's streaming input).
 
         Args:
             features: vLLM's ``MultiModalFeatureSpec`` of its prompt.
@@ -148,6 +148,21 @@ def engine_of(config: VllmConfig, device: torch.device | None = None) -> Engine 
     if found is None and device is not None and (asked := options_of(config)) is not None:
         found = Engine(config, asked, device)
         object.__setattr__(config, _ENGINE, found)
+    return found
+
+
+def required(config: VllmConfig) -> Engine | None:
+    """The engine of this process, once its attention is there; None: nothing was asked for.
+
+    Raises:
+        ValueError: vLLM took an attention backend that the plug-in has no form of, so that the policy would do nothing.
+    """
+    found = engine_of(config)
+    if found is None and options_of(config) is not None:
+        raise ValueError(
+            "attention_backend must be one that dyrate has a form of (FLASH_ATTN, TRITON_ATTN; CPU_ATTN on a CPU), and vLLM took another: "
+            "pass --attention-backend TRITON_ATTN, or leave dyrate out of additional_config"
+        )
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from dyrate_kernels.engines.vllm.engine import Batch, engine_of
+from dyrate_kernels.engines.vllm.engine import Batch, engine_of, required
 
 
 @functools.cache
@@ -22,7 +22,7 @@ class _Tells(ModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """A request comes, or comes back after it was preempted: then it is known, and what its prompt decided lasts."""
         super().add_request(req_index, new_req_data)
-        engine = engine_of(self.vllm_config, self.device)
+        engine = required(self.vllm_config)
         if engine is not None:
             engine.meet(new_req_data.req_id, new_req_data.prompt_len, new_req_data.mm_features)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from dyrate_kernels.engines.vllm.engine import Batch, engine_of
+from dyrate_kernels.engines.vllm.engine import Batch, engine_of, required
 
 
 def hook_first() -> None:
@@ -22,9 +22,9 @@ def hook_first() -> None:
 
     @functools.wraps(inner)
     def build(self: Any, *args: Any, **named: Any) -> Any:
-        engine = engine_of(self.vllm_config)
         held = self.input_batch
-        if engine is None or not held.num_reqs or named.get("for_cudagraph_capture"):
+        engine = required(self.vllm_config) if held.num_reqs else None
+        if engine is None or named.get("for_cudagraph_capture"):
             return inner(self, *args, **named)
         ids = list(held.req_ids)
         engine.keep_only(self.requests)
