@@ -15,7 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = "README.md"
 # Pages of the site that are not in docs/.
 OUTSIDE = (HOME, "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "bench/results/README.md", "examples/README.md")
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+# Code before a link hides what looks like one in it; a link before code has code in its label. Whichever comes first is what is there.
+CODE_OR_LINK = re.compile(
+    r"^```.*?^```$|`[^`\n]*`|(?P<picture>!?)\[(?P<label>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def pages_outside() -> list[str]:
@@ -56,7 +60,7 @@ def rewritten(text: str, page: str, files: set[str]) -> str:
 
     def replace(found: re.Match[str]) -> str:
         picture, label, target, anchor = found.groups(default="")
-        if "://" in target or target.startswith("mailto:"):
+        if not target or "://" in target or target.startswith("mailto:"):
             return found[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(in_repository(page)), target))
         uri = in_site(path, files)
@@ -64,8 +68,7 @@ def rewritten(text: str, page: str, files: set[str]) -> str:
             return label
         return f"{picture}[{label}]({posixpath.relpath(uri, posixpath.dirname(page) or '.')}{anchor})"
 
-    parts = re.split(r"(^```.*?^```$|`[^`\n]*`(?!\]))", text, flags=re.MULTILINE | re.DOTALL)
-    return "".join(part if index % 2 else LINK.sub(replace, part) for index, part in enumerate(parts))
+    return CODE_OR_LINK.sub(replace, text)
 
 
 def expanded(nav: list[Any]) -> list[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import posixpath
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,11 +50,28 @@ FILES = {"README.md", "costs.md", "methods/README.md", "methods/dyrate.md", "res
         ("CONTRIBUTING.md", "[a](docs/methods/README.md)", "[a](methods/README.md)"),
         ("costs.md", "[a](https://example.org/b) [c](#d)", "[a](https://example.org/b) [c](#d)"),
         ("costs.md", "`[a](nowhere.md)`", "`[a](nowhere.md)`"),
+        ("costs.md", "[`a`](../LICENSE), `b` [`c`](methods/dyrate.md) `[d](e)`", "`a`, `b` [`c`](methods/dyrate.md) `[d](e)`"),
         ("costs.md", "```python\nx[a](nowhere)\n```\n", "```python\nx[a](nowhere)\n```\n"),
     ],
 )
 def test_links_lead_through_the_site(page, text, becomes):
     assert site.rewritten(text, page, FILES) == becomes
+
+
+def pages_and_pictures() -> set[str]:
+    """Addresses of everything that the site has."""
+    return {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*") if path.is_file()} | set(site.pages_outside())
+
+
+@pytest.mark.parametrize("page", sorted(page for page in pages_and_pictures() if page.endswith(".md")))
+def test_no_link_of_a_page_leads_out_of_the_site(page):
+    """What ``mkdocs build --strict`` refuses, without mkdocs."""
+    files = pages_and_pictures()
+    text = site.rewritten((ROOT / site.in_repository(page)).read_text(encoding="utf-8"), page, files)
+    text = re.sub(r"^```.*?^```$|(?<!\[)`[^`\n]*`(?!\])", "", text, flags=re.MULTILINE | re.DOTALL)
+    targets = [target for target in re.findall(r"\]\(([^)\s#]+)", text) if "://" not in target]
+    outside = [target for target in targets if posixpath.normpath(posixpath.join(posixpath.dirname(page), target)) not in files]
+    assert not outside, f"{page} leads to {outside}, which the site does not have"
 
 
 def test_what_the_site_takes_from_outside_exists():
