@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dyrate_kernels.evaluation.table import Line
 from dyrate_kernels.json_files import read_json
+
+Interval = tuple[float, float, float]
+"""A score and the ends of its interval."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Pair:
 
     label: str
     group: str
-    now: tuple[float, float, float]
-    before: tuple[float, float, float]
+    now: Interval
+    before: Interval
 
     @property
     def agrees(self) -> bool:
@@ -30,23 +34,30 @@ class Pair:
         return self.now[1] <= self.before[2] and self.before[1] <= self.now[2]
 
 
-def read_lines(path: Path) -> dict[tuple[str, str], tuple[float, float, float]]:
+def shares(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str], Interval]:
+    """Relative scores with their intervals, by label and group; not those of questions at which the unpruned model scored nothing."""
+    keys = ("retained", "retained_low", "retained_high")
+    found = {(line["label"], line["group"]): tuple(line[key] for key in keys) for line in lines}
+    return {name: (values[0], values[1], values[2]) for name, values in found.items() if None not in values}
+
+
+def read_lines(path: Path) -> dict[tuple[str, str], Interval]:
     """The relative scores of a ``table.json``, or of the JSON of a report, by label and group.
 
     Raises:
         ValueError: it is no such file.
     """
     try:
-        lines = read_json(path)["lines"]
-        return {(line["label"], line["group"]): (line["retained"], line["retained_low"], line["retained_high"]) for line in lines}
+        return shares(read_json(path)["lines"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must be the table.json of dyrate eval, or the JSON of its report; it cannot be read ({error})") from None
 
 
-def pairs(lines: Sequence[Line], before: dict[tuple[str, str], tuple[float, float, float]], groups: Sequence[str]) -> list[Pair]:
+def pairs(lines: Sequence[Line], before: dict[tuple[str, str], Interval], groups: Sequence[str]) -> list[Pair]:
     """Contenders of these groups that both comparisons have, but for the unpruned model."""
+    now = shares(line.to_dict() for line in lines)
     return [
-        Pair(line.label, line.group, (line.retained, line.retained_low, line.retained_high), before[line.label, line.group])
-        for line in lines
-        if line.group in groups and line.label != "none" and (line.label, line.group) in before
+        Pair(label, group, values, before[label, group])
+        for (label, group), values in now.items()
+        if group in groups and label != "none" and (label, group) in before
     ]

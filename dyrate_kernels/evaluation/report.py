@@ -116,8 +116,10 @@ def first_layers_text(starts: dict[str, int]) -> str:
     return "Pruned from " + "; from ".join(f"layer {layer} on: {', '.join(by_layer[layer])}" for layer in sorted(by_layer)) + "."
 
 
-def interval(value: float, low: float, high: float) -> str:
-    """``99.1 [98.0, 99.9]`` of fractions."""
+def interval(value: float | None, low: float | None, high: float | None) -> str:
+    """``99.1 [98.0, 99.9]`` of fractions; ``-`` for None."""
+    if value is None or low is None or high is None:
+        return "-"
     return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
@@ -176,9 +178,14 @@ def draw_scores(path: Path, groups: dict[str, list[Line]]) -> None:
         axes = figure.add_subplot(1, len(groups), index + 1)
         for method in methods:
             points = sorted((line for line in lines if method_of(line.label) == method), key=lambda line: line.visual_share)
-            x, y = [100 * line.visual_share for line in points], [100 * line.retained for line in points]
-            low = [max(100 * (line.retained - line.retained_low), 0.0) for line in points]
-            high = [max(100 * (line.retained_high - line.retained), 0.0) for line in points]
+            nothing = float("nan")  # no share of the unpruned score: no point
+            x = [100 * line.visual_share for line in points]
+            y, lows, highs = (
+                [100 * (nothing if value is None else value) for value in values]
+                for values in zip(*((line.retained, line.retained_low, line.retained_high) for line in points))
+            )
+            low = [max(middle - end, 0.0) for middle, end in zip(y, lows)]
+            high = [max(end - middle, 0.0) for middle, end in zip(y, highs)]
             tuned, strong = points[0].label != method, method.startswith("dyrate")
             axes.errorbar(
                 x, y, [low, high], label=method, color=colours[method.partition("@")[0]], marker="o" if tuned else "x",

@@ -20,7 +20,7 @@ class Line:
     Attributes:
         label, group: whose, over what; ``"short"`` and ``"long"`` are sets of groups.
         score, low, high: points over points that could be had, with its 95 % bootstrap interval.
-        retained, retained_low, retained_high: score / unpruned score, resampled in pairs.
+        retained, retained_low, retained_high: score / unpruned score, resampled in pairs; None where the unpruned model scored nothing.
         agreement: share of token positions where the answer equals the unpruned one.
         kept, visual_share, n, paper_cost, exact_cost, kv_bytes: means over questions.
         flops_share: executed over unpruned, summed.
@@ -35,9 +35,9 @@ class Line:
     score: float
     low: float
     high: float
-    retained: float
-    retained_low: float
-    retained_high: float
+    retained: float | None
+    retained_low: float | None
+    retained_high: float | None
     agreement: float
     kept: float
     visual_share: float
@@ -111,10 +111,16 @@ def bootstrap(right: np.ndarray, total: np.ndarray, seed: int = 0) -> tuple[floa
     return float(right.sum() / total.sum()), float(low), float(high)
 
 
-def paired_bootstrap(points: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """(ratio, low, high) of two scores over the same questions, resampled together: columns right, total, right, total."""
-    sums = _draws(len(points), seed) @ points
-    ratio = (sums[:, 0] / np.maximum(sums[:, 1], 1e-12)) / np.maximum(sums[:, 2] / np.maximum(sums[:, 3], 1e-12), 1e-12)
+def paired_bootstrap(points: np.ndarray, seed: int = 0) -> tuple[float, float, float] | tuple[None, None, None]:
+    """(ratio, low, high) of two scores over the same questions, resampled together: columns right, total, right, total.
+
+    A share of nothing is no number: None where the second score is 0, and draws in which it is 0 take no part in the interval.
+    """
     whole = points.sum(0)
+    if not whole[2]:
+        return None, None, None
+    sums = _draws(len(points), seed) @ points
+    sums = sums[sums[:, 2] > 0]
+    ratio = (sums[:, 0] / np.maximum(sums[:, 1], 1e-12)) / (sums[:, 2] / np.maximum(sums[:, 3], 1e-12))
     low, high = np.quantile(ratio, (0.025, 0.975))
-    return float((whole[0] / whole[1]) / max(whole[2] / whole[3], 1e-12)), float(low), float(high)
+    return float((whole[0] / whole[1]) / (whole[2] / whole[3])), float(low), float(high)

@@ -8,9 +8,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import dyrate_kernels as dk
 from dyrate_kernels.cli.main import COMMANDS, main
+from dyrate_kernels.evaluation import suites
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "CONTRIBUTING.md"])
@@ -48,6 +50,28 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{named(page)} links to {target}, which does not exist"
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=named)
+def test_fences_and_tables_are_whole(page):
+    """A fence that lost its other end turns what follows inside out; a row that lost a cell, or half of one, is cut text."""
+    text = page.read_text(encoding="utf-8")
+    fences = re.findall(r"^ *(```\S*)$", text, re.MULTILINE)
+    assert len(fences) % 2 == 0 and set(fences[1::2]) <= {"```"}, f"{named(page)}: a fence has no other end, of {fences}"
+    text = re.sub(r"^ *```.*?^ *```$|`[^`\n]*`|\[[^\]\n|]*, [^\]\n|]*\)", "", text, flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^ *\|.*\n)+", text, re.MULTILINE):
+        rows = [re.sub(r"\\\|", "", row.strip())[1:-1].split("|") for row in table.splitlines()]
+        assert {len(row) for row in rows} == {len(rows[0])}, f"{named(page)}: a row of the table {rows[0]} has another number of cells"
+        halves = [cell for row in rows for cell in row if cell.count("(") != cell.count(")")]
+        assert not halves, f"{named(page)}: parentheses do not match in {halves}"
+
+
+def test_own_questions_are_in_the_form_that_the_page_shows(tmp_path):
+    (body,) = blocks(ROOT / "docs" / "evaluation.md", "json")
+    (tmp_path / "mine.json").write_text(body)
+    Image.new("RGB", (8, 8)).save(tmp_path / "kitchen.png")
+    suite = suites.get("gqa", tmp_path / "mine.json", tmp_path)
+    assert [suite[index].group for index in range(len(suite))] == ["object", "count"]
 
 
 def anchors(page: Path) -> set[str]:

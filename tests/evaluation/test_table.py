@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dyrate_kernels.evaluation.against import pairs, shares
+from dyrate_kernels.evaluation.report import cells, draw_scores
 from dyrate_kernels.evaluation.runner import Answer
 from dyrate_kernels.evaluation.table import agreement, bootstrap, paired_bootstrap, summarise
 
@@ -41,6 +43,24 @@ def test_pairing_narrows_the_interval():
     _, wide_low, wide_high = paired_bootstrap(shuffled)
     assert ratio == pytest.approx(pruned.sum() / hard.sum()) and low < ratio < high <= 1.0
     assert (wide_high - wide_low) > 3 * (high - low)
+
+
+def test_a_share_of_nothing_is_no_number():
+    """Neither 0 nor a huge ratio, and an interval is that of the draws in which the unpruned model scored."""
+    none, some = [answer("a", 0, 1), answer("b", 0, 1)], [answer("a", 1, 1), answer("b", 0, 1)]
+    for answers in (none, some):
+        line = summarise("x", "g", answers, none)
+        assert (line.retained, line.retained_low, line.retained_high) == (None, None, None) and cells(line)[2] == "-"
+        assert pairs([line], {("x", "g"): (1.0, 0.9, 1.1)}, ["g"]) == []
+    assert shares([line.to_dict()]) == {}
+    same = summarise("x", "g", some, some)
+    assert (same.retained, same.retained_low, same.retained_high) == (1.0, 1.0, 1.0)
+
+
+def test_a_plot_leaves_out_what_has_no_share(tmp_path):
+    none, some = [answer("a", 0, 1)], [answer("a", 1, 1)]
+    draw_scores(tmp_path / "a.png", {"short": [summarise(label, "g", some, none) for label in ("none", "x@57.9", "x@33.3")]})
+    assert (tmp_path / "a.png").stat().st_size > 0
 
 
 def test_a_line():
