@@ -74,6 +74,7 @@ class Run:
         held: entries of the plug-in's containers after each round.
         attention: module of each language layer's attention; empty where the engine's core is another process.
         counters: vLLM's own.
+        freed: blocks of the cache that went back before their requests ended.
         seconds: to start, and to answer.
     """
 
@@ -84,6 +85,7 @@ class Run:
     held: list[int]
     attention: list[str]
     counters: dict[str, float]
+    freed: int
     seconds: tuple[float, float]
 
 
@@ -105,7 +107,8 @@ def run(command: list[str], limit: int = LIMIT, **more: Any) -> subprocess.Compl
 
 
 def engine(
-    folder: Path, options: Mapping[str, Any] | None, requests: Sequence[Any], *, in_process: bool = True, **llm: Any
+    folder: Path, options: Mapping[str, Any] | None, requests: Sequence[Any], *, in_process: bool = True, own_attention: bool = False,
+    **llm: Any,
 ) -> Run:  # fmt: skip
     """Requests through an engine of vLLM.
 
@@ -114,6 +117,7 @@ def engine(
         options: ``additional_config["dyrate"]``; None: nothing is asked of the plug-in.
         requests: :class:`Request`, or several rounds of them.
         in_process: the engine's core runs in the runner's own process, where the plug-in's memory is seen.
+        own_attention: vLLM's attention is put back after the plug-in's was registered.
         llm: arguments of ``vllm.LLM`` besides, or instead of, the usual ones.
     """
     rounds = [requests] if isinstance(requests[0], Request) else requests
@@ -123,14 +127,14 @@ def engine(
         arguments["additional_config"] = {"dyrate": dict(options)}
     with tempfile.TemporaryDirectory() as place:
         job, result = Path(place, "job.json"), Path(place, "result.json")
-        job.write_text(json.dumps({"llm": arguments, "rounds": asked}))
+        job.write_text(json.dumps({"llm": arguments, "own_attention": own_attention, "rounds": asked}))
         run([sys.executable, "-m", "tests.engines.vllm.runner", str(job), str(result)], env=environment(in_process=in_process))
         got = json.loads(result.read_text())
     answers = [answer for part in got["rounds"] for answer in part]
     return Run(
         [answer["tokens"] for answer in answers], [answer["prompt"] for answer in answers], [answer["cached"] or 0 for answer in answers],
         got["memory"], got["held"], got["attention"], got["counters"],
-        (got["started"], got["seconds"]),
+        got["freed"], (got["started"], got["seconds"]),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """One engine in a process of its own: ``python -m tests.engines.vllm.runner JOB RESULT`` reads one JSON file and writes the other.
 
-A job: ``llm`` (arguments of ``vllm.LLM``) and ``rounds``, a list of lists of requests, each round begun when the one before is through.
+A job: ``llm`` (arguments of ``vllm.LLM``), ``own_attention`` (vLLM's attention is put back after the plug-in's was registered) and
+``rounds``, a list of lists of requests, each round begun when the one before is through.
 A request: ``prompt``, ``pictures`` (seeds), ``tokens`` to answer, ``arrives`` (engine steps before it is added) and ``aborted`` (after so
 many tokens of its answer; null: it ends by itself).
 """
@@ -72,18 +73,36 @@ def attention(llm: Any) -> list[str]:
     return sorted(f"{name}: {type(layer.impl).__module__}" for name, layer in layers.items() if "language_model" in name)
 
 
+def freed() -> int:
+    """Blocks of the cache that went back before their requests ended, where the engine's core is in this process."""
+    return sum(item.freed for item in gc.get_objects() if type(item).__name__ == "WithdrawnManager")
+
+
 def counters(engine: Any) -> dict[str, float]:
     """vLLM's own counters, by name."""
     return {metric.name: metric.value for metric in engine.get_metrics() if isinstance(getattr(metric, "value", None), (int, float))}
+
+
+def put_back_attention() -> None:
+    """As if vLLM took a backend that the plug-in knows nothing of."""
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    load_general_plugins()  # once a process
+    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend")
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     from vllm import LLM
 
+    if job["own_attention"]:
+        put_back_attention()
+
     begun = time.perf_counter()
     llm = LLM(**job["llm"])
     started = time.perf_counter() - begun
+    gc.unfreeze()  # vLLM takes what it made at its start out of the collector's sight, and with it what is counted here
     rounds, memory, entries = [], [], []
     for number, requests in enumerate(job["rounds"]):
         rounds.append(run_round(llm.llm_engine, requests, f"round{number}"))
@@ -92,7 +111,7 @@ def main() -> None:
         entries.append(held())
     result = {
         "rounds": rounds, "memory": memory, "held": entries, "attention": attention(llm), "counters": counters(llm.llm_engine),
-        "started": started, "seconds": time.perf_counter() - begun - started,
+        "freed": freed(), "started": started, "seconds": time.perf_counter() - begun - started,
     }  # fmt: skip
     Path(sys.argv[2]).write_text(json.dumps(result))
 

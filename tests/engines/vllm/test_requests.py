@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import dyrate_kernels as dk
-from tests.engines.vllm import kit
+from tests.engines.vllm import kit, models
 
 FIXED: dict[str, Any] = {"policy": "fixed", "k": 3, "rate": 0.75}
 DYRATE: dict[str, Any] = {"policy": "dyrate", "k": 3}
@@ -84,6 +84,13 @@ def test_vtw_gives_blocks_back_and_says_the_same(folder):
     options = {"policy": "vtw", "k": 3, "retention": "evict"}
     got = kit.engine(place, options, requests, kv_cache_memory_bytes=2 * SMALL_CACHE, max_num_batched_tokens=192)
     check(place, {"policy": "vtw", "k": 3}, requests, got)
+    image = models.load(place)[0].config.image_token_id
+    assert got.freed >= sum(blocks_within(prompt, image) for prompt in got.prompts) > 0
+
+
+def blocks_within(prompt: list[int], image: int, size: int = kit.USUAL["block_size"]) -> int:
+    """Blocks of a prompt's rows that hold nothing but visual tokens."""
+    return sum(all(token == image for token in prompt[i : i + size]) for i in range(0, len(prompt) - size + 1, size))
 
 
 def test_two_hundred_requests_hold_no_more_memory(folder):
