@@ -17,6 +17,7 @@ class Entry(Protocol):
 
 
 T = TypeVar("T", bound=Entry)
+C = TypeVar("C", bound=Entry)
 _BY_KIND: dict[str, Registry[Any]] = {}  # for classes that take others by their text, which no registry can be imported into
 
 
@@ -31,12 +32,39 @@ class Registry(Generic[T]):
     Args:
         kind: what they are, for messages.
         classes: dataclasses with a class attribute ``name``. A field with ``metadata["bound"]`` is no option.
+        base: of all of them, for those that are registered later.
     """
 
-    def __init__(self, kind: str, classes: Sequence[type[T]]) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, classes: Sequence[type[T]], base: type[T]) -> None:
+        self.kind, self.base = kind, base
+        self.own = frozenset(cls.name for cls in classes)
         _BY_KIND[kind] = self
         self.by_name: dict[str, type[T]] = {cls.name: cls for cls in classes}
+
+    def register(self, cls: type[C]) -> type[C]:
+        """Lets a class of your own be named wherever one of the package can, in this process; may stand above it as a decorator.
+
+        A class that was registered under the same name before gives way, as when a cell of a notebook runs again.
+
+        Args:
+            cls: a frozen dataclass below ``base``, whose ``name`` is letters, digits and underscores, and none of the package's.
+
+        Raises:
+            TypeError: it is no such class.
+            ValueError: its name cannot be one, or is the package's.
+        """
+        if not (isinstance(cls, type) and issubclass(cls, self.base)):
+            raise TypeError(f"a {self.kind} must be a class below {self.base.__name__}, got {cls!r}; give the class, not one made of it")
+        settings = cls.__dict__.get("__dataclass_params__")
+        if settings is None or not settings.frozen:
+            raise TypeError(f"{cls.__name__} must be a frozen dataclass: write @dataclass(frozen=True) above it, below the registration")
+        name = cls.__dict__.get("name")
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ValueError(f"{cls.__name__}.name must be letters, digits and underscores, got {name!r}: name: ClassVar[str] = ..")
+        if name in self.own:
+            raise ValueError(f"{cls.__name__}.name must not be that of a {self.kind} of the package, got {name!r}")
+        self.by_name[name] = cls
+        return cls
 
     def names(self) -> list[str]:
         """The names that ``get`` knows."""

@@ -50,8 +50,9 @@ _CLASSES: tuple[type[Policy], ...] = (
     Recycle,
     KLGuard,
 )
-_REGISTRY: Registry[Policy] = Registry("policy", _CLASSES)
+_REGISTRY: Registry[Policy] = Registry("policy", _CLASSES, Policy)
 names, options, get, parse, make = _REGISTRY.names, _REGISTRY.options, _REGISTRY.get, _REGISTRY.parse, _REGISTRY.make
+register = _REGISTRY.register
 
 __all__ = [
     "AIM",
@@ -81,4 +82,5 @@ __all__ = [
     "names",
     "options",
     "parse",
+    "register",
 ]

@@ -39,8 +39,9 @@ _CLASSES: tuple[type[Reducer], ...] = (
     UniformTokens,
 )
 AIM = AIMTokens  # its older name, which the policy bears
-_REGISTRY: Registry[Reducer] = Registry("reducer", _CLASSES)
+_REGISTRY: Registry[Reducer] = Registry("reducer", _CLASSES, Reducer)
 names, options, get, parse, make = _REGISTRY.names, _REGISTRY.options, _REGISTRY.get, _REGISTRY.parse, _REGISTRY.make
+register = _REGISTRY.register
 
 __all__ = [
     "AIM",
@@ -70,6 +71,7 @@ __all__ = [
     "names",
     "options",
     "parse",
+    "register",
 ]
 
 
