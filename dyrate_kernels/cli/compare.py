@@ -39,9 +39,8 @@ def run(given: argparse.Namespace) -> int:
         for each in chosen
     }
     odd = contenders.not_followed(model, given.sample)
-    if not given.json:
-        for label, found in (settings | ({"but": odd} if odd else {})).items():
-            common.say(label, found if isinstance(found, str) else contenders.words(found), indent=4)
+    if odd and not given.json:
+        common.say("but", odd)
     reference = common.answer(model, processor, inputs, given)
     rows = []
     for number, contender in enumerate(chosen, 1):
@@ -56,6 +55,10 @@ def run(given: argparse.Namespace) -> int:
         return 0
     _print_saved(rows, model, inputs, len(reference))
     _print_table(rows)
+    _print_answers(rows)
+    print("\nsettings:")
+    for label, found in settings.items():
+        common.say(label, contenders.words(found), indent=4)
     return 0
 
 
@@ -172,6 +175,13 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     common.say("s", "of one run each; dyrate bench e2e measures", 8)
     if any(row["vision"] for row in rows):
         common.say("visual tokens", "before the reducers -> after them -> kept by step; kept is of what the reducers left", 8)
+
+
+def _print_answers(rows: list[dict[str, Any]]) -> None:
+    """Prints every answer once, under the names of all that gave it."""
     print()
+    names: dict[str, list[str]] = {}
     for row in rows:
-        common.say(row["policy"], row["text"], 4)
+        names.setdefault(row["text"], []).append(row["policy"])
+    for text, who in names.items():
+        common.say(", ".join(who), text, 4)

@@ -112,13 +112,15 @@ def settings_by_name(name: str | None, policy: Any, retention: str, backend: str
 
 def words(found: dict[str, Any]) -> str:
     """:func:`settings` in a line."""
+    from dyrate_kernels.bundled import MODEL_FOLDER
+
     first = "every visual token" if found["policy"] == "none" else found["policy"]
     parts = [first if found.get("side") is None else f"the picture averaged to {found['side']} x {found['side']} tokens"]
     if found["k"] is not None:
         parts.append(f"k={found['k']} of {found['layers']} layers")
     parts += [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in found["options"].items()]
     if found["predictor"] is not None:
-        parts.append(f"predictor {found['predictor']}")
+        parts.append(f"predictor {found['predictor'].replace(str(MODEL_FOLDER), 'the bundled model')}")
     if found["vision"] is not None:
         parts.append(f"reducers {found['vision']}")
     return ", ".join([*parts, f"retention {found['retention']}", f"backend {found['backend']}"])

@@ -34,12 +34,13 @@ def run(given: argparse.Namespace) -> int:
     from dyrate_kernels.demo.engine import Engine
 
     engine = Engine(*common.load_model(given))
-    settings = contenders.settings(engine.model.config, policies.get("dyrate"), "recoverable", "auto", engine.model.device)
+    settings = contenders.settings(engine.model.config, policies.get("dyrate"), app.RETENTION, "auto", engine.model.device)
     page, (_, url, _) = app.launch(engine, given.host, given.port, given.at_once, prevent_thread_lock=True)
     if given.json:
         common.print_json({"url": url, "settings": settings})
     else:
-        print(f"{url}  (Ctrl+C ends it); at first: {contenders.words(settings)}", flush=True)
+        common.say("page", f"{url} (Ctrl+C ends it)")
+        common.say("at first", f"{contenders.words(settings)}; the picture {app.first_frames(engine)} times")
     try:
         page.block_thread()
     finally:

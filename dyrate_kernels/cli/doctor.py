@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
     common.add_common(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", metavar="DIR_OR_ID", help="whose config is read, no weights; default: the bundled one")
-    which.add_argument("--config", metavar="NAME", help="a model that `dyrate info --config` knows, in place of --model")
+    which.add_argument("--config", type=predicted.known, metavar="NAME", help="a model that `dyrate info --config` knows")
     parser.add_argument("--batch", type=common.positive, default=1, metavar="B", help="sequences answered together; default: 1")
     parser.add_argument(
         "--visual", type=common.positive, metavar="N", help="visual tokens of each; default: what the model makes of one picture"
@@ -105,22 +105,21 @@ def _machine() -> dict[str, Any]:
 def _show(found: dict[str, Any]) -> None:
     machine, request = found["machine"], found["request"]
     dense = request["rows"][0]
-    path = machine["path"]
-    common.say("machine", f"{machine['device']}; {', '.join(machine['backends'])}; {path['steps']} steps, {path['layers']} layers")
     share = f"{100 * request['kept']:.0f} % kept" if isinstance(request["kept"], float) else "a falling share kept"
     if request["kept_is_assumed"]:
         share += " (assumed; --kept)"
     common.say("model", f"{request['config']}, {request['policy']} from layer {request['k']} on, {share}")
     tokens = f"{request['visual_tokens']} visual + {request['text_tokens']} text tokens"
     common.say("request", f"{dense['batch']} x ({tokens}), {dense['new_tokens']} new tokens each")
-    common.say(
-        "rates", f"{request['bandwidth'] / 1e9:.0f} GB/s, {request['flops_per_s'] / 1e12:.3g} TFLOP/s; {request['rates'].split(':')[0]}"
-    )
-    _table(request["rows"])
-    for name, text in _verdict(found):
-        common.say(name, text)
     if found["model"]["refused"]:
         common.say("but", found["model"]["refused"])
+    for name, text in _verdict(found):
+        common.say(name, text)
+    path = machine["path"]
+    common.say("machine", f"{machine['device']}; {', '.join(machine['backends'])}; {path['steps']} steps, {path['layers']} layers")
+    common.say("rates", f"{request['bandwidth'] / 1e9:.0f} GB/s, {request['flops_per_s'] / 1e12:.3g} TFLOP/s; {_whose(request)}")
+    print()
+    _table(request["rows"])
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
@@ -145,15 +144,16 @@ def _number(value: float) -> str:
 
 
 def _verdict(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The last lines: whether it gains, by what, and what this machine adds to that."""
+    """The lines behind the question: whether it gains, by what, and what this machine adds to that."""
     verdict, machine, request = found["verdict"], found["machine"], found["request"]
     dense, times = request["rows"][0], verdict["times_as_fast"]
     parts = {"prefill": "a shorter prompt in the later layers", "decode": "fewer keys and values read in each step"}
     numbers = f"first token {verdict['first_token']:.2f}x, each further one {verdict['token']:.2f}x"
+    by = f"with {verdict['retention']}, mostly by {parts[verdict['by']]}; predicted, rates: {_whose(request)}"
     if times >= GAINS:
-        said = f"gains: up to {times:.2f}x ({numbers}) with {verdict['retention']}, mostly by {parts[verdict['by']]}"
+        said = f"gains: up to {times:.2f}x ({numbers}) {by}"
     elif times >= LITTLE:
-        said = f"gains little: up to {times:.2f}x ({numbers}) with {verdict['retention']}, mostly by {parts[verdict['by']]}"
+        said = f"gains little: up to {times:.2f}x ({numbers}) {by}"
     else:
         said = f"no gain in time: {times:.2f}x at most; {_why_not(dense)}"
     lines = [("this request", said)]
@@ -167,10 +167,13 @@ def _verdict(found: dict[str, Any]) -> list[tuple[str, str]]:
         )
         lines.append(("this machine", f"has a GPU: dyrate bench e2e measures what comes of it{own}"))
     else:
-        lines.append(
-            ("this machine", "no GPU: the reference runs, a check of results and seldom a gain; the times above are of the rates named")
-        )
+        lines.append(("this machine", "no GPU: the reference runs, a check of results and seldom a gain; the times are of the rates named"))
     return lines
+
+
+def _whose(request: dict[str, Any]) -> str:
+    """Of which device the rates are, or where they come from."""
+    return str(request["rates"]).split(":")[0]
 
 
 def _why_not(dense: dict[str, Any]) -> str:

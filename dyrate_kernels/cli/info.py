@@ -20,24 +20,13 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("info", help="versions, devices, backends, the byte-model bound", description=__doc__)
     common.add_common(parser)
     what = "named model for the bound; default: llava-1.5-7b"
-    parser.add_argument("--config", type=_known, default="llava-1.5-7b", metavar="NAME", help=what)
+    parser.add_argument("--config", type=predicted.known, default="llava-1.5-7b", metavar="NAME", help=what)
     parser.add_argument("--batch", type=common.positive, nargs="+", default=[1, 8, 32], metavar="B", help="default: 1 8 32")
     parser.add_argument("--visual", type=int, metavar="N", help="visual tokens; default: what the named model makes of one picture")
     parser.add_argument("--text", type=int, default=128, metavar="N", help="text tokens; default: 128")
     parser.add_argument("--measure", action="store_true", help="measure the copy bandwidth and the rate of a matrix product here")
     predicted.add_options(parser)
     parser.set_defaults(run=run)
-
-
-def _known(text: str) -> str:
-    """An argument that names a model of ``flops.named_model``."""
-    from dyrate_kernels import flops
-
-    try:
-        flops.named_model(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def collect(given: argparse.Namespace) -> dict[str, Any]:
@@ -114,30 +103,32 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         common.print_json(found)
         return 0
-    print("versions:  " + ", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items()))
-    print("device:    " + ", ".join(found["device"]))
-    print("backends:")
-    for name, state in found["backends"].items():
-        print(f"  {name:<10} {state}")
-    native = found["native"]
-    print(f"native:    {_native_text(native)}")
-    print(f"path:      {_path_text(found['path'])}")
-    print(f"vllm:      {_vllm_text(found['vllm'])}")
-    print("policies:  " + ", ".join(found["policies"]))
-    print("reducers:  " + ", ".join(found["reducers"]))
-    print("families:  " + ", ".join(found["families"]))
-    limit = found["bound"]
-    print(
-        f"bound:     {limit['config']}, {limit['visual_tokens']} visual + {limit['text_tokens']} text tokens, "
-        f"{bytes_text(limit['kv_bytes_per_token'])} of KV a token, weights {bytes_text(limit['weight_bytes'])}"
-    )
+    native, limit = found["native"], found["bound"]
+    for name, text in (
+        ("versions", ", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items())),
+        ("device", ", ".join(found["device"])),
+        *((name, state) for name, state in found["backends"].items()),
+        ("native", _native_text(native)),
+        ("path", _path_text(found["path"])),
+        ("vllm", _vllm_text(found["vllm"])),
+        ("policies", ", ".join(found["policies"])),
+        ("reducers", ", ".join(found["reducers"])),
+        ("families", ", ".join(found["families"])),
+        (
+            "bound",
+            f"{limit['config']}, {limit['visual_tokens']} visual + {limit['text_tokens']} text tokens, "
+            f"{bytes_text(limit['kv_bytes_per_token'])} of KV a token, weights {bytes_text(limit['weight_bytes'])}",
+        ),
+    ):
+        common.say(name, text)
     if limit["copy_bandwidth"] is not None:
-        print(f"  copy bandwidth {limit['copy_bandwidth'] / 1e9:.1f} GB/s, measured here")
+        common.say("", f"copy bandwidth {limit['copy_bandwidth'] / 1e9:.1f} GB/s, measured here")
     for row in limit["rows"]:
         floor = f", {1e3 * row['floor_seconds']:.2f} and {1e3 * row['floor_seconds_pruned']:.2f} ms at least" if given.measure else ""
-        print(
-            f"  batch {row['batch']:<4} a decode step reads {bytes_text(row['bytes'])}; "
-            f"with no visual KV at all {bytes_text(row['bytes_pruned'])}: at most {row['bound']:.2f}x faster{floor}"
+        common.say(
+            f"  batch {row['batch']}",
+            f"at most {row['bound']:.2f}x: a decode step reads {bytes_text(row['bytes'])}, with no visual token at all "
+            f"{bytes_text(row['bytes_pruned'])}{floor}",
         )
     predicted.show(found["requests"])
     return 0

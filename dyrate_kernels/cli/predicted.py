@@ -33,6 +33,17 @@ class Subject:
     request: Callable[[int, int, int, int], Any]
 
 
+def known(text: str) -> str:
+    """An argument that names a model of ``flops.named_model``."""
+    from dyrate_kernels import flops
+
+    try:
+        flops.named_model(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def named(name: str) -> Subject:
     """A model of ``flops.MODELS``."""
     from dyrate_kernels import flops, request_model
@@ -170,26 +181,42 @@ def _rates(given: argparse.Namespace) -> Any:
     return rates
 
 
-def show(found: dict[str, Any]) -> None:
-    """Prints :func:`collect`."""
+def _table(heads: tuple[str, ...], rows: list[list[str]]) -> None:
+    """Prints rows under ``heads``, numbers to the right, within 80 columns where numbers are not huge."""
+    from rich import box
     from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
+    for number, head in enumerate(heads):
+        words = number == 0 or head == "each waits for"
+        table.add_column(head, justify="left" if words else "right", no_wrap=head != "each waits for", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    common.console().print(table)
+    print()
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints :func:`collect`: totals of each request, then its phases."""
+    from dyrate_kernels.request_model import DENSE
 
     share = f"{100 * found['kept']:.1f} %" if isinstance(found["kept"], float) else "a falling share"
     source = " (assumed, --kept says another)" if found["kept_is_assumed"] else ""
     source = " (the most that it keeps in any layer and step: it may take less, --kept says another)" if found["kept_is_most"] else source
-    print(
-        f"requests:  predicted, not measured: what {found['policy']} takes at least, k={found['k']}, {share} kept{source}\n"
-        f"  {found['bandwidth'] / 1e9:.0f} GB/s, {found['flops_per_s'] / 1e12:.0f} TFLOP/s; {found['rates']}"
-    )
-    table = Table()
-    heads = ("retention", "B", "new tokens", "encode ms", "prefill ms", "decode ms", "request s", "images/s", "tokens/s", "weights + KV")
-    for head in (*heads, "largest B", "waits for"):
-        table.add_column(head, justify="left" if head in ("retention", "waits for") else "right", no_wrap=True)
+    common.say("requests", f"predicted, not measured: what {found['policy']} takes at least, k={found['k']}, {share} kept{source}")
+    common.say("rates", f"{found['bandwidth'] / 1e9:.0f} GB/s, {found['flops_per_s'] / 1e12:.0f} TFLOP/s; {found['rates']}")
+    totals, phases = [], []
+    dense: dict[str, Any] = {}
     for row in found["rows"]:
-        phases = [row[name] for name in ("encode", "prefill", "decode")]
-        table.add_row(
-            row["retention"], str(row["batch"]), str(row["new_tokens"]), *(f"{1e3 * phase['seconds']:.1f}" for phase in phases),
-            f"{row['seconds']:.3f}", f"{row['images_per_s']:.2f}", f"{row['tokens_per_s']:.0f}", bytes_text(row["peak_bytes"]),
-            "" if row["largest_batch"] is None else str(row["largest_batch"]), ", ".join(phase["bound"] for phase in phases),
-        )  # fmt: skip
-    common.console(wide=True).print(table)
+        dense = row if row["retention"] == DENSE else dense
+        which = [row["retention"], str(row["batch"]), str(row["new_tokens"])]
+        memory, largest = bytes_text(row["peak_bytes"]), "" if row["largest_batch"] is None else str(row["largest_batch"])
+        totals.append([
+            *which, f"{row['seconds']:.3f}", f"{dense['seconds'] / row['seconds']:.2f}x", f"{row['images_per_s']:.2f}",
+            f"{row['tokens_per_s']:.0f}", memory, largest,
+        ])  # fmt: skip
+        parts = [row[name] for name in ("encode", "prefill", "decode")]
+        phases.append([*which, *(f"{1e3 * part['seconds']:.1f}" for part in parts), ", ".join(part["bound"] for part in parts)])
+    _table(("at least", "B", "new", "request s", "faster", "img/s", "tok/s", "memory", "most B"), totals)
+    _table(("milliseconds", "B", "new", "encode", "prefill", "decode", "each waits for"), phases)
+    common.say("memory", "of weights, keys and values; most B: as many sequences fit the device; img, tok: pictures and new tokens")

@@ -24,7 +24,7 @@ from dyrate_kernels.patching.vision import check_reducers
 from dyrate_kernels.policies.base import Policy
 
 SIDES = ("plain", "pruned")
-_SHOW_EVERY = 4  # tokens between two looks at what is kept: each reads the device
+_SHOW_EVERY = 2  # tokens between two looks at what is kept: each reads the device
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,7 @@ def test_compare(capsys, picture):
     rows = json.loads(out)["policies"]
     assert status == 0 and [row["policy"] for row in rows] == ["none", "dyrate", "fastv:rate=0.75", "vtw"]
     status, out, _ = run(capsys, "compare", "--image", picture, "--policies", "none,uniform", "--max-new-tokens", "4")
+    assert out.count("There are") == 1 and "\nnone, uniform: There are" in out  # one answer of two, told once
     assert status == 0 and "uniform: " in out and "none: " in out
 
 
@@ -199,7 +200,19 @@ def test_info(capsys):
     found = json.loads(out)
     assert status == 0 and found["backends"] == dk.backends()
     status, out, _ = run(capsys, "info", "--config", "llava-next-7b", "--batch", "32")
-    assert status == 0 and "reference  available" in out and "llava-next-7b" in out
+    assert status == 0 and "reference:  available" in out and "llava-next-7b" in out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_info_fits_the_screen(capsys, monkeypatch, columns):
+    """No line is longer, no name or number is cut, and what a request gains stands beside its time."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    status, out, _ = run(capsys, "info", "--config", "llava-next-7b", "--batch", "1", "128", "--new-tokens", "2048")
+    assert status == 0 and max(map(len, out.splitlines())) <= columns and "…" not in out
+    rows = [line.split() for line in out.splitlines() if line.startswith(("dense ", "recoverable ", "evict ", "pool "))]
+    assert len(rows) == 16 and all(len(row) == 10 for row in rows[:8])  # totals, memory with its unit; then phases
+    assert (rows[0][4], rows[6][0], rows[6][4]) == ("1.00x", "evict", f"{float(rows[4][3]) / float(rows[6][3]):.2f}x")
+    assert all(row[6:] == ["compute,", "compute,", "bandwidth"] for row in rows[8:])
 
 
 BAD = [

@@ -25,7 +25,14 @@ def test_it_fits_one_screen(capsys, monkeypatch, arguments):
     status, out, _ = told(capsys, *arguments)
     lines = out.splitlines()
     assert status == 0 and len(lines) <= 24 and max(map(len, lines)) <= 80 and "…" not in out
-    assert [line.split(":")[0] for line in lines[:4]] == ["machine", "model", "request", "rates"]
+    assert [line.split(":")[0] for line in lines[:3]] == ["model", "request", "this request"]  # the verdict stands before the table
+    assert out.index("this request:") < out.index("rates:") < out.index("at least")
+
+
+def test_a_wrong_name_is_told_with_its_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--config", "llava-next"])
+    assert "argument --config: model must be one of llava-1.5-7b" in capsys.readouterr().err
 
 
 def test_the_verdict_follows_the_request(capsys):

@@ -237,7 +237,7 @@ def test_the_first_lines_say_which_predictor_and_which_defaults(capsys, demo, pi
     first = out.splitlines()[0]
     start = "with:       dyrate, k=1 of 6 layers, rates 0.4 0.6 0.8 0.9 1.0, spread 1.0, predictor trained, of "
     assert status == 0 and first.startswith(start)
-    assert first.endswith("bundled/model, retention recoverable, backend reference")
+    assert first.endswith("the bundled model, retention recoverable, backend reference")
     status, out, _ = run(capsys, "generate", *quick, "--retention", "evict", "--json")
     found = json.loads(out)["settings"]
     assert (found["policy"], found["k"], found["retention"], found["backend"]) == ("dyrate", 3, "evict", "reference")
@@ -245,6 +245,8 @@ def test_the_first_lines_say_which_predictor_and_which_defaults(capsys, demo, pi
     assert found["options"]["rates"] == [0.0, 0.2, 0.4, 0.6, 0.8]
     status, out, _ = run(capsys, "compare", *quick, "--policies", "dyrate:predictor=closed-form,vtw,recycle")
     lines = out.splitlines()
+    assert lines[0].startswith("saved:")  # what was bought comes first, what ran last
+    lines = lines[lines.index("settings:") + 1 :]
     assert "predictor closed form, as asked for" in lines[0] and lines[1].startswith("vtw: vtw, k=3 of 6 layers, retention recoverable")
     assert lines[2].startswith("recycle: recycle, k=1 of 6 layers, policy dyrate") and "predictor trained, of" in lines[2]
     status, out, _ = run(capsys, "eval", "--out", str(tmp_path), "--limit", "1", "--tasks", "colour", "--policies", "fastv")

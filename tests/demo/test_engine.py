@@ -93,6 +93,33 @@ def test_differences_are_marked(engine):
     assert _aligned(State(Side("same", done=True), Side("same", done=True))) == "" == _aligned(State(Side("a"), Side("b")))
 
 
+def test_a_real_model_is_shown_one_picture_at_first(engine, monkeypatch):
+    """Twenty pictures of 576 tokens would be more than it reads; the bundled one has too few tokens to see the work with one."""
+    pytest.importorskip("gradio")
+    from dyrate_kernels.demo import app
+
+    def frames():
+        parts = app.build(engine).config["components"]
+        return next(part["props"]["value"] for part in parts if part["props"].get("elem_id") == "frames")
+
+    assert frames() == app.FRAMES == 20
+    monkeypatch.setattr(engine, "bundled", False)
+    assert frames() == 1
+
+
+def test_the_verdict_names_a_loss(engine):
+    pytest.importorskip("gradio")
+    from dyrate_kernels.demo.app import _now, _verdict
+    from dyrate_kernels.demo.engine import Side, State
+
+    fast, slow = Side("a", 3, 0.4, 0.2, True), Side("b", 3, 1.2, 0.4, True)
+    found = _verdict(State(plain=slow, pruned=fast, bytes_read=0.466))
+    assert found == "Pruned was <b>4.00x as fast</b> a token (2.00x to the first one) and read 47 % of the bytes. The answers differ."
+    found = _verdict(State(plain=fast, pruned=slow, company=2))
+    assert "<b>slower: 0.25x as fast</b>" in found and "cost more than it saved" in found and "Up to 2 visitors" in found
+    assert "reads <b>1 of 9</b>" in _now(State(kept=[[1, 2], [3]], visual_tokens=9, bytes_per_token=(2048.0, 1024.0)))
+
+
 def test_time_is_only_that_of_ones_own_turns(engine, picture, monkeypatch):
     """One side sleeps in every step: the other one's time does not grow."""
     from dyrate_kernels.demo import engine as module

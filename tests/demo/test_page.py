@@ -71,12 +71,12 @@ class Visitor:
 
     def wait(self):
         """Until both answers are there."""
-        self.page.wait_for_function("() => /answers (are the same|differ)/.test(document.querySelector('#figures').innerText)")
+        self.page.wait_for_function("() => /answers (are the same|differ)/.test(document.querySelector('#words').innerText)")
         return self.text("plain"), self.text("pruned")
 
     def compare(self):
         self.ask()
-        self.page.wait_for_function("() => !/answers (are the same|differ)/.test(document.querySelector('#figures').innerText)")
+        self.page.wait_for_function("() => !/answers (are the same|differ)/.test(document.querySelector('#words').innerText)")
         return self.wait()
 
     def upload(self, file):
@@ -145,9 +145,10 @@ def test_the_first_comparison_shows_work_and_the_record(browser, address, width)
         left, right = (float(text.split()[0]) for text in lines["bytes per token"])
         assert right < 0.6 * left and visitor.kept_picture()
         words = visitor.page.locator("#words")
-        marked = words.locator("p").last
+        marked = words.locator("p.aligned")
+        assert words.inner_text().startswith("Pruned was ") and "pruned or not" in words.inner_text()
         if plain == pruned:
-            assert words.inner_text().strip() == ""
+            assert marked.count() == 0
         else:
             kept = marked.evaluate(
                 "(p, drop) => [...p.childNodes].filter(n => n.nodeName !== drop).map(n => n.textContent).join(' ')", "INS"
@@ -156,6 +157,24 @@ def test_the_first_comparison_shows_work_and_the_record(browser, address, width)
         assert "8.8 ms for 17.3 ms" in visitor.page.locator("#record").inner_text()
         wide = visitor.page.evaluate("() => [document.documentElement.scrollWidth, window.innerWidth]")
         assert wide[0] <= wide[1]
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_pressing_the_button_shows_the_answers(browser, address, width):
+    """In one screen, while both are written: the texts, what is read now, and the patches; the settings are behind or beside them."""
+    inside = "(e) => { const r = e.getBoundingClientRect(); return r.top >= 0 && r.top < window.innerHeight - 100; }"
+    with Visitor(browser, address, width, as_it_is=True) as visitor:
+        visitor.slide("length", 96)
+        visitor.page.locator("#ask").scroll_into_view_if_needed()
+        visitor.ask()
+        visitor.page.wait_for_function("() => /now reads .* of 2880/.test(document.querySelector('#words').innerText)")
+        for name in ("#plain", "#pruned", "#words", "#kept"):
+            assert visitor.page.locator(name).evaluate(inside), name
+        answers, settings = (visitor.page.locator(name).bounding_box() for name in ("#answers", "#settings"))
+        beside = settings["x"] + settings["width"] <= answers["x"]
+        assert beside if width > 760 else settings["y"] >= answers["y"] + answers["height"]
+        visitor.page.click("#stop")
+        visitor.page.wait_for_function("() => document.querySelector('#words').innerText.trim() === 'Stopped.'")
 
 
 def test_policy_and_retention(browser, address):
@@ -206,6 +225,7 @@ def test_mistakes_are_messages(browser, address, tmp_path):
         visitor.page.locator("#picture button[aria-label*='lear'], #picture button[aria-label*='emove']").first.click()
         visitor.ask()
         visitor.page.get_by_text("Choose a picture first").wait_for()
+        visitor.page.wait_for_function("() => !document.querySelector('#words').innerText.includes('Reading')")
         visitor.upload(tmp_path / "tiny.png")  # a picture, if a small one: it works
         visitor.compare()
         visitor.page.locator("#question textarea").fill("")
