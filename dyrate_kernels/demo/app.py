@@ -62,7 +62,8 @@ CSS = """
 footer { display: none !important; }
 """
 TO_ANSWERS = """(...wish) => { const answers = document.querySelector('#answers');
-  if (answers.getBoundingClientRect().top > 0.4 * window.innerHeight) answers.scrollIntoView({behavior: 'smooth', block: 'start'});
+  const top = answers.getBoundingClientRect().top;
+  if (top < 0 || top > 0.4 * window.innerHeight) answers.scrollIntoView({behavior: 'smooth', block: 'start'});
   return wish; }"""  # runs before the comparison, and hands on what it was given
 
 

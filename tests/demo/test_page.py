@@ -168,6 +168,7 @@ def test_pressing_the_button_shows_the_answers(browser, address, width):
         visitor.page.locator("#ask").scroll_into_view_if_needed()
         visitor.ask()
         visitor.page.wait_for_function("() => /now reads .* of 2880/.test(document.querySelector('#words').innerText)")
+        visitor.page.wait_for_timeout(1000)  # the page scrolls smoothly
         for name in ("#plain", "#pruned", "#words", "#kept"):
             assert visitor.page.locator(name).evaluate(inside), name
         answers, settings = (visitor.page.locator(name).bounding_box() for name in ("#answers", "#settings"))
