@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dyrate_kernels.measuring.end_to_end import Problem, Row, Setup
 
 BUNDLED = "bundled"
+CPU_BYTES = 4 << 30  # of weights; more is for a GPU
 
 
 def add_parser(commands: Any) -> None:
@@ -97,7 +98,7 @@ def run(given: argparse.Namespace) -> int:
     largest: dict[str, int | None] = {}
     settings = contenders.settings(model.config, policy, "recoverable", given.backend, device)
     if not given.json:
-        print(f"{name}: {contenders.words(settings)}; evict, FastV and the unpruned model beside it", flush=True)
+        common.say(name, f"{contenders.words(settings)}; evict, FastV and the unpruned model beside it", 4)
     with torch.no_grad():
         for batch in given.batch:
             fuse = fuses(model, backend)
@@ -155,10 +156,30 @@ def _build(given: argparse.Namespace, name: str, device: Any) -> tuple[Any, Any,
         return _bundled(device, dtype)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
+    if given.device is None and device.type == "cpu":
+        _check_size(name, given.layers, dtype)
     model = random_models.build(name, device, dtype=dtype, layers=given.layers)
     visual = given.visual or random_models.MODELS[name].visual_tokens
     random_models.inputs(model, 1, visual, given.text)  # a wrong number is an error now
     return model, lambda batch: random_models.inputs(model, batch, visual, given.text), visual, random_models.pictures(model, visual, name)
+
+
+def _check_size(name: str, layers: int | None, dtype: Any) -> None:
+    """ValueError now, rather than hours later: a shape that is meant for a GPU, where there is none and none was asked for."""
+    import torch
+
+    from dyrate_kernels import flops
+    from dyrate_kernels.measuring import random_models
+
+    if name not in random_models.MODELS:
+        return
+    shape = random_models.MODELS[name].text
+    shape = shape.replace(dtype=dtype or torch.float32, num_layers=layers or shape.num_layers)
+    if (size := flops.weight_bytes(shape)) > CPU_BYTES:
+        raise ValueError(
+            f"--config {name}: {bytes_text(size)} of weights, and there is no GPU: this would take hours. `dyrate doctor --config {name}` "
+            "predicts instead, --layers 2 or --config small measures less, --device cpu insists"
+        )
 
 
 def _bundled(device: Any, dtype: Any) -> tuple[Any, Any, int, float]:
@@ -193,8 +214,6 @@ def _largest(problem: Problem, setups: list[Setup]) -> dict[str, int | None]:
 
 
 def _show(rows: list[Row], bandwidth: float) -> None:
-    from rich.table import Table
-
     from dyrate_kernels.measuring import end_to_end
 
     console = common.console(wide=True)
@@ -209,13 +228,8 @@ def _show(rows: list[Row], bandwidth: float) -> None:
             f"{new_tokens} new tokens"
         )
         for kind, columns in (("a token", TOKEN), ("a request", REQUEST)):
-            table = Table(title=f"{title}; {kind}", title_justify="left")
-            table.add_column("set-up", no_wrap=False)
-            for head in columns:
-                table.add_column(head, justify="right", no_wrap=True)
-            for row in here:
-                table.add_row(row["name"], *(_cells(row, columns) if row["median_us"] is not None else ["not measured"]))
-            console.print(table)
+            cells = [[row["name"], *(_cells(row, columns) if row["median_us"] is not None else ["not measured"])] for row in here]
+            common.print_table(f"{title}; {kind}", ["set-up", *columns], cells)
         for row in here:
             if row["median_us"] is None:  # whole, where a cell of the table would cut it
                 console.print(f"{row['name']}: {row['note']}", markup=False, highlight=False, soft_wrap=True)

@@ -313,8 +313,38 @@ def say(name: str, text: str, indent: int = 12) -> None:
 
 
 def console(wide: bool = False) -> Any:
-    """Where tables go; ``wide`` ones are not squeezed into a file or a pipe."""
+    """Where tables go; ``wide`` ones are whole in a file or a pipe, unless ``COLUMNS`` says how wide that is."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else max(int(os.environ.get("COLUMNS", 120)), 200 if wide else 0)
+    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 200 if wide else 120))
     return Console(width=width, highlight=False)
+
+
+def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table under ``title``; where the screen is too narrow, its columns follow in further tables, each with the first column.
+
+    Args:
+        heads: of the columns; the first one holds names, whose cells are folded where they must be.
+        rows: cells; a row may be shorter.
+    """
+    from rich import box
+    from rich.table import Table
+
+    screen = console(wide=True)
+    widths = [max(len(cell) for cell in (head, *(row[number] for row in rows if number < len(row)))) for number, head in enumerate(heads)]
+    first = min(widths[0], max(screen.width // 3, 12))
+    parts: list[list[int]] = [[]]
+    for number, width in enumerate(widths[1:], 1):
+        if parts[-1] and first + sum(widths[each] + 2 for each in parts[-1]) + width + 3 > screen.width:  # 2: between two columns
+            parts.append([])
+        parts[-1].append(number)
+    print("\n".join(textwrap.wrap(title, screen.width)))
+    for part in parts:
+        table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
+        table.add_column(heads[0], overflow="fold", max_width=widths[0] if len(parts) == 1 else first)
+        for number in part:
+            table.add_column(heads[number], justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(row[0], *(row[number] if number < len(row) else "" for number in part))
+        screen.print(table)
+        print()

@@ -352,15 +352,9 @@ def _print_pairs(found: list[Any], path: str) -> None:
 
 
 def _print_table(lines: list[Any]) -> None:
-    from rich.table import Table
-
     from dyrate_kernels.evaluation.report import HEADINGS, cells
 
     for group in dict.fromkeys(line.group for line in lines):
         rows = [line for line in lines if line.group == group]
-        table = Table(title=f"{group} answers ({rows[0].questions} questions, n = {rows[0].n:.0f} tokens)", title_justify="left")
-        for number, heading in enumerate(HEADINGS):
-            table.add_column(heading, justify="left" if number == 0 else "right")
-        for line in rows:
-            table.add_row(*cells(line))
-        common.console(wide=True).print(table)
+        title = f"{group} answers ({rows[0].questions} questions, n = {rows[0].n:.0f} tokens)"
+        common.print_table(title, HEADINGS, [cells(line) for line in rows])

@@ -39,16 +39,10 @@ def run(given: argparse.Namespace, chosen: list[Any], folder: Path, say: Any) ->
     if given.json:
         common.print_json(table)
         return 0
-    from rich.table import Table
-
     for task, first in found["none"].items():
-        shown = Table(title=f"{task} ({first['costs']['questions']} questions)", title_justify="left")
-        headings = [*first["metrics"], "of unpruned", "kept", "rate", "FLOPs", "KV", "TTFT ms", "ms/token"]
-        for number, heading in enumerate(["policy", *headings]):
-            shown.add_column(heading, justify="left" if number == 0 else "right")
-        for label, by_task in found.items():
-            shown.add_row(label, *_cells(by_task[task], first))
-        common.console(wide=True).print(shown)
+        headings = ["policy", *first["metrics"], "of unpruned", "kept", "rate", "FLOPs", "KV", "TTFT ms", "ms/token"]
+        title = f"{task} ({first['costs']['questions']} questions)"
+        common.print_table(title, headings, [[label, *_cells(by_task[task], first)] for label, by_task in found.items()])
     print(f"answers: {folder}/*.jsonl, table: {folder / 'table.json'}")
     return 0
 

@@ -131,7 +131,8 @@ def build(engine: Engine, at_once: int = 2) -> gr.Blocks:
             show_progress="minimal", concurrency_limit=at_once, concurrency_id="compare", api_name="compare",
             js=TO_ANSWERS,
         )  # fmt: skip
-        stop.click(lambda: _paragraphs("Stopped."), None, words, cancels=[run], show_progress="hidden", api_visibility="private")
+        stopped = stop.click(None, cancels=[run])
+        stopped.then(lambda: _paragraphs("Stopped."), None, words, show_progress="hidden", api_visibility="private")  # after its last state
         policy.input(engine.suited, [policy, retention], retention, show_progress="hidden", api_visibility="private")
         step.input(_at_step, [step, shown], kept, show_progress="hidden", api_visibility="private")
     return page

@@ -227,6 +227,7 @@ def test_table_says_plainly_what_is_lost(capsys):
     ("arguments", "message"),
     [
         (["--config", "llava-9b"], "config: expected one of llava-1.5-7b"),
+        (["--config", "llava-next-7b"], "25.10 GiB of weights, and there is no GPU: this would take hours. `dyrate doctor --config"),
         (["--config", "toy", "--visual", "6"], "visual_tokens: expected a multiple of 4"),
         (["--config", "bundled", "--layers", "2"], "leave out --visual and --layers"),
         (["--config", "toy", "--out", "/no/such/folder/x.json"], "does not exist"),
