@@ -172,7 +172,7 @@ def _verdict(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _whose(request: dict[str, Any]) -> str:
-    """Of which device the rates are, or where they come from."""
+    """Names the device whose rates are taken, or where they come from."""
     return str(request["rates"]).split(":")[0]
 
 

@@ -169,7 +169,7 @@ def _compare(
 
 
 def first_frames(engine: Engine) -> int:
-    """How often the picture is shown as the page opens: of a real model once, which has visual tokens enough to see the work."""
+    """Frames as the page opens: one for a real model, which has visual tokens enough to see the work."""
     return FRAMES if engine.bundled else 1
 
 
@@ -183,7 +183,7 @@ def _paragraphs(*texts: str) -> str:
 
 
 def _show(state: State, picture: Any, worse: bool = False) -> tuple[Any, ...]:
-    """What the page is told; ``worse``: the answers are those of a model that learned something else, which is said behind them."""
+    """Values of the outputs; ``worse``: the answers are those of a model that learned something else, which is said behind them."""
     last = len(state.kept) - 1
     data = {"picture": picture, "kept": state.kept, "total": state.visual_tokens}
     seen = _overlay(data, last) if state.kept else gr.skip()
