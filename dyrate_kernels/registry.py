@@ -53,7 +53,8 @@ class Registry(Generic[T]):
             TypeError: it is no such class.
             ValueError: its name cannot be one, or is the package's.
         """
-        if not (isinstance(cls, type) and issubclass(cls, self.base)):
+        given: Any = cls  # which mypy would narrow
+        if not (isinstance(given, type) and issubclass(given, self.base)):
             raise TypeError(f"a {self.kind} must be a class below {self.base.__name__}, got {cls!r}; give the class, not one made of it")
         settings = cls.__dict__.get("__dataclass_params__")
         if settings is None or not settings.frozen:
@@ -63,7 +64,7 @@ class Registry(Generic[T]):
             raise ValueError(f"{cls.__name__}.name must be letters, digits and underscores, got {name!r}: name: ClassVar[str] = ..")
         if name in self.own:
             raise ValueError(f"{cls.__name__}.name must not be that of a {self.kind} of the package, got {name!r}")
-        self.by_name[name] = cls
+        self.by_name[name] = given
         return cls
 
     def names(self) -> list[str]:
