@@ -25,6 +25,7 @@ from dyrate_kernels.policies.base import Policy
 
 SIDES = ("plain", "pruned")
 _SHOW_EVERY = 2  # tokens between two looks at what is kept: each reads the device
+_DRAWN = 5.0  # seconds that a generation waits for the page to draw
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ class Engine:
                         state.read, state.bytes_read, state.bytes_per_token = change.read, change.bytes_read, change.bytes_per_token
                     state.company = company()
                     yield replace(state)
+                    turns.shown()
             finally:
                 turns.stop()
                 for thread in threads:
@@ -247,11 +249,25 @@ class _Turns(StoppingCriteria):
         self.news: queue.Queue[tuple[str, Any]] = queue.Queue()
         self.change = threading.Condition()
         self.turn, self.running, self.stopped = SIDES[0], set(SIDES), False
+        self.unseen = 0  # news that the page has not drawn yet
 
     def stop(self) -> None:
         """Both generations end after the token that is under way."""
         with self.change:
             self.stopped = True
+            self.change.notify_all()
+
+    def tell(self, side: str, change: _Change) -> None:
+        """Hands a change to the page and waits until it is drawn, so that no side's time holds the drawing of the other one's."""
+        with self.change:
+            self.unseen += 1
+            self.news.put((side, change))
+            self.change.wait_for(lambda: self.unseen == 0 or self.stopped, timeout=_DRAWN)
+
+    def shown(self) -> None:
+        """The page has drawn a change."""
+        with self.change:
+            self.unseen -= 1
             self.change.notify_all()
 
     def _wait(self, side: str) -> None:
@@ -319,7 +335,7 @@ class _Step(StoppingCriteria):
         text = self.turns.processor.decode(input_ids[0, self.prompt :], skip_special_tokens=True).strip()
         self.now = Side(text, tokens, seconds, seconds if tokens == 1 else self.now.first)
         shown = self.side == "pruned" and (tokens - 1) % _SHOW_EVERY == 0 and tokens > 1
-        self.turns.news.put((self.side, _Change(self.now, **(self.turns.pruning() if shown else {}))))
+        self.turns.tell(self.side, _Change(self.now, **(self.turns.pruning() if shown else {})))
         self.turns._hand_over(self.side)
         self.turns._wait(self.side)
         self.since = self._clock()
@@ -327,4 +343,4 @@ class _Step(StoppingCriteria):
 
     def finish(self) -> None:
         done = replace(self.now, done=True)
-        self.turns.news.put((self.side, _Change(done, **(self.turns.pruning() if self.side == "pruned" else {}))))
+        self.turns.tell(self.side, _Change(done, **(self.turns.pruning() if self.side == "pruned" else {})))

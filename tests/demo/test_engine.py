@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 
@@ -138,6 +139,25 @@ def test_time_is_only_that_of_ones_own_turns(engine, picture, monkeypatch):
     monkeypatch.setattr(module, "twin", slow_second)
     last = list(engine.compare(picture, wish))[-1]
     assert last.pruned.seconds > 0.8 > 0.5 > last.plain.seconds
+
+
+def test_no_time_holds_what_the_page_draws(engine, picture):
+    """A page that computes hard for each state, on the processor that the answers need: neither side's turn overlaps with it."""
+    busy, overlaps = threading.Event(), []
+    forward = type(engine.model).forward
+
+    @functools.wraps(forward)  # generate() reads its arguments
+    def watched(self, *args, **kwargs):
+        overlaps.append(busy.is_set())
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(engine.model), "forward", watched)
+        for _ in engine.compare(picture, Wish(QUESTION, "fixed", max_new_tokens=8)):
+            busy.set()
+            time.sleep(0.05)
+            busy.clear()
+    assert len(overlaps) >= 16 and not any(overlaps)
 
 
 def test_a_visitor_who_leaves(engine, picture):
