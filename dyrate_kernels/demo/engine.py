@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import queue
+import statistics
 import threading
 import time
 import warnings
@@ -57,7 +58,7 @@ class Side:
 
     Attributes:
         text: decoded.
-        tokens: how many; seconds: of its own turns; first: of these until the first token.
+        tokens: how many; seconds: of its own turns; first: of these until the first token; each: of each token after it.
         done: it ended.
     """
 
@@ -65,12 +66,13 @@ class Side:
     tokens: int = 0
     seconds: float = 0.0
     first: float = 0.0
+    each: tuple[float, ...] = ()
     done: bool = False
 
     @property
     def per_token(self) -> float | None:
-        """Seconds a token after the first."""
-        return (self.seconds - self.first) / (self.tokens - 1) if self.tokens > 1 else None
+        """Seconds of a token after the first, the median: what else the machine does in between does not count."""
+        return statistics.median(self.each) if self.each else None
 
 
 @dataclass
@@ -331,9 +333,10 @@ class _Step(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         now = self._clock()
         tokens = input_ids.shape[1] - self.prompt
-        seconds = self.now.seconds + now - self.since
+        took, first = now - self.since, tokens == 1
         text = self.turns.processor.decode(input_ids[0, self.prompt :], skip_special_tokens=True).strip()
-        self.now = Side(text, tokens, seconds, seconds if tokens == 1 else self.now.first)
+        each = () if first else (*self.now.each, took)
+        self.now = Side(text, tokens, self.now.seconds + took, took if first else self.now.first, each)
         shown = self.side == "pruned" and (tokens - 1) % _SHOW_EVERY == 0 and tokens > 1
         self.turns.tell(self.side, _Change(self.now, **(self.turns.pruning() if shown else {})))
         self.turns._hand_over(self.side)

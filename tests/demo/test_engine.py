@@ -11,7 +11,7 @@ import torch
 
 import dyrate_kernels as dk
 from dyrate_kernels import chat, shapes, specs
-from dyrate_kernels.demo.engine import Engine, Wish, twin
+from dyrate_kernels.demo.engine import Engine, Side, Wish, twin
 
 QUESTION = "Describe the picture."
 
@@ -113,7 +113,7 @@ def test_the_verdict_names_a_loss(engine):
     from dyrate_kernels.demo.app import _now, _verdict
     from dyrate_kernels.demo.engine import Side, State
 
-    fast, slow = Side("a", 3, 0.4, 0.2, True), Side("b", 3, 1.2, 0.4, True)
+    fast, slow = Side("a", 3, 0.4, 0.2, (0.1, 0.1), True), Side("b", 3, 1.2, 0.4, (0.4, 0.4), True)
     found = _verdict(State(plain=slow, pruned=fast, bytes_read=0.466))
     assert found == "Pruned was <b>4.00x as fast</b> a token (2.00x to the first one) and read 47 % of the bytes. The answers differ."
     found = _verdict(State(plain=fast, pruned=slow, company=2))
@@ -122,23 +122,33 @@ def test_the_verdict_names_a_loss(engine):
 
 
 def test_time_is_only_that_of_ones_own_turns(engine, picture, monkeypatch):
-    """One side sleeps in every step: the other one's time does not grow."""
+    """By a clock that stands still but for a second in every step of one side: the other one's time does not grow."""
     from dyrate_kernels.demo import engine as module
 
     wish = Wish(QUESTION, "none", max_new_tokens=8)
     original = module.twin
-    made = []
+    made, now = [], [0.0]
+
+    def pass_a_second(*_):
+        now[0] += 1.0
 
     def slow_second(model):
         copy = original(model)
         made.append(copy)
         if len(made) == 2:
-            copy.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+            copy.register_forward_pre_hook(pass_a_second)
         return copy
 
     monkeypatch.setattr(module, "twin", slow_second)
+    monkeypatch.setattr(module._Step, "_clock", lambda self: now[0])
     last = list(engine.compare(picture, wish))[-1]
-    assert last.pruned.seconds > 0.8 > 0.5 > last.plain.seconds
+    assert last.plain.seconds == 0.0 and last.plain.per_token == 0.0
+    assert last.pruned.seconds == last.pruned.tokens and last.pruned.first == last.pruned.per_token == 1.0
+
+
+def test_time_per_token_is_a_median():
+    assert Side("..", 4, 9.5, 2.0, (1.0, 5.5, 1.0)).per_token == 1.0
+    assert Side("..", 1, 2.0, 2.0).per_token is None
 
 
 def test_no_time_holds_what_the_page_draws(engine, picture):
