@@ -255,7 +255,7 @@ class DyRatePredictor(nn.Module):
         """Loads what ``save_pretrained`` wrote.
 
         Args:
-            source: a folder, or the id of a repository on the Hugging Face hub.
+            source: a folder, the ``dyrate_predictor.json`` in one, or the id of a repository on the Hugging Face hub.
             hub_options: given to ``huggingface_hub.hf_hub_download`` (``revision``, ``cache_dir``, ``token``, ..).
 
         Raises:
@@ -341,6 +341,8 @@ def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 def _locate(source: str | os.PathLike[str], hub_options: dict[str, Any]) -> tuple[Path, Path]:
     """Paths of the config and the weights, downloaded if ``source`` is a hub id."""
     path = Path(source)
+    if path.name == CONFIG_FILE and path.is_file():
+        path = path.parent
     if path.is_dir():
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (path / name).is_file():
@@ -350,7 +352,7 @@ def _locate(source: str | os.PathLike[str], hub_options: dict[str, Any]) -> tupl
         return path / CONFIG_FILE, path / WEIGHTS_FILE
     name = os.fspath(source)
     if path.exists():
-        raise NotADirectoryError(f"predictor must be a folder or a hub id, got the file {name!r}; pass the folder that holds {CONFIG_FILE}")
+        raise NotADirectoryError(f"predictor must be a folder, its {CONFIG_FILE} or a hub id, got the file {name!r}")
     if isinstance(source, os.PathLike) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"predictor folder {name!r} does not exist")
     from huggingface_hub import hf_hub_download

@@ -25,6 +25,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--visual", type=int, metavar="N", help="visual tokens; default: what the named model makes of one picture")
     parser.add_argument("--text", type=int, default=128, metavar="N", help="text tokens; default: 128")
     parser.add_argument("--measure", action="store_true", help="measure the copy bandwidth and the rate of a matrix product here")
+    parser.add_argument("--predictor", metavar="DIR_OR_ID", help="also show what a predictor of policy dyrate does, and how it was made")
     predicted.add_options(parser)
     parser.set_defaults(run=run)
 
@@ -66,7 +67,20 @@ def collect(given: argparse.Namespace) -> dict[str, Any]:
         "families": families.names(),
         "bound": bound(given),
         "requests": predicted.collect(given),
+        **({} if given.predictor is None else {"predictor": _predictor(given.predictor)}),
     }
+
+
+def _predictor(source: str) -> dict[str, Any]:
+    """A predictor's settings, by name, as its file holds them."""
+    from dyrate_kernels.predictor import DyRatePredictor
+
+    made = DyRatePredictor.from_pretrained(source)
+    reads = "mass and the text's hidden state" if made.text_size else "mass" if bool(made.weight.any()) else "nothing: one rate"
+    return {
+        "source": source, "k": made.k, "spread": made.spread, "rates": list(made.rates), "reads": reads, "model": made.model,
+        "notes": made.notes,
+    }  # fmt: skip
 
 
 def bound(given: argparse.Namespace) -> dict[str, Any]:
@@ -121,6 +135,8 @@ def run(given: argparse.Namespace) -> int:
         ),
     ):
         common.say(name, text)
+    if "predictor" in found:
+        _show_predictor(found["predictor"])
     if limit["copy_bandwidth"] is not None:
         common.say("", f"copy bandwidth {limit['copy_bandwidth'] / 1e9:.1f} GB/s, measured here")
     for row in limit["rows"]:
@@ -132,6 +148,20 @@ def run(given: argparse.Namespace) -> int:
         )
     predicted.show(found["requests"])
     return 0
+
+
+def _show_predictor(found: dict[str, Any]) -> None:
+    rates = " ".join(f"{rate:.4g}" for rate in found["rates"])
+    of = ", ".join(f"{name} {value}" for name, value in found["model"].items())
+    notes = found["notes"]
+    made = "by dyrate train" if "options" in notes else "unknown"
+    if notes.get("made by") == "calibration":
+        loss, low, high = notes["loss"]
+        made = f"by dyrate calibrate, {notes['pictures']} pictures at {100 * notes['cost']:g} % of the visual rows: "
+        made += f"{loss:.4f} [{low:.4f}, {high:.4f}] nats a token lost"
+    common.say("predictor", f"{found['source']}: k={found['k']}, spread {found['spread']:g}, rates {rates}, reads {found['reads']}")
+    common.say("  for", of or "any model")
+    common.say("  made", made)
 
 
 def _path_text(path: dict[str, Any]) -> str:

@@ -37,11 +37,14 @@ class Random(Fixed):
 
     def decide(self, view: View) -> Decision:
         decision = super().decide(view)
-        token = torch.arange(view.importance.shape[1], device=view.step.device)
-        stream = mix(mix(view.step + int(self.seed)) ^ int(self.seed))
-        # 24 bits: exactly what a float32 holds
-        decision.score = (mix(stream[:, None] + token) >> 8).to(torch.float32)
+        decision.score = self.scores(view.step, view.importance.shape[1])
         return decision
+
+    def scores(self, step: Tensor, tokens: int) -> Tensor:
+        """Scores float32 ``[B, tokens]`` of a step int64 ``[B]``."""
+        token = torch.arange(tokens, device=step.device)
+        stream = mix(mix(step + int(self.seed)) ^ int(self.seed))
+        return (mix(stream[:, None] + token) >> 8).to(torch.float32)  # 24 bits: exactly what a float32 holds
 
 
 def mix(value: Tensor) -> Tensor:

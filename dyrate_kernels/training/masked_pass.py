@@ -100,8 +100,8 @@ class MaskedPass:
     """
 
     def __init__(
-        self, predictor: nn.Module, k: int, rates: Tensor, choose: Chooser, types: Tensor, valid: Tensor, columns: Tensor,
-        spread: float = 0.0,
+        self, predictor: Callable[[Tensor, Tensor], Tensor], k: int, rates: Tensor, choose: Chooser, types: Tensor, valid: Tensor,
+        columns: Tensor, spread: float = 0.0,
     ) -> None:  # fmt: skip
         self.predictor, self.k, self.rates, self.choose = predictor, k, rates, choose
         self.types, self.valid, self.columns, self.spread = types, valid, columns, spread
@@ -206,9 +206,93 @@ class AnswerPass:
     choice: RateChoice
 
 
+@dataclass
+class ReadPrompt:
+    """Prompts that were read unpruned: what passes over their answers begin with.
+
+    Attributes:
+        cache: keys and values of the prompts.
+        first_logits: ``[B, V]`` of the last row.
+        visual, mask: bool ``[B, P]``: visual columns, and those that are not padding.
+    """
+
+    cache: DynamicCache
+    first_logits: Tensor
+    visual: Tensor
+    mask: Tensor
+
+    def again(self) -> None:
+        """Takes what stands behind the prompts out of the cache. (``DynamicCache.crop`` takes other arguments in other releases.)"""
+        rows = self.mask.shape[1]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[..., :rows, :], layer.values[..., :rows, :]
+
+
+class AnswerPasses:
+    """Runs training passes; made by :func:`training_hooks`.
+
+    Attributes:
+        carrier: the attention of the pass under way.
+    """
+
+    def __init__(self, model: Any, family: families.Family) -> None:
+        self.model, self.family = model, family
+        self.carrier: MaskedPass | None = None
+
+    def __call__(
+        self, prompt: dict[str, Tensor], answer: Tensor, answer_mask: Tensor, predictor: Callable[[Tensor, Tensor], Tensor], k: int,
+        rates: Tensor, choose: Chooser, spread: float = 0.0,
+    ) -> AnswerPass:  # fmt: skip
+        """A prompt and the pass over its answer; ``predictor`` and what follows as :class:`MaskedPass` takes them."""
+        read = self.read(prompt)
+        passing = self.over(read, answer, answer_mask, lambda *columns: MaskedPass(predictor, k, rates, choose, *columns, spread))
+        assert passing.carrier.choice is not None
+        return AnswerPass(passing.logits, read.first_logits, passing.carrier.choice)
+
+    def read(self, prompt: dict[str, Tensor]) -> ReadPrompt:
+        """Reads prompts of ``chat.encode``, without gradients."""
+        ids, mask = prompt["input_ids"], prompt["attention_mask"].bool()
+        visual = visual_columns(self.model, self.family, ids, None)
+        visual = torch.zeros_like(mask) if visual is None else visual & mask
+        cache = DynamicCache()  # without the config: a sliding layer would forget rows
+        with torch.no_grad():
+            given = {**prompt, "position_ids": _positions(mask), cache_name(): cache}
+            first = self.model(**given, use_cache=True, logits_to_keep=1)
+        return ReadPrompt(cache, first.logits[:, -1], visual, mask)
+
+    def over(self, read: ReadPrompt, answer: Tensor, answer_mask: Tensor, make: Callable[[Tensor, Tensor, Tensor], MaskedPass]) -> Passed:
+        """A pass over answers int64 ``[B, T]``. It leaves their rows in ``read.cache``; ``read.again()`` makes that ready for another one.
+
+        Args:
+            make: of the carrier, from types, valid and columns as :class:`MaskedPass` has them.
+        """
+        valid = torch.cat([read.mask, answer_mask[:, :-1].bool()], 1)
+        types = column_types(read.visual, read.mask, answer.shape[1] - 1)
+        self.carrier = made = make(types, valid, _visual_columns(read.visual))
+        try:
+            given = {"input_ids": answer[:, :-1], "position_ids": _positions(valid)[:, read.mask.shape[1] :], cache_name(): read.cache}
+            logits = self.model(**given, attention_mask=valid.long(), use_cache=True).logits
+        finally:
+            self.carrier = None
+        return Passed(logits, made)
+
+
+@dataclass
+class Passed:
+    """Logits ``[B, T, V]`` of a pass, row t of answer token t + 1, and what carried it."""
+
+    logits: Tensor
+    carrier: MaskedPass
+
+
+def _positions(valid: Tensor) -> Tensor:
+    """int64 ``[B, S]``: what is not padding is counted from 0."""
+    return (valid.long().cumsum(1) - 1).clamp(min=0)
+
+
 @contextlib.contextmanager
-def training_hooks(model: Any) -> Iterator[Callable[..., AnswerPass]]:
-    """Makes a model ready for training passes; yields the function that runs one. Everything is put back at the end.
+def training_hooks(model: Any) -> Iterator[AnswerPasses]:
+    """Makes a model ready for training passes; yields what runs them. Everything is put back at the end.
 
     Raises:
         TypeError: the model is not supported.
@@ -223,41 +307,17 @@ def training_hooks(model: Any) -> Iterator[Callable[..., AnswerPass]]:
         )
     if any(attention.is_swapped(layer.self_attn) for layer in decoder_layers(model)):
         raise RuntimeError("model is patched: call dyrate_kernels.unpatch(model) before training a predictor for it")
-    carrier: list[MaskedPass] = []
+    passes = AnswerPasses(model, family)
     names = positional_names(decoder_of(model).forward)
 
     def carry(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not carrier:
+        if passes.carrier is None:
             return None
         given = by_name(names, args, kwargs)
         # a 4D mask passes transformers' mask creation untouched
-        given["attention_mask"] = torch.zeros(1, 1, 1, 1, device=carrier[0].valid.device)
-        given[attention.CARRIER] = carrier[0]
+        given["attention_mask"] = torch.zeros(1, 1, 1, 1, device=passes.carrier.valid.device)
+        given[attention.CARRIER] = passes.carrier
         return (), given
-
-    def run(
-        prompt: dict[str, Tensor], answer: Tensor, answer_mask: Tensor, predictor: nn.Module, k: int, rates: Tensor, choose: Chooser,
-        spread: float = 0.0,
-    ) -> AnswerPass:  # fmt: skip
-        ids, prompt_mask = prompt["input_ids"], prompt["attention_mask"].bool()
-        visual = visual_columns(model, family, ids, None)
-        visual = torch.zeros_like(prompt_mask) if visual is None else visual & prompt_mask
-        valid = torch.cat([prompt_mask, answer_mask[:, :-1].bool()], 1)
-        position = (valid.long().cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache()  # without the config: a sliding layer would forget rows
-        with torch.no_grad():
-            given = {**prompt, "position_ids": position[:, : ids.shape[1]], cache_name(): cache}
-            first = model(**given, use_cache=True, logits_to_keep=1)
-        types = column_types(visual, prompt_mask, answer.shape[1] - 1)
-        passing = MaskedPass(predictor, k, rates, choose, types, valid, _visual_columns(visual), spread)
-        carrier.append(passing)
-        try:
-            given = {"input_ids": answer[:, :-1], "position_ids": position[:, ids.shape[1] :], cache_name(): cache}
-            logits = model(**given, attention_mask=valid.long(), use_cache=True).logits
-        finally:
-            carrier.clear()
-        assert passing.choice is not None
-        return AnswerPass(logits, first.logits[:, -1], passing.choice)
 
     handles = [decoder_of(model).register_forward_pre_hook(carry, with_kwargs=True)]
     for layer in decoder_layers(model):
@@ -266,7 +326,7 @@ def training_hooks(model: Any) -> Iterator[Callable[..., AnswerPass]]:
     training = model.training
     model.requires_grad_(False).eval()
     try:
-        yield run
+        yield passes
     finally:
         for handle in handles:
             handle.remove()

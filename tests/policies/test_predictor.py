@@ -402,8 +402,14 @@ def test_missing_files(folder, tmp_path_factory):
     for missing in (str(folder / "nothing" / "here"), "./nothing", folder / "nothing"):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             DyRatePredictor.from_pretrained(missing)
+    (folder / "other.json").write_text("{}")
     with pytest.raises(NotADirectoryError, match="got the file"):
-        DyRatePredictor.from_pretrained(folder / CONFIG_FILE)
+        DyRatePredictor.from_pretrained(folder / "other.json")
+
+
+def test_the_config_file_stands_for_its_folder(folder):
+    named, whole = (DyRatePredictor.from_pretrained(source) for source in (folder / CONFIG_FILE, folder))
+    assert torch.equal(named.weight, whole.weight) and (named.k, named.rates, named.spread) == (whole.k, whole.rates, whole.spread)
 
 
 def test_hub(folder, monkeypatch, tmp_path_factory):
