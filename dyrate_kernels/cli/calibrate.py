@@ -164,7 +164,7 @@ def _show(found: Any, options: Any, out: str, layers: int, seconds: float) -> No
     from rich.table import Table
 
     console = Console(width=min(common.console().width, 80), highlight=False)
-    title = f"{found.pictures} pictures, answers of {found.tokens:.0f} tokens: the unpruned model's, less log-likelihood under"
+    title = f"log-likelihood lost by the unpruned answers ({found.pictures} pictures, {found.tokens:.0f} tokens)"
     table = Table(title=title, title_justify="left")
     for heading in ("cost", "k", "spread", "rates", "nats a token [95 %]", "same token", "safe"):
         table.add_column(heading, justify="left" if heading in ("rates", "safe") else "right")
@@ -173,12 +173,12 @@ def _show(found: Any, options: Any, out: str, layers: int, seconds: float) -> No
         cells = f"{100 * level.cost:g} %", str(at.k), f"{at.spread:g}", _RATES[at.signal], _interval(level.loss), same
         table.add_row(*cells, "yes" if level.safe else "no")
     console.print(table)
-    table = Table(title="the controls at the same cost: what they lose, and how much more than the choice", title_justify="left")
-    for heading in ("cost", "control", "k", "nats a token [95 %]", "more than the choice", ""):
+    table = Table(title="controls of the same cost: what they lose more than the choice", title_justify="left")
+    for heading in ("cost", "control", "k", "nats a token [95 %]", ""):
         table.add_column(heading, justify="left" if heading in ("control", "") else "right")
     for level in found.levels:
         for name, control in level.controls.items():
-            cells = f"{100 * level.cost:g} %", name, str(control.k), _interval(control.loss), _interval(control.lead)
+            cells = f"{100 * level.cost:g} %", name, str(control.k), _interval(control.lead)
             table.add_row(*cells, _verdict(level, name))
     console.print(table)
     _conclude(found, options, out, layers, seconds)
@@ -188,7 +188,7 @@ _RATES = {"constant": "one rate", "mass": "by mass", "text": "by text"}
 
 
 def _interval(found: tuple[float, float, float]) -> str:
-    return f"{found[0]:.4f} [{found[1]:.4f}, {found[2]:.4f}]"
+    return "{:.4f} [{:.4f}, {:.4f}]".format(*(round(value, 4) + 0.0 for value in found))  # no -0.0000
 
 
 def _verdict(level: Any, name: str) -> str:

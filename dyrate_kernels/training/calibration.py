@@ -3,17 +3,17 @@
 The unpruned model answers each prompt once (``own_answers``). Then every candidate reads these answers again (``hard_pass``), each row
 under the rate that the candidate gives it: what its decode steps would read. A candidate's loss is what the answers lose of their
 log-likelihood. A candidate is k, spread and a rate by step; those that are compared cost the same, a share of the unpruned model's visual
-rows (``Stats.visual_share``, the prompt's step included). Its rate follows a signal: ``constant``; ``mass``, a ridge regression from the
-attention mass to what a row loses at a constant rate; ``text``, the same from mass and the text's hidden state (``rate_fit``).
+rows (``Stats.visual_share``, the prompt's step included). Its rate follows a signal: ``constant``; ``mass``, what regressions foresee, from
+the attention mass, that a step loses at each rate; ``text``, the same from mass and the text's hidden state (``rate_fit``).
 
-Nothing is judged on what it was fitted to. Pictures are in two halves: a predictor is fitted on one and reads the other. The choice is made
-likewise, and the loss that is reported is that of each half's choice on the other half. What is saved is chosen from, and fitted on, both.
+Nothing is judged on what it was fitted to. Pictures are in two halves: a predictor is fitted on one and reads the other. And the loss that
+is reported is, for each picture, that of what all other pictures choose. What is saved is chosen from, and fitted on, all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,14 +28,14 @@ from dyrate_kernels.predictor import DyRatePredictor
 from dyrate_kernels.training import rate_fit
 from dyrate_kernels.training.data import Example
 from dyrate_kernels.training.hard_pass import HardPass, ReadingPass
-from dyrate_kernels.training.masked_pass import AnswerPasses, training_hooks
+from dyrate_kernels.training.masked_pass import AnswerPasses, ReadPrompt, training_hooks
 from dyrate_kernels.training.own_answers import OwnAnswers, Progress, answer_all
 
 LEAST = 8
 """Pictures below which no interval means anything."""
 _LAYERS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40)
 _FEW_LAYERS = 9
-_PLACES = 3  # (k, spread) of a cost, the best ones at a constant rate, whose rates are fitted
+_PLACES = 2  # (k, spread) of a cost, the best ones at a constant rate, at which rates are fitted
 _FEWEST = 0.01  # of the visual tokens, kept by a decode step on average
 _MOST_ROWS = 3000  # that a regression reads
 _HASH = 0  # seed of the control ``random``, as of the policy
@@ -153,14 +153,14 @@ class Rows:
         weight: float64 ``[R]``: of each in the mean over pictures of the mean over their steps.
         mass: by k, ``[R, 4 Hq]`` of layer ``k-1``.
         hidden: by k, ``[R, d]``, what goes into the attention of layer ``k-1``; empty where no text is read.
-        divergence: of candidates with a constant rate, ``[R]``: KL(unpruned || pruned) of the next token.
+        divergence: by place (k, spread), ``[R, K-1]``: KL(unpruned || pruned) of the next token at each of ``rate_fit.RATES[1:]``.
     """
 
     half: Tensor
     weight: Tensor
     mass: dict[int, Tensor]
     hidden: dict[int, Tensor]
-    divergence: dict[Candidate, Tensor]
+    divergence: dict[tuple[int, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Level:
     Attributes:
         cost: asked for.
         chosen: of all pictures.
-        loss, same: of each half's choice, on the other half.
+        loss, same: on each picture, of what the others choose.
         visual: what that cost.
         worst: (name, loss) of the picture that loses most.
         controls: ``uniform`` and ``random``.
@@ -279,21 +279,20 @@ def calibrate(
     candidates, left_out = _at_constant_rates(shape, layers, answers.tokens, options)
     if not candidates:
         raise ValueError("none of the costs can be had: " + "; ".join(left_out))
+    costs = list(dict.fromkeys(each.cost for each in candidates))
     with training_hooks(model) as passes:
         sweeps = Sweeps(model, shape, passes, answers, options, progress)
-        rows, measured = sweeps.constant(layers, candidates)
-        trials = [
-            trial
-            for cost in dict.fromkeys(each.cost for each in candidates)
-            for candidate in _places(measured, cost)
-            for signal in (("mass", "text") if options.text else ("mass",))
-            for trial in [_fit(shape, rows, candidate, signal)]
-        ]
-        measured |= sweeps.measure("fitted rates", trials)
-    halves = _halves(answers)
-    levels = [_level(cost, measured, halves, answers.names, options.most_loss) for cost in dict.fromkeys(each.cost for each in candidates)]
+        measured = sweeps.constant("constant rates", candidates)
+        places = [each for cost in costs for each in _places(measured, cost)]
+        fits = {}
+        if places:
+            rows = sweeps.at_all_rates({(each.k, each.spread) for each in places})
+            signals = ("mass", "text") if options.text else ("mass",)
+            fits = {(*place, signal): _Fit(shape, rows, place, signal) for place in rows.divergence for signal in signals}
+            measured |= sweeps.measure("fitted rates", [fit.trial(each) for each in places for fit in _at(fits, each)])
+    levels = [_level(cost, measured, answers.names, options.most_loss) for cost in costs]
     safe = min((level for level in levels if level.safe), key=lambda level: level.cost, default=None)
-    made = None if safe is None else _final(shape, rows, safe, options, len(answers.names))
+    made = None if safe is None else _final(shape, fits, safe, options, len(answers.names))
     tokens = float(answers.tokens.double().mean())
     return Calibration(made, safe, levels, left_out, len(answers.names), tokens, answers.skipped)
 
@@ -306,14 +305,6 @@ def _check_enough(answers: OwnAnswers) -> None:
         raise ValueError(
             f"a calibration needs at least {LEAST} pictures with answers of two tokens or more, got {used}{more}; give 20 to 50"
         )
-
-
-def _halves(answers: OwnAnswers) -> np.ndarray:
-    """int ``[P]``."""
-    found = np.zeros(len(answers.names), dtype=int)
-    for batch in answers.batches:
-        found[batch.pictures] = batch.half
-    return found
 
 
 def _at_constant_rates(
@@ -358,31 +349,31 @@ class Sweeps:
     ) -> None:
         self.model, self.shape, self.passes, self.answers, self.options = model, shape, passes, answers, options
         self.progress = progress
-        self.unpruned: list[Tensor] = []
-        """Log-likelihood of the answers' tokens, float32 ``[B, T-1]`` a batch."""
+        self.unpruned: dict[int, Tensor] = {}
+        """Log-likelihood of the answers' tokens, float32 ``[B, T-1]``, by number of the batch."""
 
-    def constant(self, layers: Sequence[int], candidates: Sequence[Candidate]) -> tuple[Rows, dict[Candidate, Measured]]:
-        """The unpruned model's pass, and those of candidates with a constant rate."""
-        tokens = self.answers.tokens
-        order = torch.cat([tokens.new_full((int(batch.mask[:, 1:].sum()),), batch.half) for batch in self.answers.batches])
-        drawn = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.options.seed))[:_MOST_ROWS].sort().values
-        weight = torch.cat([(1.0 / tokens[batch.pictures].double())[:, None].expand(-1, batch.mask.shape[1] - 1)[batch.mask[:, 1:].bool()]
-                            for batch in self.answers.batches])  # fmt: skip
-        rows = Rows(order[drawn], weight[drawn], {}, {}, {})
-        noted = _Noted(rows, drawn)
-        trials = []
-        for candidate in candidates:
-            made = rate_fit.constant(self.shape, candidate.k, candidate.spread, 1.0 - candidate.keep)
-            trials.append(Trial(candidate, (made, made)))
-        measured = self.measure("constant rates", trials, layers, noted)
+    def constant(self, name: str, candidates: Sequence[Candidate], noted: _Noted | None = None) -> dict[Candidate, Measured]:
+        """Candidates with a constant rate."""
+        made = [rate_fit.constant(self.shape, each.k, each.spread, 1.0 - each.keep) for each in candidates]
+        return self.measure(name, [Trial(each, (one, one)) for each, one in zip(candidates, made, strict=True)], noted)
+
+    def at_all_rates(self, places: Collection[tuple[int, float]]) -> Rows:
+        """What regressions read: the unpruned model's rows, and their divergence at every rate for each k and spread."""
+        tokens, batches = self.answers.tokens, self.answers.batches
+        reals = [batch.mask[:, 1:].bool() for batch in batches]
+        half = torch.cat([tokens.new_full((int(real.sum()),), batch.half) for batch, real in zip(batches, reals, strict=True)])
+        each = [(1.0 / tokens[batch.pictures].double())[:, None].expand_as(real)[real] for batch, real in zip(batches, reals, strict=True)]
+        drawn = torch.randperm(len(half), generator=torch.Generator().manual_seed(self.options.seed))[:_MOST_ROWS].sort().values
+        rows = Rows(half[drawn], torch.cat(each)[drawn], {}, {}, {})
+        noted = _Noted(rows, drawn, sorted({k for k, _ in places}), self.options.text)
+        rates = rate_fit.RATES[1:]
+        self.constant("every rate", [Candidate(0.0, *place, "constant", 1.0 - rate) for place in sorted(places) for rate in rates], noted)
         noted.done()
-        return rows, measured
+        return rows
 
     @torch.no_grad()
-    def measure(
-        self, name: str, trials: Sequence[Trial], layers: Sequence[int] = (), noted: _Noted | None = None
-    ) -> dict[Candidate, Measured]:  # fmt: skip
-        """Every trial on every picture. With ``noted``, the unpruned pass comes first, and what predictors read goes there."""
+    def measure(self, name: str, trials: Sequence[Trial], noted: _Noted | None = None) -> dict[Candidate, Measured]:
+        """Every trial on every picture. With ``noted``, what predictors read and divergences go there."""
         count = len(self.answers.names)
         found = {trial.candidate: Measured(np.zeros(count), np.zeros(count), np.zeros(count)) for trial in trials}
         devices = [tuple(each.to(self.model.device) for each in trial.predictors) for trial in trials]
@@ -392,9 +383,7 @@ class Sweeps:
             if not bool(read.visual.any(1).all()):
                 raise ValueError("a prompt has no visual token: the processor's chat template puts no mark for the picture into it")
             answer, mask = batch.answer.to(self.model.device), batch.mask.to(self.model.device)
-            whole = None
-            if noted is not None:
-                whole = self._unpruned(read, answer, mask, layers, noted)
+            whole = self._unpruned(number, read, answer, mask, noted)
             for trial, predictors in zip(trials, devices, strict=True):
                 if self.progress is not None:
                     self.progress(name, done, total)
@@ -403,58 +392,104 @@ class Sweeps:
                 log = passed.logits.float().log_softmax(-1)
                 into = found[trial.candidate]
                 _reduce(batch.pictures, answer, mask, log, self.unpruned[number], passed.carrier, self.shape.num_layers, into)
-                if noted is not None and whole is not None and trial.candidate.signal == "constant":
+                if noted is not None and whole is not None:
                     noted.divergence(trial.candidate, (whole.exp() * (whole - log)).sum(-1)[mask[:, 1:].bool()])
                 done += 1
         if self.progress is not None:
             self.progress(name, total, total)
         return found
 
-    def _unpruned(self, read: Any, answer: Tensor, mask: Tensor, layers: Sequence[int], noted: _Noted) -> Tensor:
-        """Log-probabilities ``[B, T-1, V]``; what predictors for these k read is noted."""
+    def _unpruned(self, number: int, read: ReadPrompt, answer: Tensor, mask: Tensor, noted: _Noted | None) -> Tensor | None:
+        """Log-probabilities ``[B, T-1, V]`` where they are noted, along with what predictors read; the answer's own are kept for good."""
+        if noted is None and number in self.unpruned:
+            return None
+        layers = [] if noted is None else noted.layers
         passed = self.passes.over(read, answer, mask, lambda *columns: ReadingPass([k - 1 for k in layers], *columns))
         read.again()
         log = passed.logits.float().log_softmax(-1)
-        self.unpruned.append(log.gather(-1, answer[:, 1:, None])[..., 0])
-        real = mask[:, 1:].bool()
-        carrier = passed.carrier
-        assert isinstance(carrier, ReadingPass)
-        noted.features({k: carrier.mass[k - 1][real] for k in layers},
-                       {k: carrier.hidden[k - 1][real] for k in layers} if self.options.text else {})  # fmt: skip
+        self.unpruned[number] = log.gather(-1, answer[:, 1:, None])[..., 0]
+        if noted is None:
+            return None
+        assert isinstance(passed.carrier, ReadingPass)
+        noted.features(passed.carrier, mask[:, 1:].bool())
         return log
 
 
 class _Noted:
-    """Puts what batches give into ``Rows``, those rows that were drawn."""
+    """Puts what batches give into ``Rows``, those rows that were drawn.
 
-    def __init__(self, rows: Rows, drawn: Tensor) -> None:
-        self.rows, self.drawn = rows, drawn
+    Args:
+        rows: to fill.
+        drawn: int64 ``[R]``, ascending, of all rows.
+        layers: k of the mass and hidden states.
+        text: hidden states, too.
+    """
+
+    def __init__(self, rows: Rows, drawn: Tensor, layers: Sequence[int], text: bool) -> None:
+        self.rows, self.drawn, self.layers, self.text = rows, drawn, layers, text
         self.seen, self.mine = 0, drawn
-        self.parts: dict[Any, list[Tensor]] = {}
+        self.parts: dict[tuple[str, Any], list[Tensor]] = {}
 
-    def features(self, mass: dict[int, Tensor], hidden: dict[int, Tensor]) -> None:
-        """Of the next batch."""
-        count = len(next(iter(mass.values())))
+    def features(self, carrier: ReadingPass, real: Tensor) -> None:
+        """Of the next batch; real: bool ``[B, T-1]``."""
+        count = int(real.sum())
         self.mine = self.drawn[(self.drawn >= self.seen) & (self.drawn < self.seen + count)] - self.seen
         self.seen += count
-        for name, found in (("mass", mass), ("hidden", hidden)):
-            for k, values in found.items():
-                self._add((name, k), values.flatten(1))
+        for k in self.layers:
+            self._add(("mass", k), carrier.mass[k - 1][real].flatten(1))
+            if self.text:
+                self._add(("hidden", k), carrier.hidden[k - 1][real])
 
     def divergence(self, candidate: Candidate, values: Tensor) -> None:
         """Of a candidate, in the same batch."""
-        self._add(candidate, values)
+        self._add(("divergence", candidate), values)
 
-    def _add(self, key: Any, values: Tensor) -> None:
+    def _add(self, key: tuple[str, Any], values: Tensor) -> None:
         self.parts.setdefault(key, []).append(values[self.mine.to(values.device)].cpu())
 
     def done(self) -> None:
         """Fills the rows."""
-        for key, parts in self.parts.items():
-            if isinstance(key, Candidate):
-                self.rows.divergence[key] = torch.cat(parts)
+        by_place: dict[tuple[int, float], list[Tensor]] = {}
+        for (name, key), parts in self.parts.items():
+            if name == "divergence":  # candidates came in the order of their rates
+                by_place.setdefault((key.k, key.spread), []).append(torch.cat(parts))
             else:
-                getattr(self.rows, key[0])[key[1]] = torch.cat(parts)
+                getattr(self.rows, name)[key] = torch.cat(parts)
+        self.rows.divergence.update({place: torch.stack(values, 1) for place, values in by_place.items()})
+
+
+class _Fit:
+    """Regressions at a place (k, spread), for all costs.
+
+    Attributes:
+        halves: by half that they are for, fitted on the other one.
+        whole: fitted on all rows.
+    """
+
+    def __init__(self, shape: ModelShape, rows: Rows, place: tuple[int, float], signal: str) -> None:
+        self.shape, self.rows, self.place, self.signal = shape, rows, place, signal
+        parts = [rows.mass[place[0]].double()] + ([rows.hidden[place[0]].double()] if signal == "text" else [])
+        self.features, wanted = torch.cat(parts, 1), rate_fit.target(rows.divergence[place])
+        ridge = rate_fit.best_ridge(self.features, wanted, rows.half)
+        self.others = [rows.half != half for half in (0, 1)]
+        self.halves = [rate_fit.Foreseen.fit(self.features[other], wanted[other], ridge) for other in self.others]
+        self.whole = rate_fit.Foreseen.fit(self.features, wanted, ridge)
+
+    def trial(self, at: Candidate) -> Trial:
+        """At the cost of a candidate with a constant rate."""
+        made = [
+            foreseen.predictor(self.shape, *self.place, foreseen.price(self.features[other], self.rows.weight[other], at.keep))
+            for foreseen, other in zip(self.halves, self.others, strict=True)
+        ]
+        return Trial(Candidate(at.cost, *self.place, self.signal, at.keep), (made[0], made[1]))
+
+    def predictor(self, keep: float) -> DyRatePredictor:
+        """Fitted on all rows."""
+        return self.whole.predictor(self.shape, *self.place, self.whole.price(self.features, self.rows.weight, keep))
+
+
+def _at(fits: dict[tuple[int, float, str], _Fit], place: Candidate) -> list[_Fit]:
+    return [fit for (k, spread, _), fit in fits.items() if (k, spread) == (place.k, place.spread)]
 
 
 def _carrier(candidate: Candidate, predictor: DyRatePredictor) -> Callable[[Tensor, Tensor, Tensor], HardPass]:
@@ -479,56 +514,38 @@ def _reduce(
 
 
 def _places(measured: dict[Candidate, Measured], cost: float) -> list[Candidate]:
-    """The candidates of a cost that lose least at a constant rate."""
-    found = [each for each in measured if each.cost == cost and each.signal == "constant"]
+    """The candidates of a cost that lose least at a constant rate, where rates can be chosen around it."""
+    least = 1.0 - rate_fit.RATES[-1] + _FEWEST
+    found = [each for each in measured if each.cost == cost and each.signal == "constant" and each.keep > least]
     return sorted(found, key=lambda each: float(measured[each].loss.mean()))[:_PLACES]
 
 
-def _features(rows: Rows, k: int, signal: str) -> Tensor:
-    parts = [rows.mass[k].double()] + ([rows.hidden[k].double()] if signal == "text" else [])
-    return torch.cat(parts, 1)
-
-
-def _fit(shape: ModelShape, rows: Rows, at: Candidate, signal: str) -> Trial:
-    """The candidate with a rate by step in place of a constant one."""
-    features, wanted = _features(rows, at.k, signal), rate_fit.target(rows.divergence[at])
-    ridge = rate_fit.best_ridge(features, wanted, rows.half)
-    made = []
-    for half in (0, 1):
-        other = rows.half != half
-        made.append(rate_fit.fitted(shape, at.k, at.spread, at.keep, features[other], wanted[other], rows.weight[other], ridge))
-    return Trial(Candidate(at.cost, at.k, at.spread, signal, at.keep), (made[0], made[1]))
-
-
-def _final(shape: ModelShape, rows: Rows, level: Level, options: Options, pictures: int) -> DyRatePredictor:
-    """What was chosen, fitted on all rows."""
+def _final(
+    shape: ModelShape, fits: dict[tuple[int, float, str], _Fit], level: Level, options: Options, pictures: int
+) -> DyRatePredictor:  # fmt: skip
+    """What was chosen, fitted on all pictures."""
     at = level.chosen
     if at.signal == "constant":
         made = rate_fit.constant(shape, at.k, at.spread, 1.0 - at.keep)
     else:
-        features = _features(rows, at.k, at.signal)
-        base = Candidate(at.cost, at.k, at.spread, "constant", at.keep)
-        wanted = rate_fit.target(rows.divergence[base])
-        ridge = rate_fit.best_ridge(features, wanted, rows.half)
-        made = rate_fit.fitted(shape, at.k, at.spread, at.keep, features, wanted, rows.weight, ridge)
+        made = fits[at.k, at.spread, at.signal].predictor(at.keep)
     made.notes = {
         "made by": "calibration", "pictures": pictures, "cost": at.cost, "signal": at.signal, "keep": at.keep,
         "loss": list(level.loss), "same": list(level.same), "most_loss": options.most_loss,
     }  # fmt: skip
-    made.source = "in memory"
     return made
 
 
-def _level(cost: float, measured: dict[Candidate, Measured], halves: np.ndarray, names: Sequence[str], most_loss: float) -> Level:
+def _level(cost: float, measured: dict[Candidate, Measured], names: Sequence[str], most_loss: float) -> Level:
     mine = {each: found for each, found in measured.items() if each.cost == cost}
     able = [each for each in mine if each.signal != "random"]
-    chosen, across = _choose(able, mine, halves)
+    chosen, across = _choose(able, mine)
     controls = {}
     for name, which in (
         ("uniform", [each for each in mine if each.is_uniform]),
         ("random", [each for each in mine if each.signal == "random"]),
     ):
-        best, found = _choose(which, mine, halves)
+        best, found = _choose(which, mine)
         controls[name] = Control(best.k, _interval(found.loss), _interval(found.loss - across.loss))
     loss, worst = _interval(across.loss), int(across.loss.argmax())
     tried = sorted(((each, float(mine[each].loss.mean())) for each in mine), key=lambda pair: pair[1])
@@ -538,15 +555,14 @@ def _level(cost: float, measured: dict[Candidate, Measured], halves: np.ndarray,
     )  # fmt: skip
 
 
-def _choose(able: Sequence[Candidate], measured: dict[Candidate, Measured], halves: np.ndarray) -> tuple[Candidate, Measured]:
-    """(what loses least over all pictures, each half's choice on the other half)."""
-    across = Measured(*(np.zeros(len(halves)) for _ in range(3)))
-    for half in (0, 1):
-        others, mine = halves != half, halves == half
-        best = min(able, key=lambda each: float(measured[each].loss[others].mean()))
-        for name in ("loss", "same", "visual"):
-            getattr(across, name)[mine] = getattr(measured[best], name)[mine]
-    return min(able, key=lambda each: float(measured[each].loss.mean())), across
+def _choose(able: Sequence[Candidate], measured: dict[Candidate, Measured]) -> tuple[Candidate, Measured]:
+    """(what loses least over all pictures, on each picture what the others choose)."""
+    loss = np.stack([measured[each].loss for each in able])
+    total = loss.sum(1, keepdims=True)
+    picks = (total - loss).argmin(0)
+    names, pictures = ("loss", "same", "visual"), np.arange(len(picks))
+    across = (np.stack([getattr(measured[each], name) for each in able])[picks, pictures] for name in names)
+    return able[int(total.argmin())], Measured(*across)
 
 
 def _interval(values: np.ndarray) -> Interval:
