@@ -178,8 +178,8 @@ def _show(found: Any, options: Any, out: str, layers: int, seconds: float) -> No
         table.add_column(heading, justify="left" if heading in ("control", "") else "right")
     for level in found.levels:
         for name, control in level.controls.items():
-            cells = f"{100 * level.cost:g} %", name, str(control.k), _interval(control.lead)
-            table.add_row(*cells, _verdict(level, name))
+            lead = _interval(control.lead)
+            table.add_row(f"{100 * level.cost:g} %", name, str(control.k), lead, _verdict(level, name))
     console.print(table)
     _conclude(found, options, out, layers, seconds)
 

@@ -312,7 +312,8 @@ def _at_constant_rates(
 ) -> tuple[list[Candidate], list[str]]:  # fmt: skip
     """All candidates with a constant rate, and ``random``; and why a cost has none."""
     prompts = float((1.0 / tokens.double()).mean())  # the prompt's own step reads every token
-    found, left_out = [], []
+    found: list[Candidate] = []
+    left_out = []
     spreads = dict.fromkeys([*options.spreads, 1.0])  # 1: the control uniform
     for cost in dict.fromkeys(options.costs):
         there = len(found)
@@ -495,7 +496,7 @@ def _at(fits: dict[tuple[int, float, str], _Fit], place: Candidate) -> list[_Fit
 def _carrier(candidate: Candidate, predictor: DyRatePredictor) -> Callable[[Tensor, Tensor, Tensor], HardPass]:
     rates = torch.tensor(predictor.rates, dtype=torch.float64, device=predictor.bias.device)
     random = _HASH if candidate.signal == "random" else None
-    return lambda *columns: HardPass(predictor, candidate.k, rates, *columns, candidate.spread, random)
+    return lambda types, valid, columns: HardPass(predictor, candidate.k, rates, types, valid, columns, candidate.spread, random)
 
 
 def _reduce(

@@ -224,7 +224,8 @@ class ReadPrompt:
     def again(self) -> None:
         """Takes what stands behind the prompts out of the cache. (``DynamicCache.crop`` takes other arguments in other releases.)"""
         rows = self.mask.shape[1]
-        for layer in self.cache.layers:
+        layers: Any = self.cache.layers
+        for layer in layers:
             layer.keys, layer.values = layer.keys[..., :rows, :], layer.values[..., :rows, :]
 
 
@@ -245,7 +246,11 @@ class AnswerPasses:
     ) -> AnswerPass:  # fmt: skip
         """A prompt and the pass over its answer; ``predictor`` and what follows as :class:`MaskedPass` takes them."""
         read = self.read(prompt)
-        passing = self.over(read, answer, answer_mask, lambda *columns: MaskedPass(predictor, k, rates, choose, *columns, spread))
+
+        def make(types: Tensor, valid: Tensor, columns: Tensor) -> MaskedPass:
+            return MaskedPass(predictor, k, rates, choose, types, valid, columns, spread)
+
+        passing = self.over(read, answer, answer_mask, make)
         assert passing.carrier.choice is not None
         return AnswerPass(passing.logits, read.first_logits, passing.carrier.choice)
 

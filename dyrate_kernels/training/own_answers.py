@@ -40,14 +40,14 @@ class PromptedPictures(Sequence[Example]):
         if not prompts:
             raise ValueError("prompts are missing: give at least one question to ask about the pictures")
         by_name = {source.name: source for source in found.sources}
-        if isinstance(prompts[0], tuple):
-            pairs = [(name, text) for name, text in prompts]  # type: ignore[misc]
+        pairs = [each for each in prompts if isinstance(each, tuple)]
+        if pairs:
             gone = [name for name, _ in pairs if name not in by_name]
             if gone:
                 raise ValueError(f"prompts name {len(gone)} pictures that are not in {images}: {', '.join(gone[:3])}; mend the names")
             self.asked = [(by_name[name], text) for name, text in pairs]
         else:
-            self.asked = list(zip(found.sources, itertools.cycle(map(str, prompts)), strict=False))
+            self.asked = list(zip(found.sources, itertools.cycle([str(each) for each in prompts]), strict=False))
 
     @property
     def origin(self) -> str:
