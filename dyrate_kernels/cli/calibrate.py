@@ -164,9 +164,9 @@ def _show(found: Any, options: Any, out: str, layers: int, seconds: float) -> No
     from rich.table import Table
 
     console = Console(width=min(common.console().width, 80), highlight=False)
-    title = f"log-likelihood lost by the unpruned answers ({found.pictures} pictures, {found.tokens:.0f} tokens)"
+    title = f"log-likelihood lost by {found.pictures} unpruned answers of {found.tokens:.0f} tokens, and same next tokens"
     table = Table(title=title, title_justify="left")
-    for heading in ("cost", "k", "spread", "rates", "nats a token [95 %]", "same token", "safe"):
+    for heading in ("cost", "k", "spread", "rates", "nats a token [95 %]", "same", "safe"):
         table.add_column(heading, justify="left" if heading in ("rates", "safe") else "right")
     for level in found.levels:
         at, same = level.chosen, f"{100 * level.same[0]:.1f} %"

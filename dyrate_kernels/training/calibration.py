@@ -94,7 +94,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is tried at a cost.
+    """A setting that is tried at a cost.
 
     Attributes:
         cost: the budget.
@@ -185,7 +185,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Level:
-    """What came out at one cost.
+    """Outcome at one cost.
 
     Attributes:
         cost: asked for.
@@ -359,7 +359,7 @@ class Sweeps:
         return self.measure(name, [Trial(each, (one, one)) for each, one in zip(candidates, made, strict=True)], noted)
 
     def at_all_rates(self, places: Collection[tuple[int, float]]) -> Rows:
-        """What regressions read: the unpruned model's rows, and their divergence at every rate for each k and spread."""
+        """Rows that regressions read: the unpruned model's rows, and their divergence at every rate for each k and spread."""
         tokens, batches = self.answers.tokens, self.answers.batches
         reals = [batch.mask[:, 1:].bool() for batch in batches]
         half = torch.cat([tokens.new_full((int(real.sum()),), batch.half) for batch, real in zip(batches, reals, strict=True)])
@@ -524,7 +524,7 @@ def _places(measured: dict[Candidate, Measured], cost: float) -> list[Candidate]
 def _final(
     shape: ModelShape, fits: dict[tuple[int, float, str], _Fit], level: Level, options: Options, pictures: int
 ) -> DyRatePredictor:  # fmt: skip
-    """What was chosen, fitted on all pictures."""
+    """The predictor that was chosen, fitted on all pictures."""
     at = level.chosen
     if at.signal == "constant":
         made = rate_fit.constant(shape, at.k, at.spread, 1.0 - at.keep)

@@ -20,7 +20,7 @@ from dyrate_kernels.policies.none import KeepAll
 from dyrate_kernels.training.data import Example, Unreadable, read_image
 
 Progress = Callable[[str, int, int], None]
-"""What is done, how much of it, of how much."""
+"""Told of the work: its name, how much is done, of how much."""
 
 
 class PromptedPictures(Sequence[Example]):
@@ -119,7 +119,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class OwnAnswers:
-    """What the unpruned model answered.
+    """Answers of the unpruned model.
 
     Attributes:
         batches: pictures in two halves, answers of like length together.

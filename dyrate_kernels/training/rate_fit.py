@@ -22,7 +22,7 @@ _FLOOR = 1e-3  # nats, of a divergence whose logarithm is taken: what is below m
 
 
 def target(divergence: Tensor) -> Tensor:
-    """What is foreseen of KL divergences of the next token: their logarithm [choice: what is lost, it is lost on few steps], float64."""
+    """The logarithm of KL divergences of the next token, which is what is foreseen [choice: few steps lose nearly all], float64."""
     return (divergence.double().clamp(min=0.0) + _FLOOR).log()
 
 
