@@ -232,7 +232,7 @@ def test_command_writes_a_predictor_that_generate_takes(capsys, demo, pictures, 
     given = ("--out", out, "--images", pictures, "--prompt", "Describe the picture.", "--k", 1, "--max-new-tokens", 16, "--batch-size", 9)
     status, text, _ = run(capsys, *given, "--cost", "60", "--most-loss", "9")
     assert status == 0 and max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80, text
-    assert "9 pictures" in text and "skipped:    1: broken.png" in text and "chosen:     60 % of the visual rows" in text
+    assert "by 9 unpruned answers" in text and "skipped:    1: broken.png" in text and "chosen:     60 % of the visual rows" in text
     assert "uniform" in text and "random" in text and f"--predictor {out}" in text and "fewer than 33 % of pictures" in text
     record = json.loads((tmp_path / out / "calibration.json").read_text())
     made = dk.DyRatePredictor.from_pretrained(out)
