@@ -92,6 +92,8 @@ def check(planner: Planner, batch: list[tuple[str, int, int]]) -> Step | None:
         lines = sorted({line for _, line, _ in want.others})
         assert step.others.lines == lines
         assert step.others.queries == [sum(line == each for _, line, _ in want.others) for each in lines]
+        counts = [count for _, _, count in batch]
+        assert step.others.behind == [counts[each] - rows for each, rows in zip(lines, step.others.queries, strict=True)]
         assert step.others.lengths == [max(length for _, line, length in want.others if line == each) for each in lines]
     check_lists(planner, step, [request for request, _, _ in batch])
     return step

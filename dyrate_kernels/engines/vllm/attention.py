@@ -124,11 +124,11 @@ def _only(common: CommonAttentionMetadata, others: Others) -> CommonAttentionMet
     device = common.seq_lens.device
     starts = torch.tensor([0, *others.queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     lines = torch.tensor(others.lines)
-    lengths = torch.tensor(others.lengths, dtype=torch.int32)
     on_device = lines.to(device, non_blocking=True)
+    behind = torch.tensor(others.behind, dtype=common.seq_lens.dtype).to(device, non_blocking=True)
     changes: dict[str, Any] = {
         "query_start_loc": starts.to(device, non_blocking=True), "query_start_loc_cpu": starts,
-        "seq_lens": lengths.to(device, dtype=common.seq_lens.dtype, non_blocking=True), "seq_lens_cpu_upper_bound": lengths,
+        "seq_lens": common.seq_lens[on_device] - behind, "seq_lens_cpu_upper_bound": torch.tensor(others.lengths, dtype=torch.int32),
         "num_reqs": len(lines), "num_actual_tokens": int(starts[-1]),
         "max_query_len": max(others.queries), "max_seq_len": max(others.lengths),
         "block_table_tensor": common.block_table_tensor[on_device], "slot_mapping": common.slot_mapping[others.row],

@@ -47,12 +47,15 @@ class Others(NamedTuple):
 
     Attributes:
         row: int64 ``[T]``, their places among the step's tokens.
-        lines: the requests they belong to, by line of the block table; queries, lengths: rows and cache rows of each.
+        lines: the requests they belong to, by line of the block table; queries: rows of each.
+        behind: rows of the step's that follow those of each, which are answer rows.
+        lengths: cache rows of each as the host knows them: no request has more, one whose drafts were not yet counted may have fewer.
     """
 
     row: Tensor
     lines: list[int]
     queries: list[int]
+    behind: list[int]
     lengths: list[int]
 
 
@@ -96,7 +99,8 @@ class Planner:
         """The step of these requests, in the batch's order; None where nothing is pruned or decided in it, or one is unknown.
 
         Args:
-            computed: rows of each that were computed before it; of an answer at least the prompt's length.
+            computed: rows of each that were computed before it, as the host knows them: exact within a prompt, of an answer at least the
+                prompt's length (vLLM counts drafts that may yet be refused).
             starts: first row of each among the step's tokens, and their end.
             lengths: int32 ``[requests or more]`` on the device: cache rows of each, this step's included.
             longest: no request has more.
@@ -107,7 +111,7 @@ class Planner:
         slots = table.slots_of(requests)
         answers: list[tuple[int, int, int]] = []  # line, row, rows behind it
         ends: list[tuple[int, int, int]] = []
-        rest, lines, queries, upto = [], [], [], []
+        rest, lines, queries, after, upto = [], [], [], [], []
         for line, request in enumerate(requests):
             prompt, first, count = table.prompts[request], starts[line], starts[line + 1] - starts[line]
             others = count
@@ -120,11 +124,12 @@ class Planner:
                 rest.append(torch.arange(first, first + others))
                 lines.append(line)
                 queries.append(others)
+                after.append(count - others)
                 upto.append(computed[line] + others)
         if not answers and not ends:
             return None
         visual, text, types = self._lists(requests, slots)
-        remaining = Others(torch.cat(rest).to(self.device, non_blocking=True), lines, queries, upto) if rest else None
+        remaining = Others(torch.cat(rest).to(self.device, non_blocking=True), lines, queries, after, upto) if rest else None
         return Step(
             len(requests), self._rows(answers, slots, lengths), self._rows(ends, slots, lengths), remaining, visual, text, types, longest,
         )  # fmt: skip
