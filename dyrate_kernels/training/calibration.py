@@ -36,6 +36,7 @@ LEAST = 8
 _LAYERS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40)
 _FEW_LAYERS = 9
 _PLACES = 2  # (k, spread) of a cost, the best ones at a constant rate, at which rates are fitted
+_SLACK = 0.25  # of what counts as safe: candidates that near to the best are as good
 _FEWEST = 0.01  # of the visual tokens, kept by a decode step on average
 _MOST_ROWS = 3000  # that a regression reads
 _HASH = 0  # seed of the control ``random``, as of the policy
@@ -540,7 +541,7 @@ def _final(
 def _level(cost: float, measured: dict[Candidate, Measured], names: Sequence[str], most_loss: float) -> Level:
     mine = {each: found for each, found in measured.items() if each.cost == cost}
     able = [each for each in mine if each.signal != "random"]
-    chosen, across = _choose(able, mine)
+    chosen, across = _choose(able, mine, most_loss * _SLACK)
     controls = {}
     for name, which in (
         ("uniform", [each for each in mine if each.is_uniform]),
@@ -556,14 +557,22 @@ def _level(cost: float, measured: dict[Candidate, Measured], names: Sequence[str
     )  # fmt: skip
 
 
-def _choose(able: Sequence[Candidate], measured: dict[Candidate, Measured]) -> tuple[Candidate, Measured]:
-    """(what loses least over all pictures, on each picture what the others choose)."""
+def _choose(able: Sequence[Candidate], measured: dict[Candidate, Measured], slack: float = 0.0) -> tuple[Candidate, Measured]:
+    """(what loses least over all pictures, on each picture what the others choose). Of what is within ``slack`` nats of the least, one rate
+    comes before rates by mass, and those before rates by text: a difference so small is rather chance than worth a signal.
+    """
     loss = np.stack([measured[each].loss for each in able])
     total = loss.sum(1, keepdims=True)
-    picks = (total - loss).argmin(0)
+    simple = np.array([("constant", "random", "mass", "text").index(each.signal) for each in able])
+
+    def pick(sums: np.ndarray, pictures: int) -> int:
+        near = np.flatnonzero(sums <= sums.min() + slack * pictures)
+        return int(min(near, key=lambda index: (simple[index], sums[index])))
+
+    picks = np.array([pick(each, loss.shape[1] - 1) for each in (total - loss).T])
     names, pictures = ("loss", "same", "visual"), np.arange(len(picks))
     across = (np.stack([getattr(measured[each], name) for each in able])[picks, pictures] for name in names)
-    return able[int(total.argmin())], Measured(*across)
+    return able[pick(total[:, 0], loss.shape[1])], Measured(*across)
 
 
 def _interval(values: np.ndarray) -> Interval:

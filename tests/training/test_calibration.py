@@ -121,6 +121,15 @@ def test_a_picture_takes_no_part_in_the_choice_that_it_judges():
     assert np.mean(best) < -0.5 and abs(np.mean(reported)) < 0.1
 
 
+def test_a_signal_must_be_worth_it():
+    zero = np.zeros(8)
+    made = {signal: Candidate(0.5, 1, 1.0, signal, 0.5) for signal in ("text", "mass", "constant")}
+    measured = {made[signal]: calibration.Measured(zero + loss, zero, zero) for signal, loss in zip(made, (0.0, 0.004, 0.03), strict=True)}
+    for slack, signal in ((0.0, "text"), (0.005, "mass"), (0.05, "constant")):
+        chosen, across = calibration._choose(list(measured), measured, slack)
+        assert chosen.signal == signal and np.array_equal(across.loss, measured[made[signal]].loss)
+
+
 def test_it_is_seeded(demo):
     source = ShapesSource(8, seed=3, describe=1.0)
     small = Options(costs=(0.5,), layers=(1,), spreads=(1.0,), batch_size=8, max_new_tokens=16, most_loss=9.0)
