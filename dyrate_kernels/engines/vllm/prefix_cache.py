@@ -13,6 +13,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from dyrate_kernels.engines.vllm.engine import options_of
 
+_PROMPT = "_dyrate_prompt"  # attribute of a vllm.v1.request.Request
+
 
 def hook() -> None:
     """Lets schedulers of engines that prune keep answers out of the prefix cache, unless ``cache_answers`` is asked for. Once a process."""
@@ -32,6 +34,8 @@ def _prompts_alone(coordinator: Any) -> None:
     inner = coordinator.cache_blocks
 
     def cache_blocks(request: Any, num_computed_tokens: int) -> None:
-        inner(request, min(num_computed_tokens, request.num_prompt_tokens - 1))
+        # the prompt that it came with: vLLM's streaming input counts an answer as prompt once the next part comes
+        prompt = vars(request).setdefault(_PROMPT, request.num_prompt_tokens)
+        inner(request, min(num_computed_tokens, prompt - 1))
 
     coordinator.cache_blocks = cache_blocks
