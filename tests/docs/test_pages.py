@@ -164,7 +164,7 @@ def test_figures_of_the_pages_are_those_of_the_committed_tables():
             checked[named_tables[0]] += 1
     assert checked["k1"] > 30 and checked["reducers"] > 20
     rows = long_answers((ROOT / "docs/results/reducers/shapes.md").read_text(encoding="utf-8"))
-    overview = re.findall(r"^\| `([\w@+]+)` \| ([^|]+) \| ([^|]+) \|$", (ROOT / "docs/vision/README.md").read_text(), re.MULTILINE)
+    overview = re.findall(r"^\| `([\w@+]+)` \| (\d[^|]+) \| (\d[^|]+) \|$", (ROOT / "docs/vision/README.md").read_text(), re.MULTILINE)
     assert len(overview) > 10
     for label, mild, strong in overview:
         assert (rows[f"{label}@57.9"][2], rows[f"{label}@33.3"][2]) == (mild, strong), label
