@@ -245,6 +245,8 @@ def words_of(tables: list[Tensor], labels: Tensor) -> Tensor:
 class Trainer(Run):
     """A run from the model in ``out/start``: the projector learns, a LoRA of the language model, and the tower where it has steps."""
 
+    settings: Settings
+
     def __init__(self, settings: Settings, out: Path, device: str) -> None:
         from transformers import AutoProcessor, LlavaForConditionalGeneration
 

@@ -83,4 +83,4 @@ def test_info_says_why_policies_cannot_run(fake_vllm, monkeypatch, capsys):  # n
     monkeypatch.setattr(presence, "has_vllm", lambda: True)
     monkeypatch.setattr(presence, "import_vllm", lambda: (_ for _ in ()).throw(ImportError("libcudart.so is not there")))
     assert main(["info"]) == 0
-    assert "vllm:      libcudart.so is not there\n" in capsys.readouterr().out
+    assert "vllm:       libcudart.so is not there\n" in capsys.readouterr().out
