@@ -215,7 +215,8 @@ def test_few_layers_and_what_a_cpu_ignores(capsys):
     assert "--largest-batch is ignored on a CPU" in printed.err
 
 
-def test_table_says_plainly_what_is_lost(capsys):
+def test_table_says_plainly_what_is_lost(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # xdist gives its workers those of its own terminal
     assert main(["bench", "e2e", *FAST[:-1], "--config", "toy"]) == 0
     printed = capsys.readouterr().out
     assert "copy bandwidth" in printed and "of unpatched" in printed and "its own floor" in printed
