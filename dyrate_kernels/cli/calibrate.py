@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from dyrate_kernels.cli import common
@@ -76,7 +77,7 @@ def _predictor(given: argparse.Namespace) -> int:
         raise ValueError(f"--out {given.out}: a name that is not UTF-8, which safetensors cannot write; give another")
     check_folder("--out", given.out, (WEIGHTS_FILE, CONFIG_FILE, REPORT))
     source = _source(given)
-    with locked(_path(given.out)):
+    with locked(Path(given.out)):
         model, processor = common.load_model(given)
         layers = model.config.get_text_config().num_hidden_layers
         if not given.json:
@@ -85,24 +86,18 @@ def _predictor(given: argparse.Namespace) -> int:
             common.say("with", f"{len(source)} pictures, costs {costs} % of the visual rows, k {tried} of {layers} layers, spread 0 0.5 1, "
                        "retention recoverable")  # fmt: skip
         begun = time.monotonic()
-        with _bar(given.json) as progress:
+        with _Bar(given.json) as progress:
             found = calibrate(model, processor, source, chosen, progress=progress)
         table = {"out": given.out if found.predictor is not None else None, **found.to_dict(), "most_loss": chosen.most_loss,
                  "seconds": round(time.monotonic() - begun, 1), "machine": machine(model)}  # fmt: skip
         if found.predictor is not None:
             found.predictor.save_pretrained(given.out)
-        write_json(_path(given.out) / REPORT, table)
+        write_json(Path(given.out) / REPORT, table)
     if given.json:
         common.print_json(table)
     else:
         _show(found, chosen, given.out, layers, table["seconds"])
     return 0 if found.predictor is not None else 1
-
-
-def _path(out: str) -> Any:
-    from pathlib import Path
-
-    return Path(out)
 
 
 def _source(given: argparse.Namespace) -> Any:
@@ -127,7 +122,7 @@ def _source(given: argparse.Namespace) -> Any:
     return common.First(PromptedPictures(given.images, prompts), given.limit or PICTURES)
 
 
-class _bar:
+class _Bar:
     """A progress bar on a terminal; silent elsewhere."""
 
     def __init__(self, silent: bool) -> None:

@@ -92,7 +92,7 @@ def test_captions_where_pictures_have_unlike_numbers_of_tokens(folder, pictures,
 
 def test_captions_by_ray_datas_processor(folder, pictures, tmp_path):
     """On this machine, an engine on its CPU."""
-    pytest.importorskip("ray.data.llm", reason="pip install 'ray[llm]' runs it", exc_type=ImportError)
+    pytest.importorskip("ray.data.llm", reason="Ray is not there: run.sh installs it", exc_type=ImportError)
     model = plain(tmp_path, folder("demo"))
     job = (
         "import json, sys; from dyrate_kernels import policies; from dyrate_kernels.captioning import inputs, vllm_on_ray\n"
